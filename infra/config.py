@@ -1,0 +1,92 @@
+"""The base of every settings class, and the one way to read a recipe file.
+
+A recipe is TOML; its shape is a tree of frozen pydantic models. The docstring under a field is its documentation.
+This module imports neither torch nor ray nor vllm, so that `recua --help` stays fast.
+"""
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from infra.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Frozen, unknown keys refused, field docstrings kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+S = TypeVar("S", bound=Settings)
+
+
+def load(path: str | Path, schema: type[S], overrides: list[str] | None = None) -> S:
+    """Read `path`, apply `--set section.key=value` overrides, validate.
+
+    Raises:
+        ConfigError: the file is missing or is no TOML, a key is unknown (the nearest known one is named), a value has
+            the wrong type. One line per problem.
+    """
+    file = Path(path)
+    try:
+        tree = tomllib.loads(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {file}: no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {file}: not valid TOML: {error}") from None
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return validate(tree, schema, source=str(file))
+
+
+def validate(tree: dict[str, Any], schema: type[S], source: str = "recipe") -> S:
+    """Build `schema` from a parsed tree; every problem becomes one line that names the setting."""
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(problem, schema) for problem in error.errors()]
+        raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r}: write it as section.key=value")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    node = tree
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
+    node[leaf] = value
+
+
+def _explain(problem: Any, schema: type[Settings]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(schema, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
+        hint = f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"; known: {', '.join(known)}"
+        return f"unknown setting {name}{hint}"
+    shown = json.dumps(problem.get("input"), default=str)
+    if len(shown) > 80:
+        shown = shown[:77] + "..."
+    return f"{name or 'recipe'}: {problem['msg']} (got {shown})"
+
+
+def _keys_at(schema: type[BaseModel], location: list[str]) -> list[str]:
+    for part in location:
+        field = schema.model_fields.get(part)
+        candidate = field.annotation if field else None
+        if not (isinstance(candidate, type) and issubclass(candidate, BaseModel)):
+            return []
+        schema = candidate
+    return sorted(schema.model_fields)

@@ -1,0 +1,85 @@
+"""Every error that recua raises on purpose.
+
+    RecuaError
+    ├── UserError                  something to change in the recipe, the data or the command; exit code 2
+    │   ├── ConfigError            a recipe key, type or value
+    │   ├── DataError              a malformed input file: file and line
+    │   ├── CheckpointError        weights or a manifest that do not fit
+    │   ├── ResourceError          a request that this cluster can never meet
+    │   └── NonDeterminismError    a resumed workflow body took another path
+    ├── StoreError                 the store is unreachable, refuses, or returned damaged data
+    │   └── FencedError            another driver holds this run's lease: stop
+    ├── StepError                  a step's own code raised; carries the user's traceback
+    └── SystemFault                the platform failed under a step; retried by the executor
+        ├── NodeLost
+        ├── Preempted
+        ├── OutOfMemory
+        └── StepTimeout
+"""
+
+
+class RecuaError(Exception):
+    """Base of every error that recua raises on purpose."""
+
+
+class UserError(RecuaError):
+    """The user can fix this; the message names the setting to change."""
+
+
+class ConfigError(UserError):
+    """A recipe key is unknown, or its value has the wrong type or range."""
+
+
+class DataError(UserError):
+    """An input file is missing or malformed; the message has `file:line`."""
+
+
+class CheckpointError(UserError):
+    """A model folder lacks tensors, has the wrong shapes, or fails its checksums."""
+
+
+class ResourceError(UserError):
+    """A request for CPUs, GPUs, memory, disk or a port that can never be met here."""
+
+
+class NonDeterminismError(UserError):
+    """A resumed workflow body called another step, or the same one with other inputs."""
+
+
+class StoreError(RecuaError):
+    """The store is unreachable, refuses, or returned damaged data."""
+
+
+class FencedError(StoreError):
+    """Another driver took this run's lease: this one may commit nothing more."""
+
+
+class StepError(RecuaError):
+    """A step's own code raised. `user_traceback` is what the user should read first."""
+
+    def __init__(self, message: str, user_traceback: str = "") -> None:
+        super().__init__(message)
+        self.user_traceback = user_traceback
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (str(self), self.user_traceback)
+
+
+class SystemFault(RecuaError):
+    """The platform failed under a step (not the user's code): retried with backoff, bounded."""
+
+
+class NodeLost(SystemFault):
+    """The node or worker process that ran the step died."""
+
+
+class Preempted(SystemFault):
+    """The node was drained or reclaimed by its cloud."""
+
+
+class OutOfMemory(SystemFault):
+    """The step's process was killed for memory."""
+
+
+class StepTimeout(SystemFault):
+    """The step ran past its `timeout`."""
