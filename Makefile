@@ -1,0 +1,65 @@
+# Every target sets up .venv by itself. Override with e.g. `make venv PYTHON=python3.12 ACCELERATOR=cpu`.
+
+PYTHON      ?= python3
+ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+VENV        := .venv
+PY          := $(VENV)/bin/python
+INSTALL     := $(PY) -m pip install --quiet --disable-pip-version-check
+TORCH       := $(shell sed -n 's/^torch==//p' requirements/$(ACCELERATOR).txt)
+TESTS       := $(wildcard tests/unit tests/ray tests/chaos tests/gpu)
+ARGS        ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+
+venv: $(VENV)/.installed ## create .venv with every pinned dependency (once; again when they change)
+
+demo: $(VENV)/.installed ## the whole graph on this machine, CPU is enough; ARGS="--set seed=2" passes options on
+	$(VENV)/bin/recua run workflows/llama3_posttrain.py --recipe recipes/tiny.toml --store $(CURDIR)/runs/store $(ARGS)
+
+test: lint ## lint, types, import rules, then every test; the last line is pytest's summary
+	@echo "==> types (mypy)"
+	@$(VENV)/bin/mypy
+	@echo "==> import rules (import-linter)"
+	@$(VENV)/bin/lint-imports
+	@echo "==> tests: $(TESTS)"
+	@$(PY) -m pytest $(TESTS) $(ARGS)
+
+lint: $(VENV)/.installed ## ruff: rules and formatting
+	@echo "==> lint (ruff)"
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+clean: ## remove caches and build outputs; keeps .venv and runs/
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: $(VENV)/.requirements pyproject.toml
+	@echo "==> installing recua itself into $(VENV)"
+	@$(INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+	@echo "==> ready: $(VENV)/bin/recua --help"
+
+$(VENV)/.requirements: requirements/pip.txt requirements/$(ACCELERATOR).txt requirements/dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "recua needs Python 3.11 or newer; \
+	$(PYTHON) is $$($(PYTHON) --version 2>&1). Name another one: make venv PYTHON=python3.11" >&2; exit 1; }
+	@echo "==> creating $(VENV) with $$($(PYTHON) --version) for $(ACCELERATOR); the downloads take 3 to 4 minutes, once"
+	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot create a virtual environment (on Debian: apt install python3-venv)" >&2; exit 1; }
+	@$(INSTALL) -r requirements/pip.txt
+	@echo "==> installing torch $(TORCH) ($(ACCELERATOR))"
+	@$(MAKE) --no-print-directory torch-$(ACCELERATOR)
+	@echo "==> installing $$(cat requirements/$(ACCELERATOR).txt requirements/dev.txt | grep -c ==) pinned packages"
+	@$(INSTALL) --no-deps -r requirements/$(ACCELERATOR).txt -r requirements/dev.txt
+	@touch $@
+
+.PHONY: torch-cpu torch-gpu
+# The CPU build from wherever pip looks already; PyTorch's own index only where that has none.
+torch-cpu:
+	@$(INSTALL) --no-deps torch==$(TORCH)+cpu 2>/dev/null \
+	|| $(INSTALL) --no-deps torch==$(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu
+
+torch-gpu:
+	@$(INSTALL) --no-deps torch==$(TORCH)
