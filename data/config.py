@@ -1,0 +1,55 @@
+"""Settings of the data part: the corpus, the made tasks, packing and the loader. Imports neither torch nor ray."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from infra.config import Settings
+
+
+class TaskSettings(Settings):
+    """Made tasks with checkable answers. The sizes decide how hard each kind is for a small model."""
+
+    kinds: dict[str, float] = Field(
+        default={
+            "reasoning/addition": 4.0,
+            "reasoning/subtraction": 2.0,
+            "reasoning/compare": 1.0,
+            "reasoning/successor": 1.0,
+            "strings/reverse": 2.0,
+            "strings/sort": 1.0,
+            "strings/last_letter": 1.0,
+            "strings/count_letter": 1.0,
+            "strings/upper": 1.0,
+            "stdlib/kind_of": 0.5,
+            "stdlib/module_of": 0.5,
+        }
+    )
+    """Task kind -> weight: the share of problems drawn from it. Known kinds: `data.tasks.kind_names()`."""
+
+    addition_digits: int = Field(default=2, ge=1, le=12)
+    """Digits of each operand of reasoning/addition (exactly so many; one digit includes 0)."""
+
+    subtraction_digits: int = Field(default=2, ge=1, le=12)
+    """Digits of each operand of reasoning/subtraction; the result is never negative."""
+
+    multiplication_digits: int = Field(default=2, ge=1, le=12)
+    """Digits of the first operand of reasoning/multiplication; the second has one digit."""
+
+    compare_digits: int = Field(default=2, ge=1, le=12)
+    """Digits of the two numbers of reasoning/compare."""
+
+    successor_digits: int = Field(default=3, ge=1, le=12)
+    """Digits of the number of reasoning/successor and reasoning/parity."""
+
+    string_length: int = Field(default=4, ge=2, le=32)
+    """Symbols in the string of strings/reverse and strings/sort."""
+
+    string_symbols: Literal["digits", "letters"] = "digits"
+    """What strings/reverse and strings/sort work on. Digits are always one token each."""
+
+    letters_length: int = Field(default=4, ge=2, le=32)
+    """Spaced letters in strings/upper, first_letter, last_letter and count_letter."""
+
+    letters_alphabet: str = Field(default="abcdefghijklmnopqrstuvwxyz", min_length=2)
+    """Letters that the spaced-letter tasks draw from; fewer letters make them easier."""
