@@ -1,0 +1,81 @@
+"""What runs inside a worker process of a group: its seat in the group, and nothing about what it computes.
+
+A worker is born on standby (process up, imports done). `join` gives it a seat under one generation. The owner of the
+group, not the worker, decides about restarts. Workers are ordinary owned actors: Ray ends them when their owner dies.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+
+import ray
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One worker's place in one generation of a group, e.g. rank 1 of 2, generation 3, rendezvous 10.0.0.4:38211.
+
+    `local_rank` counts the group's workers on the same node; ranks of one node are contiguous. A later generation
+    has another rendezvous port, so that nothing of an older one can connect to it.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    generation: int
+    master_address: str
+    master_port: int
+
+    def environment(self) -> dict[str, str]:
+        """The variables that torch.distributed, DeepSpeed and others read for an `env://` rendezvous."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "MASTER_ADDR": self.master_address,
+            "MASTER_PORT": str(self.master_port),
+        }
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """Where a worker runs."""
+
+    pid: int
+    node_id: str
+    address: str
+
+
+class Worker:
+    """Base of every actor class that a `WorkerGroup` starts. Subclasses are plain classes, not `@ray.remote` ones."""
+
+    seat: Seat | None = None
+    _held_port: socket.socket | None = None
+
+    def describe(self) -> WorkerInfo:
+        """Answers as soon as the process is up and the class is imported."""
+        return WorkerInfo(os.getpid(), ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
+
+    def reserve_port(self) -> int:
+        """A free TCP port on this node, held until `release_port`.
+
+        The socket is bound but does not listen: the kernel gives the port to nobody else that asks for any free one,
+        while a rendezvous store, which binds with SO_REUSEADDR, can already take it.
+        """
+        self.release_port()
+        self._held_port = socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)
+        self._held_port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._held_port.bind(("", 0))
+        return int(self._held_port.getsockname()[1])
+
+    def release_port(self) -> None:
+        if self._held_port is not None:
+            self._held_port.close()
+            self._held_port = None
+
+    def join(self, seat: Seat) -> None:
+        """Take a seat. Subclasses that need it set up their process group here, after calling this."""
+        self.seat = seat
+        os.environ.update(seat.environment())
