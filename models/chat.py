@@ -1,0 +1,159 @@
+"""Conversations to token ids, and which of those ids the loss sees.
+
+Two formats, chosen by the tokenizer's special tokens:
+
+llama3  <|begin_of_text|> then per message <|start_header_id|>ROLE<|end_header_id|>\\n\\nCONTENT<|eot_id|>;
+        an open assistant header asks for an answer.
+llama2  per exchange <s>[INST] USER [/INST] ANSWER </s>; a system message becomes <<SYS>> tags in the first USER.
+
+Content is stripped and encoded as ordinary text: "<|eot_id|>" typed by a user becomes its letters, never the token.
+`TEMPLATES` are the same formats in Jinja. They are saved with a model, so that transformers and vLLM build the ids that
+the model was trained on. (Jinja renders to one string, so those programs do read special names in a user's text as
+special tokens; whoever serves untrusted text renders here and passes ids.)
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from infra.errors import ConfigError
+
+if TYPE_CHECKING:
+    from models.tokenizer import Tokenizer
+
+Message = Mapping[str, str]
+"""{"role": "system" | "user" | "assistant" | ..., "content": text}"""
+
+TEMPLATES = {
+    "llama3": (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+        "{{ message['content'] | trim }}{{ '<|eot_id|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}"
+        "{% endif %}"
+    ),
+    "llama2": (
+        "{% if messages[0]['role'] == 'system' %}"
+        "{% set system = '<<SYS>>\\n' + (messages[0]['content'] | trim) + '\\n<</SYS>>\\n\\n' %}"
+        "{% set turns = messages[1:] %}"
+        "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+        "{% for message in turns %}"
+        "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) or message['role'] not in ['user', 'assistant'] %}"
+        "{{ raise_exception('Llama 2 turns must alternate user, assistant, user, ...') }}"
+        "{% endif %}"
+        "{% if message['role'] == 'user' %}"
+        "{% set content = message['content'] | trim %}"
+        "{{ bos_token + '[INST] ' + ((system + content) | trim if loop.first else content) + ' [/INST]' }}"
+        "{% else %}"
+        "{{ ' ' + message['content'] | trim + ' ' + eos_token }}"
+        "{% endif %}{% endfor %}"
+    ),
+}
+LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+
+
+def chat_format(specials: Mapping[str, int]) -> str | None:
+    """The format that a tokenizer with these special tokens speaks ("llama3", "llama2"), None when neither."""
+    if {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= specials.keys():
+        return "llama3"
+    if {"<s>", "</s>"} <= specials.keys():
+        return "llama2"
+    return None
+
+
+def render(messages: Sequence[Message], tokenizer: "Tokenizer", add_generation_prompt: bool = False) -> list[int]:
+    """The ids of a conversation; `add_generation_prompt` leaves it open where the assistant's answer starts.
+
+    Raises:
+        ConfigError: the tokenizer has neither format's special tokens.
+        ValueError: no messages; or Llama 2 turns that do not alternate, or that contain its tags.
+    """
+    return [token for piece, _ in _pieces(messages, tokenizer, add_generation_prompt) for token in piece]
+
+
+def render_with_mask(
+    messages: Sequence[Message], tokenizer: "Tokenizer", train_on: Literal["all", "last"] = "all"
+) -> tuple[list[int], list[int]]:
+    """(ids [T], mask [T]): mask is 1 on the tokens that the assistant must produce, its end-of-turn token included.
+
+    `train_on="last"` keeps only the last assistant turn. The mask belongs to the token itself: when position t predicts
+    token t + 1, shift it with the labels. Raises as `render`, and ValueError when there is no assistant turn.
+    """
+    pieces = _pieces(messages, tokenizer, open_end=False)
+    answers = [index for index, (_, is_answer) in enumerate(pieces) if is_answer]
+    if not answers:
+        raise ValueError("nothing to train on: the conversation has no assistant turn")
+    kept = set(answers if train_on == "all" else answers[-1:])
+    ids: list[int] = []
+    mask: list[int] = []
+    for index, (piece, _) in enumerate(pieces):
+        ids += piece
+        mask += [int(index in kept)] * len(piece)
+    return ids, mask
+
+
+def _pieces(messages: Sequence[Message], tokenizer: "Tokenizer", open_end: bool) -> list[tuple[list[int], bool]]:
+    """The conversation as (ids, must the assistant produce them) in order."""
+    if not messages:
+        raise ValueError("a conversation needs at least one message")
+    if tokenizer.chat_format == "llama3":
+        return _llama3(messages, tokenizer, open_end)
+    if tokenizer.chat_format == "llama2":
+        return _llama2(messages, tokenizer)
+    raise ConfigError(
+        "this tokenizer has neither Llama 3's header tokens nor Llama 2's <s> and </s>: no chat format fits"
+    )
+
+
+def _llama3(messages: Sequence[Message], tokenizer: "Tokenizer", open_end: bool) -> list[tuple[list[int], bool]]:
+    start, end = tokenizer.specials["<|start_header_id|>"], tokenizer.specials["<|end_header_id|>"]
+    blank_line = tokenizer.encode("\n\n")
+
+    def header(role: str) -> list[int]:
+        return [start, *tokenizer.encode(role), end, *blank_line]
+
+    pieces: list[tuple[list[int], bool]] = [([tokenizer.bos_id], False)]
+    for message in messages:
+        pieces.append((header(message["role"]), False))
+        content = [*tokenizer.encode(message["content"].strip()), tokenizer.eot_id]
+        pieces.append((content, message["role"] == "assistant"))
+    if open_end:
+        pieces.append((header("assistant"), False))
+    return pieces
+
+
+def _llama2(messages: Sequence[Message], tokenizer: "Tokenizer") -> list[tuple[list[int], bool]]:
+    """A prompt and its answer are encoded as one text (the pieces could join), then cut where the prompt ends."""
+    turns = _llama2_turns(messages)
+    pieces: list[tuple[list[int], bool]] = []
+    for index in range(0, len(turns), 2):
+        prompt_text = f"[INST] {turns[index]} [/INST]"
+        prompt = [tokenizer.bos_id, *tokenizer.encode(prompt_text)]
+        pieces.append((prompt, False))
+        if index + 1 == len(turns):
+            break
+        whole = [tokenizer.bos_id, *tokenizer.encode(f"{prompt_text} {turns[index + 1]} "), tokenizer.eos_id]
+        cut = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+        pieces[-1] = (whole[:cut], False)
+        pieces.append((whole[cut:], True))
+    return pieces
+
+
+def _llama2_turns(messages: Sequence[Message]) -> list[str]:
+    """[user, assistant, user, ...] contents, the system message folded into the first."""
+    for number, message in enumerate(messages):
+        if tag := next((tag for tag in LLAMA2_TAGS if tag in message["content"]), None):
+            raise ValueError(
+                f"message {number} contains {tag}: Llama 2's tags are plain text, so it could pose as a turn"
+            )
+    system = ""
+    if messages[0]["role"] == "system":
+        system = f"<<SYS>>\n{messages[0]['content'].strip()}\n<</SYS>>\n\n"
+        messages = messages[1:]
+    for number, message in enumerate(messages):
+        if message["role"] != ("user", "assistant")[number % 2]:
+            raise ValueError("Llama 2 turns must alternate user, assistant, user, ...")
+    if not messages:
+        raise ValueError("a Llama 2 conversation needs a user message")
+    turns = [message["content"].strip() for message in messages]
+    return [(system + turns[0]).strip(), *turns[1:]]

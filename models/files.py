@@ -1,0 +1,45 @@
+"""Files that are there whole or not at all."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `path` under a temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder beside `folder` to fill; on success its files move into `folder`, config.json last.
+
+    `folder` may exist (other files in it stay). A model without config.json does not load anywhere, so a reader sees no
+    model, or a whole one; an existing config.json is removed before the first file is replaced.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    filling = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    filling.mkdir()
+    try:
+        yield filling
+        files = sorted(filling.iterdir(), key=lambda file: file.name == "config.json")
+        for file in files:
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
+        for file in files:
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(filling, ignore_errors=True)

@@ -1,0 +1,264 @@
+"""One `Tokenizer` for every text format that a Llama comes with, and training a small one.
+
+    load_tokenizer(folder)      tokenizer.json (any Hugging Face folder), else tokenizer.model: Llama 3's tiktoken ranks
+                                or Llama 1/2's SentencePiece
+    train_bpe(texts, size)      a byte-level BPE with Llama 3's special names and one token per digit
+
+`encode` never adds a begin-of-text id and, unless told, never turns text into special tokens. `save(folder)` always
+writes tokenizer.json + tokenizer_config.json (chat template included), which transformers and vLLM load.
+"""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, pre_tokenizers, processors, trainers
+from tokenizers import models as tokenizer_models
+
+from infra.errors import CheckpointError, ConfigError
+from models.chat import TEMPLATES, chat_format
+from models.files import write_text
+
+LLAMA3_SPLIT = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+"""Llama 3's pieces: contractions, words with one leading mark, up to three digits, marks, line ends, spaces."""
+
+
+def llama3_specials(count: int = 256) -> list[str]:
+    """The first `count` of Llama 3.1's special tokens in id order; unnamed ones are numbered reserved tokens."""
+    named = {
+        0: "<|begin_of_text|>",
+        1: "<|end_of_text|>",
+        4: "<|finetune_right_pad_id|>",
+        6: "<|start_header_id|>",
+        7: "<|end_header_id|>",
+        8: "<|eom_id|>",
+        9: "<|eot_id|>",
+        10: "<|python_tag|>",
+    }
+    reserved = (f"<|reserved_special_token_{number}|>" for number in range(count))
+    return [named[index] if index in named else next(reserved) for index in range(count)]
+
+
+class Tokenizer(ABC):
+    """Text <-> ids.
+
+    `specials` maps every special token's text to its id. `bos_id` starts a document, `eos_id` ends one, `eot_id` ends a
+    chat turn (Llama 2: the same as `eos_id`), `pad_id` fills (`eos_id` where the vocabulary has no padding token), and
+    any of `stop_ids` ends an answer. `vocab_size` is the highest id + 1, which is what an embedding needs.
+    """
+
+    def __init__(self, specials: Mapping[str, int], vocab_size: int, bos: str | None, eos: str | None) -> None:
+        self.specials = dict(specials)
+        self.vocab_size = vocab_size
+        self.chat_format = chat_format(self.specials)
+        names = self.specials
+        bos = next((name for name in ("<|begin_of_text|>", "<s>", bos, eos) if name in names), None)
+        eos = next((name for name in ("<|end_of_text|>", "</s>", eos) if name in names), None)
+        if bos is None or eos is None:
+            raise CheckpointError("the tokenizer names no end-of-text token (eos_token in tokenizer_config.json)")
+        self.bos, self.eos = bos, eos
+        self.bos_id, self.eos_id = names[bos], names[eos]
+        self.eot_id = names.get("<|eot_id|>", self.eos_id)
+        pads = (name for name in ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]") if name in names)
+        self.pad = next(pads, eos)
+        self.pad_id = names[self.pad]
+        stops = {self.eos_id, self.eot_id, names.get("<|eom_id|>", self.eos_id)}
+        self.stop_ids = tuple(sorted(stops))
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Ids of `text`. `allow_special` reads special tokens' texts as those tokens: only for text that you wrote."""
+        return self.encode_batch([text], allow_special)[0]
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
+        """`encode` of each text; faster where the backend has threads."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+
+    @abstractmethod
+    def to_backend(self) -> tokenizers.Tokenizer:
+        """The same mapping as a `tokenizers.Tokenizer`; asked to add special tokens, it starts with `bos_id`."""
+
+    def config(self) -> dict[str, Any]:
+        """What tokenizer_config.json says, without the chat template."""
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.bos,
+            "eos_token": self.eos,
+            "pad_token": self.pad,
+            "clean_up_tokenization_spaces": False,
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, the chat template of this tokenizer's format in it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.config()
+        if self.chat_format:
+            config["chat_template"] = TEMPLATES[self.chat_format]
+        write_text(folder / "tokenizer.json", self.to_backend().to_str(pretty=False))
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True))
+
+
+class HFTokenizer(Tokenizer):
+    """A tokenizer.json, of any model."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+        added = backend.get_added_tokens_decoder()
+        specials = {token.content: index for index, token in added.items() if token.special}
+        vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._config = dict(config)
+        super().__init__(
+            specials, vocab_size, _token_text(config.get("bos_token")), _token_text(config.get("eos_token"))
+        )
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """A twin that reads special tokens' texts as ordinary text (the switch is not safe to flip between threads)."""
+        twin = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        twin.encode_special_tokens = True
+        return twin
+
+    def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
+        backend = self._backend if allow_special else self._plain
+        if len(texts) == 1:
+            return [backend.encode(texts[0], add_special_tokens=False).ids]
+        return [encoding.ids for encoding in backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def to_backend(self) -> tokenizers.Tokenizer:
+        return self._backend
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), **{key: value for key, value in self._config.items() if value is not None}}
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a model folder.
+
+    Raises:
+        CheckpointError: no tokenizer there, or its file is damaged.
+    """
+    folder = Path(folder)
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return HFTokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), _read_config(folder))
+        if (folder / "tokenizer.model").is_file():
+            return _load_model_file(folder / "tokenizer.model")
+        if (folder / "tokenizer_config.json").is_file():
+            return _load_through_transformers(folder)
+    except CheckpointError:
+        raise
+    except Exception as error:  # each backend has its own exception types for a damaged file
+        raise CheckpointError(f"tokenizer in {folder} cannot be read: {error}") from error
+    raise CheckpointError(f"no tokenizer in {folder}: expected tokenizer.json or tokenizer.model")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE in Llama 3's manner, but with one token per digit, so that a small model can do sums.
+
+    The ids are: 256 bytes, merges, then the first 16 of Llama 3.1's special tokens. `vocab_size` counts all of them; a
+    small corpus may give fewer. Equal texts in equal order give an equal tokenizer.
+
+    Raises:
+        ConfigError: `vocab_size` leaves no room for the bytes and the specials.
+    """
+    specials = llama3_specials(16)
+    if vocab_size < 256 + len(specials):
+        raise ConfigError(
+            f"vocab_size {vocab_size} is too small: 256 bytes and {len(specials)} special tokens come first"
+        )
+    backend = tokenizers.Tokenizer(tokenizer_models.BPE())
+    backend.pre_tokenizer = byte_level(LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"))
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(specials),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    add_specials(backend, specials, bos=specials[0])
+    return HFTokenizer(backend, {})
+
+
+def add_specials(backend: tokenizers.Tokenizer, names: Sequence[str], bos: str) -> None:
+    """Append special tokens, and put `bos` before a text whenever special tokens are asked for."""
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
+    )
+
+
+def split_on_specials(text: str, specials: Mapping[str, int]) -> Iterator[str | int]:
+    """`text` cut at special tokens' texts: str pieces (never empty) and ids in order."""
+    pattern = "|".join(re.escape(name) for name in sorted(specials, key=len, reverse=True))
+    for piece in re.split(f"({pattern})", text):
+        if piece:
+            yield specials.get(piece, piece)
+
+
+def byte_level(pattern: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json over special_tokens_map.json; templates live elsewhere since we write our own."""
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            config.update(json.loads((folder / name).read_text(encoding="utf-8")))
+    if (folder / "chat_template.jinja").is_file():
+        config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    return config
+
+
+def _load_model_file(file: Path) -> Tokenizer:
+    """tokenizer.model is tiktoken's text (base64, space, rank) for Llama 3 and SentencePiece's protobuf before."""
+    with file.open("rb") as stream:
+        first_line = stream.readline(4096)
+    if re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", first_line):
+        from models.tiktoken_format import TiktokenTokenizer
+
+        return TiktokenTokenizer.from_file(file)
+    from models.sentencepiece_format import SentencePieceTokenizer
+
+    return SentencePieceTokenizer(file)
+
+
+def _load_through_transformers(folder: Path) -> Tokenizer:
+    """Older layouts (vocab.json + merges.txt and the like): transformers knows how to convert them."""
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        raise CheckpointError(f"tokenizer in {folder} ({type(loaded).__name__}) has no tokenizer.json form")
+    return HFTokenizer(backend, {**_read_config(folder), "bos_token": loaded.bos_token, "eos_token": loaded.eos_token})
+
+
+def _token_text(value: Any) -> str | None:
+    """Configs write a token as its text or as {"content": text, ...}."""
+    return value["content"] if isinstance(value, dict) else value
