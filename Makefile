@@ -4,7 +4,7 @@ PYTHON      ?= python3
 ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 VENV        := .venv
 PY          := $(VENV)/bin/python
-INSTALL     := $(PY) -m pip install --quiet --disable-pip-version-check
+INSTALL     := $(PY) -m pip install -qq --disable-pip-version-check
 TORCH       := $(shell sed -n 's/^torch==//p' requirements/$(ACCELERATOR).txt)
 TESTS       := $(wildcard tests/unit tests/ray tests/chaos tests/gpu)
 ARGS        ?=
