@@ -1,0 +1,233 @@
+"""Settings of the post-training loops (contents of a recipe's stage sections). No torch, no ray."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from engines.config import LearnerSettings
+from infra.config import Settings
+
+
+class LearnerPoolSettings(Settings):
+    """The processes that train: one group of ranks, started once and lent from stage to stage."""
+
+    workers: int = Field(default=2, ge=1)
+    """Data-parallel ranks (DeepSpeed ZeRO shards over them)."""
+    num_cpus: float = Field(default=0.25, gt=0)
+    """CPUs that Ray books for one rank. Learners and generators take turns, so on a laptop they share cores."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs that Ray books for one rank."""
+    threads: int = Field(default=1, ge=1)
+    """OpenMP threads of one rank on CPU."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimizer, 2 also gradients, 3 also parameters."""
+    micro_batch_tokens: int = Field(default=8192, ge=1)
+    """Largest padded micro-batch (rows x longest row) of one rank; lower it when memory runs out."""
+    idle_timeout_s: float = Field(default=600, gt=0)
+    """An idle pool ends itself after this many seconds without a borrower."""
+
+
+class GeneratorPoolSettings(Settings):
+    """The processes that sample: vLLM engines, started once and lent from stage to stage."""
+
+    replicas: int = Field(default=1, ge=1)
+    """vLLM engines; prompts are split over them."""
+    num_cpus: float = Field(default=0.5, gt=0)
+    """CPUs that Ray books for one engine."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs that Ray books for one engine."""
+    idle_timeout_s: float = Field(default=600, gt=0)
+    """An idle pool ends itself after this many seconds without a borrower."""
+
+
+class PretrainSettings(Settings):
+    """Next-token training from scratch with the torch-native learner."""
+
+    optimizer: LearnerSettings = LearnerSettings(learning_rate=1e-3, eps=1e-5, warmup_steps=20)
+    """AdamW, schedule, precision. `total_steps` 0 means: as many as `steps`. (`zero_stage` is DeepSpeed's: not read.)"""
+    steps: int = Field(default=300, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(default=32, ge=1)
+    """Rows per optimizer step, over all ranks. Need not divide by the number of ranks."""
+    sequence_length: int = Field(default=128, ge=2)
+    """Tokens per row."""
+    micro_batch_size: int = Field(default=32, ge=1)
+    """Largest number of rows that one rank puts through the network at once; lower it when memory runs out."""
+    workers: int = Field(default=2, ge=1)
+    """Ranks in all: data-parallel replicas x `tensor_parallel`."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Ranks that share one replica's matrices (with sequence parallelism around them)."""
+    sharding: Literal["replicate", "fsdp"] = "replicate"
+    """`fsdp` shards weights, gradients and optimizer over the replicas; `replicate` keeps them whole on each: faster
+    for a model that fits easily."""
+    compile: bool = False
+    """Compile each block with torch.compile (pays on GPU)."""
+    num_cpus: float = Field(default=0.5, gt=0)
+    """CPUs that Ray books for one rank."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs that Ray books for one rank; 0 trains on CPU."""
+    threads: int = Field(default=1, ge=1)
+    """OpenMP threads of one rank."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How Ray places the ranks on nodes."""
+    save_every: int = Field(default=50, ge=1)
+    """Steps between saved states: what a fault can cost at most."""
+    keep_states: int = Field(default=2, ge=1)
+    """Saved states that are kept; a damaged newest one falls back to the one before."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Restarts of the worker group after lost workers, before the step itself fails."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "PretrainSettings":
+        if self.workers % self.tensor_parallel:
+            raise ValueError(f"workers {self.workers} must divide by tensor_parallel {self.tensor_parallel}")
+        if self.optimizer.warmup_steps > self.steps:
+            raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} exceeds steps {self.steps}")
+        return self
+
+
+class SftSettings(Settings):
+    """Supervised fine-tuning: prompt tokens out of the loss."""
+
+    optimizer: LearnerSettings = LearnerSettings()
+    """Learning rate, schedule, clipping."""
+    epochs: float = Field(default=2, gt=0)
+    """Passes over the data; a fraction is allowed."""
+    batch_size: int = Field(default=64, ge=1)
+    """Examples per optimizer step, over all ranks."""
+    train_on: Literal["all", "last"] = "all"
+    """Which assistant turns carry loss."""
+    aggregation: Literal["token-mean", "seq-mean"] = "token-mean"
+    """How token losses become one loss; `seq-mean` gives a one-token answer the weight of a long one."""
+    max_length: int = Field(default=128, ge=8)
+    """Longest example in tokens; a longer one is an error, never cut silently."""
+    packing: bool = False
+    """Pack several examples into one row of `max_length` tokens; attention stays inside each example."""
+
+
+class PreferenceSettings(Settings):
+    """Preference pairs sampled from the policy itself, so that the reward models stay in distribution."""
+
+    prompts: int = Field(default=1024, ge=1)
+    """Training problems to sample."""
+    answers: int = Field(default=6, ge=2)
+    """Answers per prompt."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature."""
+    max_tokens: int = Field(default=16, ge=1)
+    """Longest answer, in tokens."""
+
+
+class RewardSettings(Settings):
+    """One Bradley-Terry reward model; initialised from the policy with a scalar head."""
+
+    optimizer: LearnerSettings = LearnerSettings()
+    """Learning rate, schedule, clipping."""
+    epochs: float = Field(default=1, gt=0)
+    """Passes over the pairs."""
+    batch_size: int = Field(default=64, ge=1)
+    """Pairs per optimizer step, over all ranks."""
+    held_out: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the pairs kept aside to report the model's accuracy."""
+    margin: Literal["none", "small", "large"] = "none"
+    """Llama 2's margin by rating; Llama 3 has none."""
+
+
+class RejectionSettings(Settings):
+    """Rejection sampling: the best of K answers per prompt."""
+
+    prompts: int = Field(default=2048, ge=1)
+    """Training prompts per round."""
+    answers: int = Field(default=8, ge=2)
+    """K, answers per prompt."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature."""
+    max_tokens: int = Field(default=16, ge=1)
+    """Longest answer, in tokens."""
+    threshold: float | None = None
+    """Keep a best answer only above this score; none keeps all."""
+    minimum_gap: float = Field(default=0.0, ge=0)
+    """Best and worst become a preference pair only when their scores differ by more than this."""
+    verifier_weight: float = Field(default=5.0, ge=0)
+    """Weight of the task's own checker (0 or 1) in the score, where a task has one."""
+
+
+class DpoSettings(Settings):
+    """Direct preference optimisation (Rafailov 2023) with Llama 3's additions."""
+
+    optimizer: LearnerSettings = LearnerSettings()
+    """Learning rate, schedule, clipping."""
+    epochs: float = Field(default=1, gt=0)
+    """Passes over the pairs."""
+    batch_size: int = Field(default=64, ge=1)
+    """Pairs per optimizer step, over all ranks."""
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull towards the reference."""
+    loss: Literal["dpo", "ipo", "cdpo"] = "dpo"
+    """Which preference loss."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """cDPO's flip probability."""
+    nll_weight: float = Field(default=0.2, ge=0)
+    """Weight of the negative log-likelihood of the chosen answer (Llama 3: 0.2)."""
+    mask_format_tokens: bool = True
+    """Leave header and terminator tokens out of the preference term (Llama 3)."""
+
+
+class PpoSettings(Settings):
+    """PPO with a critic (Schulman 2017; InstructGPT; Llama 2)."""
+
+    policy: LearnerSettings = LearnerSettings()
+    """The policy's learning rate, schedule, clipping."""
+    critic: LearnerSettings = LearnerSettings()
+    """The critic's learning rate, schedule, clipping."""
+    steps: int = Field(default=40, ge=1)
+    """Rollout batches."""
+    batch_size: int = Field(default=256, ge=1)
+    """Prompts per rollout batch."""
+    answers: int = Field(default=1, ge=1)
+    """Answers per prompt."""
+    mini_batch_size: int = Field(default=128, ge=1)
+    """Answers per optimizer step."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over one rollout batch."""
+    critic_warmup_steps: int = Field(default=0, ge=0)
+    """Rollout batches that train the critic alone."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature."""
+    max_tokens: int = Field(default=16, ge=1)
+    """Longest answer, in tokens."""
+    clip: float = Field(default=0.2, gt=0)
+    """Policy ratio clip."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """Cap on the loss of negative advantages; none turns it off."""
+    value_clip: float = Field(default=0.2, gt=0)
+    """Value clip."""
+    kl_beta: float = Field(default=0.01, ge=0)
+    """KL penalty per token against the reference (Llama 2: 0.01 small, 0.005 large)."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """GAE's lambda."""
+    verifier_weight: float = Field(default=4.0, ge=0)
+    """Weight of the task's own checker beside the whitened reward-model score, where a task has one."""
+    reward_weight: float = Field(default=0.2, ge=0)
+    """Weight of the reward models' score where a checker exists too; without a checker the score counts whole."""
+
+
+class EvalSettings(Settings):
+    """Held-out problems, the same set for every stage."""
+
+    problems: int = Field(default=1024, ge=16)
+    """Checkable held-out problems (greedy)."""
+    safety_prompts: int = Field(default=128, ge=0)
+    """Held-out unsafe requests and safe look-alikes, half each."""
+    pass_at: int = Field(default=4, ge=1)
+    """N of pass@N."""
+    pass_at_problems: int = Field(default=256, ge=0)
+    """Problems sampled N times for pass@N."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of the pass@N samples."""
+    max_tokens: int = Field(default=16, ge=1)
+    """Longest answer, in tokens."""
+    samples: int = Field(default=24, ge=1)
+    """Answers shown in the report."""

@@ -1,0 +1,51 @@
+"""What an answer is worth: two reward models, and the task's own checker where it has one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from actors.conversation import Answer, answer_row
+from actors.learners import Learners
+from actors.reward_model import scores
+from algorithms.scores import combine_scores, score_answers
+
+HELPFULNESS, SAFETY = "helpfulness", "safety"
+
+
+@dataclass(frozen=True)
+class RewardModels:
+    """The folders of the two reward models."""
+
+    helpfulness: Path
+    safety: Path
+
+    def open(self, learners: Learners) -> None:
+        """Load both into the learner pool, frozen."""
+        learners.open(HELPFULNESS, self.helpfulness, head="scalar")
+        learners.open(SAFETY, self.safety, head="scalar")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Scores of N answers: `total` is what training sees; the models' own logits stand beside it. All [N]."""
+
+    total: np.ndarray
+    helpfulness: np.ndarray
+    safety: np.ndarray
+
+
+def judge(
+    learners: Learners, answers: Sequence[Answer], verifier_weight: float, reward_weight: float = 1.0
+) -> Judgement:
+    """Llama 2's combination of both models, whitened over `answers`, joined by the checker (`algorithms.scores`)."""
+    rows = [answer_row(answer) for answer in answers]
+    helpfulness, safety = (torch.tensor(scores(learners, role, rows)) for role in (HELPFULNESS, SAFETY))
+    about_safety = torch.tensor([answer.problem.unsafe is not None for answer in answers])
+    combined = combine_scores(helpfulness, safety, about_safety)
+    checkable = torch.tensor([answer.verdict is not None for answer in answers])
+    verdicts = torch.tensor([answer.verdict or 0.0 for answer in answers])
+    total = score_answers(combined, verdicts, checkable, verifier_weight, reward_weight)
+    return Judgement(total.numpy(), helpfulness.numpy(), safety.numpy())

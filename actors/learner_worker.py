@@ -1,0 +1,80 @@
+"""One rank of the learner pool: several named models in one process (policy, reference, critic, reward models).
+
+A controller drives all ranks with the same calls in the same order; every method that trains or gathers is a
+collective over the pool. Models are opened by role and closed when the borrower gives the pool back.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.batches import Row
+from actors.objectives import OBJECTIVES, SCORES
+from cluster.worker import Worker
+from engines.base import StepOutput, WeightUpdate
+from engines.config import LearnerSettings
+
+
+class LearnerWorker(Worker):
+    """The actor class of the learner pool; `cluster.worker_group.WorkerGroup` makes one per rank."""
+
+    def __init__(self) -> None:
+        self._learners: dict[str, Any] = {}
+        self._sender: Any = None
+
+    def open(self, role: str, folder: str, settings: LearnerSettings, head: str, frozen: bool) -> None:
+        """(collective) Build a model from an HF folder: `head` "lm" or "scalar"; `frozen` ones only score."""
+        from engines.deepspeed_learner import build
+
+        assert self.seat is not None, "open() before join()"
+        self.close([role])
+        self._learners[role] = build(
+            Path(folder),
+            settings,
+            rank=self.seat.rank,
+            world_size=self.seat.world_size,
+            address=f"{self.seat.master_address}:{self.seat.master_port}",
+            head=head,
+            frozen=frozen,
+        )
+
+    def train_step(self, role: str, kind: str, micro_batches: list[list[Row]], params: dict[str, Any]) -> StepOutput:
+        """(collective) One optimizer step of objective `kind` over this rank's micro-batches of rows."""
+        objective = OBJECTIVES[kind]
+        batches = [objective.collate(rows) for rows in micro_batches]
+        return self._learners[role].train_step(batches, objective.loss(params))
+
+    def score(self, role: str, kind: str, micro_batches: list[list[Row]]) -> list[list[np.ndarray]]:
+        """(collective under ZeRO-3) What `kind` computes for each row: log-probs, values, or one reward."""
+        score = SCORES[kind]
+        batches = [score.collate(rows) for rows in micro_batches]
+        return self._learners[role].evaluate(batches, score.compute)
+
+    def publish(self, role: str, version: str, backend: str) -> WeightUpdate | None:
+        """(collective) Put the current weights where generators can fetch them; rank 0 returns the notice."""
+        from engines.weight_transfer import sender
+
+        assert self.seat is not None, "publish() before join()"
+        if self._sender is None and self.seat.rank == 0:
+            self._sender = sender(backend)
+        tensors = self._learners[role].export()
+        if self.seat.rank == 0:
+            return self._sender.publish(tensors, version)
+        for _ in tensors:  # the other ranks take part in the gathers
+            pass
+        return None
+
+    def save(self, role: str, folder: str) -> None:
+        """(collective) An HF folder that plain transformers and vLLM load; rank 0 writes."""
+        self._learners[role].save_hf(Path(folder))
+
+    def close(self, roles: list[str] | None = None) -> None:
+        """Free the named models, or all of them."""
+        for role in list(self._learners) if roles is None else roles:
+            learner = self._learners.pop(role, None)
+            if learner is not None:
+                learner.close()
+        if roles is None and self._sender is not None:
+            self._sender.close()
+            self._sender = None

@@ -1,0 +1,98 @@
+"""The controller's view of a borrowed learner pool: a whole batch in, one result out.
+
+Waits: the caller waits for all ranks; a rank waits for the others inside collectives. The first rank that fails fails
+the call at once (a rank blocked on a dead peer would otherwise hold everyone until gloo's own timeout).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.batches import Row, plan_micro_batches
+from actors.config import LearnerPoolSettings
+from engines.base import WeightUpdate
+from engines.config import LearnerSettings
+
+
+@dataclass(frozen=True)
+class Learners:
+    """All ranks of the pool, driven in lock-step."""
+
+    workers: Sequence[Any]
+    settings: LearnerPoolSettings
+
+    def open(
+        self, role: str, folder: Path, optimizer: LearnerSettings | None = None, head: str = "lm", frozen: bool = False
+    ) -> None:
+        """Every rank builds `folder` under the name `role`; without an optimizer it only scores."""
+        settings = (optimizer or LearnerSettings()).model_copy(
+            update={"zero_stage": self.settings.zero_stage, "threads": self.settings.threads}
+        )
+        self._all("open", role, str(folder), settings, head, frozen or optimizer is None)
+
+    def train_step(self, role: str, kind: str, rows: Sequence[Row], params: dict[str, Any]) -> dict[str, float]:
+        """One optimizer step over the whole batch `rows`; metric sums over all ranks, plus grad_norm, lr, committed."""
+        shares = self._share(rows)
+        outputs = gather(
+            [
+                worker.train_step.remote(role, kind, share, params)
+                for worker, share in zip(self.workers, shares, strict=True)
+            ]
+        )
+        metrics: dict[str, float] = {}
+        for output in outputs:
+            for name, value in output.metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + value
+        first = outputs[0]
+        return {**metrics, "grad_norm": first.grad_norm, "lr": first.learning_rate, "committed": float(first.committed)}
+
+    def score(self, role: str, kind: str, rows: Sequence[Row]) -> list[np.ndarray]:
+        """What `kind` computes for each row, in the order of `rows`."""
+        plan = self._plan(rows)
+        outputs = gather(
+            [
+                worker.score.remote(role, kind, [[rows[index] for index in micro] for micro in share])
+                for worker, share in zip(self.workers, plan, strict=True)
+            ]
+        )
+        results: list[np.ndarray | None] = [None] * len(rows)
+        for share, output in zip(plan, outputs, strict=True):
+            for micro, values in zip(share, output, strict=True):
+                for index, value in zip(micro, values, strict=False):
+                    results[index] = value
+        return [result for result in results if result is not None]
+
+    def publish(self, role: str, version: str, backend: str = "shared_memory") -> WeightUpdate:
+        """Put the current weights where generators can fetch them."""
+        return self._all("publish", role, version, backend)[0]
+
+    def save(self, role: str, folder: Path) -> None:
+        """Write an HF folder."""
+        self._all("save", role, str(folder))
+
+    def close(self, roles: list[str] | None = None) -> None:
+        """Free the named models, or all."""
+        self._all("close", roles)
+
+    def _plan(self, rows: Sequence[Row]) -> list[list[list[int]]]:
+        lengths = [row["length"] for row in rows]
+        return plan_micro_batches(lengths, len(self.workers), self.settings.micro_batch_tokens)
+
+    def _share(self, rows: Sequence[Row]) -> list[list[list[Row]]]:
+        return [[[rows[index] for index in micro] for micro in share] for share in self._plan(rows)]
+
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        return gather([getattr(worker, method).remote(*arguments) for worker in self.workers])
+
+
+def gather(references: Sequence[Any]) -> list[Any]:
+    """`ray.get` of all that raises as soon as the first of them fails."""
+    pending = list(references)
+    while pending:
+        done, pending = ray.wait(pending, num_returns=1)
+        ray.get(done)
+    return ray.get(list(references))

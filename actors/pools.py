@@ -1,0 +1,226 @@
+"""Pools that outlive a step: vLLM engines and learner ranks, started once per run and lent from step to step.
+
+One detached keeper actor per run owns every member, so ending the keeper ends them all. A borrower (a step's body)
+holds a lease and renews it from a thread; while it holds the lease nobody else gets the pool. A lease that is no longer
+renewed means that the borrower died in the middle of something: its pool is thrown away and built anew. A keeper
+without borrowers ends itself after `idle_timeout_s`, so a killed driver leaks nothing.
+
+Waits: `borrow` waits for the pool to be free, then for its processes to be up. Nothing waits for the borrower except
+other borrowers, and they no longer than the lease lasts.
+"""
+
+import hashlib
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.config import GeneratorPoolSettings, LearnerPoolSettings
+from actors.generator_worker import Generators, GeneratorWorker
+from actors.learners import Learners
+from engines.config import GeneratorSettings
+
+NAMESPACE = "recua"
+LEASE_S = 20.0
+"""A borrower that has not renewed for this long is dead."""
+
+
+@dataclass
+class _Pool:
+    key: str = ""
+    members: list[Any] = field(default_factory=list)
+    group: Any = None
+    borrower: str | None = None
+    renewed: float = 0.0
+
+
+class PoolKeeper:
+    """Owns the members, hands them out one borrower at a time. A threaded actor: `borrow` may block."""
+
+    def __init__(self, idle_timeout_s: float) -> None:
+        self._pools = {"generators": _Pool(), "learners": _Pool()}
+        self._free = threading.Condition()
+        self._idle_timeout_s = idle_timeout_s
+        self._used = time.monotonic()
+        threading.Thread(target=self._end_when_idle, daemon=True, name="pool-idle").start()
+
+    def borrow_generators(
+        self, borrower: str, pool: GeneratorPoolSettings, engine: GeneratorSettings, folder: str
+    ) -> list[Any]:
+        """The engines for `folder`'s architecture; started now if there are none or they are of another kind."""
+        key = repr((pool, engine, _architecture(folder)))
+
+        def start(made: _Pool) -> None:
+            worker = ray.remote(GeneratorWorker).options(
+                num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, max_restarts=0, max_task_retries=0
+            )
+            made.members = [worker.remote(folder, engine) for _ in range(pool.replicas)]
+            ray.get([member.ready.remote() for member in made.members])
+
+        return self._borrow("generators", borrower, key, start)
+
+    def borrow_learners(self, borrower: str, pool: LearnerPoolSettings) -> list[Any]:
+        """The learner ranks; started now if there are none or they are of another kind."""
+
+        def start(made: _Pool) -> None:
+            from actors.learner_group import start_learners
+
+            made.group, made.members = start_learners(pool)
+
+        return self._borrow("learners", borrower, repr(pool), start)
+
+    def renew(self, kind: str, borrower: str) -> bool:
+        """Keep a lease; False when it is no longer the caller's."""
+        pool = self._pools[kind]
+        if pool.borrower != borrower:
+            return False
+        self._used = pool.renewed = time.monotonic()
+        return True
+
+    def give_back(self, kind: str, borrower: str, broken: bool) -> None:
+        """End a lease; a pool whose borrower failed inside it is not lent again."""
+        with self._free:
+            pool = self._pools[kind]
+            if pool.borrower == borrower:
+                if broken:
+                    self._discard(kind)
+                self._pools[kind].borrower = None
+                self._used = time.monotonic()
+                self._free.notify_all()
+
+    def close(self) -> None:
+        """End every member."""
+        for kind in self._pools:
+            self._discard(kind)
+
+    def _borrow(self, kind: str, borrower: str, key: str, start: Any) -> list[Any]:
+        with self._free:
+            while self._held(kind):
+                self._free.wait(timeout=1.0)
+            if self._pools[kind].borrower is not None or self._pools[kind].key != key or not self._alive(kind):
+                self._discard(kind)
+            pool = self._pools[kind]
+            # Until the members are up the lease cannot lapse: the borrower renews only once it has them.
+            pool.borrower, pool.renewed = borrower, float("inf")
+        try:
+            if not pool.members:
+                start(pool)
+                pool.key = key
+        except BaseException:
+            self.give_back(kind, borrower, broken=True)
+            raise
+        self._used = pool.renewed = time.monotonic()
+        return pool.members
+
+    def _held(self, kind: str) -> bool:
+        pool = self._pools[kind]
+        return pool.borrower is not None and time.monotonic() - pool.renewed < LEASE_S
+
+    def _alive(self, kind: str) -> bool:
+        try:
+            ray.get([member.__ray_ready__.remote() for member in self._pools[kind].members], timeout=10)
+            return True
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+            return False
+
+    def _discard(self, kind: str) -> None:
+        pool = self._pools[kind]
+        self._pools[kind] = _Pool()
+        if pool.group is not None:
+            pool.group.shutdown()
+        for member in pool.members:
+            ray.kill(member)
+
+    def _end_when_idle(self) -> None:
+        while time.monotonic() - self._used < self._idle_timeout_s or any(self._held(kind) for kind in self._pools):
+            time.sleep(1.0)
+        self.close()
+        os._exit(0)  # members are the keeper's own actors: Ray ends them with it
+
+
+@dataclass(frozen=True)
+class Pools:
+    """A run's pools as its steps see them. Frozen and small, so that it travels with a step's arguments."""
+
+    run_id: str
+    idle_timeout_s: float = 600.0
+
+    @contextmanager
+    def generators(
+        self, pool: GeneratorPoolSettings, engine: GeneratorSettings, folder: Path, version: str
+    ) -> Iterator[Generators]:
+        """Borrow the generators; they carry `folder`'s weights as `version` and empty caches."""
+        with self._lease("generators", "borrow_generators", pool, engine, str(folder)) as members:
+            generators = Generators(members)
+            generators.load_weights(folder, version)
+            yield generators
+
+    @contextmanager
+    def learners(self, pool: LearnerPoolSettings) -> Iterator[Learners]:
+        """Borrow the learner ranks, empty; every model opened is closed on return."""
+        with self._lease("learners", "borrow_learners", pool) as members:
+            learners = Learners(members, pool)
+            learners.close()
+            yield learners
+            learners.close()
+
+    @contextmanager
+    def _lease(self, kind: str, method: str, *arguments: Any) -> Iterator[list[Any]]:
+        keeper = self._keeper()
+        borrower = uuid.uuid4().hex
+        members = ray.get(getattr(keeper, method).remote(borrower, *arguments))
+        stop = threading.Event()
+        thread = threading.Thread(target=_renew, args=(keeper, kind, borrower, stop), daemon=True)
+        thread.start()
+        broken = True
+        try:
+            yield members
+            broken = False
+        finally:
+            stop.set()
+            ray.get(keeper.give_back.remote(kind, borrower, broken))
+
+    def _keeper(self) -> Any:
+        return (
+            ray.remote(PoolKeeper)
+            .options(
+                name=f"pools-{self.run_id}", namespace=NAMESPACE, lifetime="detached", get_if_exists=True,
+                num_cpus=0, max_concurrency=16, max_restarts=0,
+            )  # fmt: skip
+            .remote(self.idle_timeout_s)
+        )
+
+    def close(self) -> None:
+        """End the run's pools, however the run ended; nothing happens where there are none."""
+        try:
+            keeper = ray.get_actor(f"pools-{self.run_id}", namespace=NAMESPACE)
+        except ValueError:
+            return
+        try:
+            ray.get(keeper.close.remote(), timeout=10)
+        except ray.exceptions.RayError:
+            pass
+        ray.kill(keeper)
+
+
+def _renew(keeper: Any, kind: str, borrower: str, stop: threading.Event) -> None:
+    while not stop.wait(LEASE_S / 5):
+        if not ray.get(keeper.renew.remote(kind, borrower)):
+            return  # the lease went to another borrower: our members are gone and the next call on them raises
+
+
+def _architecture(folder: str) -> str:
+    """What a running engine cannot change: config and tokenizer; weights can be swapped."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json", "tokenizer.model", "generation_config.json"):
+        file = Path(folder) / name
+        if file.exists():
+            digest.update(name.encode() + file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,51 @@
+"""Rejection sampling (Llama 2, section 3.2.3): of K answers per prompt keep the best; best against worst are pairs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from actors.batches import Row
+from actors.config import RejectionSettings
+from actors.conversation import Answer, answer_row
+from actors.judging import judge
+from actors.learners import Learners
+from actors.preferences import pair
+from algorithms.rejection import best_of_k, preference_pairs
+from data.tasks import prompt_messages
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """`best` as instruction rows, `pairs` as preference rows, and the numbers that say what was gained."""
+
+    best: list[Row]
+    pairs: list[Row]
+    summary: dict[str, Any]
+
+
+def harvest(learners: Learners, groups: Sequence[Sequence[Answer]], settings: RejectionSettings) -> Harvest:
+    """Judge answers [P][K] with the reward models that the learners hold and the checkers."""
+    flat = [answer for group in groups for answer in group]
+    scores = torch.tensor(judge(learners, flat, settings.verifier_weight).total).view(len(groups), -1)
+    best_index = best_of_k(scores, settings.threshold).tolist()
+    best = [group[index] for group, index in zip(groups, best_index, strict=True) if index >= 0]
+    chosen = preference_pairs(scores, settings.minimum_gap)
+    checked = [answer.verdict for answer in flat if answer.verdict is not None]
+    checked_best = [answer.verdict for answer in best if answer.verdict is not None]
+    return Harvest(
+        best=[_instruction(answer) for answer in best],
+        pairs=[pair(answer_row(groups[p][b]), answer_row(groups[p][w])) for p, b, w in chosen],
+        summary={
+            "prompts": len(groups), "kept": len(best), "pairs": len(chosen),
+            "mean_score": float(scores.mean()), "best_score": float(scores.amax(dim=1).mean()),
+            "sampled_accuracy": sum(checked) / max(len(checked), 1),
+            "best_accuracy": sum(checked_best) / max(len(checked_best), 1),
+        },
+    )  # fmt: skip
+
+
+def _instruction(answer: Answer) -> Row:
+    messages = [*prompt_messages(answer.problem), {"role": "assistant", "content": answer.text}]
+    return {"messages": messages, "task_type": answer.problem.task_type}

@@ -1,0 +1,68 @@
+"""Supervised fine-tuning: of instructions, or of the best answers that rejection sampling kept."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from actors.batches import Row, epoch_batches
+from actors.config import SftSettings
+from actors.learners import Learners
+from data.packing import pack
+
+OnMetrics = Callable[[dict[str, Any]], None]
+ROLE = "policy"
+
+
+def fine_tune(
+    learners: Learners, folder: Path, rows: Sequence[Row], settings: SftSettings, out: Path, seed: int,
+    on_metrics: OnMetrics,
+) -> dict[str, float]:  # fmt: skip
+    """Train `folder` on `rows` (`conversation.supervised_row`) and save it in `out`.
+
+    Metrics per step: loss, grad_norm, lr, "loss/<task_type>". Returns {"steps", "loss": of the last step}.
+    """
+    channels = sorted({row["task"] for row in rows})
+    examples = with_channels(rows, channels)
+    plan = epoch_batches(len(examples), settings.batch_size, settings.epochs, seed)
+    optimizer = settings.optimizer.model_copy(update={"total_steps": len(plan)})
+    learners.open(ROLE, folder, optimizer)
+    metrics: dict[str, Any] = {}
+    for step, indices in enumerate(plan):
+        batch = [examples[index] for index in indices]
+        if settings.packing:
+            batch = _packed(batch, settings.max_length)
+        params = {"channels": channels, "aggregation": settings.aggregation, "denominator": denominator(batch, settings)}
+        metrics = per_channel(learners.train_step(ROLE, "supervised", batch, params))
+        on_metrics({"step": step + 1, "steps": len(plan), **metrics})
+    learners.save(ROLE, out)
+    learners.close([ROLE])
+    return {"steps": float(len(plan)), "loss": metrics["loss"]}
+
+
+def with_channels(rows: Sequence[Row], channels: Sequence[str]) -> list[Row]:
+    """Each token of a row carries its example's task type, as an index into `channels`."""
+    number = {name: index for index, name in enumerate(channels)}
+    return [{**row, "channel": [number[row["task"]]] * len(row["ids"])} for row in rows]
+
+
+def denominator(batch: Sequence[Row], settings: SftSettings) -> float:
+    """Target tokens, or sequences, of one whole optimizer step."""
+    if settings.aggregation == "token-mean":
+        return float(sum(sum(row["mask"]) for row in batch))
+    return float(sum(row.get("sequences", 1) for row in batch))
+
+
+def per_channel(metrics: dict[str, float]) -> dict[str, float]:
+    """Sums over ranks become means: "nll/x" and "tokens/x" -> "loss/x"."""
+    means = {
+        f"loss/{name.removeprefix('nll/')}": value / metrics[f"tokens/{name.removeprefix('nll/')}"]
+        for name, value in metrics.items()
+        if name.startswith("nll/")
+    }
+    rest = {name: value for name, value in metrics.items() if not name.startswith(("nll/", "tokens/"))}
+    return {**rest, **means}
+
+
+def _packed(batch: Sequence[Row], width: int) -> list[Row]:
+    """Several examples to a row; positions restart and attention stays inside each example."""
+    raise NotImplementedError

@@ -1,0 +1,100 @@
+"""The Llama post-training recipe as one durable graph.
+
+    python workflows/llama3_posttrain.py --recipe recipes/tiny.toml
+    recua run workflows/llama3_posttrain.py --recipe recipes/tiny.toml          # the same
+    ray job submit --working-dir . -- python workflows/llama3_posttrain.py --recipe recipes/llama3_8b.toml
+
+text -> tokenizer -> pretrain -> SFT -> per round: (preferences -> two reward models -> rejection sampling -> SFT on the
+best -> DPO -> PPO), every stage's model evaluated on the same held-out problems -> endpoint.
+"""
+
+from typing import Any
+
+from actors.evaluation import Evaluation
+from workflows.graph import Artifact, workflow
+from workflows.recipe import Recipe
+from workflows.steps.evaluation import deploy, evaluate
+from workflows.steps.sampling import rejection_sample, sample_preferences
+from workflows.steps.text import Problems, build_corpus, build_problems, tokenize, train_tokenizer
+from workflows.steps.training import (
+    fine_tune,
+    import_model,
+    optimise_policy,
+    optimise_preferences,
+    pretrain,
+    train_reward,
+)
+
+RECIPE = Recipe
+SERVED_PROMPTS = 8
+"""Held-out prompts that the endpoint answers again before the run counts as served."""
+
+
+@workflow
+def llama3_posttrain(recipe: Recipe) -> dict[str, Any]:
+    """Every call is a durable step; a plain loop over rounds makes the graph."""
+    seed, pools = recipe.seed, recipe.pools
+    problems = build_problems(recipe.problems, recipe.tasks, seed)
+    base = base_model(recipe, problems)
+    sft = fine_tune.options(name="sft")(base, problems.instructions, recipe.sft, seed, "sft", pools)
+    evaluations = [evaluated(recipe, problems, sft.model, "sft", [], [])]
+    policy, harvests = sft.model, []
+    for number in range(1, recipe.rounds + 1):
+        tag = "" if recipe.rounds == 1 else f"-{number}"
+        draw = seed + 1000 * number  # every round asks other problems
+
+        preferences = sample_preferences(policy, problems.prompts, recipe.preferences, draw, pools)
+        judges = [
+            reward_model(recipe, policy, preferences.helpfulness, draw, f"reward-helpfulness{tag}"),
+            reward_model(recipe, policy, preferences.safety, draw, f"reward-safety{tag}"),
+        ]
+        harvest = rejection_sample(policy, judges, problems.prompts, harvests, recipe.rejection, draw, pools)
+        harvests = [*harvests, harvest.best]
+
+        best = fine_tune.options(name=f"rejection{tag}")(
+            policy, harvest.best, recipe.rejection_sft, draw, f"rejection{tag}", pools
+        )
+        evaluations += [evaluated(recipe, problems, best.model, f"rejection{tag}", evaluations, judges)]
+
+        dpo = optimise_preferences.options(name=f"dpo{tag}")(
+            best.model, harvest.pairs, recipe.dpo, draw, f"dpo{tag}", pools
+        )
+        evaluations += [evaluated(recipe, problems, dpo.model, f"dpo{tag}", evaluations, judges)]
+
+        ppo = optimise_policy.options(name=f"ppo{tag}")(
+            dpo.model, judges, problems.prompts, recipe.ppo, draw, f"ppo{tag}", pools
+        )
+        evaluations += [evaluated(recipe, problems, ppo.model, f"ppo{tag}", evaluations, judges)]
+        policy = ppo.model
+    served = deploy(policy, evaluations[-1], recipe.serving, recipe.eval.max_tokens, SERVED_PROMPTS)
+    return {"model": policy.result(), "served": served.result()}
+
+
+def base_model(recipe: Recipe, problems: Problems) -> Artifact:
+    """The model that SFT starts from: pretrained here, or the folder that the recipe names."""
+    if recipe.model.init_from is not None:
+        return import_model(recipe.model.init_from)
+    corpus = build_corpus(recipe.corpus, recipe.seed)
+    tokenizer = train_tokenizer(corpus, problems.instructions, recipe.tokenizer)
+    tokens = tokenize(corpus, tokenizer)
+    return pretrain(tokens, tokenizer, recipe.model, recipe.pretrain, recipe.seed).model
+
+
+def reward_model(recipe: Recipe, policy: Artifact, pairs: Artifact, seed: int, stage: str) -> Artifact:
+    """One of the two reward models."""
+    return train_reward.options(name=stage)(policy, pairs, recipe.reward, seed, stage, recipe.pools).model
+
+
+def evaluated(
+    recipe: Recipe, problems: Problems, model: Artifact, stage: str, before: list[Evaluation], judges: list[Artifact]
+) -> Evaluation:
+    """One stage's model on the held-out problems, beside all stages before it."""
+    return evaluate.options(name=f"evaluate-{stage}")(
+        model, problems.held_out, recipe.eval, stage, recipe.seed, list(before), judges, recipe.pools
+    )
+
+
+if __name__ == "__main__":
+    from workflows.cli import run_script
+
+    run_script(__file__)

@@ -1,0 +1,156 @@
+"""What a post-training recipe file may say: one frozen tree, a section per stage. Steps get only their own section.
+
+Imports neither torch nor ray, so that a mistake in a recipe is reported in well under a second.
+"""
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field, model_validator
+
+from actors.config import (
+    DpoSettings,
+    EvalSettings,
+    GeneratorPoolSettings,
+    LearnerPoolSettings,
+    PpoSettings,
+    PreferenceSettings,
+    PretrainSettings,
+    RejectionSettings,
+    RewardSettings,
+    SftSettings,
+)
+from data.config import CorpusSettings, TaskSettings
+from engines.config import GeneratorSettings
+from infra.config import Settings
+from serving.config import ServingSettings
+
+if TYPE_CHECKING:
+    from models.llama import LlamaConfig
+
+
+class ModelSettings(Settings):
+    """The network: a preset by name, or sizes; or an HF folder to start from, which skips pretraining."""
+
+    init_from: str | None = None
+    """An HF folder with weights and tokenizer. Pretraining is skipped."""
+    preset: str | None = None
+    """A size by name, e.g. "llama3-8b" (see `models.presets`); the sizes below are then ignored."""
+    dim: int = Field(default=128, ge=8)
+    """Width of the residual stream."""
+    n_layers: int = Field(default=4, ge=1)
+    """Transformer blocks."""
+    n_heads: int = Field(default=4, ge=1)
+    """Query heads."""
+    n_kv_heads: int = Field(default=2, ge=1)
+    """Key and value heads (grouped-query attention)."""
+    ffn_dim: int = Field(default=352, ge=8)
+    """Width of the SwiGLU layer."""
+    max_seq_len: int = Field(default=256, ge=16)
+    """Context in tokens."""
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    """Base of the rotary positions."""
+    tie_embeddings: bool = True
+    """Share the token embedding with the output layer."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ModelSettings":
+        if self.dim % self.n_heads or self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"dim {self.dim} must divide by n_heads {self.n_heads}, and n_heads by n_kv_heads {self.n_kv_heads}"
+            )
+        return self
+
+    def to_llama(self, vocab_size: int) -> "LlamaConfig":
+        """The network's own config, for a tokenizer of `vocab_size`."""
+        from models.llama import LlamaConfig
+        from models.presets import preset
+
+        if self.preset is not None:
+            return preset(self.preset)
+        return LlamaConfig(
+            dim=self.dim, n_layers=self.n_layers, n_heads=self.n_heads, n_kv_heads=self.n_kv_heads,
+            ffn_dim=self.ffn_dim, vocab_size=vocab_size, max_seq_len=self.max_seq_len, rope_theta=self.rope_theta,
+            tie_embeddings=self.tie_embeddings,
+        )  # fmt: skip
+
+
+class ProblemSettings(Settings):
+    """How many made problems each purpose gets. Sides are disjoint by construction."""
+
+    instructions: int = Field(default=8192, ge=0)
+    """Checkable problems with answers, for SFT."""
+    safety_instructions: int = Field(default=1024, ge=0)
+    """Unsafe requests and safe look-alikes with proper answers, for SFT."""
+    instruction_files: list[str] = []
+    """More instruction data: JSONL or parquet files with `messages`, or any `datasets` source."""
+    prompts: int = Field(default=8192, ge=1)
+    """Checkable problems that the sampling stages ask."""
+    safety_prompts: int = Field(default=512, ge=0)
+    """Safety problems that the sampling stages ask."""
+    held_out: int = Field(default=1024, ge=16)
+    """Checkable problems kept for evaluation."""
+    safety_held_out: int = Field(default=128, ge=0)
+    """Safety problems kept for evaluation."""
+
+
+class TokenizerSettings(Settings):
+    """The tokenizer: trained on the corpus, or taken from a folder."""
+
+    folder: str | None = None
+    """A tokenizer folder (HF tokenizer.json, Llama 3 tiktoken or SentencePiece model) to use as it is."""
+    vocab_size: int = Field(default=512, ge=288)
+    """Tokens of the BPE that is trained when no folder is given."""
+
+
+class PoolSettings(Settings):
+    """Processes that outlive a step. They decide where and how fast, never what: no part of a step's key."""
+
+    unkeyed: ClassVar[bool] = True
+
+    learners: LearnerPoolSettings = LearnerPoolSettings()
+    """The ranks that train."""
+    generators: GeneratorPoolSettings = GeneratorPoolSettings()
+    """The engines that sample."""
+    engine: GeneratorSettings = GeneratorSettings()
+    """One sampling engine (vLLM)."""
+
+
+class Recipe(Settings):
+    """A whole run, from text to an endpoint."""
+
+    seed: int = Field(default=0, ge=0)
+    """Every random choice of the run follows from it; held-out problems are the same for all seeds."""
+    rounds: int = Field(default=1, ge=1)
+    """Rounds of preferences -> reward models -> rejection sampling -> DPO -> PPO, each from the newest policy."""
+    corpus: CorpusSettings = CorpusSettings()
+    """Pretraining text."""
+    tasks: TaskSettings = TaskSettings()
+    """Made tasks: which kinds and how hard."""
+    problems: ProblemSettings = ProblemSettings()
+    """Made tasks: how many."""
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    """Tokenizer."""
+    model: ModelSettings = ModelSettings()
+    """Network."""
+    pretrain: PretrainSettings = PretrainSettings()
+    """Pretraining."""
+    sft: SftSettings = SftSettings()
+    """Supervised fine-tuning."""
+    preferences: PreferenceSettings = PreferenceSettings()
+    """Preference pairs."""
+    reward: RewardSettings = RewardSettings()
+    """Both reward models."""
+    rejection: RejectionSettings = RejectionSettings()
+    """Rejection sampling."""
+    rejection_sft: SftSettings = SftSettings()
+    """SFT on the best answers."""
+    dpo: DpoSettings = DpoSettings()
+    """Direct preference optimisation."""
+    ppo: PpoSettings = PpoSettings()
+    """PPO."""
+    eval: EvalSettings = EvalSettings()
+    """Evaluation of every stage."""
+    serving: ServingSettings = ServingSettings()
+    """The endpoint of the last model."""
+    pools: PoolSettings = PoolSettings()
+    """Learner and generator processes."""

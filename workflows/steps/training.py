@@ -1,0 +1,155 @@
+"""The stages that change weights. Each result names the model's artifact; its digest is the model's weight version."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.config import DpoSettings, PpoSettings, PretrainSettings, RewardSettings, SftSettings
+from actors.pools import Pools
+from infra.telemetry import MetricsWriter
+from workflows.graph import Artifact, context, step
+from workflows.recipe import ModelSettings, PoolSettings
+from workflows.steps.text import read_rows
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model folder (HF layout), its training curve beside it, and what the stage says of itself."""
+
+    stage: str
+    model: Artifact
+    metrics: Artifact
+    summary: dict[str, Any]
+
+
+class Curve:
+    """Writes a stage's metrics.jsonl and shows the same numbers on the driver's terminal."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._run = context()
+        self._out = self._run.artifact(f"{stage}-metrics")
+        self._writer = MetricsWriter(self._out.path / "metrics.jsonl")
+
+    def __call__(self, metrics: dict[str, Any]) -> None:
+        self._writer.write({"stage": self._stage, **{k: v for k, v in metrics.items() if k != "steps"}})
+        shown = {name: metrics[name] for name in ("loss", "reward", "accuracy", "kl") if name in metrics}
+        self._run.progress(metrics["step"], metrics["steps"], **shown)
+
+    def seal(self) -> Artifact:
+        self._writer.close()
+        return self._out.seal()
+
+
+@step(num_cpus=0, timeout=6 * 3600)
+def pretrain(
+    tokens: Artifact, tokenizer: Artifact, model: ModelSettings, section: PretrainSettings, seed: int
+) -> Trained:
+    """Next-token training from scratch on torch-native workers; resumes from its last saved state after a fault."""
+    from actors.pretrain import pretrain as run_pretrain
+    from models.tokenizer import load_tokenizer
+
+    run, curve = context(), Curve("pretrain")
+    out = run.artifact("model")
+    config = model.to_llama(load_tokenizer(tokenizer.path()).vocab_size)
+    result = run_pretrain(
+        tokens.path(), tokenizer.path(), config, section, out.path, run.scratch / "state", on_metrics=curve
+    )
+    return Trained("pretrain", out.seal(), curve.seal(), {"loss": result.final_loss, "tokens": result.tokens})
+
+
+@step(num_cpus=0, timeout=6 * 3600)
+def fine_tune(
+    base: Artifact, examples: Artifact, section: SftSettings, seed: int, stage: str, pools: PoolSettings
+) -> Trained:
+    """SFT of `base` on instruction examples or on the answers that rejection sampling kept."""
+    from actors.conversation import supervised_row
+    from actors.sft import fine_tune as run_fine_tune
+    from models.tokenizer import load_tokenizer
+
+    run, curve = context(), Curve(stage)
+    out = run.artifact("model")
+    tokenizer = load_tokenizer(base.path())
+    rows = [
+        supervised_row(row["messages"], row["task_type"], tokenizer, section.train_on)
+        for row in read_rows(examples.path() / "messages.jsonl")
+    ]
+    with Pools(run.run_id).learners(pools.learners) as learners:
+        summary = run_fine_tune(learners, base.path(), rows, section, out.path, seed, curve)
+    return Trained(stage, out.seal(), curve.seal(), {"examples": len(rows), **summary})
+
+
+@step(num_cpus=0, timeout=6 * 3600)
+def train_reward(
+    base: Artifact, pairs: Artifact, section: RewardSettings, seed: int, stage: str, pools: PoolSettings
+) -> Trained:
+    """One reward model, initialised from the policy with a scalar head."""
+    from actors.reward_model import train_reward_model
+
+    run, curve = context(), Curve(stage)
+    out = run.artifact("model")
+    rows = read_rows(pairs.path() / "pairs.jsonl")
+    with Pools(run.run_id).learners(pools.learners) as learners:
+        summary = train_reward_model(learners, base.path(), rows, section, out.path, seed, curve)
+    return Trained(stage, out.seal(), curve.seal(), summary)
+
+
+@step(num_cpus=0, timeout=6 * 3600)
+def optimise_preferences(
+    base: Artifact, pairs: Artifact, section: DpoSettings, seed: int, stage: str, pools: PoolSettings
+) -> Trained:
+    """DPO of `base` against itself on best-versus-worst pairs."""
+    from actors.dpo import optimise_preferences as run_dpo
+    from models.tokenizer import load_tokenizer
+
+    run, curve = context(), Curve(stage)
+    out = run.artifact("model")
+    rows = read_rows(pairs.path() / "pairs.jsonl")
+    stop_ids = load_tokenizer(base.path()).stop_ids
+    with Pools(run.run_id).learners(pools.learners) as learners:
+        summary = run_dpo(learners, base.path(), rows, section, stop_ids, out.path, seed, curve)
+    return Trained(stage, out.seal(), curve.seal(), {"pairs": len(rows), **summary})
+
+
+@step(num_cpus=0, timeout=6 * 3600)
+def optimise_policy(
+    base: Artifact, judges: list[Artifact], prompts: Artifact, section: PpoSettings, seed: int, stage: str,
+    pools: PoolSettings,
+) -> Trained:  # fmt: skip
+    """PPO of `base` judged by `judges` [helpfulness, safety]; the critic starts as the helpfulness model."""
+    from actors.judging import RewardModels, judge
+    from actors.ppo import PpoModels
+    from actors.ppo import optimise_policy as run_ppo
+    from data.tasks import Problem
+    from models.tokenizer import load_tokenizer
+
+    run, curve = context(), Curve(stage)
+    out = run.artifact("model")
+    problems = [Problem.from_row(row) for row in read_rows(prompts.path() / "problems.jsonl")]
+    lent = Pools(run.run_id)
+    with (
+        lent.generators(pools.generators, pools.engine, base.path(), base.digest) as generators,
+        lent.learners(pools.learners) as learners,
+    ):
+        models = RewardModels(judges[0].path(), judges[1].path())
+        models.open(learners)
+        summary = run_ppo(
+            learners, generators, PpoModels(base.path(), models.helpfulness), problems,
+            lambda answers: judge(learners, answers, section.verifier_weight, section.reward_weight).total,
+            load_tokenizer(base.path()), section, out.path, seed, base.digest[:12], curve,
+        )  # fmt: skip
+    return Trained(stage, out.seal(), curve.seal(), summary)
+
+
+@step(num_cpus=0.5, memory="1GiB", timeout=3600)
+def import_model(folder: str) -> Artifact:
+    """The HF folder that a recipe starts from instead of pretraining, checked and kept."""
+    import shutil
+
+    from models.weights import check_folder
+
+    source = Path(folder)
+    check_folder(source)
+    out = context().artifact("model")
+    shutil.copytree(source, out.path, dirs_exist_ok=True)
+    return out.seal()
