@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 
 Batch = Mapping[str, torch.Tensor]
-"""One micro-batch: name -> tensor, first dimension = sequences. Always has `input_ids` [B, T] and `attention_mask` [B, T]
-(padded on the right) or, when packed, `position_ids` [B, T] and `segment_ids` [B, T] (0 = padding)."""
+"""One micro-batch: name -> tensor, first dimension = sequences. Always has `input_ids` [B, T] and `attention_mask`
+[B, T] (padded on the right) or, when packed, `position_ids` [B, T] and `segment_ids` [B, T] (0 = padding)."""
 
 LossFn = Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, dict[str, float]]]
 """(module, micro-batch) -> (loss, metric sums). The loss is already divided by the *global* denominator (over all ranks
@@ -116,7 +116,7 @@ class Generator(Protocol):
     """A sampling engine with versioned weights."""
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
-        """`prompts` [P][T_p] token ids -> completions [P][n], in order. A prompt too long for the engine is a ValueError."""
+        """`prompts` [P][T_p] token ids -> completions [P][n], in order. A prompt too long is a ValueError."""
         ...
 
     def update_weights(self, update: WeightUpdate) -> None:

@@ -1,0 +1,64 @@
+"""The ranks that train one torch-native model together, and what they decide together."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+class Ranks:
+    """A device mesh with the dimensions ("dp", "tp"), or one process without torch.distributed.
+
+    Ranks with the same `data_rank` hold pieces of the same replica and read the same batch; `data_size` replicas
+    divide a batch between them.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None = None, device: torch.device | None = None) -> None:
+        self.mesh = mesh
+        self.device = device or torch.device("cpu")
+        self.rank = dist.get_rank() if mesh is not None else 0
+        self.world_size = dist.get_world_size() if mesh is not None else 1
+        self.data_rank = mesh["dp"].get_local_rank() if mesh is not None else 0
+        self.data_size = mesh["dp"].size() if mesh is not None else 1
+
+    @classmethod
+    def over_all(cls, tensor_parallel: int = 1, device: torch.device | None = None) -> "Ranks":
+        """All ranks of the default process group; neighbours share a tensor-parallel block."""
+        device = device or torch.device("cpu")
+        world_size = dist.get_world_size()
+        if world_size % tensor_parallel:
+            raise ValueError(f"tensor_parallel {tensor_parallel} does not divide the {world_size} ranks")
+        shape = (world_size // tensor_parallel, tensor_parallel)
+        return cls(init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp")), device)
+
+    def should_commit(self, grad_norm: float) -> bool:
+        """(collective) True on every rank or on none: whether the gradient is finite everywhere."""
+        finite = math.isfinite(grad_norm)
+        if self.mesh is None:
+            return finite
+        flag = torch.tensor(float(finite), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+        return bool(flag.item())
+
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """(collective) Sum over the replicas; every rank passes the same names."""
+        if self.mesh is None:
+            return dict(values)
+        total = torch.tensor([values[name] for name in sorted(values)], dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=self.mesh["dp"].get_group())
+        return dict(zip(sorted(values), total.tolist(), strict=True))
+
+    def gather(self, value: object) -> list[object]:
+        """(collective) Every rank's value, in rank order, on every rank."""
+        if self.mesh is None:
+            return [value]
+        values: list[object] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """(collective) Nobody goes on before everybody is here."""
+        if self.mesh is not None:
+            dist.barrier()
