@@ -53,3 +53,22 @@ class TaskSettings(Settings):
 
     letters_alphabet: str = Field(default="abcdefghijklmnopqrstuvwxyz", min_length=2)
     """Letters that the spaced-letter tasks draw from; fewer letters make them easier."""
+
+
+class CorpusSettings(Settings):
+    """Pretraining text and instructions from Python's own standard library."""
+
+    stdlib_bytes: int = Field(default=4_000_000, ge=0)
+    """Most bytes (UTF-8) of standard-library text; 0 takes none."""
+
+    stdlib_parts: tuple[Literal["source", "docstring", "help"], ...] = ("source", "docstring", "help")
+    """Which documents: whole source files, single docstrings, help texts of compiled functions."""
+
+    files: tuple[str, ...] = ()
+    """More pretraining text: JSONL or parquet files with `text`, folders, globs, or `datasets:NAME`."""
+
+    held_out_share: float = Field(default=0.02, ge=0, lt=1)
+    """Share of documents, chosen by a hash of their text, that is kept from training for the validation loss."""
+
+    instruction_chars: int = Field(default=60, ge=10)
+    """Longest answer, in characters, of an instruction made from a docstring; longer first lines are left out."""
