@@ -36,7 +36,9 @@ def plan_micro_batches(lengths: Sequence[int], world_size: int, budget: int) -> 
     return shares
 
 
-def pad(sequences: Sequence[Sequence[float]], fill: float, dtype: torch.dtype, width: int | None = None) -> torch.Tensor:
+def pad(
+    sequences: Sequence[Sequence[float]], fill: float, dtype: torch.dtype, width: int | None = None
+) -> torch.Tensor:
     """Lists of unequal length -> [B, width], filled on the right."""
     width = width or max(len(sequence) for sequence in sequences)
     out = torch.full((len(sequences), width), fill, dtype=dtype)

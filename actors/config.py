@@ -44,7 +44,7 @@ class PretrainSettings(Settings):
     """Next-token training from scratch with the torch-native learner."""
 
     optimizer: LearnerSettings = LearnerSettings(learning_rate=1e-3, eps=1e-5, warmup_steps=20)
-    """AdamW, schedule, precision. `total_steps` 0 means: as many as `steps`. (`zero_stage` is DeepSpeed's: not read.)"""
+    """AdamW, schedule, precision. `total_steps` 0 means: as many as `steps`; `zero_stage` (DeepSpeed's) is not read."""
     steps: int = Field(default=300, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(default=32, ge=1)
@@ -76,6 +76,8 @@ class PretrainSettings(Settings):
     """Saved states that are kept; a damaged newest one falls back to the one before."""
     max_restarts: int = Field(default=3, ge=0)
     """Restarts of the worker group after lost workers, before the step itself fails."""
+    max_skipped_steps: int = Field(default=5, ge=0)
+    """Steps in a row that may be skipped for a gradient that is not finite, before training stops with an error."""
 
     @model_validator(mode="after")
     def _fits(self) -> "PretrainSettings":

@@ -60,7 +60,8 @@ def evaluate(
         accuracy=interval.mean,
         accuracy_ci=(interval.low, interval.high),
         per_task_type={
-            name: {"n": len(verdicts), "accuracy": float(np.mean(verdicts))} for name, verdicts in sorted(by_type.items())
+            name: {"n": len(verdicts), "accuracy": float(np.mean(verdicts))}
+            for name, verdicts in sorted(by_type.items())
         },
         pass_at_n=_pass_at_n(generators, problems, tokenizer, settings, seed),
         safety=_safety(safety_problems, safety_answers),

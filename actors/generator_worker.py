@@ -27,6 +27,10 @@ class GeneratorWorker:
         """Prompts [P][T] -> completions [P][n]."""
         return self._engine.generate(prompts, sampling)
 
+    def connect(self, info: dict[str, Any]) -> None:
+        """Meet the sender (nccl, ipc)."""
+        self._engine.connect(info)
+
     def update_weights(self, update: WeightUpdate) -> str:
         """Apply a learner's published weights; returns the version now carried."""
         self._engine.update_weights(update)

@@ -51,19 +51,42 @@ class LearnerWorker(Worker):
         batches = [score.collate(rows) for rows in micro_batches]
         return self._learners[role].evaluate(batches, score.compute)
 
-    def publish(self, role: str, version: str, backend: str) -> WeightUpdate | None:
-        """(collective) Put the current weights where generators can fetch them; rank 0 returns the notice."""
-        from engines.weight_transfer import sender
+    def build_sender(self, backend: str, receiver_sizes: list[int]) -> list[dict[str, Any]]:
+        """Rank 0 prepares to send; returns what each generator needs to connect ([] on the other ranks)."""
+        from engines.weight_transfer import build_sender
 
-        assert self.seat is not None, "publish() before join()"
-        if self._sender is None and self.seat.rank == 0:
-            self._sender = sender(backend)
+        assert self.seat is not None, "build_sender() before join()"
+        if self.seat.rank != 0:
+            return []
+        options: dict[str, Any] = {}
+        if backend == "nccl":
+            options = {
+                "master_address": self.seat.master_address,
+                "master_port": self.reserve_port(),
+                "receiver_sizes": receiver_sizes,
+            }
+        self._sender = build_sender(backend, **options)
+        return [self._sender.receiver_info(receiver) for receiver in range(len(receiver_sizes))]
+
+    def connect_sender(self) -> None:
+        """Meet the generators, which are in `connect` at the same time."""
+        if self._sender is not None:
+            self.release_port()
+            self._sender.connect()
+
+    def publish(self, role: str, version: str) -> WeightUpdate | None:
+        """(collective) Put the current weights where generators can fetch them; rank 0 returns the notice."""
         tensors = self._learners[role].export()
-        if self.seat.rank == 0:
+        if self._sender is not None:
             return self._sender.publish(tensors, version)
         for _ in tensors:  # the other ranks take part in the gathers
             pass
         return None
+
+    def wait_published(self) -> None:
+        """Until the published tensors may change again."""
+        if self._sender is not None:
+            self._sender.wait()
 
     def save(self, role: str, folder: str) -> None:
         """(collective) An HF folder that plain transformers and vLLM load; rank 0 writes."""

@@ -66,9 +66,21 @@ class Learners:
                     results[index] = value
         return [result for result in results if result is not None]
 
-    def publish(self, role: str, version: str, backend: str = "shared_memory") -> WeightUpdate:
+    def build_sender(self, backend: str, receiver_sizes: list[int]) -> list[dict[str, Any]]:
+        """See `actors.weight_sync`."""
+        return self._all("build_sender", backend, receiver_sizes)[0]
+
+    def connect_sender(self) -> None:
+        """See `actors.weight_sync`."""
+        self._all("connect_sender")
+
+    def publish(self, role: str, version: str) -> WeightUpdate:
         """Put the current weights where generators can fetch them."""
-        return self._all("publish", role, version, backend)[0]
+        return self._all("publish", role, version)[0]
+
+    def wait_published(self) -> None:
+        """Until the published tensors may change again."""
+        self._all("wait_published")
 
     def save(self, role: str, folder: Path) -> None:
         """Write an HF folder."""

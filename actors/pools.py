@@ -24,6 +24,7 @@ import ray
 
 from actors.config import GeneratorPoolSettings, LearnerPoolSettings
 from actors.generator_worker import Generators, GeneratorWorker
+from actors.learner_group import start_learners
 from actors.learners import Learners
 from engines.config import GeneratorSettings
 
@@ -44,7 +45,8 @@ class _Pool:
 class PoolKeeper:
     """Owns the members, hands them out one borrower at a time. A threaded actor: `borrow` may block."""
 
-    def __init__(self, idle_timeout_s: float) -> None:
+    def __init__(self, name: str, idle_timeout_s: float) -> None:
+        self._name = name
         self._pools = {"generators": _Pool(), "learners": _Pool()}
         self._free = threading.Condition()
         self._idle_timeout_s = idle_timeout_s
@@ -70,9 +72,8 @@ class PoolKeeper:
         """The learner ranks; started now if there are none or they are of another kind."""
 
         def start(made: _Pool) -> None:
-            from actors.learner_group import start_learners
-
-            made.group, made.members = start_learners(pool)
+            made.group = start_learners(pool, f"{self._name}-learners-{uuid.uuid4().hex[:6]}")
+            made.members = list(made.group.workers)
 
         return self._borrow("learners", borrower, repr(pool), start)
 
@@ -191,10 +192,15 @@ class Pools:
         return (
             ray.remote(PoolKeeper)
             .options(
-                name=f"pools-{self.run_id}", namespace=NAMESPACE, lifetime="detached", get_if_exists=True,
-                num_cpus=0, max_concurrency=16, max_restarts=0,
+                name=f"pools-{self.run_id}",
+                namespace=NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                num_cpus=0,
+                max_concurrency=16,
+                max_restarts=0,
             )  # fmt: skip
-            .remote(self.idle_timeout_s)
+            .remote(f"pools-{self.run_id}", self.idle_timeout_s)
         )
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from actors.conversation import Answer, answer_row, sample
 from actors.generator_worker import Generators
 from actors.learners import Learners
 from actors.sft import OnMetrics
+from actors.weight_sync import WeightSync
 from algorithms import ppo
 from data.tasks import Problem
 from engines.base import Sampling
@@ -39,12 +40,14 @@ Judge = Callable[[Sequence[Answer]], np.ndarray]
 
 
 def optimise_policy(
-    learners: Learners, generators: Generators, models: PpoModels, problems: Sequence[Problem], judge: Judge,
-    tokenizer: Tokenizer, settings: PpoSettings, out: Path, seed: int, version: str, on_metrics: OnMetrics,
+    learners: Learners, generators: Generators, sync: WeightSync, models: PpoModels, problems: Sequence[Problem],
+    judge: Judge, tokenizer: Tokenizer, settings: PpoSettings, out: Path, seed: int, version: str,
+    on_metrics: OnMetrics,
 ) -> dict[str, float]:  # fmt: skip
     """Run `settings.steps` rollout batches over `problems` and save the policy in `out`.
 
-    `version` prefixes the weight versions ("<version>-<step>"); the generators must already carry the policy.
+    `version` prefixes the weight versions ("<version>-<step>"); the generators already carry the policy, and `sync` is
+    connected.
     Metrics per step: reward (mean score), accuracy (share of checkable answers that are right), kl (mean k1 per token
     against the reference), length, policy_loss, value_loss, clipped, grad_norm.
     """
@@ -52,7 +55,9 @@ def optimise_policy(
     learners.open(POLICY, models.policy, settings.policy.model_copy(update={"total_steps": updates}))
     learners.open(CRITIC, models.critic, settings.critic.model_copy(update={"total_steps": updates}), head="scalar")
     learners.open(REFERENCE, models.policy)
-    prompts = epoch_batches(len(problems), settings.batch_size, settings.steps * settings.batch_size / len(problems), seed)
+    prompts = epoch_batches(
+        len(problems), settings.batch_size, settings.steps * settings.batch_size / len(problems), seed
+    )
     metrics: dict[str, float] = {}
     for step, indices in enumerate(prompts[: settings.steps]):
         sampling = Sampling(
@@ -63,7 +68,7 @@ def optimise_policy(
         answers = [answer for group in groups for answer in group]
         rows, seen = prepare(learners, answers, judge(answers), settings)
         metrics = {**seen, **_update(learners, rows, settings, seed + step, step < settings.critic_warmup_steps)}
-        generators.update_weights(learners.publish(POLICY, f"{version}-{step + 1}"))
+        sync.push(f"{version}-{step + 1}")
         on_metrics({"step": step + 1, "steps": settings.steps, **metrics})
     learners.save(POLICY, out)
     learners.close([POLICY, CRITIC, REFERENCE])

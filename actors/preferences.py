@@ -51,7 +51,9 @@ def build_pairs(groups: Sequence[Sequence[Answer]], tokenizer: Tokenizer, seed: 
 
 def pair(chosen: Row, rejected: Row, rating: int = NEGLIGIBLY) -> Row:
     """A preference row; its length is the longer answer's, twice (both sides sit in one micro-batch)."""
-    sides = {name: {"ids": row["ids"], "mask": row["mask"]} for name, row in (("chosen", chosen), ("rejected", rejected))}
+    sides = {
+        name: {"ids": row["ids"], "mask": row["mask"]} for name, row in (("chosen", chosen), ("rejected", rejected))
+    }
     for name, row in (("chosen", chosen), ("rejected", rejected)):
         sides[name]["length"] = row["length"]
     return {**sides, "rating": rating, "task": chosen["task"], "length": 2 * max(chosen["length"], rejected["length"])}

@@ -7,7 +7,6 @@ from typing import Any
 from actors.batches import Row, epoch_batches
 from actors.config import SftSettings
 from actors.learners import Learners
-from data.packing import pack
 
 OnMetrics = Callable[[dict[str, Any]], None]
 ROLE = "policy"
@@ -31,7 +30,11 @@ def fine_tune(
         batch = [examples[index] for index in indices]
         if settings.packing:
             batch = _packed(batch, settings.max_length)
-        params = {"channels": channels, "aggregation": settings.aggregation, "denominator": denominator(batch, settings)}
+        params = {
+            "channels": channels,
+            "aggregation": settings.aggregation,
+            "denominator": denominator(batch, settings),
+        }
         metrics = per_channel(learners.train_step(ROLE, "supervised", batch, params))
         on_metrics({"step": step + 1, "steps": len(plan), **metrics})
     learners.save(ROLE, out)

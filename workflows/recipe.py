@@ -62,8 +62,9 @@ class ModelSettings(Settings):
 
     def to_llama(self, vocab_size: int) -> "LlamaConfig":
         """The network's own config, for a tokenizer of `vocab_size`."""
-        from models.llama import LlamaConfig
         from models.presets import preset
+
+        from models.llama import LlamaConfig
 
         if self.preset is not None:
             return preset(self.preset)

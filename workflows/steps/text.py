@@ -74,6 +74,7 @@ def train_tokenizer(corpus: Artifact, problems: Artifact, section: TokenizerSett
 def tokenize(corpus: Artifact, tokenizer: Artifact) -> Artifact:
     """Documents as memory-mapped token shards."""
     from data.tokenized import write_shards
+
     from models.tokenizer import load_tokenizer
 
     run = context()

@@ -118,8 +118,9 @@ def optimise_policy(
 ) -> Trained:  # fmt: skip
     """PPO of `base` judged by `judges` [helpfulness, safety]; the critic starts as the helpfulness model."""
     from actors.judging import RewardModels, judge
-    from actors.ppo import PpoModels
+    from actors.ppo import POLICY, PpoModels
     from actors.ppo import optimise_policy as run_ppo
+    from actors.weight_sync import WeightSync
     from data.tasks import Problem
     from models.tokenizer import load_tokenizer
 
@@ -133,8 +134,10 @@ def optimise_policy(
     ):
         models = RewardModels(judges[0].path(), judges[1].path())
         models.open(learners)
+        sync = WeightSync(learners, generators, POLICY, pools.engine.weight_backend)
+        sync.connect(pools.engine.tensor_parallel)
         summary = run_ppo(
-            learners, generators, PpoModels(base.path(), models.helpfulness), problems,
+            learners, generators, sync, PpoModels(base.path(), models.helpfulness), problems,
             lambda answers: judge(learners, answers, section.verifier_weight, section.reward_weight).total,
             load_tokenizer(base.path()), section, out.path, seed, base.digest[:12], curve,
         )  # fmt: skip

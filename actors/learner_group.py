@@ -1,0 +1,18 @@
+"""The learner pool's processes."""
+
+from actors.config import LearnerPoolSettings
+from actors.learner_worker import LearnerWorker
+from cluster.worker_group import WorkerGroup
+
+
+def start_learners(pool: LearnerPoolSettings, name: str) -> WorkerGroup:
+    """One rank per worker, seated and ready to open models. Errors as `WorkerGroup.start`."""
+    threads = str(pool.threads)
+    return WorkerGroup(
+        LearnerWorker,
+        pool.workers,
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus,
+        env={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"},
+        name=name,
+    ).start()

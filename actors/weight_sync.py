@@ -1,0 +1,37 @@
+"""Weights from the learner pool to the generator pool, by whatever backend the engines speak.
+
+Who waits for whom: `push` returns when every generator carries the new version; the learners may then change their
+tensors again. With nccl both sides must be inside the transfer at once, so the notices go out before anyone waits.
+"""
+
+from dataclasses import dataclass
+
+import ray
+
+from actors.generator_worker import Generators
+from actors.learners import Learners
+
+
+@dataclass(frozen=True)
+class WeightSync:
+    """One learner role feeding all generators."""
+
+    learners: Learners
+    generators: Generators
+    role: str
+    backend: str
+
+    def connect(self, tensor_parallel: int = 1) -> None:
+        """Once per borrow, before the first `push`."""
+        sizes = [tensor_parallel] * len(self.generators.workers)
+        infos = self.learners.build_sender(self.backend, sizes)
+        if self.backend == "shared_memory":
+            return  # the file's path travels with every update
+        waiting = [worker.connect.remote(info) for worker, info in zip(self.generators.workers, infos, strict=True)]
+        self.learners.connect_sender()
+        ray.get(waiting)
+
+    def push(self, version: str) -> None:
+        """Every generator carries the learners' current weights as `version` when this returns."""
+        self.generators.update_weights(self.learners.publish(self.role, version))
+        self.learners.wait_published()
