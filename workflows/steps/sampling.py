@@ -60,7 +60,7 @@ def rejection_sample(
     policy: Artifact, judges: list[Artifact], prompts: Artifact, earlier: list[Artifact],
     section: RejectionSettings, seed: int, pools: PoolSettings,
 ) -> Rejected:  # fmt: skip
-    """The best of K answers per prompt by `judges` [helpfulness, safety] and checkers; best answers of `earlier` rounds stay in."""
+    """The best of K answers per prompt, by `judges` [helpfulness, safety] and checkers; `earlier` rounds' stay."""
     from actors.conversation import sample
     from actors.judging import RewardModels
     from actors.rejection import harvest
