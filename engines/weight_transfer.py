@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from engines.base import WeightUpdate
@@ -99,7 +99,7 @@ class SharedMemorySender:
         _remove_leftovers(base)
         fresh = base / f"new-{uuid.uuid4().hex}"
         fresh.mkdir()
-        self._lock = open(fresh / "lock", "w")
+        self._lock = open(fresh / "lock", "w")  # noqa: SIM115  (held until close())
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.folder = base / fresh.name.replace("new-", "sender-")
         fresh.rename(self.folder)
@@ -127,10 +127,8 @@ class SharedMemorySender:
         try:
             save_file(_without_shared_storage(tensors), partial, metadata={"format": "pt", "version": version})
             partial.rename(target)
-        except OSError as error:
-            raise ResourceError(
-                f"shared_folder {self.folder}: writing {need} bytes of weights failed: {error}"
-            ) from error
+        except (OSError, SafetensorError) as error:
+            raise ResourceError(f"shared_folder {self.folder}: writing {need} bytes failed: {error}") from error
         finally:
             partial.unlink(missing_ok=True)
         return describe(tensors, version, self.backend, {"path": str(target)})
@@ -237,7 +235,7 @@ def check_same_architecture(
 class NcclSender:
     """vLLM's own "nccl" backend, one broadcast to all generators. Needs GPUs; not run on the development machines.
 
-    NCCL ranks: 0 is this sender, then the workers of the generators in order (`receiver_sizes` = their tensor_parallel).
+    NCCL ranks: 0 is this sender, then the generators' workers in order (`receiver_sizes` = their tensor_parallel).
     """
 
     backend = "nccl"
