@@ -1,0 +1,95 @@
+"""What can be known to fail before a model is loaded."""
+
+import json
+import socket
+from pathlib import Path
+
+import psutil
+import ray
+
+from infra.errors import CheckpointError, ResourceError
+from serving.config import ServingSettings
+
+PROCESS_OVERHEAD_GIB = 1.0
+"""What a CPU replica's two processes take beside weights and cache."""
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises CheckpointError unless `folder` has a config, all its weight files and a tokenizer."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give a model folder or an artifact of a run")
+    try:
+        json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no config.json: not a Hugging Face model folder") from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: not valid JSON: {error}") from None
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [name for name in wanted if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{folder}: weight files are missing: {', '.join(missing)}")
+    elif not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder}: no *.safetensors file")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        raise CheckpointError(f"{folder}: no tokenizer files")
+
+
+def check_capacity(folder: Path, settings: ServingSettings) -> None:
+    """Raises ResourceError when this cluster can never hold the replicas."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for kind, setting, need in (("CPU", "num_cpus", settings.num_cpus), ("GPU", "num_gpus", settings.num_gpus)):
+        room = sum(int(node.get(kind, 0) / need) for node in nodes) if need else settings.replicas
+        if room < settings.replicas:
+            have = ", ".join(f"{node.get(kind, 0):g}" for node in nodes)
+            raise ResourceError(
+                f"serving.{setting}: {settings.replicas} replicas with {need:g} {kind} each fit {room} times "
+                f"on this cluster's nodes ({kind} per node: {have}); lower serving.{setting} or serving.replicas"
+            )
+    if settings.num_gpus == 0 and len(nodes) == 1:
+        _check_memory(folder, settings)
+
+
+def _check_memory(folder: Path, settings: ServingSettings) -> None:
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**30
+    need = settings.replicas * (weights + settings.engine.kv_cache_gib + PROCESS_OVERHEAD_GIB)
+    free = psutil.virtual_memory().available / 2**30
+    if need > free:
+        raise ResourceError(
+            f"serving.engine.kv_cache_gib: {settings.replicas} replica(s) need about {need:.1f} GiB "
+            f"({weights:.1f} weights + {settings.engine.kv_cache_gib:g} cache + {PROCESS_OVERHEAD_GIB:g} each), "
+            f"{free:.1f} GiB are available"
+        )
+
+
+def pick_ports(host: str, grpc_port: int | None, http_port: int | None) -> tuple[int, int]:
+    """Check or choose (0) both ports on this node; None is left alone and comes back as 0.
+
+    Raises:
+        ResourceError: one of them is taken; names its setting.
+    """
+    held: list[socket.socket] = []
+    try:
+        chosen = [
+            0 if port is None else _bind(host, port, setting, held)
+            for setting, port in (("grpc_port", grpc_port), ("http_port", http_port))
+        ]
+    finally:
+        for each in held:
+            each.close()
+    return chosen[0], chosen[1]
+
+
+def _bind(host: str, port: int, setting: str, held: list[socket.socket]) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    probe = socket.socket(family, socket.SOCK_STREAM)
+    held.append(probe)
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise ResourceError(
+            f"serving.{setting}: cannot listen on {host}:{port}: {error}; choose another port, or 0 for any free one"
+        ) from None
+    return int(probe.getsockname()[1])

@@ -1,0 +1,109 @@
+"""Settings of the `serving` section. Imports neither ray nor vllm nor torch."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from infra.config import Settings
+
+
+class ServingEngineSettings(Settings):
+    """How one replica runs vLLM."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and activations; "auto" is float32 on a CPU and the checkpoint's own type on a GPU."""
+
+    max_model_len: int | None = Field(default=None, ge=16)
+    """Longest prompt plus answer, in tokens; unset takes the model's own context."""
+
+    kv_cache_gib: float = Field(default=1.0, gt=0)
+    """Memory for attention keys and values on a CPU replica, in GiB (GPU replicas use `gpu_memory_utilization`)."""
+
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory that one replica may use."""
+
+    max_num_seqs: int = Field(default=64, ge=1)
+    """Requests decoded together in one batch."""
+
+    threads: int = Field(default=1, ge=1)
+    """Compute threads of a CPU replica."""
+
+    enforce_eager: bool = True
+    """Skip compilation: starts twice as fast; turn it off for large models on GPUs."""
+
+    extra_args: tuple[str, ...] = ()
+    """Further arguments of vLLM's OpenAI server, as on its command line, e.g. ["--enable-lora"]."""
+
+
+class ServingSettings(Settings):
+    """An endpoint: one Ray Serve application of vLLM replicas, its HTTP port and its gRPC gateway."""
+
+    app_name: str = Field(default="recua", pattern=r"^[a-z0-9][a-z0-9-]*$")
+    """Name of the Ray Serve application; deploying the same name again replaces its model."""
+
+    model_name: str = "recua"
+    """What clients put into the OpenAI `model` field."""
+
+    host: str = "127.0.0.1"
+    """Interface that both servers listen on; "0.0.0.0" opens them to the network (then set `auth_token_file`)."""
+
+    grpc_port: int = Field(default=50051, ge=0, le=65535)
+    """Port of the gRPC gateway; 0 picks a free one."""
+
+    http_port: int = Field(default=8000, ge=0, le=65535)
+    """Port of the OpenAI-compatible HTTP server; 0 picks a free one. A Ray cluster has one: where Serve already runs,
+    0 joins its port and another number is refused."""
+
+    replicas: int = Field(default=1, ge=1)
+    """Copies of the model."""
+
+    num_cpus: float = Field(default=0.5, ge=0)
+    """CPUs that Ray reserves per replica (scheduling only; `engine.threads` says how many it computes with)."""
+
+    num_gpus: int = Field(default=0, ge=0)
+    """GPUs per replica, used as one tensor-parallel group."""
+
+    max_ongoing_requests: int = Field(default=64, ge=1)
+    """Requests that one replica works on at a time."""
+
+    max_queued_requests: int = Field(default=256, ge=0)
+    """Requests that may wait for a replica at each of the two servers; more are refused (429 / RESOURCE_EXHAUSTED)."""
+
+    admission_timeout_s: float = Field(default=10.0, gt=0)
+    """How long a gRPC request waits for a replica that can take it before it gets UNAVAILABLE."""
+
+    request_timeout_s: float = Field(default=600.0, gt=0)
+    """Deadline of requests that bring none."""
+
+    start_timeout_s: float = Field(default=600.0, gt=0)
+    """How long the replicas may take to load the model and answer."""
+
+    drain_timeout_s: float = Field(default=30.0, ge=0)
+    """How long requests in flight may go on after a shutdown or replacement began."""
+
+    health_period_s: float = Field(default=5.0, gt=0)
+    """How often each replica proves itself with a real one-token generation (skipped while tokens flow)."""
+
+    health_timeout_s: float = Field(default=60.0, gt=0)
+    """How long that generation may take before the replica is restarted."""
+
+    stream_interval_ms: float = Field(default=10.0, ge=0)
+    """Shortest time between two messages of one gRPC stream; tokens in between travel together."""
+
+    auth_token_file: str = ""
+    """File of accepted bearer tokens, one per line; empty leaves the endpoint open."""
+
+    auth_token_env: str = ""
+    """Environment variable that holds one more accepted bearer token."""
+
+    tls_cert_file: str = ""
+    """PEM certificate chain; with `tls_key_file` both servers speak TLS only. Read on the node that runs them."""
+
+    tls_key_file: str = ""
+    """PEM private key."""
+
+    tls_client_ca_file: str = ""
+    """PEM authorities; clients must then present a certificate that one of them signed."""
+
+    engine: ServingEngineSettings = ServingEngineSettings()
+    """How each replica runs vLLM."""
