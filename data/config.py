@@ -1,8 +1,9 @@
 """Settings of the data part: the corpus, the made tasks, packing and the loader. Imports neither torch nor ray."""
 
+from itertools import pairwise
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from infra.config import Settings
 
@@ -72,3 +73,31 @@ class CorpusSettings(Settings):
 
     instruction_chars: int = Field(default=60, ge=10)
     """Longest answer, in characters, of an instruction made from a docstring; longer first lines are left out."""
+
+
+class PackingSettings(Settings):
+    """Putting several sequences into one row of fixed length."""
+
+    length: int = Field(default=256, ge=2)
+    """Tokens per row."""
+
+    too_long: Literal["error", "drop", "keep_start", "keep_end"] = "error"
+    """What happens to a sequence longer than a row: stop with an error, leave it out, or cut one end off. The packed
+    result lists every sequence that was dropped or cut."""
+
+
+class BatchSettings(Settings):
+    """How many samples the global batch holds, at first and later."""
+
+    size: int = Field(default=32, ge=1)
+    """Samples in the global batch, over all ranks."""
+
+    growth: tuple[tuple[int, int], ...] = ()
+    """(first step, size) pairs in rising order: from that step on the global batch has that size instead."""
+
+    @model_validator(mode="after")
+    def _growth_rises(self) -> "BatchSettings":
+        starts = [0, *(start for start, _ in self.growth)]
+        if any(later <= earlier for earlier, later in pairwise(starts)) or any(size < 1 for _, size in self.growth):
+            raise ValueError("growth: steps must rise from 1 on and sizes must be positive")
+        return self

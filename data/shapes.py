@@ -1,0 +1,150 @@
+"""The shapes of rows that training files have, checked and brought to one form.
+
+    messages     {"messages": [{"role", "content"}, ...]}      at least one answered turn
+    preference   {"prompt", "chosen", "rejected"[, "margin"]}  strings or messages; both answers may repeat the prompt
+    prompt       {"prompt"[, "answer"]}                        what reinforcement learning samples from
+    text         {"text"}                                      pretraining
+
+All keep an optional "task_type"; other columns are left out. Every checker raises ValueError with what is wrong,
+without the place: `data.formats` knows the file and line.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+Row = dict[str, Any]
+Shape = Literal["messages", "preference", "prompt", "text"]
+
+ROLES = ("system", "user", "assistant", "tool", "ipython")
+
+
+def check_row(row: object, shape: Shape) -> Row:
+    """The row in its one form (preference: `prompt`, `chosen` and `rejected` all as lists of messages).
+
+    Raises:
+        ValueError: what is missing or wrong, in one line.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, found {_named(row)}")
+    checkers: dict[str, Callable[[Row], Row]] = {
+        "messages": _messages_row,
+        "preference": _preference_row,
+        "prompt": _prompt_row,
+        "text": _text_row,
+    }
+    checked = checkers[shape](row)
+    task_type = row.get("task_type")
+    if task_type is not None:
+        checked["task_type"] = _string(task_type, '"task_type"')
+    return checked
+
+
+def _text_row(row: Row) -> Row:
+    return {"text": _string(_required(row, "text"), '"text"')}
+
+
+def _messages_row(row: Row) -> Row:
+    messages = _messages(_required(row, "messages"), "messages")
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise ValueError('"messages" has no assistant turn: nothing to train on')
+    if not all(message["content"].strip() for message in answers):
+        raise ValueError('"messages" has an empty assistant turn')
+    return {"messages": messages}
+
+
+def _prompt_row(row: Row) -> Row:
+    checked: Row = {"prompt": _prompt(_required(row, "prompt"))}
+    answer = row.get("answer")
+    if answer is not None:
+        checked["answer"] = _string(answer, '"answer"')
+    return checked
+
+
+def _preference_row(row: Row) -> Row:
+    chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
+    prompt = _prompt(row["prompt"]) if row.get("prompt") is not None else _common_start(chosen, rejected)
+    if not prompt:
+        raise ValueError('"prompt" is missing, and "chosen" and "rejected" share no first messages')
+    chosen, rejected = (
+        answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer for answer in (chosen, rejected)
+    )
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer or answer[-1]["role"] != "assistant" or not answer[-1]["content"].strip():
+            raise ValueError(f'"{name}" must end with a non-empty assistant turn')
+    if chosen == rejected:
+        raise ValueError('"chosen" and "rejected" are equal')
+    checked: Row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    margin = row.get("margin")
+    if margin is not None:
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+            raise ValueError(f'"margin" must be a finite number, found {margin!r}')
+        checked["margin"] = float(margin)
+    return checked
+
+
+def _answer(row: Row, key: str) -> list[dict[str, str]]:
+    value = _required(row, key)
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": _string(value, f'"{key}"')}]
+    return _messages(value, key)
+
+
+def _prompt(value: object) -> list[dict[str, str]]:
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError('"prompt" is empty')
+        return [{"role": "user", "content": _string(value, '"prompt"')}]
+    messages = _messages(value, "prompt")
+    if messages[-1]["role"] == "assistant":
+        raise ValueError('"prompt" ends with an assistant turn: there is nothing to answer')
+    return messages
+
+
+def _common_start(chosen: list[dict[str, str]], rejected: list[dict[str, str]]) -> list[dict[str, str]]:
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    return chosen[:shared]
+
+
+def _messages(value: object, key: str) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f'"{key}" must be a non-empty list of messages, found {_named(value)}')
+    return [_message(message, f"{key}[{place}]") for place, message in enumerate(value)]
+
+
+def _message(message: object, name: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise ValueError(f"{name} must be an object, found {_named(message)}")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"{name} has role {role!r}; known: {', '.join(ROLES)}")
+    return {"role": role, "content": _string(content, f'{name} "content"')}
+
+
+def _string(value: object, name: str) -> str:
+    """The value as a string that every tokenizer can encode."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a string, found {_named(value)}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} holds half a surrogate pair at character {error.start}") from None
+    return value
+
+
+def _required(row: Row, key: str) -> Any:
+    if row.get(key) is None:
+        raise ValueError(f'"{key}" is missing (found: {", ".join(sorted(map(str, row))) or "nothing"})')
+    return row[key]
+
+
+def _named(value: object) -> str:
+    names = {"NoneType": "null", "dict": "an object", "list": "a list", "str": "a string", "bool": "a boolean"}
+    name = type(value).__name__
+    if value == []:
+        return "an empty list"
+    return names.get(name, "a number" if isinstance(value, int | float) else name)
