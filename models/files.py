@@ -25,8 +25,8 @@ def write_text(path: Path, text: str) -> None:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder beside `folder` to fill; on success its files move into `folder`, config.json last.
 
-    `folder` may exist (other files in it stay). A model without config.json does not load anywhere, so a reader sees no
-    model, or a whole one; an existing config.json is removed before the first file is replaced.
+    A model without config.json does not load anywhere, so a reader sees no model, or a whole one. `folder` may exist:
+    an earlier model's config.json goes first, then its weight files (stale shards would be read); other files stay.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     filling = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
@@ -39,6 +39,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
                 os.fsync(stream.fileno())
         folder.mkdir(exist_ok=True)
         (folder / "config.json").unlink(missing_ok=True)
+        for stale in folder.glob("*.safetensors*"):
+            stale.unlink()
         for file in files:
             file.replace(folder / file.name)
     finally:

@@ -1,0 +1,244 @@
+"""Model folders in Hugging Face form <-> our network.
+
+    config.json, generation_config.json, model.safetensors (or shards + model.safetensors.index.json), tokenizer files
+
+Reading looks at the headers of the weight files first: what is missing, unexpected or of the wrong shape is named
+before any big tensor is allocated. Writing puts config.json down last: a half-written folder is no model to anyone.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from infra.errors import CheckpointError, ConfigError
+from models.files import whole_folder, write_text
+from models.hf_format import from_hf_name, hf_config, read_config, to_hf_name, token_ids
+from models.llama import Llama, LlamaConfig
+from models.tokenizer import Tokenizer
+
+SHARD_BYTES = 5 * 10**9
+"""Largest weight file; the ecosystem's custom."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: file, shape, dtype as safetensors names it ("F32", "BF16")."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def tensor_index(folder: str | Path) -> dict[str, TensorEntry]:
+    """Every tensor of a folder by its name there; only headers are read.
+
+    Raises:
+        CheckpointError: no weights, a shard named by the index is missing, or a file is damaged or cut short.
+    """
+    folder = Path(folder)
+    entries: dict[str, TensorEntry] = {}
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    view = opened.get_slice(name)
+                    entries[name] = TensorEntry(file, tuple(view.get_shape()), view.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read (cut short?): {error}") from None
+    return entries
+
+
+def check(folder: str | Path, config: LlamaConfig) -> dict[str, TensorEntry]:
+    """Compare a folder's headers with the network that `config` describes; returns the tensors under our names.
+
+    Raises:
+        CheckpointError: missing, unexpected or misshapen tensors, named (at most eight of each kind).
+    """
+    expected = _expected_shapes(config)
+    found: dict[str, TensorEntry] = {}
+    unexpected: list[str] = []
+    for name, entry in tensor_index(folder).items():
+        if name.endswith("rotary_emb.inv_freq"):  # old conversions stored this constant
+            continue
+        try:
+            found[from_hf_name(name)] = entry
+        except KeyError:
+            unexpected.append(name)
+    if config.tied:
+        found.pop("output.weight", None)
+    unexpected += [to_hf_name(name) for name in found if name not in expected]
+    missing = [to_hf_name(name) for name in expected if name not in found]
+    misshapen = [
+        f"{to_hf_name(name)} is {list(found[name].shape)}, config.json says {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]
+    problems = [("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen)]
+    if any(names for _, names in problems):
+        text = "; ".join(f"{kind}: {some(names)}" for kind, names in problems if names)
+        raise CheckpointError(f"{folder}: the weights do not fit config.json: {text}")
+    return found
+
+
+def read_tensors(
+    folder: str | Path, config: LlamaConfig, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Checked (our name, tensor) pairs one at a time, so that whoever shards never holds the whole model.
+
+    Tied models give the shared matrix once, as tok_embeddings.weight. Raises as `check`, before the first tensor.
+    """
+    found = check(folder, config)
+    return _stream(found, dtype)
+
+
+def load_llama(folder: str | Path, dtype: torch.dtype | None = None) -> Llama:
+    """The network of a folder, in `dtype` or as stored. Raises CheckpointError as `read_config` and `check`."""
+    config = read_config(folder)
+    tensors = dict(read_tensors(folder, config, dtype))
+    with torch.device("meta"):
+        model = Llama(config)
+    if config.tied:
+        tensors["output.weight"] = tensors["tok_embeddings.weight"]
+    model.load_state_dict(tensors, assign=True)
+    model.tie()
+    return model
+
+
+def _stream(entries: Mapping[str, TensorEntry], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    by_file: dict[Path, list[tuple[str, str]]] = {}
+    for name, entry in entries.items():
+        by_file.setdefault(entry.file, []).append((name, to_hf_name(name)))
+    for file, names in by_file.items():
+        with safe_open(file, framework="pt") as opened:
+            for name, stored in names:
+                tensor = opened.get_tensor(stored)
+                yield name, tensor if dtype is None else tensor.to(dtype)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index} is damaged: {error!r}") from None
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{folder}: {index.name} names files that are missing: {some(missing)}")
+        return [folder / name for name in names]
+    if single.is_file():
+        return [single]
+    other = " (pytorch_model*.bin files must be converted to safetensors)" if list(folder.glob("*.bin")) else ""
+    raise CheckpointError(f"no weights in {folder}: expected model.safetensors or its index{other}")
+
+
+def _expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = Llama(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def some(names: Sequence[str]) -> str:
+    """At most eight names for a message."""
+    rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + rest
+
+
+def save_hf(
+    model: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    config: LlamaConfig,
+    folder: str | Path,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a folder that plain transformers and vLLM load, and chat with when a tokenizer is given.
+
+    `model` may be our network, a state dict, or a stream of (name, full tensor) pairs, in our names or Hugging Face's;
+    a stream needs memory for one shard only. `dtype` converts.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or misshapen for `config`.
+        ConfigError: the tokenizer has more ids than the embedding has rows.
+    """
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size} (vocab_size)"
+        )
+    with whole_folder(Path(folder)) as filling:
+        dtypes: set[str] = set()
+        write_shards(_fitting(model, config, dtype, dtypes), filling, shard_bytes)
+        tree = hf_config(config, tokenizer, dtype="/".join(sorted(dtypes)) if len(dtypes) == 1 else "float32")
+        if tokenizer is not None:
+            tokenizer.save(filling)
+            write_text(filling / "generation_config.json", json.dumps(token_ids(tokenizer), indent=2))
+        write_text(filling / "config.json", json.dumps(tree, indent=2, sort_keys=True))
+
+
+def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write (name, tensor) pairs as model.safetensors, or as shards and their index when they pass `shard_bytes`."""
+    shard: dict[str, Tensor] = {}
+    shards: list[list[str]] = []
+    size = total = 0
+
+    def flush() -> None:
+        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        bytes_here = tensor.numel() * tensor.element_size()
+        if shard and size + bytes_here > shard_bytes:
+            flush()
+            size = 0
+        shard[name] = tensor.detach().to("cpu").contiguous()
+        size += bytes_here
+        total += bytes_here
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}").rename(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
+
+
+def _fitting(
+    model: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    config: LlamaConfig,
+    dtype: torch.dtype | None,
+    dtypes: set[str],
+) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of exactly the tensors that `config` asks for; fills `dtypes` with what it saw."""
+    expected = {to_hf_name(name): shape for name, shape in _expected_shapes(config).items()}
+    source = model.state_dict() if isinstance(model, nn.Module) else model
+    for name, tensor in source.items() if isinstance(source, Mapping) else source:
+        hf_name = name if name.startswith(("model.", "lm_head.")) else _our_name_to_hf(name)
+        if config.tied and hf_name == "lm_head.weight":
+            continue
+        shape = expected.pop(hf_name, None)
+        if shape != tuple(tensor.shape):
+            wanted = "unexpected or repeated" if shape is None else f"expected {list(shape)}"
+            raise CheckpointError(f"cannot save {name} {list(tensor.shape)}: {wanted}")
+        tensor = tensor if dtype is None else tensor.to(dtype)
+        dtypes.add(str(tensor.dtype).removeprefix("torch."))
+        yield hf_name, tensor
+    if expected:
+        raise CheckpointError(f"cannot save the model: tensors are missing: {some(list(expected))}")
+
+
+def _our_name_to_hf(name: str) -> str:
+    try:
+        return to_hf_name(name)
+    except KeyError:
+        raise CheckpointError(f"cannot save {name}: no tensor of a Llama has this name") from None
