@@ -1,0 +1,88 @@
+"""What this machine has left, asked before expensive work: memory, disk, ports.
+
+Each `require_*` names the setting to change. Sizes are bytes; `parse_size("2GiB")` reads what recipes and steps write.
+"""
+
+import re
+import shutil
+import socket
+from pathlib import Path
+
+from infra.errors import ConfigError, ResourceError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(text: str | int, setting: str = "size") -> int:
+    """Bytes in "1GiB", "512 MiB", "1.5GB" or a plain number."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    if not match or match[2].upper() not in _UNITS:
+        raise ConfigError(f'{setting}: {text!r} is no size; write it as "512MiB" or "2GiB"')
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def show_size(size: float) -> str:
+    """1610612736 -> "1.5 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that new processes can take without swapping: the smaller of the kernel's MemAvailable and what is left of
+    this process's cgroup limit (a container's). File cache that the cgroup can drop counts as free."""
+    free = _meminfo(root / "proc/meminfo")["MemAvailable"]
+    cgroup = root / "sys/fs/cgroup"
+    for limit, used, stat, cache in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        try:
+            most = (cgroup / limit).read_text().strip()
+            if most == "max":
+                return free
+            rows = (line.split() for line in (cgroup / stat).read_text().splitlines())
+            droppable = next((int(row[1]) for row in rows if row[0] == cache), 0)
+            return min(free, int(most) - int((cgroup / used).read_text()) + droppable)
+        except FileNotFoundError:
+            continue
+    return free
+
+
+def require_memory(needed: int, setting: str, available: int | None = None) -> None:
+    """Raises ResourceError when `needed` bytes are not available; `setting` says what to make smaller."""
+    free = available_memory() if available is None else available
+    if needed > free:
+        raise ResourceError(f"{setting}: needs {show_size(needed)} of memory, this machine has {show_size(free)} free")
+
+
+def require_disk(needed: int, folder: Path, setting: str) -> None:
+    """Raises ResourceError when the file system of `folder` (or of its nearest existing parent) has less free."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise ResourceError(f"{setting}: needs {show_size(needed)} of disk under {place}, {show_size(free)} are free")
+
+
+def require_port(port: int, setting: str, host: str = "127.0.0.1") -> None:
+    """Raises ResourceError when `port` is taken or may not be bound. Port 0 (any) always passes."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"{setting}: {port} is no port (0 to 65535)")
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ResourceError(
+                f"{setting}: port {port} on {host} is in use or not allowed: {error.strerror}"
+            ) from None
+
+
+def _meminfo(path: Path) -> dict[str, int]:
+    rows = (line.split() for line in path.read_text().splitlines())
+    return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows}

@@ -1,0 +1,118 @@
+"""What recua says about itself: log lines with secrets removed, and metrics as JSON lines.
+
+`metrics.jsonl` is one object per line, e.g. {"stage": "sft", "step": 12, "loss": 1.9, "loss/reasoning/dates": 2.1}.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from infra.errors import DataError
+
+HIDDEN = "[redacted]"
+
+_SECRET_NAME = re.compile(r"(?:SECRET|TOKEN|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)", re.IGNORECASE)
+
+_SECRETS = [
+    re.compile(
+        r"(?P<keep>\b(?:Authorization|Proxy-Authorization|X-Api-Key)[\"']?\s*[:=]\s*[\"']?)[^\"'\r\n,}]+", re.IGNORECASE
+    ),
+    re.compile(r"(?P<keep>\b(?:Bearer|Basic)\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE),
+    re.compile(
+        r"(?P<keep>\b(?!(?:bos|eos|eot|pad|unk|stop)_)[\w-]*(?:secret|token|password|passwd|api_?key|access_?key(?:_?id)?)[\"']?\s*(?:=|:\s)\s*[\"']?)"
+        r"(?!\d+\b|None\b|null\b|true\b|false\b|\[)[^\s\"',}&]{4,}",
+        re.IGNORECASE,
+    ),
+    re.compile(r"(?P<keep>[a-z][a-z0-9+.-]*://[^/\s:@]*:)[^/\s@]+(?=@)", re.IGNORECASE),
+    re.compile(r"(?P<keep>)\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
+    re.compile(r"(?P<keep>)\b(?:hf_|sk-|ghp_|gho_|github_pat_|xox[abp]-)[A-Za-z0-9_-]{12,}"),
+    re.compile(r"(?P<keep>[?&]X-Amz-(?:Signature|Credential|Security-Token)=)[^&\s\"']+", re.IGNORECASE),
+]
+
+
+def redact(text: str) -> str:
+    """`text` without AWS keys, tokens, passwords in URLs, authorization headers, and without the values of environment
+    variables whose names say that they are secret (a bare AWS secret key looks like nothing in particular)."""
+    for name, value in os.environ.items():
+        if len(value) >= 12 and value in text and _SECRET_NAME.search(name):
+            text = text.replace(value, HIDDEN)
+    for pattern in _SECRETS:
+        text = pattern.sub(lambda match: match["keep"] + HIDDEN, text)
+    return text
+
+
+class RedactingFormatter(logging.Formatter):
+    """Formats as usual, traceback included, then removes secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def setup_logging(verbose: bool = False, stream: TextIO | None = None) -> None:
+    """One handler on the `recua` logger and on the root logger's warnings; calling it again replaces the handler."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname).1s %(name)s: %(message)s", "%H:%M:%S"))
+    handler.set_name("recua")
+    root = logging.getLogger()
+    root.handlers = [old for old in root.handlers if old.get_name() != "recua"] + [handler]
+    root.setLevel(logging.WARNING)
+    level = logging.DEBUG if verbose else logging.INFO
+    for package in ("actors", "cluster", "data", "engines", "infra", "models", "serving", "workflows", "recua"):
+        logging.getLogger(package).setLevel(level)
+
+
+class MetricsWriter:
+    """Appends rows to a `metrics.jsonl`; each row is flushed, so that a killed process loses at most the current one.
+
+    NaN and infinities, which JSON does not have, become null.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, stage: str, step: int, **values: float) -> None:
+        """One row. Write a slash in a name as a dictionary: `write("sft", 1, **{"loss/reasoning/arithmetic": 2.0})`."""
+        row: dict[str, Any] = {"stage": stage, "step": step}
+        for name, value in values.items():
+            number = float(value)
+            row[name] = number if math.isfinite(number) else None
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`. A last line without its newline (a writer that was killed) is left out.
+
+    Raises:
+        DataError: another line is no JSON object (`file:line`).
+    """
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{number}: not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number}: expected an object, got {line.strip()[:60]}")
+            yield row

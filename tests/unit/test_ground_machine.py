@@ -1,0 +1,80 @@
+"""Memory, disk and ports are refused before work, and the message names the setting."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from infra.errors import ConfigError, ResourceError
+from infra.machine import available_memory, parse_size, require_disk, require_memory, require_port, show_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1GiB", 2**30), ("512 MiB", 2**29), ("1.5GB", 1_500_000_000), ("100", 100), (7, 7)]
+)
+def test_sizes(text: str | int, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["1 apple", "GiB", "-1GiB", ""])
+def test_a_bad_size_names_the_setting(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^serving\.memory: "):
+        parse_size(text, "serving.memory")
+
+
+def test_sizes_are_shown_readably() -> None:
+    assert [show_size(size) for size in (12, 1536, 1.5 * 2**30, 3 * 2**40)] == ["12 B", "1.5 KiB", "1.5 GiB", "3.0 TiB"]
+
+
+def _machine(root: Path, available_kib: int, files: dict[str, str]) -> Path:
+    (root / "proc").mkdir()
+    (root / "proc/meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable: {available_kib} kB\n")
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_available_memory_without_a_limit(tmp_path: Path) -> None:
+    assert available_memory(_machine(tmp_path, 1000, {"memory.max": "max\n"})) == 1000 * 1024
+
+
+def test_a_container_limit_counts_its_droppable_cache_as_free(tmp_path: Path) -> None:
+    files = {"memory.max": "500000\n", "memory.current": "400000\n", "memory.stat": "anon 1\ninactive_file 100000\n"}
+    assert available_memory(_machine(tmp_path, 10**9, files)) == 500_000 - 400_000 + 100_000
+
+
+def test_a_container_limit_of_the_older_kind(tmp_path: Path) -> None:
+    files = {
+        "memory/memory.limit_in_bytes": "500000\n",
+        "memory/memory.usage_in_bytes": "400000\n",
+        "memory/memory.stat": "total_inactive_file 0\n",
+    }
+    assert available_memory(_machine(tmp_path, 10**9, files)) == 100_000
+
+
+def test_too_little_memory_names_the_setting_and_both_sizes() -> None:
+    with pytest.raises(ResourceError, match=r"^pools\.engine\.kv_cache: needs 4\.0 GiB .* has 1\.0 GiB free$"):
+        require_memory(4 * 2**30, "pools.engine.kv_cache", available=2**30)
+    require_memory(2**20, "pools.engine.kv_cache")
+
+
+def test_too_little_disk(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"--store: needs 8388608\.0 TiB of disk"):
+        require_disk(2**63, tmp_path / "not" / "there" / "yet", "--store")
+    assert not (tmp_path / "not").exists()
+    require_disk(1, tmp_path, "--store")
+
+
+def test_a_port_in_use_is_refused_and_a_free_one_is_not() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ResourceError, match=rf"^serving\.grpc_port: port {port} on 127\.0\.0\.1 is in use"):
+            require_port(port, "serving.grpc_port")
+    require_port(port, "serving.grpc_port")
+    require_port(0, "serving.grpc_port")
+    with pytest.raises(ConfigError, match="is no port"):
+        require_port(70_000, "serving.grpc_port")

@@ -1,0 +1,207 @@
+"""The report of a hand-written run: every number on the page and in report.json can be checked by eye."""
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.telemetry import MetricsWriter
+from workflows.artifacts import Artifact
+from workflows.report import RunRecord, StepRecord, gather_metrics, plain, summarise, table, write
+
+
+def _evaluation(stage: str, correct: int, versus: dict[str, Any] | None = None) -> dict[str, Any]:
+    answer = f"the answer of <{stage}>"
+    return {
+        "stage": stage,
+        "n": 512,
+        "accuracy": correct / 512,
+        "accuracy_ci": [correct / 512 - 0.04, correct / 512 + 0.04],
+        "per_task_type": {
+            "reasoning/arithmetic": {"n": 256, "accuracy": 0.25},
+            "text/reverse": {"n": 256, "accuracy": 0.5},
+        },
+        "pass_at_n": {"pass@1": 0.3, "pass@8": 0.75},
+        "reward": {"helpfulness": 1.25, "safety": -0.5},
+        "samples": [
+            {
+                "prompt": "12+30=",
+                "answer": answer,
+                "expected": "42",
+                "correct": stage == "dpo",
+                "task_type": "reasoning/arithmetic",
+            },
+            {"prompt": f"only {stage}", "answer": "x", "expected": "y", "correct": False, "task_type": "text/reverse"},
+        ],
+        "versus": versus or {},
+    }
+
+
+def _record(**changes: Any) -> RunRecord:
+    steps = [
+        StepRecord("corpus", "build_corpus", "reused", 1000.0, 1002.0),
+        StepRecord("sft", "fine_tune", "committed", 1002.0, 1032.5, result={"evaluation": _evaluation("sft", 128)}),
+        StepRecord(
+            "dpo",
+            "optimise_preferences",
+            "committed",
+            1032.5,
+            1060.0,
+            attempts=2,
+            result=[_evaluation("dpo", 256, {"sft": {"difference": 0.25, "standard_error": 0.02}})],
+        ),
+        StepRecord(
+            "deploy",
+            "deploy",
+            "committed",
+            1060.0,
+            1090.0,
+            result={"grpc": True, "openai": True, "weight_version": "v9"},
+        ),
+    ]
+    metrics = [
+        {
+            "stage": "sft",
+            "step": step,
+            "loss": 3.0 - step / 10,
+            "loss/text/reverse": 2.0,
+            "loss/reasoning/arithmetic": 1.0,
+        }
+        for step in range(10)
+    ] + [{"stage": "ppo", "step": step, "reward": step / 10, "kl": 0.01 * step} for step in range(10)]
+    return RunRecord(
+        **{
+            "run_id": "demo-1",
+            "workflow": "llama3",
+            "status": "finished",
+            "steps": steps,
+            "metrics": metrics,
+            **changes,
+        }
+    )
+
+
+def test_summary() -> None:
+    summary = summarise(_record())
+    assert summary["wall_s"] == 90.0
+    assert summary["stages"] == [
+        {"name": "corpus", "seconds": 2.0, "status": "reused"},
+        {"name": "sft", "seconds": 30.5, "status": "committed"},
+        {"name": "dpo", "seconds": 27.5, "status": "committed"},
+        {"name": "deploy", "seconds": 30.0, "status": "committed"},
+    ]
+    assert list(summary["eval"]) == ["sft", "dpo"]
+    assert summary["eval"]["dpo"]["accuracy"] == 0.5
+    assert summary["eval"]["dpo"]["accuracy_ci"] == [0.46, 0.54]
+    assert summary["eval"]["dpo"]["versus"] == {"sft": {"difference": 0.25, "standard_error": 0.02}}
+    assert "samples" not in summary["eval"]["dpo"]
+    assert summary["served"] == {"grpc": True, "openai": True, "weight_version": "v9"}
+
+
+def test_nothing_served_is_false_and_only_true_is_true() -> None:
+    assert summarise(_record(steps=[]))["served"] == {"grpc": False, "openai": False}
+    steps = [StepRecord("deploy", "deploy", "committed", result={"grpc": "yes", "openai": 1})]
+    assert summarise(_record(steps=steps))["served"] == {"grpc": False, "openai": False}
+
+
+def test_a_versus_with_its_stage_inside_is_the_same() -> None:
+    versus = {"stage": "sft", "difference": 0.25, "standard_error": 0.02}
+    steps = [StepRecord("dpo", "s", "committed", result=_evaluation("dpo", 256, versus))]
+    assert summarise(_record(steps=steps))["eval"]["dpo"]["versus"] == {
+        "sft": {"difference": 0.25, "standard_error": 0.02}
+    }
+
+
+def test_a_stage_evaluated_again_counts_once_with_its_last_numbers() -> None:
+    steps = [
+        StepRecord("a", "evaluate", "committed", result=[_evaluation("sft", 128), _evaluation("dpo", 256)]),
+        StepRecord("b", "evaluate", "committed", result=_evaluation("sft", 192)),
+    ]
+    assert {stage: item["accuracy"] for stage, item in summarise(_record(steps=steps))["eval"].items()} == {
+        "dpo": 0.5,
+        "sft": 0.375,
+    }
+
+
+def test_table_marks_what_is_beyond_two_standard_errors() -> None:
+    header, sft, dpo = table(summarise(_record()))
+    assert header[:4] == ["stage", "accuracy", "95% interval", "vs before"]
+    assert header[-2:] == ["reasoning/arithmetic", "text/reverse"]
+    assert sft[:4] == ["sft", "25.0%", "21.0% to 29.0%", ""]
+    assert dpo[:4] == ["dpo", "50.0%", "46.0% to 54.0%", "+25.0*"]
+    assert dict(zip(header, dpo, strict=True))["pass@8"] == "0.75"
+    weak = _evaluation("dpo", 256, {"sft": {"difference": 0.03, "standard_error": 0.02}})
+    steps = [*_record().steps[:2], StepRecord("dpo", "s", "committed", result=weak)]
+    assert table(summarise(_record(steps=steps)))[2][3] == "+3.0"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    model: dict[str, Any]
+    pair: tuple[int, int]
+
+
+def test_plain_reads_dataclasses_tuples_and_keeps_artifacts() -> None:
+    artifact = Artifact("d" * 64)
+    assert plain(Outcome({"weights": artifact}, (1, 2))) == {"model": {"weights": artifact}, "pair": [1, 2]}
+
+
+def test_metrics_are_read_once_per_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MetricsWriter(tmp_path / "one" / "metrics.jsonl") as writer:
+        writer.write("sft", 1, loss=2.0)
+    (tmp_path / "none").mkdir()
+    monkeypatch.setattr(Artifact, "path", lambda self: tmp_path / self.digest)
+    one, none = Artifact("one"), Artifact("none")
+    steps = [
+        StepRecord("sft", "fine_tune", "committed", result={"model": one}),
+        StepRecord("pick", "pick", "committed", result=[one, {"other": none}]),
+    ]
+    assert gather_metrics(steps) == [{"stage": "sft", "step": 1, "loss": 2.0}]
+
+
+def test_page_is_self_contained_and_has_the_data(tmp_path: Path) -> None:
+    page = write(_record(), tmp_path / "runs" / "demo-1").read_text()
+    assert json.loads((tmp_path / "runs" / "demo-1" / "report.json").read_text())["run"] == "demo-1"
+    outside = re.sub(r"<script>.*?</script>", "", page, count=1, flags=re.DOTALL)
+    assert len(page) - len(outside) > 1_000_000  # plotly itself, once
+    assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", outside)
+    for title in (
+        "Timeline",
+        "Evaluation",
+        "Loss per stage",
+        "Loss per task_type: sft",
+        "Reward",
+        "KL",
+        "Sample answers",
+    ):
+        assert f"<h2>{title}" in outside
+    assert "+25.0*" in outside and "46.0% to 54.0%" in outside
+    assert "the answer of &lt;sft&gt;" in outside and "the answer of &lt;dpo&gt;" in outside
+    assert "only sft" not in outside  # not answered by both
+    assert "verified endpoints: grpc, openai" in outside
+
+
+def test_page_of_a_run_that_failed_early_says_why_without_secrets(tmp_path: Path) -> None:
+    steps = [StepRecord("corpus", "c", "failed", 1.0, 2.0, error="DataError: x.jsonl:3 password=hunter2222")]
+    page = write(_record(steps=steps, metrics=[], status="failed"), tmp_path).read_text()
+    assert "corpus: DataError: x.jsonl:3 password=[redacted]" in page and "hunter2222" not in page
+    assert "<h2>Evaluation" not in page and "<h2>Timeline" in page
+
+
+@pytest.mark.page
+def test_a_browser_draws_every_figure(tmp_path: Path) -> None:
+    page = write(_record(), tmp_path)
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    done = subprocess.run(
+        [*command, "--virtual-time-budget=10000", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.stdout.count('class="main-svg"') >= 5, done.stderr[-2000:]

@@ -1,0 +1,96 @@
+"""Secrets never reach a log; metrics survive a killed writer."""
+
+import io
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from infra.errors import DataError
+from infra.telemetry import MetricsWriter, read_metrics, redact, setup_logging
+
+SECRETS = [
+    ("Authorization: Bearer abcdef0123456789", "abcdef0123456789"),
+    ('headers={"authorization": "Basic dXNlcjpwYXNzd29yZA=="}', "dXNlcjpwYXNzd29yZA"),
+    ("curl -H 'X-Api-Key: 9f8e7d6c5b4a' http://host", "9f8e7d6c5b4a"),
+    ("AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "wJalrXUtnFEMI"),
+    ("aws_access_key_id = AKIAIOSFODNN7EXAMPLE", "AKIAIOSFODNN7EXAMPLE"),
+    ("found ASIAIOSFODNN7EXAMPLE in a message", "ASIAIOSFODNN7EXAMPLE"),
+    ('{"session_token": "FwoGZXIvYXdzEXAMPLE"}', "FwoGZXIvYXdzEXAMPLE"),
+    ("HF_TOKEN=hf_abcdefghijklmnopqrst", "hf_abcdefghijklmnopqrst"),
+    ("openai key sk-abcdefghijklmnop1234", "sk-abcdefghijklmnop1234"),
+    ("postgres://user:hunter22@db/x", "hunter22"),
+    ("https://b.s3.amazonaws.com/k?X-Amz-Signature=deadbeef01&x=1", "deadbeef01"),
+]
+
+
+@pytest.mark.parametrize(("text", "secret"), SECRETS)
+def test_secrets_are_removed(text: str, secret: str) -> None:
+    assert secret in text
+    assert secret not in redact(text)
+    assert "[redacted]" in redact(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_tokens=64 tokens: 1234 token_ids=(5, 6)",
+        "eos_token: <|eot_id|>, pad_token=<|pad|>",
+        "1,024 tokens/s at s3://bucket/prefix and http://127.0.0.1:8000/v1",
+        "step sft committed; digest 5f1d7a84db00d2fce00b31a7fc73224f",
+        "key: value, keys and tokenizer=llama3",
+    ],
+)
+def test_ordinary_text_is_untouched(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_a_bare_secret_from_the_environment_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "plainlookingvalue0123")
+    monkeypatch.setenv("PLAIN_SETTING", "ordinaryvalue0123")
+    assert redact("a plainlookingvalue0123 b ordinaryvalue0123") == "a [redacted] b ordinaryvalue0123"
+
+
+def test_log_lines_and_tracebacks_are_redacted() -> None:
+    stream = io.StringIO()
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        setup_logging(stream=stream)
+        setup_logging(stream=stream)
+        try:
+            raise RuntimeError("request failed: Authorization: Bearer abcdef0123456789")
+        except RuntimeError:
+            logging.getLogger("infra.test").exception("with password=%s", "hunter2222")
+        logging.getLogger("some.library").info("quiet")
+    finally:
+        root.handlers, root.level = handlers, level
+    text = stream.getvalue()
+    assert "Traceback" in text and text.count("with password=[redacted]") == 1
+    assert "abcdef0123456789" not in text and "hunter2222" not in text and "quiet" not in text
+
+
+def test_metrics_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "sft" / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write("sft", 1, loss=2.5, **{"loss/reasoning/arithmetic": 2.75})
+        writer.write("sft", 2, loss=float("nan"))
+    assert list(read_metrics(path)) == [
+        {"stage": "sft", "step": 1, "loss": 2.5, "loss/reasoning/arithmetic": 2.75},
+        {"stage": "sft", "step": 2, "loss": None},
+    ]
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"stage": "a", "step": 1}\n{"stage": "a", "st')
+    assert [row["step"] for row in read_metrics(path)] == [1]
+
+
+@pytest.mark.parametrize("line", ["{broken", json.dumps([1, 2])])
+def test_a_malformed_line_names_file_and_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"stage": "a", "step": 1}}\n{line}\n{{"stage": "a", "step": 3}}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: "):
+        list(read_metrics(path))

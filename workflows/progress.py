@@ -1,0 +1,205 @@
+"""What the driver shows while a run goes on: a live table on a terminal, plain lines with the elapsed time elsewhere.
+
+Every method may be called from any thread. A display never stops a run: it only ever prints.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from infra.telemetry import redact
+
+MARKS = {"waiting": "·", "running": "▸", "committed": "✓", "reused": "✓", "failed": "✗"}
+STYLES = {"committed": "green", "reused": "green", "running": "bold", "failed": "red"}
+
+
+@dataclass
+class StepView:
+    """What is known of one call on the screen. Times come from the display's clock, in seconds."""
+
+    name: str
+    status: str = "running"
+    began: float = 0.0
+    seconds: float | None = None
+    done: float = 0.0
+    total: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+    said: float = 0.0
+
+
+def show_seconds(seconds: float) -> str:
+    """4.2 -> "4.2 s", 75 -> "1:15", 3675 -> "1:01:15"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def show_metrics(metrics: Mapping[str, float], most: int = 4) -> str:
+    """{"loss": 1.2345, "kl": 0.01} -> "loss 1.23, kl 0.01"."""
+    return ", ".join(f"{name} {value:.3g}" for name, value in list(metrics.items())[:most])
+
+
+class Display:
+    """Receives what happens in a run. This base keeps the state of every call; subclasses show it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.steps: dict[str, StepView] = {}
+        self._clock = clock
+        self._began = clock()
+        self._lock = threading.RLock()
+
+    def started(self, call: str, attempt: int = 1) -> None:
+        """An attempt of `call` began."""
+        with self._lock:
+            note = f"attempt {attempt}" if attempt > 1 else ""
+            self.steps[call] = StepView(call, began=self._clock(), note=note, said=self._clock())
+            self._changed(self.steps[call], "started")
+
+    def progressed(self, call: str, done: float, total: float | None, metrics: Mapping[str, float]) -> None:
+        """The body of `call` called `context().progress(done, total, **metrics)`."""
+        with self._lock:
+            view = self.steps.setdefault(call, StepView(call, began=self._clock()))
+            view.done, view.total = done, total
+            view.metrics.update(metrics)
+            self._changed(view, "progressed")
+
+    def retrying(self, call: str, reason: str, delay_s: float) -> None:
+        """An attempt failed and another will begin in `delay_s` seconds."""
+        with self._lock:
+            view = self.steps.setdefault(call, StepView(call, began=self._clock()))
+            view.status, view.note = "waiting", f"again in {delay_s:.1f} s: {_first_line(reason)}"
+            self._changed(view, "retrying")
+
+    def finished(self, call: str, status: str, note: str = "") -> None:
+        """`call` is committed, reused or failed."""
+        with self._lock:
+            view = self.steps.setdefault(call, StepView(call, began=self._clock()))
+            view.status, view.note = status, _first_line(note)
+            view.seconds = self._clock() - view.began
+            self._changed(view, "finished")
+
+    def say(self, line: str) -> None:
+        """A line that stays on the screen, above the live part."""
+        with self._lock:
+            self._print(redact(line))
+
+    def elapsed(self) -> float:
+        return self._clock() - self._began
+
+    def _changed(self, view: StepView, what: str) -> None:
+        raise NotImplementedError
+
+    def _print(self, line: str) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> "Display":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+class PlainDisplay(Display):
+    """One line per event, progress at most every `every_s` seconds per step: for logs, pipes and job output."""
+
+    def __init__(
+        self, stream: TextIO | None = None, every_s: float = 15.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(clock)
+        self._stream = stream or sys.stdout
+        self._every_s = every_s
+
+    def _changed(self, view: StepView, what: str) -> None:
+        if what == "progressed":
+            if self._clock() - view.said < self._every_s:
+                return
+            share = f"{view.done:g}/{view.total:g}" if view.total else f"{view.done:g}"
+            text = f"{view.name} {share} {show_metrics(view.metrics)}"
+        elif what == "started":
+            text = f"{view.name} started{f' ({view.note})' if view.note else ''}"
+        elif what == "retrying":
+            text = f"{view.name} {view.note}"
+        else:
+            took = "" if view.status == "reused" else f" in {show_seconds(view.seconds or 0.0)}"
+            tail = " ".join(filter(None, [show_metrics(view.metrics), view.note]))
+            text = f"{view.name} {view.status}{took}{f': {tail}' if tail else ''}"
+        view.said = self._clock()
+        self._print(redact(text.rstrip()))
+
+    def _print(self, line: str) -> None:
+        minutes, seconds = divmod(int(self.elapsed()), 60)
+        print(f"[{minutes:3}:{seconds:02}] {line}", file=self._stream, flush=True)
+
+
+class LiveDisplay(Display):
+    """Finished steps scroll by as lines; the running ones stay below with bar, time and last metrics."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(clock)
+        self._console = console
+        self._live = Live(console=console, get_renderable=self._table, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> "LiveDisplay":
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def _changed(self, view: StepView, what: str) -> None:
+        if what == "finished":
+            tail = " ".join(filter(None, [show_metrics(view.metrics), view.note]))
+            took = "reused" if view.status == "reused" else show_seconds(view.seconds or 0.0)
+            line = Text(f"{MARKS.get(view.status, '?')} ", STYLES.get(view.status, ""))
+            line.append(f"{view.name:<32} {took:>9}  ", "default").append(redact(tail), "dim")
+            self._console.print(line)
+        elif what == "retrying":
+            self._console.print(Text(redact(f"↻ {view.name} {view.note}"), "yellow"))
+
+    def _print(self, line: str) -> None:
+        self._console.print(Text(line))
+
+    def _table(self) -> Table:
+        table = Table.grid(padding=(0, 1))
+        with self._lock:
+            now = self._clock()
+            active = [view for view in self.steps.values() if view.status in ("running", "waiting")]
+            for view in active[: max(3, self._console.height - 4)]:
+                bar = ProgressBar(view.total or 1.0, min(view.done, view.total or 0.0), width=24, pulse=not view.total)
+                table.add_row(
+                    Text(MARKS[view.status], STYLES.get(view.status, "")),
+                    Text(view.name),
+                    bar,
+                    Text(show_seconds(now - view.began)),
+                    Text(redact(" ".join(filter(None, [show_metrics(view.metrics), view.note]))), "dim"),
+                )
+            finished = sum(view.status in ("committed", "reused") for view in self.steps.values())
+            table.add_row("", Text(f"{finished} done, {len(active)} running", "dim"), "", show_seconds(self.elapsed()))
+        return table
+
+
+def open_display(stream: TextIO | None = None) -> Display:
+    """Live on a terminal, plain elsewhere."""
+    console = Console(file=stream or sys.stdout)
+    return LiveDisplay(console) if console.is_terminal else PlainDisplay(stream)
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:200] if text.strip() else ""

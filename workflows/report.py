@@ -1,0 +1,231 @@
+"""What a finished (or failed, or running) run says about itself: report.json and one self-contained HTML page.
+
+    RunRecord (read from the store, or written by hand in a test)
+      -> summarise(record) -> the dictionary behind report.json
+      -> page.render(record, summary) -> HTML
+
+The inputs are conventions, so a step needs to know nothing of this module: an artifact whose folder holds
+`metrics.jsonl` gives curves; a result that has `stage`, `n` and `accuracy` is an evaluation; a result that has `grpc`
+and `openai` says what is served. They are found wherever in a step's result they are.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from infra.telemetry import read_metrics
+from workflows.artifacts import Artifact
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One call of a step. Times are seconds since the epoch; `result` holds only JSON values and Artifacts."""
+
+    name: str
+    step: str
+    status: str  # committed | reused | running | failed
+    started: float | None = None
+    ended: float | None = None
+    attempts: int = 1
+    result: Any = None
+    error: str = ""
+
+    @property
+    def seconds(self) -> float | None:
+        return None if self.started is None or self.ended is None else self.ended - self.started
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run: its calls in the order they began, and the rows of all `metrics.jsonl` among its artifacts."""
+
+    run_id: str
+    workflow: str
+    status: str
+    steps: list[StepRecord]
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    wall_s: float | None = None
+
+    def measured_wall_s(self) -> float:
+        """`wall_s` where it is known, else from the first start to the last end."""
+        if self.wall_s is not None:
+            return self.wall_s
+        starts = [step.started for step in self.steps if step.started is not None]
+        ends = [step.ended for step in self.steps if step.ended is not None]
+        return max(ends) - min(starts) if starts and ends else 0.0
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, settings and tuples as dictionaries and lists; Artifacts stay. Reads encoded results as well."""
+    if isinstance(value, Artifact):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if hasattr(value, "model_dump"):
+        return plain(value.model_dump())
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def dictionaries(value: Any) -> Iterator[dict[str, Any]]:
+    """Every dictionary in a plain result, outermost first."""
+    if isinstance(value, dict):
+        yield value
+        for item in value.values():
+            yield from dictionaries(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from dictionaries(item)
+
+
+def artifacts(value: Any) -> Iterator[Artifact]:
+    """Every Artifact in a plain result."""
+    if isinstance(value, Artifact):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from artifacts(item)
+
+
+def gather_metrics(steps: list[StepRecord]) -> list[dict[str, Any]]:
+    """The rows of every `metrics.jsonl` in the steps' artifacts, each artifact read once.
+
+    A row without `stage` belongs to the step that wrote it. An artifact that two steps return counts for the first.
+    """
+    rows: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    for step in steps:
+        for artifact in artifacts(step.result):
+            if artifact.digest in seen:
+                continue
+            seen.add(artifact.digest)
+            file = artifact.path() / "metrics.jsonl"
+            if file.is_file():
+                rows += [{"stage": step.name, **row} for row in read_metrics(file)]
+    return rows
+
+
+def evaluations(record: RunRecord) -> list[dict[str, Any]]:
+    """The evaluation results, one per stage, in the order in which they were made (the last of a stage wins)."""
+    found: dict[str, dict[str, Any]] = {}
+    for step in record.steps:
+        for item in dictionaries(step.result):
+            if {"stage", "n", "accuracy"} <= item.keys():
+                found.pop(item["stage"], None)
+                found[item["stage"]] = item
+    return list(found.values())
+
+
+def differences(evaluation: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """stage compared with -> {difference, standard_error}, from either form of `versus`."""
+    versus = evaluation.get("versus") or {}
+    if "stage" in versus:
+        return {versus["stage"]: {key: versus[key] for key in ("difference", "standard_error")}}
+    return versus
+
+
+def summarise(record: RunRecord) -> dict[str, Any]:
+    """The content of report.json: `run`, `workflow`, `status`, `wall_s`, `stages`, `eval`, `served`."""
+    served: dict[str, Any] = {"grpc": False, "openai": False}
+    for step in record.steps:
+        for item in dictionaries(step.result):
+            if {"grpc", "openai"} <= item.keys():
+                served = {key: value for key, value in item.items() if not isinstance(value, (Artifact, dict, list))}
+                served |= {"grpc": item["grpc"] is True, "openai": item["openai"] is True}
+    keep = ("n", "accuracy", "accuracy_ci", "per_task_type", "pass_at_n", "safety", "reward", "weight_version")
+    return {
+        "run": record.run_id,
+        "workflow": record.workflow,
+        "status": record.status,
+        "wall_s": round(record.measured_wall_s(), 3),
+        "stages": [
+            {
+                "name": step.name,
+                "seconds": None if step.seconds is None else round(step.seconds, 3),
+                "status": step.status,
+            }
+            for step in record.steps
+        ],
+        "eval": {
+            item["stage"]: {key: item[key] for key in keep if key in item} | {"versus": differences(item)}
+            for item in evaluations(record)
+        },
+        "served": served,
+    }
+
+
+def table(summary: dict[str, Any]) -> list[list[str]]:
+    """The evaluation as rows of text, a header first: accuracy with its interval, the change against the stage before
+    (`*`: beyond two standard errors), pass@N, refusals, then one column per task_type."""
+    evaluated = summary["eval"]
+    types = sorted({name for item in evaluated.values() for name in item.get("per_task_type", {})})
+    extras = sorted({name for item in evaluated.values() for part in ("pass_at_n", "safety", "reward")
+                     for name in (item.get(part) or {})})  # fmt: skip
+    rows = [["stage", "accuracy", "95% interval", "vs before", *extras, *types]]
+    before = None
+    for stage, item in evaluated.items():
+        low, high = item.get("accuracy_ci") or (None, None)
+        merged = {**(item.get("pass_at_n") or {}), **(item.get("safety") or {}), **(item.get("reward") or {})}
+        rows.append(
+            [
+                stage,
+                f"{item['accuracy']:.1%}",
+                "" if low is None else f"{low:.1%} to {high:.1%}",
+                _versus(item.get("versus") or {}, before),
+                *(_number(merged.get(name)) for name in extras),
+                *(_percent(item.get("per_task_type", {}).get(name)) for name in types),
+            ]
+        )
+        before = stage
+    return rows
+
+
+def write(record: RunRecord, folder: Path) -> Path:
+    """Write `report.html` and `report.json` into `folder`, each atomically; returns the page's path."""
+    from workflows import report_page
+
+    summary = summarise(record)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_atomically(folder / "report.json", json.dumps(summary, indent=2, default=_json) + "\n")
+    page = folder / "report.html"
+    _write_atomically(page, report_page.render(record, summary))
+    return page
+
+
+def _versus(versus: dict[str, dict[str, float]], before: str | None) -> str:
+    change = versus.get(before or "")
+    if not change:
+        return ""
+    mark = "*" if abs(change["difference"]) > 2 * change["standard_error"] else ""
+    return f"{100 * change['difference']:+.1f}{mark}"
+
+
+def _percent(item: dict[str, float] | None) -> str:
+    return "" if item is None else f"{item['accuracy']:.1%}"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, (int, float)) else ""
+
+
+def _json(value: Any) -> Any:
+    return {"artifact": value.digest} if isinstance(value, Artifact) else asdict(value)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
