@@ -93,11 +93,12 @@ class BatchSettings(Settings):
     """Samples in the global batch, over all ranks."""
 
     growth: tuple[tuple[int, int], ...] = ()
-    """(first step, size) pairs in rising order: from that step on the global batch has that size instead."""
+    """(first window, size) pairs in rising order: from that window on the global batch has that size instead. Windows
+    and steps have the same numbers until a window has been skipped."""
 
     @model_validator(mode="after")
     def _growth_rises(self) -> "BatchSettings":
         starts = [0, *(start for start, _ in self.growth)]
         if any(later <= earlier for earlier, later in pairwise(starts)) or any(size < 1 for _, size in self.growth):
-            raise ValueError("growth: steps must rise from 1 on and sizes must be positive")
+            raise ValueError("growth: windows must rise from 1 on and sizes must be positive")
         return self

@@ -1,0 +1,159 @@
+"""Text as token files for pretraining: memory-mapped shards that any number of readers share.
+
+A folder holds shard-00000.npy, ... (uint16 where the vocabulary allows, else uint32; one flat array each, readable
+with plain numpy) and index.json. Documents follow each other, each closed by the end token; windows may cross documents
+and shards.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra.errors import DataError
+
+FORMAT = 1
+_INDEX = "index.json"
+
+
+def write_tokens(
+    texts: Iterable[str],
+    encode: Callable[[str], Sequence[int]],
+    folder: Path,
+    vocab_size: int,
+    end_id: int,
+    begin_id: int | None = None,
+    shard_tokens: int = 1 << 26,
+) -> dict[str, Any]:
+    """Encode documents into shards of at most `shard_tokens` tokens; returns the index, written last.
+
+    Each document becomes [begin_id] + encode(text) + [end_id]. The index is {"format", "dtype", "vocab_size", "end_id",
+    "documents", "tokens", "shards": [{"file", "tokens"}]}.
+
+    Raises:
+        DataError: no text, or a token id outside the vocabulary.
+    """
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens={shard_tokens}: must be positive")
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    shards: list[dict[str, Any]] = []
+    waiting: list[NDArray[Any]] = []
+    documents = tokens = held = 0
+    for documents, text in enumerate(texts, start=1):
+        ids = np.array([*([] if begin_id is None else [begin_id]), *encode(text), end_id], dtype=np.int64)
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            raise DataError(f"document {documents}: token id {ids.max()} is outside the vocabulary of {vocab_size}")
+        waiting.append(ids.astype(dtype))
+        tokens, held = tokens + len(ids), held + len(ids)
+        while held >= shard_tokens:
+            joined = np.concatenate(waiting)
+            shards.append(_write_shard(folder, len(shards), joined[:shard_tokens]))
+            waiting, held = [joined[shard_tokens:]], held - shard_tokens
+    if not documents:
+        raise DataError("nothing to tokenise: no document in the corpus")
+    if held:
+        shards.append(_write_shard(folder, len(shards), np.concatenate(waiting)))
+    index = {"format": FORMAT, "dtype": dtype.name, "vocab_size": vocab_size, "end_id": end_id}
+    index |= {"documents": documents, "tokens": tokens, "shards": shards}
+    _write(folder / _INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    return index
+
+
+class TokenWindows:
+    """Windows of `length` + 1 tokens from a token folder: window i is tokens [i * length, (i + 1) * length].
+
+    Inputs are window[:-1], targets window[1:]; neighbours share one token, so every token but the first is a target
+    once. Tokens after the last full window are not used. Items are int64 [length + 1].
+
+    Raises:
+        DataError: no index, another format, a missing or shortened shard, or fewer tokens than one window.
+    """
+
+    def __init__(self, folder: str | Path, length: int) -> None:
+        self.folder, self.length = Path(folder), length
+        self.index = _read_index(self.folder)
+        self._shards = [self._open(shard) for shard in self.index["shards"]]
+        self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
+        if len(self) < 1:
+            tokens = self.index["tokens"]
+            raise DataError(f"{folder}: {tokens} tokens make no window of {length} + 1; use a shorter sequence length")
+
+    def __len__(self) -> int:
+        return max(0, (int(self._starts[-1]) - 1) // self.length)
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        return self.tokens(index * self.length, self.length + 1)
+
+    def tokens(self, start: int, count: int) -> NDArray[np.int64]:
+        """`count` tokens of the whole stream from `start`, across shards."""
+        parts = []
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while count > 0:
+            offset = start - int(self._starts[shard])
+            part = self._shards[shard][offset : offset + count].astype(np.int64)
+            parts.append(part)
+            start, count, shard = start + len(part), count - len(part), shard + 1
+        return np.concatenate(parts)
+
+    def _open(self, shard: dict[str, Any]) -> NDArray[Any]:
+        path = self.folder / shard["file"]
+        try:
+            tokens: NDArray[Any] = np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: not a readable token shard: {error}") from None
+        if tokens.shape != (shard["tokens"],) or tokens.dtype.name != self.index["dtype"]:
+            raise DataError(f"{path}: holds {tokens.shape} {tokens.dtype}, the index says {shard['tokens']} tokens")
+        return tokens
+
+
+def document_segments(inputs: NDArray[np.int64], end_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """inputs [B, T] -> (segment_ids, position_ids), both [B, T]: a new segment begins after every end token.
+
+    With these, attention stays within a document (Llama 3, section 3.2); segments count from 1 in each row.
+    """
+    ended = inputs == end_id
+    segments = 1 + np.cumsum(ended, axis=1) - ended
+    places = np.broadcast_to(np.arange(inputs.shape[1]), inputs.shape)
+    begins = np.zeros_like(inputs)
+    begins[:, 1:] = np.where(ended[:, :-1], places[:, 1:], 0)
+    return segments, places - np.maximum.accumulate(begins, axis=1)
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / _INDEX
+    try:
+        index = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; is this a folder of tokens?") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise DataError(f"{path}: expected format {FORMAT}")
+    return index
+
+
+def _write_shard(folder: Path, number: int, tokens: NDArray[Any]) -> dict[str, Any]:
+    name = f"shard-{number:05d}.npy"
+    temporary = folder / f".{name}"
+    with open(temporary, "wb") as file:
+        np.save(file, tokens)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / name)
+    return {"file": name, "tokens": len(tokens)}
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
