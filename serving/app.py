@@ -1,4 +1,4 @@
-"""Bring an endpoint up and down: what the deploy step, `recua serve` and tests call.
+"""Bring an endpoint up and down: what the deploy step and `recua serve` call.
 
 `deploy` checks everything that can be checked, binds the ports, and only then loads the model. The endpoint belongs to
 the Ray cluster, not to the caller: it lives on until `shutdown` or until the cluster ends.
@@ -17,11 +17,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra.errors import ConfigError, RecuaError, ResourceError
 from serving.auth import token_digests
-from serving.checks import check_capacity, check_model_folder, pick_ports
 from serving.config import ServingSettings
 from serving.deployment import ServedModel, build_application
 from serving.errors import ServingError
 from serving.gateway import Gateway, server_credentials
+from serving.preflight import check_capacity, check_model_folder, pick_ports
 from serving.protocol import messages
 
 GATEWAY_NAMESPACE = "recua"

@@ -20,7 +20,12 @@ HEALTH_SERVICE = "/grpc.health.v1.Health/"
 
 
 def token_digests(settings: ServingSettings) -> tuple[str, ...]:
-    """Digests of the accepted tokens, from the file and the variable that the settings name; empty = open endpoint.
+    """Digests of the accepted tokens; empty = open endpoint. Raises as `read_tokens`."""
+    return tuple(_digest(token) for token in read_tokens(settings))
+
+
+def read_tokens(settings: ServingSettings) -> list[str]:
+    """The accepted tokens, from the file and the variable that the settings name. For clients of the own endpoint.
 
     Raises:
         ConfigError: the file is missing, unreadable or holds no token, or the variable is not set.
@@ -40,7 +45,7 @@ def token_digests(settings: ServingSettings) -> tuple[str, ...]:
         if not token:
             raise ConfigError(f"serving.auth_token_env: the variable {settings.auth_token_env} is not set")
         tokens.append(token)
-    return tuple(_digest(token) for token in tokens)
+    return tokens
 
 
 def _digest(token: str) -> str:

@@ -75,7 +75,7 @@ class Replica:
     def __del__(self) -> None:
         engine = getattr(self, "_engine", None)
         if engine is not None:
-            engine.shutdown()
+            engine.shutdown(timeout=1.0)  # Serve has drained this replica: nothing is left to wait for
 
 
 def build_application(model: ServedModel, settings: ServingSettings) -> serve.Application:
@@ -91,6 +91,7 @@ def build_application(model: ServedModel, settings: ServingSettings) -> serve.Ap
         health_check_timeout_s=settings.health_timeout_s + 5,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.2,
+        logging_config={"enable_access_log": False},
         ray_actor_options={
             "num_cpus": settings.num_cpus,
             "num_gpus": settings.num_gpus,

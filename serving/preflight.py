@@ -1,5 +1,6 @@
 """What can be known to fail before a model is loaded."""
 
+import hashlib
 import json
 import socket
 from pathlib import Path
@@ -34,6 +35,16 @@ def check_model_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder}: no *.safetensors file")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise CheckpointError(f"{folder}: no tokenizer files")
+
+
+def folder_digest(folder: Path) -> str:
+    """A weight version for a folder that is no artifact: sha256 over the names and contents of its files."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with file.open("rb") as content:
+            content_digest = hashlib.file_digest(content, "sha256").hexdigest()
+        digest.update(f"{file.relative_to(folder)} {content_digest}\n".encode())
+    return digest.hexdigest()
 
 
 def check_capacity(folder: Path, settings: ServingSettings) -> None:

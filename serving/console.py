@@ -1,0 +1,137 @@
+"""`recua serve` and `recua chat`, without their command-line parsing."""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import FrameType
+
+from serving.client import RecuaClient
+from serving.config import ServingSettings
+from serving.errors import RequestError
+
+Say = Callable[[str], None]
+
+
+def serve_forever(
+    model_folder: Path,
+    settings: ServingSettings,
+    weight_version: str | None = None,
+    ray_address: str = "local",
+    say: Say = print,
+) -> None:
+    """Serve a model folder until Ctrl-C or SIGTERM, then drain and leave no process behind.
+
+    `weight_version` defaults to a digest of the folder. `ray_address` "local" starts a Ray of its own; another address
+    joins that cluster and on Ctrl-C takes down only this endpoint. Raises what `serving.app.deploy` raises.
+    """
+    import ray
+
+    from serving.app import deploy, shutdown
+    from serving.preflight import check_model_folder, folder_digest
+
+    check_model_folder(model_folder)
+    stop = threading.Event()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ray.init(address=ray_address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        say(f"loading {model_folder} into {settings.replicas} replica(s) ...")
+        endpoint = deploy(model_folder, weight_version or folder_digest(model_folder), settings)
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            stop.set()
+
+        for number in previous:
+            signal.signal(number, on_signal)
+        say(_greeting(endpoint.grpc_address, endpoint.http_url, endpoint.model, endpoint.weight_version, settings))
+        stop.wait()
+        say("draining: new requests are refused, those in flight finish ...")
+        shutdown(endpoint, settings.drain_timeout_s)
+    finally:
+        ray.shutdown()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    say("stopped")
+
+
+def _greeting(grpc_address: str, http_url: str, model: str, weight_version: str, settings: ServingSettings) -> str:
+    secured = bool(settings.auth_token_file or settings.auth_token_env)
+    token_option = " --token-file FILE" if secured else ""
+    token_header = " -H 'Authorization: Bearer TOKEN'" if secured else ""
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    return "\n".join(
+        (
+            f"{model} is served, weight version {weight_version}",
+            f"  gRPC    {grpc_address}",
+            f"  OpenAI  {http_url}/v1",
+            "Try it:",
+            f"  recua chat {grpc_address}{token_option}",
+            f"  curl {http_url}/v1/chat/completions -H 'Content-Type: application/json'{token_header} -d '{body}'",
+            "Ctrl-C drains and stops.",
+        )
+    )
+
+
+def chat_loop(
+    address: str,
+    token: str | None = None,
+    tls_ca: bytes | None = None,
+    system: str = "",
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    lines: Iterable[str] | None = None,
+    say: Callable[..., None] = print,
+) -> int:
+    """A conversation in the terminal, streamed. Ends at end of input or `/exit`; `/new` forgets what was said.
+
+    `lines` replaces the keyboard. Returns the number of answers. Raises RequestError when the endpoint cannot be
+    reached; a single failed answer is reported and the conversation goes on.
+    """
+    opening = [{"role": "system", "content": system}] if system else []
+    said = list(opening)
+    answers = 0
+    with RecuaClient(address, token, tls_ca=tls_ca) as client:
+        info = client.info(timeout_s=10)
+        say(f"{info.model}, weight version {info.weight_version[:19]}, context {info.max_model_len} tokens")
+        for line in lines if lines is not None else _keyboard():
+            text = line.strip()
+            if text == "/exit":
+                break
+            if text == "/new":
+                said = list(opening)
+            elif text:
+                said.append({"role": "user", "content": text})
+                answers += _answer(client, said, max_tokens, temperature, say)
+    return answers
+
+
+def _answer(
+    client: RecuaClient,
+    said: list[dict[str, str]],
+    max_tokens: int | None,
+    temperature: float | None,
+    say: Callable[..., None],
+) -> int:
+    parts: list[str] = []
+    try:
+        for part in client.chat_stream(said, max_tokens=max_tokens, temperature=temperature):
+            parts.append(part.text)
+            say(part.text, end="", flush=True)
+    except KeyboardInterrupt:
+        say(" [interrupted]")
+    except RequestError as error:
+        say(f"\n{error}")
+        said.pop()
+        return 0
+    say("")
+    said.append({"role": "assistant", "content": "".join(parts)})
+    return 1
+
+
+def _keyboard() -> Iterable[str]:
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return
