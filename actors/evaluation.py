@@ -23,8 +23,8 @@ from models.tokenizer import Tokenizer
 class Evaluation:
     """What the report shows of one stage.
 
-    `accuracy` (pass@1, greedy) over `n` checkable held-out problems with its 95% bootstrap interval; `correct` holds the
-    single verdicts in the order of the problems, so that two stages can be compared as pairs.
+    `accuracy` (pass@1, greedy) over `n` checkable held-out problems with its 95% bootstrap interval; `correct` holds
+    the single verdicts in the order of the problems, so that two stages can be compared as pairs.
     """
 
     stage: str

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -199,7 +199,7 @@ class Pools:
                 num_cpus=0,
                 max_concurrency=16,
                 max_restarts=0,
-            )  # fmt: skip
+            )
             .remote(f"pools-{self.run_id}", self.idle_timeout_s)
         )
 
@@ -209,10 +209,8 @@ class Pools:
             keeper = ray.get_actor(f"pools-{self.run_id}", namespace=NAMESPACE)
         except ValueError:
             return
-        try:
+        with suppress(ray.exceptions.RayError):
             ray.get(keeper.close.remote(), timeout=10)
-        except ray.exceptions.RayError:
-            pass
         ray.kill(keeper)
 
 

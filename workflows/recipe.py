@@ -82,7 +82,7 @@ class ProblemSettings(Settings):
     """Checkable problems with answers, for SFT."""
     safety_instructions: int = Field(default=1024, ge=0)
     """Unsafe requests and safe look-alikes with proper answers, for SFT."""
-    instruction_files: list[str] = []
+    instruction_files: tuple[str, ...] = ()
     """More instruction data: JSONL or parquet files with `messages`, or any `datasets` source."""
     prompts: int = Field(default=8192, ge=1)
     """Checkable problems that the sampling stages ask."""
