@@ -1,0 +1,258 @@
+"""Object storage: one small protocol, a folder or `s3://bucket/prefix` behind it.
+
+Keys are relative, `/`-separated paths. What the rest of recua builds on is `put_if_absent`: of any number of writers
+of one key, in any number of processes and on any number of nodes, exactly one succeeds, and a reader sees either
+nothing or the whole object. A folder gets that from a fully written temporary file and `link(2)`; S3 from a conditional
+PUT (`If-None-Match: *`).
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from infra.errors import ConfigError, StoreError
+
+CHUNK = 1 << 20
+TEMPORARY_PREFIX = ".tmp-"
+
+
+class Store(Protocol):
+    """What recua needs of a store. Every method raises StoreError, naming `--store`, when the store fails for good."""
+
+    url: str
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Write `key` unless it exists. True: this call wrote it (durably); False: it was there already."""
+        ...
+
+    def put(self, key: str, data: bytes, durable: bool = True) -> None:
+        """Write or replace `key` atomically. `durable=False` may be lost in a power cut (heartbeats, indexes)."""
+        ...
+
+    def get(self, key: str) -> bytes | None:
+        """The object, or None where there is none."""
+        ...
+
+    def exists(self, key: str) -> bool: ...
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """All keys that start with the folder `prefix` (no partial names), sorted."""
+        ...
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        """Names of the folders directly under the folder `prefix`, sorted, without walking into them."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove `key`; no error where there is none."""
+        ...
+
+    def upload_file(self, key: str, source: Path) -> None:
+        """Store a file's content. A reader never sees half of it."""
+        ...
+
+    def download_file(self, key: str, target: Path, sha256: str | None = None) -> None:
+        """Fetch into `target`, which appears whole or not at all; a wrong checksum is a StoreError."""
+        ...
+
+    def local_path(self, key: str) -> Path | None:
+        """Where `key` lies (or would lie) as a local file or folder; None where the store is not a folder."""
+        ...
+
+    def check(self) -> None:
+        """Fail fast, with one line, where the store cannot be read and written."""
+        ...
+
+
+def open_store(url: str | Path) -> Store:
+    """A store from `s3://bucket[/prefix]`, `file:///path` or a plain path (made absolute).
+
+    Raises:
+        ConfigError: another scheme, or an S3 URL without a bucket.
+    """
+    text = str(url)
+    if text.startswith("s3://"):
+        from infra.s3 import S3Store
+
+        return S3Store(text)
+    scheme, separator, rest = text.partition("://")
+    if separator and scheme != "file":
+        raise ConfigError(f"--store {text}: unknown scheme {scheme}://; use a folder or s3://bucket/prefix")
+    return FolderStore(Path(rest if separator else text))
+
+
+def default_store() -> str:
+    """Where runs are kept when nobody says otherwise: absolute, because jobs run in a copy of the working folder."""
+    return str(Path.home() / ".recua" / "store")
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class FolderStore:
+    """A store in a local or shared folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().absolute()
+        self.url = str(self.root)
+        self._made: set[Path] = set()
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        target = self._path(key)
+        with self._errors(key):
+            temporary = self._write_temporary(target.parent, data, durable=True)
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                return False
+            finally:
+                os.unlink(temporary)
+            _sync_folder(target.parent)
+            return True
+
+    def put(self, key: str, data: bytes, durable: bool = True) -> None:
+        target = self._path(key)
+        with self._errors(key):
+            os.replace(self._write_temporary(target.parent, data, durable), target)
+            if durable:
+                _sync_folder(target.parent)
+
+    def get(self, key: str) -> bytes | None:
+        with self._errors(key):
+            try:
+                return self._path(key).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def exists(self, key: str) -> bool:
+        with self._errors(key):
+            return self._path(key).is_file()
+
+    def list(self, prefix: str) -> Iterator[str]:
+        base = self._path(prefix)
+        with self._errors(prefix):
+            for folder, folders, files in os.walk(base):
+                folders.sort()
+                for name in sorted(files):
+                    if not name.startswith(TEMPORARY_PREFIX):
+                        yield str((Path(folder) / name).relative_to(self.root))
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        with self._errors(prefix):
+            try:
+                entries = sorted(entry.name for entry in os.scandir(self._path(prefix)) if entry.is_dir())
+            except FileNotFoundError:
+                entries = []
+        yield from entries
+
+    def delete(self, key: str) -> None:
+        with self._errors(key):
+            self._path(key).unlink(missing_ok=True)
+
+    def upload_file(self, key: str, source: Path) -> None:
+        target = self._path(key)
+        with self._errors(key):
+            self._make(target.parent)
+            temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+            try:
+                shutil.copyfile(source, temporary)
+                sync_file(temporary)
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+            _sync_folder(target.parent)
+
+    def download_file(self, key: str, target: Path, sha256: str | None = None) -> None:
+        source = self._path(key)
+        with self._errors(key), appear(target) as temporary:
+            try:
+                shutil.copyfile(source, temporary)
+            except FileNotFoundError:
+                raise StoreError(f"--store {self.url}: no object {key}") from None
+            check_sha256(temporary, sha256, self.url, key)
+
+    def local_path(self, key: str) -> Path | None:
+        return self._path(key)
+
+    def check(self) -> None:
+        probe = f"{TEMPORARY_PREFIX}check-{uuid.uuid4().hex}"
+        self.put(probe, b"recua", durable=False)
+        self.delete(probe)
+
+    def _path(self, key: str) -> Path:
+        return self.root.joinpath(*checked_key(key))
+
+    def _make(self, folder: Path) -> None:
+        if folder not in self._made:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._made.add(folder)
+
+    def _write_temporary(self, folder: Path, data: bytes, durable: bool) -> Path:
+        self._make(folder)
+        temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileNotFoundError:  # somebody removed the folder that we remembered
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            if durable:
+                os.fsync(stream.fileno())
+        return temporary
+
+    @contextlib.contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise StoreError(f"--store {self.url}: cannot use {key}: {reason}") from error
+
+
+def checked_key(key: str) -> list[str]:
+    """The parts of a key. An assert, because keys are made by recua, never by users."""
+    parts = [part for part in key.split("/") if part]
+    assert ".." not in parts and not key.startswith("/"), f"not a store key: {key!r}"
+    return parts
+
+
+def check_sha256(path: Path, expected: str | None, url: str, key: str) -> None:
+    """Raise StoreError where the content is not what its manifest says."""
+    if expected is not None and (found := sha256_file(path)) != expected:
+        raise StoreError(f"--store {url}: {key} is damaged: sha256 {found[:12]}, its manifest says {expected[:12]}")
+
+
+def sync_file(path: Path) -> None:
+    """Flush a finished file to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some network file systems refuse fsync on a folder
+        sync_file(folder)
+
+
+@contextlib.contextmanager
+def appear(target: Path) -> Iterator[Path]:
+    """A temporary neighbour of `target` that is renamed onto it when the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

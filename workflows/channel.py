@@ -1,0 +1,129 @@
+"""Live messages from step bodies to the driver: started, progress, log lines.
+
+The driver listens on one TCP port; each worker process keeps one connection and writes one JSON object per line, the
+first of them a random token that came with the task. Messages are for eyes only: losing them loses no work, so a worker
+never waits for the driver and drops what it cannot send.
+"""
+
+import contextlib
+import hmac
+import json
+import secrets
+import selectors
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+Message = dict[str, Any]
+LINE_LIMIT = 1 << 20
+
+
+class Listener:
+    """The driver's side. `deliver(message)` is called on the listener's thread."""
+
+    def __init__(self, host: str, deliver: Callable[[Message], None]) -> None:
+        self._deliver = deliver
+        self._token = secrets.token_hex(16)
+        self._server = socket.create_server((host, 0), backlog=128)
+        self._server.setblocking(False)
+        self.address: tuple[str, int, str] = (host, self._server.getsockname()[1], self._token)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._server, selectors.EVENT_READ)
+        self._buffers: dict[socket.socket, bytes] = {}
+        self._trusted: set[socket.socket] = set()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="recua-channel", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closing = True
+        with contextlib.suppress(OSError), socket.create_connection(self.address[:2], timeout=1):
+            pass  # wakes the selector
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while not self._closing:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._server:
+                    self._accept()
+                else:
+                    assert isinstance(key.fileobj, socket.socket)
+                    self._read(key.fileobj)
+        for connection in list(self._buffers):
+            self._drop(connection)
+        self._selector.close()
+        self._server.close()
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._server.accept()
+        except OSError:
+            return
+        connection.setblocking(False)
+        self._buffers[connection] = b""
+        self._selector.register(connection, selectors.EVENT_READ)
+
+    def _read(self, connection: socket.socket) -> None:
+        try:
+            data = connection.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(connection)
+            return
+        *lines, rest = (self._buffers[connection] + data).split(b"\n")
+        self._buffers[connection] = rest
+        for line in lines:
+            if not self._handle(connection, line):
+                self._drop(connection)
+                return
+        if len(rest) > LINE_LIMIT:
+            self._drop(connection)
+
+    def _handle(self, connection: socket.socket, line: bytes) -> bool:
+        if connection not in self._trusted:
+            if not hmac.compare_digest(line, self._token.encode()):
+                return False
+            self._trusted.add(connection)
+            return True
+        try:
+            message = json.loads(line)
+        except ValueError:
+            return False
+        self._deliver(message)
+        return True
+
+    def _drop(self, connection: socket.socket) -> None:
+        self._selector.unregister(connection)
+        self._buffers.pop(connection, None)
+        self._trusted.discard(connection)
+        connection.close()
+
+
+class Sender:
+    """A worker's side: connects at the first message, and never raises."""
+
+    def __init__(self, address: tuple[str, int, str]) -> None:
+        self._address = address
+        self._socket: socket.socket | None = None
+        self._dead = False
+        self._lock = threading.Lock()
+
+    def send(self, message: Message) -> None:
+        with self._lock:
+            if self._dead:
+                return
+            try:
+                if self._socket is None:
+                    host, port, token = self._address
+                    self._socket = socket.create_connection((host, port), timeout=2)
+                    self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    self._socket.sendall(token.encode() + b"\n")
+                self._socket.sendall(json.dumps(message, default=str).encode() + b"\n")
+            except OSError:
+                self._dead = True
+                if self._socket is not None:
+                    self._socket.close()

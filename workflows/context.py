@@ -1,0 +1,79 @@
+"""What a step's body can ask for while it runs: `context()`."""
+
+import threading
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infra.errors import UserError
+from infra.storage import Store
+from workflows.artifacts import ArtifactSource, ArtifactWriter
+
+PROGRESS_PERIOD_S = 0.2
+
+_step: ContextVar["StepContext"] = ContextVar("recua_step")
+
+
+@dataclass
+class StepContext:
+    """One attempt of one call. `scratch` is a local folder that is removed when the body ends."""
+
+    run_id: str
+    call_id: str
+    attempt: int
+    attempt_id: str
+    store_url: str
+    scratch: Path
+    store: Store
+    source: ArtifactSource
+    send: Callable[[dict[str, Any]], None]
+    on_file: Callable[[], None]
+    _last_progress: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def artifact(self, name: str) -> ArtifactWriter:
+        """A new folder to write into (`.path`), sealed into an Artifact by `.seal(**meta)`."""
+        if not name or "/" in name or name.startswith("."):
+            raise UserError(f"artifact name {name!r}: use a plain file name")
+        location = f"runs/{self.run_id}/attempts/{self.attempt_id}/{name}"
+        try:
+            return ArtifactWriter(self.store, self.source, location, self.scratch, self.on_file)
+        except FileExistsError:
+            raise UserError(f"{self.call_id} writes two artifacts named {name!r}") from None
+
+    def progress(self, done: float, total: float | None = None, **metrics: float) -> None:
+        """Show how far the body is, and metrics, on the driver's terminal. Cheap: shows at most five per second, and
+        always the last one (done == total)."""
+        now = time.monotonic()
+        with self._lock:
+            if now - self._last_progress < PROGRESS_PERIOD_S and done != total:
+                return
+            self._last_progress = now
+        numbers = {name: float(value) for name, value in metrics.items()}
+        self.send({"kind": "progress", "done": done, "total": total, "metrics": numbers})
+
+    def log(self, message: str) -> None:
+        """A line for this attempt's log (where its standard output goes too) and for the driver's observers."""
+        print(message, flush=True)
+        self.send({"kind": "log", "message": message})
+
+
+def context() -> StepContext:
+    """The context of the step body that is running.
+
+    Raises:
+        UserError: called outside a step's body (in another thread, hand the context over as an argument).
+    """
+    try:
+        return _step.get()
+    except LookupError:
+        raise UserError("context() works only inside a @step's body, on the thread that runs it") from None
+
+
+def enter(step_context: StepContext) -> Callable[[], None]:
+    """Make `step_context` the current one; call the result to leave."""
+    token = _step.set(step_context)
+    return lambda: _step.reset(token)

@@ -1,0 +1,30 @@
+"""What happens in a run, for whoever watches it: the terminal display, logs, tests."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened. `call_id` and `step` are empty where it concerns the whole run.
+
+    kind            data
+    run-started     run_id, workflow, store, resumed (calls committed by earlier drivers)
+    started         node, pid, attempt
+    progress        done, total, metrics {name: float}
+    log             message
+    committed       seconds, node, attempt
+    reused          seconds (what it took then), reused_from (run id)
+    resumed         seconds (what it took then)
+    retry           error, error_type, seconds (until the next attempt)
+    failed          error, error_type, traceback
+    warning         message
+    run-ended       status, seconds
+    """
+
+    kind: str
+    call_id: str = ""
+    step: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+    time: float = field(default_factory=time.time)

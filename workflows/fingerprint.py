@@ -1,0 +1,269 @@
+"""The fingerprint of a step's code: what reuse across runs is allowed to depend on.
+
+Starting at the step's function it follows every name into our own sources: functions, whole classes (an actor's
+methods with it), globals, function-local imports, imports with effects (registries), strings that name one of our
+modules, and data files that the code names. Comments, docstrings and annotations do not count. Where it cannot see
+(star imports, `getattr` on a module, `exec`, an import of a computed name) it takes the whole module, or the whole
+package. Libraries count by their installed version. recua's own core (the graph, the journal, `infra`) does not count:
+it moves results, it does not make them.
+"""
+
+import ast
+import hashlib
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from workflows.names import canonical_module, module_of_file
+from workflows.source import Import, Module, SourceIndex, dump, local_imports, strip
+
+FORMAT = 1
+CORE = {
+    "artifacts", "channel", "config", "context", "executor", "fingerprint", "graph", "journal", "known", "names",
+    "outcome", "placement", "planning", "reaper", "runs", "session", "source", "values", "worker",
+}  # fmt: skip
+BLINDING = {"exec", "eval", "globals", "__import__"}
+DYNAMIC_IMPORT = {"import_module", "__import__"}
+FILES_PER_FOLDER = 200
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """`code`: sha256 of everything reachable. `parts`: name -> sha256 of each. `libraries`: name -> version."""
+
+    code: str
+    parts: dict[str, str]
+    libraries: dict[str, str]
+
+
+class Fingerprinter:
+    """Fingerprints of functions, each computed once. `roots`: folders whose code is ours (default: the function's own
+    root and recua's)."""
+
+    def __init__(self, roots: Iterable[Path] = ()) -> None:
+        self._roots = [Path(root) for root in roots]
+        self._done: dict[str, Fingerprint] = {}
+        self._index: dict[tuple[Path, ...], SourceIndex] = {}
+        self._versions: dict[str, str] | None = None
+
+    def of(self, function: object, libraries: Iterable[str] = ()) -> Fingerprint:
+        """The fingerprint of a function defined at the top of a module; `libraries` are distributions to add."""
+        module = canonical_module(function.__module__)
+        qualname: str = function.__qualname__  # type: ignore[attr-defined]
+        name = f"{module}:{qualname}"
+        if name not in self._done:
+            file = Path(function.__code__.co_filename)  # type: ignore[attr-defined]
+            own = Path(__file__).resolve().parents[1]
+            roots = tuple(self._roots or dict.fromkeys([module_of_file(file)[1], own]))
+            roots = tuple(root for root in roots if root.name not in ("site-packages", "dist-packages"))
+            index = self._index.setdefault(roots, SourceIndex(list(roots)))
+            walk = _Walk(index)
+            walk.reach(module, qualname.partition(".")[0])
+            self._done[name] = self._finish(walk, libraries)
+        return self._done[name]
+
+    def _finish(self, walk: "_Walk", libraries: Iterable[str]) -> Fingerprint:
+        parts = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in walk.parts.items()}
+        parts |= {f"file {name}": checksum for name, checksum in walk.files.items()}
+        lines = [f"{name} {parts[name]}" for name in sorted(parts)]
+        code = hashlib.sha256("\n".join([f"format {FORMAT}", *lines]).encode()).hexdigest()
+        found = {name: version for root in walk.libraries for name, version in self._distributions(root)}
+        declared = {name: metadata.version(name) for name in libraries}
+        python = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
+        return Fingerprint(code, parts, dict(sorted((found | declared | python).items())))
+
+    def _distributions(self, root: str) -> list[tuple[str, str]]:
+        if self._versions is None:
+            self._versions = {}
+            for package, names in metadata.packages_distributions().items():
+                for name in sorted(set(names)):
+                    self._versions[f"{package}\0{name}"] = metadata.version(name)
+        return [(key.partition("\0")[2], v) for key, v in self._versions.items() if key.partition("\0")[0] == root]
+
+
+class _Walk:
+    """One traversal. `parts`: canonical name -> stripped source; `files`: path -> sha256; `libraries`: import roots."""
+
+    def __init__(self, index: SourceIndex) -> None:
+        self.parts: dict[str, str] = {}
+        self.files: dict[str, str] = {}
+        self.libraries: set[str] = set()
+        self._index = index
+        self._entered: set[str] = set()
+
+    def reach(self, module_name: str, name: str) -> None:
+        """Follow one top-level name of one module."""
+        module = self._enter(module_name)
+        key = f"{module_name}:{name}"
+        if module is None or key in self.parts:
+            return
+        if name in module.bindings:
+            statements = module.bindings[name]
+            self.parts[key] = "\n".join(dump(statement) for statement in statements)
+            for statement in statements:
+                self._follow(module, statement)
+        elif name in module.imports:
+            self.parts[key] = repr(module.imports[name])
+            self._target(module.imports[name], [])
+        elif self._index.module(f"{module_name}.{name}") is not None:
+            self.whole(f"{module_name}.{name}")
+        elif any(self._index.module(star) is not None for star in module.star_imports):
+            for star in module.star_imports:
+                self.whole(star)
+        elif "__getattr__" in module.bindings:
+            self.whole(module_name)
+
+    def whole(self, module_name: str) -> None:
+        """The fallback: everything in a module, and everything that it names."""
+        module = self._enter(module_name)
+        key = f"{module_name}:*"
+        if module is None or key in self.parts:
+            return
+        self.parts[key] = module.dump
+        for statement in module.tree.body:
+            self._follow(module, statement)
+
+    def _enter(self, name: str) -> Module | None:
+        """A module of ours whose import is part of the run: the effects of importing it count."""
+        if _is_core(name):
+            return None
+        module = self._index.module(name)
+        if module is None:
+            if name.partition(".")[0] not in sys.stdlib_module_names:
+                self.libraries.add(name.partition(".")[0])
+            return None
+        if name not in self._entered:
+            self._entered.add(name)
+            parent = name.rpartition(".")[0]
+            if parent:
+                self._enter(parent)
+            if module.effects:
+                self.parts[f"{name}:import"] = "\n".join(dump(statement) for statement in module.effects)
+                for statement in module.effects:
+                    self._follow(module, statement)
+            for target in module.imported_modules:
+                if self._index.module(target) is not None:
+                    self._enter(target)
+            for alias in module.imports.values():
+                if alias.name and self._index.module(f"{alias.module}.{alias.name}") is not None:
+                    self._enter(f"{alias.module}.{alias.name}")
+        return module
+
+    def _follow(self, module: Module, statement: ast.stmt) -> None:
+        imports = local_imports(module, statement)
+        stripped = strip(statement)
+        names_files = "__file__" in (names := _names(stripped)) or "resources" in names or "files" in names
+        for chain in _chains(stripped):
+            head, rest = chain[0], chain[1:]
+            if chain[-1] in DYNAMIC_IMPORT:
+                self._dynamic_import(module, stripped)
+            elif head in BLINDING:
+                self.whole(module.name)
+            elif head in imports:
+                self._target(imports[head], rest)
+            elif head in module.imports and head not in module.bindings:
+                self._target(module.imports[head], rest)
+            elif head in module.bindings or module.star_imports:
+                self.reach(module.name, head)
+        for target in imports.values():
+            self._enter(target.module)
+        for child in ast.walk(stripped):
+            if isinstance(child, ast.Constant) and isinstance(child.value, str):
+                self._text(module, child.value, names_files)
+
+    def _target(self, target: Import, rest: list[str]) -> None:
+        """Follow an imported thing with the attributes taken from it."""
+        parts = [*([target.name] if target.name else []), *rest]
+        name = target.module
+        while parts and self._index.module(f"{name}.{parts[0]}") is not None and not self._binds(name, parts[0]):
+            name, parts = f"{name}.{parts[0]}", parts[1:]
+        if self._index.module(name) is None:
+            self._enter(name)
+        elif parts:
+            self.reach(name, parts[0])
+        else:
+            self.whole(name)  # the module itself is passed around
+
+    def _binds(self, module_name: str, name: str) -> bool:
+        module = self._index.module(module_name)
+        return module is not None and name in module.bindings
+
+    def _dynamic_import(self, module: Module, node: ast.AST) -> None:
+        """Constant names are found as text; for a computed one take the whole package of the module."""
+        constant = all(
+            bool(call.args) and isinstance(call.args[0], ast.Constant)
+            for call in ast.walk(node)
+            if isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2] in DYNAMIC_IMPORT
+        )
+        if constant:
+            return
+        self.whole(module.name)
+        folder = module.file.parent
+        if (folder / "__init__.py").exists():
+            package = module_of_file(folder / "__init__.py")[0]
+            for file in sorted(folder.glob("*.py")):
+                self.whole(package if file.stem == "__init__" else f"{package}.{file.stem}")
+
+    def _text(self, module: Module, text: str, names_files: bool) -> None:
+        """A string may name one of our modules (`"engines.worker.Extension"`) or a data file."""
+        if not 2 < len(text) < 200 or "\n" in text or text.startswith("/"):
+            return
+        dotted = text.replace(":", ".").split(".")
+        if len(dotted) > 1 and all(part.isidentifier() for part in dotted):
+            for end in range(len(dotted), 0, -1):
+                if self._index.module(".".join(dotted[:end])) is not None:
+                    if end < len(dotted):
+                        self.reach(".".join(dotted[:end]), dotted[end])
+                    elif end > 1:
+                        self.whole(".".join(dotted))
+                    break
+        for base in {module.file.parent, self._index.root_of(module.file)}:
+            self._file(base / text, names_files)
+
+    def _file(self, path: Path, folders_too: bool) -> None:
+        try:
+            if path.is_file() and path.suffix != ".py":
+                found = [path]
+            elif folders_too and path.is_dir():
+                files = (file for file in sorted(path.rglob("*")) if "__pycache__" not in file.parts)
+                found = [file for file in files if file.is_file()][:FILES_PER_FOLDER]
+            else:
+                return
+        except (OSError, ValueError):
+            return
+        for file in found:
+            name = file.resolve().relative_to(self._index.root_of(file.resolve())).as_posix()
+            self.files[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _is_core(name: str) -> bool:
+    package, _, rest = name.partition(".")
+    return package == "infra" or (package == "workflows" and rest in CORE)
+
+
+def _chains(node: ast.AST) -> list[list[str]]:
+    """Every name that is read, with the attributes taken from it: `a.b.c` -> [a, b, c]."""
+    found: list[list[str]] = []
+    for child in ast.walk(node):
+        parts: list[str] = []
+        while isinstance(child, ast.Attribute):
+            parts.insert(0, child.attr)
+            child = child.value
+        if isinstance(child, ast.Name):
+            found.append([child.id, *parts])
+    # `a.b` is also walked as `a`: keep a bare name only where it is used bare
+    longer = {chain[0] for chain in found if len(chain) > 1}
+    bare = _bare_names(node)
+    return [chain for chain in found if len(chain) > 1 or chain[0] in bare or chain[0] not in longer]
+
+
+def _bare_names(node: ast.AST) -> set[str]:
+    inner = {id(child.value) for child in ast.walk(node) if isinstance(child, ast.Attribute)}
+    return {child.id for child in ast.walk(node) if isinstance(child, ast.Name) and id(child) not in inner}
+
+
+def _names(node: ast.AST) -> set[str]:
+    names = {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
+    return names | {child.attr for child in ast.walk(node) if isinstance(child, ast.Attribute)}

@@ -1,0 +1,297 @@
+"""Steps and workflows: the surface of the durable graph.
+
+    @step(num_cpus=1, retries=1, timeout=900)
+    def train(corpus: Artifact, lr: float) -> Artifact: ...
+
+    @workflow
+    def recipe(settings):
+        corpus = build_corpus(settings.corpus)              # a Future, at once
+        models = [train(corpus, lr) for lr in (1e-3, 1e-4)]  # edges; both run in parallel
+        while score(models[0]).result() < 0.5: ...          # plain Python decides on results
+
+Calling a step inside a workflow gives a Future; a Future passed as (or inside) an argument is an edge. A call's id is
+its parent, the step's name, and `name=` or its ordinal: `train[0]`, `train[final]`, `round[1]/train[0]`.
+"""
+
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
+
+from infra.errors import ConfigError, UserError
+from workflows.artifacts import Artifact, ArtifactWriter
+from workflows.context import StepContext, context
+from workflows.names import canonical_name
+
+__all__ = [
+    "Artifact",
+    "ArtifactWriter",
+    "Future",
+    "Part",
+    "Step",
+    "StepContext",
+    "StepOptions",
+    "Workflow",
+    "context",
+    "on_end",
+    "step",
+    "workflow",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What a call asks for. `memory` bytes and `timeout` seconds, None: no limit. `retries`: for the user's own errors
+    and timeouts. `reuse=False`: never take the result from another run (deployments, measurements). `may_fail=True`:
+    the workflow handles this call's failure itself, at `.result()`. `libraries`: distributions that results depend on
+    beside those that the code imports."""
+
+    num_cpus: float = 1
+    num_gpus: float = 0
+    memory: int | None = None
+    retries: int = 0
+    timeout: float | None = None
+    name: str | None = None
+    may_fail: bool = False
+    reuse: bool = True
+    libraries: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for setting, value in (("num_cpus", self.num_cpus), ("num_gpus", self.num_gpus), ("retries", self.retries)):
+            if value < 0:
+                raise ConfigError(f"{setting}={value}: must not be negative")
+        if self.timeout is not None and self.timeout <= 0:
+            raise ConfigError(f"timeout={self.timeout}: must be positive seconds, or None")
+        if self.name is not None and (not self.name or any(letter in self.name for letter in "/[]")):
+            raise ConfigError(f"name={self.name!r}: must be non-empty and without / [ ]")
+
+
+class Future(Generic[R]):
+    """A call's result, there or to come. Pass it to other steps; `result()` waits for it."""
+
+    def __init__(self, runtime: "Runtime", call_id: str) -> None:
+        self._runtime = runtime
+        self.call_id = call_id
+
+    def result(self) -> R:
+        """Wait, and return the step's result.
+
+        Raises:
+            StepError, UserError, SystemFault: what became of this call (or of one that it depends on) - or of any
+                other call that failed meanwhile, unless that was made with `may_fail=True`.
+        """
+        value: R = self._runtime.result(self.call_id)
+        return value
+
+    def done(self) -> bool:
+        """Whether `result()` returns (or raises) without waiting. Decide nothing by it that must be the same on a
+        resume."""
+        return self._runtime.done(self.call_id)
+
+    def __getattr__(self, name: str) -> Any:
+        """A field of the result to come (a dataclass's), as an edge: `sft.model` where `sft` is a Future."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return Part(self, name)
+
+    def __repr__(self) -> str:
+        return f"Future({self.call_id})"
+
+
+class Part:
+    """One field of a Future's result: an edge like the Future itself."""
+
+    def __init__(self, future: "Future[Any]", field: str) -> None:
+        self.future = future
+        self.field = field
+
+    def result(self) -> Any:
+        """Wait for the call, and return the field. Raises as `Future.result`."""
+        return getattr(self.future.result(), self.field)
+
+    def __repr__(self) -> str:
+        return f"{self.future!r}.{self.field}"
+
+
+class Runtime(Protocol):
+    """Who carries out the calls of a running workflow: the executor, or the planner."""
+
+    def call(self, call_id: str, step: "Step[..., Any]", options: StepOptions, arguments: dict[str, Any]) -> None: ...
+
+    def result(self, call_id: str) -> Any: ...
+
+    def done(self, call_id: str) -> bool: ...
+
+    def on_end(self, hook: Callable[[], None]) -> None: ...
+
+
+@dataclass
+class _Scope:
+    """Where calls are made: the runtime, the parent call, and the ordinals used so far."""
+
+    runtime: Runtime
+    parent: str = ""
+    ordinals: Counter[str] = field(default_factory=Counter)
+    names: set[str] = field(default_factory=set)
+
+    def call_id(self, step_name: str, name: str | None) -> str:
+        if name is None:
+            name = str(self.ordinals[step_name])
+            self.ordinals[step_name] += 1
+        call_id = f"{self.parent}/{step_name}[{name}]".lstrip("/")
+        if call_id in self.names:
+            raise UserError(f"two calls are named {call_id}: give each its own name=")
+        self.names.add(call_id)
+        return call_id
+
+
+_scope: ContextVar[_Scope] = ContextVar("recua_scope")
+
+
+class Step(Generic[P, R]):
+    """A plain function that a workflow can call durably. `fn` is the function itself, for tests and other code."""
+
+    def __init__(self, fn: Callable[P, R], options: StepOptions) -> None:
+        functools.update_wrapper(self, fn)
+        self.fn = fn
+        self.default = options
+        self.short_name = fn.__name__
+
+    @property
+    def name(self) -> str:
+        """Canonical `module:function`."""
+        return canonical_name(self.fn)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        return self._submit(self.default, args, kwargs)
+
+    def options(
+        self,
+        *,
+        num_cpus: float | None = None,
+        num_gpus: float | None = None,
+        memory: str | int | None = None,
+        retries: int | None = None,
+        timeout: float | None = None,
+        name: str | None = None,
+        may_fail: bool | None = None,
+    ) -> Callable[P, Future[R]]:
+        """The step with other options for one call: `train.options(num_gpus=8, name="final")(corpus)`."""
+        given = {"num_cpus": num_cpus, "num_gpus": num_gpus, "retries": retries, "timeout": timeout, "name": name}
+        given |= {"may_fail": may_fail, "memory": None if memory is None else parse_memory(memory)}
+        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        options = replace(self.default, **changes)
+
+        def call(*args: P.args, **kwargs: P.kwargs) -> Future[R]:
+            return self._submit(options, args, kwargs)
+
+        return call
+
+    def _submit(self, options: StepOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[R]:
+        try:
+            scope = _scope.get()
+        except LookupError:
+            raise UserError(
+                f"step {self.short_name} was called outside a @workflow; for a plain call use {self.short_name}.fn(...)"
+            ) from None
+        bound = inspect.signature(self.fn).bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = {"args": list(bound.args), "kwargs": dict(bound.kwargs)}
+        call_id = scope.call_id(self.short_name, options.name)
+        scope.runtime.call(call_id, self, options, arguments)
+        return Future(scope.runtime, call_id)
+
+
+class Workflow(Generic[P, R]):
+    """A function that calls steps. Inside another workflow it runs in place, its calls named below its own name."""
+
+    def __init__(self, fn: Callable[P, R]) -> None:
+        functools.update_wrapper(self, fn)
+        self.fn = fn
+        self.short_name = fn.__name__
+
+    @property
+    def name(self) -> str:
+        """Canonical `module:function`."""
+        return canonical_name(self.fn)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            scope = _scope.get()
+        except LookupError:
+            raise UserError(f"workflow {self.short_name}: start it with `recua run` or workflows.session.run") from None
+        inner = _Scope(scope.runtime, scope.call_id(self.short_name, None))
+        token = _scope.set(inner)
+        try:
+            return self.fn(*args, **kwargs)
+        finally:
+            _scope.reset(token)
+
+
+@overload
+def step(fn: Callable[P, R], /) -> Step[P, R]: ...
+
+
+@overload
+def step(
+    *,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
+    memory: str | int | None = None,
+    retries: int = 0,
+    timeout: float | None = None,
+    reuse: bool = True,
+    libraries: tuple[str, ...] = (),
+) -> Callable[[Callable[P, R]], Step[P, R]]: ...
+
+
+def step(fn: Callable[..., Any] | None = None, /, *, memory: str | int | None = None, **options: Any) -> Any:
+    """Make a function a step. `memory` as bytes or text ("2GiB"), `timeout` in seconds; see StepOptions."""
+    settings = StepOptions(memory=None if memory is None else parse_memory(memory), **options)
+    if fn is not None:
+        return Step(fn, settings)
+    return lambda function: Step(function, settings)
+
+
+def workflow(fn: Callable[P, R]) -> Workflow[P, R]:
+    """Make a function a workflow: run it with `recua run` or `workflows.session.run`."""
+    return Workflow(fn)
+
+
+def on_end(hook: Callable[[], None]) -> None:
+    """Inside a workflow: call `hook()` on the driver when the run ends, however it ends (pools are released so)."""
+    _scope.get().runtime.on_end(hook)
+
+
+@contextmanager
+def running(runtime: Runtime) -> Iterator[None]:
+    """Route the calls made in this block to `runtime`."""
+    token = _scope.set(_Scope(runtime))
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
+def parse_memory(text: str | int) -> int:
+    """Bytes from 1024, "512MiB", "2GiB", "1.5GB".
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if isinstance(text, int):
+        return text
+    number = text.rstrip("BKMGib ")
+    unit = text[len(number) :].strip()
+    try:
+        return int(float(number) * UNITS[unit])
+    except (ValueError, KeyError):
+        raise ConfigError(f"memory={text!r}: write bytes, or a number with MiB or GiB") from None

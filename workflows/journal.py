@@ -1,0 +1,323 @@
+"""The journal of a run: numbered slots, each written once by a conditional put.
+
+Whoever writes slot n+1 first owns what follows. A driver takes the lease by writing the next slot; every batch of
+records is the next slot; and a slot that is there already means that another driver has taken over: FencedError, stop.
+So a driver that slept past its lease can commit nothing, on a folder and on S3 alike.
+
+Who waits for whom: the executor hands records to GroupCommit and goes on; its one thread writes the next slot and then
+tells the executor. While a slot is being written further records gather for the next one, which keeps a slow store's
+request rate low. The lease is kept alive by Heartbeat, an object beside the journal that other drivers watch.
+
+Records are JSON objects with a `type`: `lease`, `start` (of an attempt), `commit`, `attempt-failed`, `end`.
+"""
+
+import json
+import os
+import queue
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infra.errors import FencedError, StoreError, UserError
+from infra.storage import Store
+
+FORMAT = 1
+Record = dict[str, Any]
+
+
+@dataclass
+class JournalState:
+    """What the slots say, replayed in order."""
+
+    slot: int = 0
+    lease: Record | None = None
+    lease_slot: int = 0
+    commits: dict[str, Record] = field(default_factory=dict)
+    starts: dict[str, list[Record]] = field(default_factory=dict)
+    failures: dict[str, list[Record]] = field(default_factory=dict)
+    end: Record | None = None
+    drivers: int = 0
+
+    def apply(self, slot: int, records: Iterable[Record]) -> None:
+        self.slot = slot
+        for record in records:
+            kind = record["type"]
+            if kind == "lease":
+                self.lease, self.lease_slot, self.end = record, slot, None
+                self.drivers += 1
+            elif kind == "commit":
+                assert record["call"] not in self.commits, f"two commit records for {record['call']}"
+                self.commits[record["call"]] = record
+            elif kind == "start":
+                self.starts.setdefault(record["call"], []).append(record)
+            elif kind == "attempt-failed":
+                self.failures.setdefault(record["call"], []).append(record)
+            elif kind == "end":
+                self.end = record
+
+
+def slot_key(run_id: str, slot: int) -> str:
+    return f"runs/{run_id}/journal/{slot:08d}.json"
+
+
+def lease_key(run_id: str, slot: int) -> str:
+    return f"runs/{run_id}/lease/{slot:08d}.json"
+
+
+def read_journal(store: Store, run_id: str) -> JournalState:
+    """Replay a run's slots; the empty state where there is none.
+
+    Raises:
+        StoreError: a slot is missing in the middle or cannot be read.
+    """
+    keys = list(store.list(f"runs/{run_id}/journal"))
+    state = JournalState()
+    if store.local_path("runs") is not None:
+        blobs: Iterable[bytes | None] = map(store.get, keys)
+        _replay(state, store, run_id, keys, blobs)
+    elif keys:
+        with ThreadPoolExecutor(min(16, len(keys))) as pool:
+            _replay(state, store, run_id, keys, pool.map(store.get, keys))
+    return state
+
+
+def _replay(state: JournalState, store: Store, run_id: str, keys: list[str], blobs: Iterable[bytes | None]) -> None:
+    for number, (key, blob) in enumerate(zip(keys, blobs, strict=True), start=1):
+        if key != slot_key(run_id, number) or blob is None:
+            raise StoreError(f"--store {store.url}: run {run_id}: journal slot {number} is missing")
+        try:
+            tree = json.loads(blob)
+            if tree["format"] != FORMAT:
+                raise StoreError(f"--store {store.url}: {key} has format {tree['format']}, this recua reads {FORMAT}")
+            state.apply(number, tree["records"])
+        except (ValueError, KeyError, TypeError):
+            raise StoreError(f"--store {store.url}: {key} is damaged") from None
+
+
+def this_machine() -> str:
+    """Names the kernel and the process-id space: where two are equal, a process id means the same process."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this machine started, in kernel ticks; None where it is gone (or a zombie)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in ("Z", "X") else fields[19]
+
+
+def driver_is_gone(lease: Record) -> bool:
+    """True where the lease's driver ran on this machine and its process is no more."""
+    return lease["machine"] == this_machine() and process_start(lease["pid"]) != lease["process_start"]
+
+
+class Journal:
+    """The writing side, held by one driver. `acquire` is the only way to get one."""
+
+    def __init__(self, store: Store, run_id: str, owner: str, state: JournalState, ttl_s: float) -> None:
+        self.store = store
+        self.run_id = run_id
+        self.owner = owner
+        self.state = state
+        self.lease_slot = state.slot
+        self.ttl_s = ttl_s
+        self._next = state.slot + 1
+
+    @classmethod
+    def acquire(cls, store: Store, run_id: str, ttl_s: float = 15.0) -> "Journal":
+        """Take the lease: at once where the last driver ended or is known dead, else when its heartbeat has stood
+        still for the lease's time.
+
+        Raises:
+            UserError: another driver is alive.
+            StoreError: the store fails.
+        """
+        owner = uuid.uuid4().hex
+        while True:
+            state = read_journal(store, run_id)
+            if state.lease is not None and state.end is None:
+                _wait_for_silence(store, run_id, state.lease, state.lease_slot)
+            pid = os.getpid()
+            lease: Record = {"type": "lease", "owner": owner, "host": socket.gethostname(), "machine": this_machine()}
+            lease |= {"pid": pid, "process_start": process_start(pid), "time": time.time(), "ttl_s": ttl_s}
+            if store.put_if_absent(slot_key(run_id, state.slot + 1), _slot(owner, [lease])):
+                state.apply(state.slot + 1, [lease])
+                return cls(store, run_id, owner, state, ttl_s)
+
+    def append(self, records: list[Record]) -> None:
+        """Write the next slot, durably. Only one thread may call this.
+
+        Raises:
+            FencedError: the slot is taken: another driver owns the run.
+        """
+        if not self.store.put_if_absent(slot_key(self.run_id, self._next), _slot(self.owner, records)):
+            raise fenced(self.run_id)
+        self.state.apply(self._next, records)
+        self._next += 1
+
+
+def fenced(run_id: str) -> FencedError:
+    return FencedError(f"run {run_id}: another driver has taken over; this one stops and commits nothing more")
+
+
+def _slot(owner: str, records: list[Record]) -> bytes:
+    return json.dumps({"format": FORMAT, "owner": owner, "records": records}, separators=(",", ":")).encode()
+
+
+def _wait_for_silence(store: Store, run_id: str, lease: Record, slot: int) -> None:
+    """Return when the last driver may be replaced. Only changes count, not clocks, which differ between machines."""
+    if driver_is_gone(lease):
+        return
+    seen = store.get(lease_key(run_id, slot))
+    deadline = time.monotonic() + lease["ttl_s"]
+    while time.monotonic() < deadline:
+        time.sleep(min(0.2, lease["ttl_s"] / 10))
+        if store.get(lease_key(run_id, slot)) != seen:
+            raise UserError(
+                f"run {run_id} is being driven by process {lease['pid']} on {lease['host']}; wait for it, "
+                f"`recua cancel {run_id}`, or start another run with --new"
+            )
+        if driver_is_gone(lease):
+            return
+
+
+class Heartbeat:
+    """Keeps a lease alive, and notices a cancel request or a successor even while nothing is committed.
+
+    `on_cancel()` and `on_error(error)` are called from its thread, once. `valid_until()` is the wall-clock time up to
+    which no other driver can have taken over: an attempt that begins later must ask the store first.
+    """
+
+    def __init__(
+        self, journal: Journal, on_cancel: Callable[[], None], on_error: Callable[[BaseException], None]
+    ) -> None:
+        self._journal = journal
+        self._on_cancel = on_cancel
+        self._on_error = on_error
+        self._stop = threading.Event()
+        self._valid_until = 0.0
+        self._beat(0)
+        self._thread = threading.Thread(target=self._run, name="recua-lease", daemon=True)
+        self._thread.start()
+
+    def valid_until(self) -> float:
+        return self._valid_until
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+    def _beat(self, number: int) -> None:
+        journal = self._journal
+        began = time.time()
+        beat = json.dumps({"beat": number, "time": began}).encode()
+        journal.store.put(lease_key(journal.run_id, journal.lease_slot), beat, durable=False)
+        self._valid_until = began + 0.8 * journal.ttl_s
+
+    def _run(self) -> None:
+        journal, number = self._journal, 0
+        try:
+            while not self._stop.wait(journal.ttl_s / 5):
+                number += 1
+                if latest_lease(journal.store, journal.run_id) != journal.lease_slot:
+                    raise fenced(journal.run_id)
+                self._beat(number)
+                if journal.store.exists(cancel_key(journal.run_id, journal.lease_slot)):
+                    self._on_cancel()
+                    return
+        except BaseException as error:
+            self._on_error(error)
+
+
+def latest_lease(store: Store, run_id: str) -> int:
+    """The slot of the newest lease that has a heartbeat."""
+    keys = list(store.list(f"runs/{run_id}/lease"))
+    return max((int(key.rsplit("/", 1)[-1].removesuffix(".json")) for key in keys), default=0)
+
+
+def cancel_key(run_id: str, lease_slot: int) -> str:
+    return f"runs/{run_id}/cancel/{lease_slot:08d}"
+
+
+class GroupCommit:
+    """One thread that writes records in batches, in the order in which they came.
+
+    `commit(record, then)`: written as soon as possible, then `then()` is called on the writer's thread.
+    `note(record)`: goes with the next slot, or alone after `idle_s`. The first failure is given to `on_error`, and
+    nothing is written after it.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        on_error: Callable[[BaseException], None],
+        window_s: float = 0.0,
+        idle_s: float = 0.5,
+        written: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._journal = journal
+        self._on_error = on_error
+        self._window_s = window_s
+        self._idle_s = idle_s
+        self._written = written
+        self._queue: queue.SimpleQueue[tuple[Record | None, Callable[[], None] | None]] = queue.SimpleQueue()
+        self._failed = False
+        self._thread = threading.Thread(target=self._run, name="recua-journal", daemon=True)
+        self._thread.start()
+
+    def commit(self, record: Record, then: Callable[[], None]) -> None:
+        self._queue.put((record, then))
+
+    def note(self, record: Record) -> None:
+        self._queue.put((record, None))
+
+    def close(self) -> None:
+        """Write what is left and end the thread."""
+        self._queue.put((None, None))
+        self._thread.join()
+
+    def _run(self) -> None:
+        closing = False
+        while not closing:
+            batch, closing = self._gather()
+            if not batch or self._failed:
+                continue
+            try:
+                self._journal.append([record for record, _ in batch])
+            except BaseException as error:
+                self._failed = True
+                self._on_error(error)
+                continue
+            self._written()
+            for _, then in batch:
+                if then is not None:
+                    then()
+
+    def _gather(self) -> tuple[list[tuple[Record, Callable[[], None] | None]], bool]:
+        """The next batch: everything there is once a commit has come (or notes have waited for `idle_s`)."""
+        batch: list[tuple[Record, Callable[[], None] | None]] = []
+        deadline: float | None = None
+        while True:
+            try:
+                wait = None if deadline is None else deadline - time.monotonic()
+                record, then = self._queue.get(
+                    block=wait is None or wait > 0, timeout=wait if wait and wait > 0 else None
+                )
+            except queue.Empty:
+                return batch, False
+            if record is None:
+                return batch, True
+            batch.append((record, then))
+            if then is not None:
+                deadline = min(deadline or float("inf"), time.monotonic() + self._window_s)
+            elif deadline is None:
+                deadline = time.monotonic() + self._idle_s

@@ -1,0 +1,153 @@
+"""What need not run: calls committed in this run, and equal calls committed by earlier ones.
+
+Within a run a call is known by its id, and its step and inputs must be those of the commit record. Across runs it is
+known by its content key: step name, identity of its input values, code fingerprint, library versions. Inputs count by
+value (an artifact by its digest), so when a step is run again and gives the same thing, what depends on it stays valid.
+"""
+
+import hashlib
+import json
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from infra.errors import NonDeterminismError
+from infra.storage import Store
+from workflows.artifacts import Artifact, read_manifest
+from workflows.fingerprint import Fingerprint, Fingerprinter
+from workflows.graph import Step, StepOptions
+from workflows.values import artifact_records, canonical, identity
+
+FORMAT = 1
+SHOWN_ARGUMENTS = 4096
+Record = dict[str, Any]
+
+
+class Known:
+    """Looks calls up. `warn(text)` gets one line per committed call whose code has changed since."""
+
+    def __init__(
+        self,
+        store: Store,
+        commits: dict[str, Record],
+        reuse: bool,
+        rerun: tuple[str, ...],
+        warn: Callable[[str, str], None],
+    ) -> None:
+        self.store = store
+        self.commits = dict(commits)
+        self._reuse = reuse
+        self._rerun = rerun
+        self._warn = warn
+        self._fingerprinter = Fingerprinter()
+        self._saved: set[str] = set()
+
+    def fingerprint(self, step: Step[..., Any], options: StepOptions) -> Fingerprint:
+        found = self._fingerprinter.of(step.fn, options.libraries)
+        if found.code not in self._saved:
+            self._saved.add(found.code)
+            self.store.put_if_absent(f"code/{found.code}.json", json.dumps(found.parts).encode())
+        return found
+
+    def committed(self, call_id: str, step: Step[..., Any], options: StepOptions, arguments: Any) -> Record | None:
+        """This run's own commit record of a call.
+
+        Raises:
+            NonDeterminismError: the record is of another step or of other inputs; both are named.
+        """
+        record = self.commits.get(call_id)
+        if record is None:
+            return None
+        if record["step"] != step.name:
+            raise NonDeterminismError(
+                f"{call_id} was committed as {record['step']} and is now {step.name}: the workflow took another path; "
+                "start another run with --new"
+            )
+        if record["inputs"] != (inputs := inputs_digest(arguments)):
+            raise NonDeterminismError(
+                f"{call_id} was committed with other inputs: then {_shown(record.get('arguments'), record['inputs'])}, "
+                f"now {_shown(identity(arguments), inputs)}; start another run with --new"
+            )
+        fingerprint = self.fingerprint(step, options)
+        if record["code"] != fingerprint.code:
+            changed = ", ".join(self._changes(record["code"], fingerprint.parts)) or "its code"
+            self._warn(call_id, f"{call_id} keeps its committed result although {changed} changed since (--rerun)")
+        return record
+
+    def key(self, step: Step[..., Any], options: StepOptions, arguments: Any) -> str:
+        """The content key of a call whose inputs are all known."""
+        fingerprint = self.fingerprint(step, options)
+        libraries = sorted(fingerprint.libraries.items())
+        parts = [FORMAT, step.name, inputs_digest(arguments), fingerprint.code, libraries]
+        return hashlib.sha256(canonical(parts)).hexdigest()
+
+    def may_reuse(self, call_id: str, step: Step[..., Any], options: StepOptions) -> bool:
+        return self._reuse and options.reuse and step.short_name not in self._rerun and call_id not in self._rerun
+
+    def reusable(self, key: str) -> Record | None:
+        """A commit record of an equal call in any run, if all its artifacts are still in the store."""
+        raw = self.store.get(index_key(key))
+        if raw is None:
+            return None
+        record: Record = json.loads(raw)
+        if record.get("format") != FORMAT:
+            return None
+        for entry in artifact_records(record["result"]):
+            artifact = Artifact.from_record(entry, None)
+            if self.store.get(f"{artifact.location}/manifest.json") is None:
+                return None
+            read_manifest(self.store, artifact)
+        return record
+
+    def _changes(self, code: str, parts: dict[str, str]) -> list[str]:
+        raw = self.store.get(f"code/{code}.json")
+        before = json.loads(raw) if raw is not None else parts
+        names = sorted(name for name in before.keys() | parts.keys() if before.get(name) != parts.get(name))
+        return names[:5] + (["..."] if len(names) > 5 else [])
+
+
+class ReuseIndex:
+    """Publishes commit records by content key, on its own thread: an index entry may come late, never wrong."""
+
+    def __init__(self, store: Store, on_error: Callable[[BaseException], None]) -> None:
+        self._store = store
+        self._on_error = on_error
+        self._queue: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="recua-index", daemon=True)
+        self._thread.start()
+
+    def add(self, run_id: str, record: Record) -> None:
+        entry = {name: record[name] for name in ("key", "call", "step", "result", "seconds")}
+        self._queue.put({"format": FORMAT, "run": record.get("reused_from") or run_id, **entry})
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while (entry := self._queue.get()) is not None:
+                self._store.put(index_key(entry["key"]), json.dumps(entry).encode(), durable=False)
+        except BaseException as error:
+            self._on_error(error)
+
+
+def index_key(key: str) -> str:
+    return f"index/{key[:2]}/{key}.json"
+
+
+def inputs_digest(arguments: Any) -> str:
+    """What a call's inputs are, by value."""
+    return hashlib.sha256(canonical(identity(arguments))).hexdigest()
+
+
+def shown_arguments(arguments: Any) -> Any:
+    """The inputs as the journal keeps them for people; None where they are large."""
+    tree = identity(arguments)
+    return tree if len(canonical(tree)) <= SHOWN_ARGUMENTS else None
+
+
+def _shown(arguments: Any, digest: str) -> str:
+    text = canonical(arguments).decode() if arguments is not None else f"inputs {digest[:12]}"
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,167 @@
+"""The executor's side of Ray: connect, check requests, submit attempts, cancel them.
+
+Ray is imported when the first attempt must run: showing a finished run or a plan needs none. Ray never retries a step
+(`max_retries=0`): a retry is the executor's decision.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from infra.errors import ConfigError, ResourceError, StoreError
+from infra.storage import Store
+from workflows.config import RunSettings
+from workflows.graph import StepOptions
+from workflows.names import import_roots
+from workflows.worker import bootstrap
+
+NODES_AGE_S = 5.0
+Done = Callable[[str | None, BaseException | None], None]
+
+
+class Placement:
+    """Attempts on Ray. Used from the executor's loop thread only, but for `close`."""
+
+    def __init__(self, settings: RunSettings, store: Store) -> None:
+        self._settings = settings
+        self._store = store
+        self._ray: Any = None
+        self._owned = False
+        self._nodes: list[dict[str, float]] = []
+        self._nodes_at = float("-inf")
+        self._roots = import_roots()
+
+    def start(self) -> str:
+        """Connect (once), refuse a store that other nodes cannot see, and return this driver's address for workers.
+
+        Raises:
+            ConfigError: no cluster at the address.
+            StoreError: a folder store that another node cannot see.
+        """
+        if self._ray is None:
+            import ray
+
+            if not ray.is_initialized():
+                self._connect(ray)
+            self._ray = ray
+            self._check_visible()
+        return str(self._ray.util.get_node_ip_address())
+
+    def check(self, call_id: str, options: StepOptions) -> None:
+        """Refuse what no node of this cluster can ever give.
+
+        Raises:
+            ResourceError: names the call, the setting and the most that there is.
+        """
+        if self._settings.wait_for_nodes:
+            return
+        wanted = {"CPU": options.num_cpus, "GPU": options.num_gpus, "memory": float(options.memory or 0)}
+        nodes = self._alive_nodes()
+        if any(all(node.get(name, 0.0) >= amount for name, amount in wanted.items()) for node in nodes):
+            return
+        settings = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+        for name, amount in wanted.items():
+            most = max((node.get(name, 0.0) for node in nodes), default=0.0)
+            if amount > most:
+                raise ResourceError(
+                    f"{call_id} asks for {settings[name]}={_shown(name, amount)}, but no node has more than "
+                    f"{_shown(name, most)}: lower {settings[name]} of the step, or add a larger node"
+                )
+        raise ResourceError(
+            f"{call_id} asks for num_cpus={options.num_cpus:g}, num_gpus={options.num_gpus:g}, "
+            f"memory={_shown('memory', wanted['memory'])}, and no single node has all of them"
+        )
+
+    def submit(self, call_id: str, options: StepOptions, payload: str, done: Done) -> Any:
+        """Start one attempt. `done(outcome, error)` is called once, on one of Ray's threads."""
+        task = self._task(options.num_cpus, options.num_gpus, options.memory)
+        reference = task.options(name=call_id).remote(self._roots, payload)
+
+        def ended(future: Any) -> None:
+            error = future.exception()
+            done(None if error else future.result(), error)
+
+        reference.future().add_done_callback(ended)
+        return reference
+
+    def cancel(self, reference: Any) -> None:
+        """Kill the attempt's worker process (its reaper ends what it started)."""
+        with contextlib.suppress(Exception):  # it may have ended by itself
+            self._ray.cancel(reference, force=True, recursive=True)
+
+    def close(self) -> None:
+        """Leave the cluster; a local one that this run started is shut down."""
+        if self._ray is not None and self._owned:
+            self._ray.shutdown()
+
+    @functools.cached_property
+    def _body(self) -> Callable[[list[str], str], str]:
+        return bootstrap()
+
+    @functools.cache  # noqa: B019 - one Placement per run
+    def _task(self, num_cpus: float, num_gpus: float, memory: int | None) -> Any:
+        resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+        if memory is not None:
+            resources["memory"] = memory
+        return self._ray.remote(max_retries=0, retry_exceptions=False, **resources)(self._body)
+
+    def _connect(self, ray: Any) -> None:
+        address = self._settings.ray_address or os.environ.get("RAY_ADDRESS")
+        quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
+        try:
+            if address:
+                ray.init(address=address, **quiet)
+            else:
+                options = {"include_dashboard": False, **quiet, **self._settings.ray_options}
+                ray.init(address="local", **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            where = f"ray_address={address}" if address else "a local Ray"
+            raise ConfigError(f"cannot start or join {where}: {str(error).splitlines()[0]}") from error
+        self._owned = True
+
+    def _alive_nodes(self) -> list[dict[str, float]]:
+        if time.monotonic() - self._nodes_at > NODES_AGE_S:
+            self._nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+            self._nodes_at = time.monotonic()
+        return self._nodes
+
+    def _check_visible(self) -> None:
+        """On several nodes a folder must be one folder: every node has to read what this driver just wrote."""
+        nodes = [node for node in self._ray.nodes() if node["Alive"]]
+        if len(nodes) < 2 or self._store.local_path("probe") is None:
+            return
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        def sees(path: str) -> bool:
+            import os
+
+            return os.path.exists(path)
+
+        key = f"probe/{uuid.uuid4().hex}"
+        self._store.put(key, b"visible?")
+        try:
+            task = self._ray.remote(num_cpus=0, max_retries=0)(sees)
+            where = {node["NodeID"]: NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes}
+            path = str(self._store.local_path(key))
+            answers = {name: task.options(scheduling_strategy=how).remote(path) for name, how in where.items()}
+            for node in nodes:
+                try:
+                    seen = self._ray.get(answers[node["NodeID"]], timeout=60)
+                except Exception:  # the node left meanwhile: it is no longer asked to see anything
+                    continue
+                if not seen:
+                    raise StoreError(
+                        f"--store {self._store.url}: node {node['NodeManagerAddress']} does not see this folder; "
+                        "use a folder that all nodes share, or --store s3://bucket/prefix"
+                    )
+        finally:
+            self._store.delete(key)
+
+
+def _shown(name: str, amount: float) -> str:
+    return f"{amount / (1 << 30):.3g}GiB" if name == "memory" else f"{amount:g}"

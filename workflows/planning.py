@@ -1,0 +1,162 @@
+"""`--plan`: walk a workflow without running anything.
+
+Calls are looked up exactly as the executor would. Where the workflow waits for a result that does not exist yet, the
+walk ends: what comes after that depends on it.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infra.errors import UserError
+from infra.storage import Store, open_store
+from workflows.artifacts import Artifact, ArtifactSource, read_manifest
+from workflows.config import RunSettings
+from workflows.graph import Future, Step, StepOptions, Workflow, running
+from workflows.journal import read_journal
+from workflows.known import Known
+from workflows.session import find_run
+from workflows.values import artifact_records, decode, encode
+
+
+@dataclass(frozen=True)
+class PlannedCall:
+    """One call. `status`: committed (in this run), reusable (`reused_from` another run), would run. `seconds`: what it
+    took then."""
+
+    call_id: str
+    step: str
+    status: str
+    num_cpus: float
+    num_gpus: float
+    memory: int | None
+    timeout: float | None
+    needs: tuple[str, ...]
+    seconds: float | None
+    reused_from: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`unknown_after`: the call at whose result the walk ended, None where the whole graph is known.
+    `stored_bytes`: artifacts of the known calls; `free_bytes`: left where a folder store lies, None on S3."""
+
+    run_id: str
+    store: str
+    calls: tuple[PlannedCall, ...]
+    unknown_after: str | None
+    warnings: tuple[str, ...]
+    stored_bytes: int
+    free_bytes: int | None
+
+
+def plan(workflow: Workflow[..., Any], *args: Any, settings: RunSettings | None = None, **kwargs: Any) -> Plan:
+    """What `session.run` with the same arguments would do. Needs no Ray, writes no run.
+
+    Raises:
+        UserError, StoreError: as `run` would before its first step.
+    """
+    settings = settings or RunSettings()
+    store = open_store(settings.store)
+    store.check()
+    fresh = settings.new or bool(settings.rerun)
+    tree = encode({"args": list(args), "kwargs": kwargs}, "the recipe")
+    run_id = settings.run_id or find_run(store, workflow, tree, fresh)
+    state = read_journal(store, run_id)
+    warnings: list[str] = []
+    reuse = settings.reuse and not settings.new
+    known = Known(store, state.commits, reuse, settings.rerun, lambda _, message: warnings.append(message))
+    planner = Planner(store, known, ArtifactSource(store.url, settings.cache))
+    unknown: str | None = None
+    with running(planner):
+        try:
+            workflow.fn(*args, **kwargs)
+        except _Unknown as end:
+            unknown = end.call_id
+    free = None if (local := store.local_path("runs")) is None else _free(local)
+    return Plan(run_id, store.url, tuple(planner.calls), unknown, tuple(warnings), planner.stored_bytes(), free)
+
+
+class _Unknown(BaseException):
+    """The workflow asked for a result that does not exist yet. Not an Exception: a recipe must not catch it."""
+
+    def __init__(self, call_id: str) -> None:
+        super().__init__(call_id)
+        self.call_id = call_id
+
+
+class Planner:
+    """The Runtime that runs nothing."""
+
+    def __init__(self, store: Store, known: Known, source: ArtifactSource) -> None:
+        self.calls: list[PlannedCall] = []
+        self._store = store
+        self._known = known
+        self._source = source
+        self._results: dict[str, Any] = {}
+
+    def call(self, call_id: str, step: Step[..., Any], options: StepOptions, arguments: dict[str, Any]) -> None:
+        needs: list[str] = []
+        tree = encode(arguments, f"{call_id}: argument", self._edge(needs))
+        record = None
+        if all(need in self._results for need in needs):
+            record = self._look_up(call_id, step, options, tree)
+        if record is not None:
+            self._results[call_id] = record["result"]
+        origin = None if record is None else record.get("run") or record.get("reused_from")
+        status = "would run" if record is None else "committed" if call_id in self._known.commits else "reusable"
+        resources = (options.num_cpus, options.num_gpus, options.memory, options.timeout)
+        seconds = None if record is None else record["seconds"]
+        self.calls.append(PlannedCall(call_id, step.name, status, *resources, tuple(needs), seconds, origin))
+
+    def result(self, call_id: str) -> Any:
+        if call_id not in self._results:
+            raise _Unknown(call_id)
+        return decode(self._results[call_id], self._source)
+
+    def done(self, call_id: str) -> bool:
+        return call_id in self._results
+
+    def on_end(self, hook: Callable[[], None]) -> None:
+        """A plan has no end to clean up after."""
+
+    def stored_bytes(self) -> int:
+        """Size of the artifacts that the known results refer to."""
+        records = {entry["digest"]: entry for tree in self._results.values() for entry in artifact_records(tree)}
+        artifacts = [Artifact.from_record(entry, self._source) for entry in records.values()]
+        return sum(entry.size for artifact in artifacts for entry in read_manifest(self._store, artifact))
+
+    def _look_up(self, call_id: str, step: Step[..., Any], options: StepOptions, tree: Any) -> Any:
+        arguments = self._resolve(tree)
+        record = self._known.committed(call_id, step, options, arguments)
+        if record is None and self._known.may_reuse(call_id, step, options):
+            record = self._known.reusable(self._known.key(step, options, arguments))
+        return record
+
+    def _edge(self, needs: list[str]) -> Callable[[Any], Any]:
+        def replace(value: Any) -> Any:
+            if not isinstance(value, Future):
+                return None
+            if value._runtime is not self:
+                raise UserError(f"{value!r} belongs to another run")
+            needs.append(value.call_id)
+            return {"$edge": value.call_id}
+
+        return replace
+
+    def _resolve(self, tree: Any) -> Any:
+        if isinstance(tree, list):
+            return [self._resolve(item) for item in tree]
+        if isinstance(tree, dict):
+            if "$edge" in tree:
+                return self._results[tree["$edge"]]
+            return {key: self._resolve(item) for key, item in tree.items()}
+        return tree
+
+
+def _free(path: Path) -> int:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

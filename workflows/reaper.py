@@ -1,0 +1,106 @@
+"""A small process beside each step worker that ends what the worker leaves behind.
+
+Started as a script, standard library only. It reads lines from its worker: `begin SECONDS SCRATCH` (0: no limit) and
+`end`. When the time of a body is up it kills the worker and everything the worker started; when the pipe closes because
+the worker is gone (killed, crashed, or finished with its life) it does the same for what is left. What belongs to the
+worker is found by a marker in the environment, which children inherit even when they move to another session.
+"""
+
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+
+MARKER = "RECUA_STEP_WORKER"
+
+
+class Reaper:
+    """The worker's handle on its reaper process."""
+
+    def __init__(self) -> None:
+        marker = uuid.uuid4().hex
+        os.environ[MARKER] = marker
+        environment = {key: value for key, value in os.environ.items() if key != MARKER}
+        command = [sys.executable, "-I", "-S", os.path.abspath(__file__), marker, str(os.getpid())]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, start_new_session=True
+        )
+        self._lock = threading.Lock()
+
+    def begin(self, timeout_s: float | None, scratch: str) -> None:
+        self._tell(f"begin {timeout_s or 0} {scratch}\n")
+
+    def end(self) -> None:
+        self._tell("end\n")
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with self._lock:
+            self._process.stdin.write(line.encode())
+            self._process.stdin.flush()
+
+
+def marked(marker: str) -> list[int]:
+    """Processes whose environment carries the marker."""
+    wanted = f"{MARKER}={marker}".encode()
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/environ", "rb") as stream:
+                    if wanted in stream.read().split(b"\0"):
+                        found.append(int(name))
+            except OSError:
+                continue
+    return found
+
+
+def kill_all(marker: str, worker: int | None) -> None:
+    """SIGKILL until nothing with the marker is left: a process may fork while we look."""
+    for _ in range(50):
+        targets = [pid for pid in marked(marker) if pid != os.getpid()]
+        if worker is not None:
+            targets.append(worker)
+            worker = None
+        if not targets:
+            return
+        for pid in targets:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.02)
+
+
+def main(marker: str, worker: int) -> None:
+    deadline: float | None = None
+    scratch, buffer = "", b""
+    while True:
+        wait = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ready, _, _ = select.select([0], [], [], wait)
+        if not ready:
+            kill_all(marker, worker)
+            break
+        data = os.read(0, 65536)
+        if not data:
+            kill_all(marker, None)
+            break
+        *lines, buffer = (buffer + data).split(b"\n")
+        for line in lines:
+            word, _, rest = line.decode().partition(" ")
+            seconds, _, scratch = rest.partition(" ")
+            limit = float(seconds) if word == "begin" else 0.0
+            deadline = time.monotonic() + limit if limit else None
+    if scratch:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    main(sys.argv[1], int(sys.argv[2]))

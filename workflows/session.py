@@ -1,0 +1,229 @@
+"""Running a workflow from start to end: which run it is, whose lease, what is shown, and how it always cleans up."""
+
+import hashlib
+import json
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from infra.errors import FencedError, NonDeterminismError, StoreError, UserError
+from infra.faults import FaultSchedule
+from infra.storage import Store, open_store
+from workflows.artifacts import ArtifactSource
+from workflows.config import RunSettings
+from workflows.events import Event
+from workflows.executor import Cancelled, Executor, failure_record
+from workflows.graph import Workflow, running
+from workflows.journal import Journal, read_journal
+from workflows.known import Known
+from workflows.values import canonical, decode, digest, encode
+
+FORMAT = 1
+Record = dict[str, Any]
+Observer = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended. `already_finished`: it had finished before, and nothing ran now."""
+
+    run_id: str
+    store: str
+    value: Any
+    already_finished: bool
+
+
+def run(
+    workflow: Workflow[..., Any],
+    *args: Any,
+    settings: RunSettings | None = None,
+    observers: Sequence[Observer] = (),
+    on_end: Sequence[Callable[[], None]] = (),
+    **kwargs: Any,
+) -> RunResult:
+    """Run `workflow(*args, **kwargs)`, or go on with it, or show its result where it has finished.
+
+    `observers` get every Event, on the driver's loop thread. `on_end` hooks are called when the run ends, however it
+    does.
+
+    Raises:
+        StepError, UserError, SystemFault: what ended the run; what was committed stays, and running again goes on.
+        FencedError: another driver has taken over.
+        StoreError: the store failed.
+        KeyboardInterrupt: Ctrl-C; running steps are killed first, and the run can be resumed.
+    """
+    settings = settings or RunSettings()
+    store = open_store(settings.store)
+    store.check()
+    emit = _emitter(observers)
+    run_id, metadata = _open_run(store, workflow, {"args": list(args), "kwargs": kwargs}, settings)
+    source = ArtifactSource(store.url, settings.cache)
+    state = read_journal(store, run_id)
+    if state.end is not None and state.end["status"] == "finished":
+        return RunResult(run_id, store.url, decode(state.end["result"], source), True)
+    journal = Journal.acquire(store, run_id, settings.lease_s)
+    faults = FaultSchedule.parse(settings.faults) if settings.faults else FaultSchedule.from_environment()
+    known = Known(store, journal.state.commits, metadata["reuse"], tuple(metadata["rerun"]), _warner(emit))
+    executor = Executor(journal, known, settings, faults, emit)
+    for hook in on_end:
+        executor.on_end(hook)
+    data = {"run_id": run_id, "workflow": workflow.name, "store": store.url, "resumed": len(known.commits)}
+    emit(Event("run-started", data=data))
+    tree = _drive(executor, workflow, args, kwargs, emit)
+    return RunResult(run_id, store.url, decode(tree, source), False)
+
+
+def recipe_hash(workflow: Workflow[..., Any], arguments: Any) -> str:
+    """What makes two starts the same run: the workflow's name and its arguments."""
+    return hashlib.sha256(canonical([workflow.name, digest(arguments)])).hexdigest()[:10]
+
+
+def find_run(store: Store, workflow: Workflow[..., Any], arguments: Any, fresh: bool) -> str:
+    """The newest run id of this workflow and recipe, or the next one where `fresh`."""
+    base = f"{workflow.short_name}-{recipe_hash(workflow, arguments)}"
+    taken = [0]
+    for name in store.folders("runs"):
+        if match := re.fullmatch(re.escape(base) + r"(?:-(\d+))?", name):
+            taken.append(int(match.group(1) or 1))
+    number = max(taken) + 1 if fresh else max(max(taken), 1)
+    return base if number == 1 else f"{base}-{number}"
+
+
+def _open_run(
+    store: Store, workflow: Workflow[..., Any], arguments: Record, settings: RunSettings
+) -> tuple[str, Record]:
+    """The run's id and metadata; the metadata is written where the run is new."""
+    tree = encode(arguments, "the recipe")
+    fresh = settings.new or bool(settings.rerun)
+    run_id = settings.run_id or find_run(store, workflow, tree, fresh)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", run_id):
+        raise UserError(f"run id {run_id!r}: use letters, digits, dot, dash and underscore")
+    mine: Record = {
+        "format": FORMAT,
+        "run_id": run_id,
+        "workflow": workflow.name,
+        "recipe": tree,
+        "recipe_hash": recipe_hash(workflow, tree),
+        "created": time.time(),
+        "reuse": settings.reuse and not settings.new,
+        "rerun": list(settings.rerun),
+    }
+    if store.put_if_absent(f"runs/{run_id}/run.json", json.dumps(mine).encode()):
+        return run_id, mine
+    if fresh:
+        raise UserError(f"run {run_id} exists already: --new and --rerun start a run, give another --run-id or none")
+    raw = store.get(f"runs/{run_id}/run.json")
+    if raw is None:
+        raise StoreError(f"--store {store.url}: run {run_id} has vanished")
+    theirs: Record = json.loads(raw)
+    if theirs["recipe_hash"] != mine["recipe_hash"]:
+        changes = "; ".join(_differences(theirs, mine)) or "another recipe"
+        raise NonDeterminismError(f"run {run_id} was started with another recipe ({changes}); give another --run-id")
+    return run_id, theirs
+
+
+def _differences(theirs: Record, mine: Record) -> list[str]:
+    if theirs["workflow"] != mine["workflow"]:
+        return [f"workflow {theirs['workflow']}, now {mine['workflow']}"]
+    before, now = dict(_leaves(theirs["recipe"], "")), dict(_leaves(mine["recipe"], ""))
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return [f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names[:5]]
+
+
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, item in tree.items():
+            yield from _leaves(item, path if key in ("args", "kwargs", "fields") else f"{path}.{key}".lstrip("."))
+    elif isinstance(tree, list):
+        for index, item in enumerate(tree):
+            yield from _leaves(item, f"{path}[{index}]" if len(tree) > 1 else path)
+    else:
+        yield path, tree
+
+
+def _drive(
+    executor: Executor, workflow: Workflow[..., Any], args: Sequence[Any], kwargs: Record, emit: Observer
+) -> Any:
+    """Run the workflow function and end the run whatever happens."""
+    began = time.monotonic()
+    end: Record | None = None
+    status = "failed"
+    with _terminate_as_interrupt():
+        try:
+            with running(executor):
+                tree = executor.finish(workflow.fn(*args, **kwargs))
+            status, end = "finished", {"result": tree}
+            return tree
+        except (KeyboardInterrupt, Cancelled) as error:
+            status, end = (
+                "cancelled",
+                {"error": {"kind": "cancelled", "type": type(error).__name__, "message": str(error)}},
+            )
+            raise
+        except FencedError:
+            status = "fenced"
+            raise
+        except BaseException as error:
+            end = {"error": failure_record(error)}
+            raise
+        finally:
+            with _uninterrupted():
+                if end is not None:
+                    end = {"type": "end", "status": status, "time": time.time(), **end}
+                executor.close(end)
+            emit(Event("run-ended", data={"status": status, "seconds": time.monotonic() - began}))
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM (a stopped job, a scheduler) ends the run as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A second Ctrl-C must not leave processes behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def _emitter(observers: Sequence[Observer]) -> Observer:
+    """One observer of many. An observer that raises is dropped, with a word: watching a run must not end it."""
+    active = list(observers)
+
+    def emit(event: Event) -> None:
+        for observer in list(active):
+            try:
+                observer(event)
+            except Exception as error:
+                active.remove(observer)
+                print(f"recua: an observer failed and is dropped: {error!r}", flush=True)
+
+    return emit
+
+
+def _warner(emit: Observer) -> Callable[[str, str], None]:
+    return lambda call_id, message: emit(Event("warning", call_id, data={"message": message}))

@@ -1,0 +1,202 @@
+"""What one of our modules defines, read from its source: the index that fingerprints walk.
+
+Nothing is imported or run here. "Ours" is every module whose file lies under one of the given roots and outside
+site-packages; everything else counts as a library.
+"""
+
+import ast
+import importlib.util
+import sys
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from workflows.names import canonical_module
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+KNOWN_DECORATORS = {
+    "abstractmethod", "cache", "cached_property", "classmethod", "contextmanager", "dataclass", "lru_cache", "overload",
+    "override", "property", "remote", "staticmethod", "step", "total_ordering", "workflow", "wraps",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Import:
+    """`from module import name` (name None: the module itself)."""
+
+    module: str
+    name: str | None
+
+
+@dataclass
+class Module:
+    """One source file: statements that bind each top-level name, imports, and statements with effects."""
+
+    name: str
+    file: Path
+    tree: ast.Module
+    bindings: dict[str, list[ast.stmt]] = field(default_factory=dict)
+    imports: dict[str, Import] = field(default_factory=dict)
+    star_imports: list[str] = field(default_factory=list)
+    imported_modules: list[str] = field(default_factory=list)
+    effects: list[ast.stmt] = field(default_factory=list)
+
+    @cached_property
+    def dump(self) -> str:
+        """The whole module, without comments and docstrings."""
+        return dump(self.tree)
+
+
+class SourceIndex:
+    """Parses our modules on demand."""
+
+    def __init__(self, roots: list[Path]) -> None:
+        self._roots = [root.resolve() for root in roots]
+        self._modules: dict[str, Module | None] = {}
+
+    def module(self, name: str) -> Module | None:
+        """The module of that canonical name, or None where it is not ours."""
+        if name not in self._modules:
+            file = self._find(name)
+            self._modules[name] = None if file is None else _parse(name, file)
+        return self._modules[name]
+
+    def root_of(self, file: Path) -> Path:
+        return next(root for root in self._roots if file.is_relative_to(root))
+
+    def _find(self, name: str) -> Path | None:
+        for root in self._roots:
+            base = root.joinpath(*name.split("."))
+            for file in (base / "__init__.py", base.with_suffix(".py")):
+                if file.is_file():
+                    return file.resolve()
+        return self._loaded(name)
+
+    def _loaded(self, name: str) -> Path | None:
+        module = sys.modules.get(name)
+        if module is None and canonical_name_of_main() == name:
+            module = sys.modules["__main__"]
+        file = getattr(module, "__file__", None)
+        if file is None or not file.endswith(".py"):
+            return None
+        path = Path(file).resolve()
+        ours = any(path.is_relative_to(root) for root in self._roots) and "site-packages" not in path.parts
+        return path if ours else None
+
+
+def canonical_name_of_main() -> str | None:
+    main = sys.modules.get("__main__")
+    return canonical_module("__main__") if getattr(main, "__file__", None) else None
+
+
+def resolve_import(module: Module, node: ast.ImportFrom) -> str:
+    """The absolute module of a `from X import` statement, relative ones included."""
+    if not node.level:
+        return node.module or ""
+    package = module.name if module.file.name == "__init__.py" else module.name.rpartition(".")[0]
+    return importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+
+
+def local_imports(module: Module, node: ast.AST) -> dict[str, Import]:
+    """What import statements inside `node` bind: local name -> target."""
+    found: dict[str, Import] = {}
+    for child in ast.walk(node):
+        if isinstance(child, ast.Import):
+            for alias in child.names:
+                if alias.asname:
+                    found[alias.asname] = Import(alias.name, None)
+                else:
+                    found[alias.name.partition(".")[0]] = Import(alias.name.partition(".")[0], None)
+        elif isinstance(child, ast.ImportFrom):
+            target = resolve_import(module, child)
+            for alias in child.names:
+                if alias.name != "*":
+                    found[alias.asname or alias.name] = Import(target, alias.name)
+    return found
+
+
+def dump(node: ast.AST) -> str:
+    """A statement's structure: no comments, no docstrings, no positions, no function annotations."""
+    return ast.dump(strip(node))
+
+
+def strip(node: ast.AST) -> ast.AST:
+    """A copy of `node` with only what can change its result."""
+    stripped: ast.AST = _Strip().visit(ast.parse(ast.unparse(node)))
+    return stripped
+
+
+class _Strip(ast.NodeTransformer):
+    def _definition(self, node: ast.AST) -> ast.AST:
+        assert isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module))
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        node.body = [stmt for stmt in node.body if not is_text(stmt)] or [ast.Pass()]
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.returns = None
+            node.decorator_list = [item for item in node.decorator_list if decorator_name(item) not in SHELLS]
+            for argument in [*node.args.args, *node.args.posonlyargs, *node.args.kwonlyargs]:
+                argument.annotation = None
+        return self.generic_visit(node)
+
+    visit_FunctionDef = visit_AsyncFunctionDef = visit_ClassDef = visit_Module = _definition
+
+
+SHELLS = {"step", "workflow"}
+
+
+def is_text(statement: ast.stmt) -> bool:
+    """A bare string: a docstring, or the documentation under a field."""
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
+
+
+def decorator_name(node: ast.expr) -> str:
+    while isinstance(node, ast.Call):
+        node = node.func
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _parse(name: str, file: Path) -> Module:
+    module = Module(name, file, ast.parse(file.read_bytes(), filename=str(file)))
+    for statement in module.tree.body:
+        _index(module, statement)
+    return module
+
+
+def _index(module: Module, statement: ast.stmt) -> None:
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        module.imports.update(local_imports(module, statement))
+        if isinstance(statement, ast.Import):
+            module.imported_modules += [alias.name for alias in statement.names]
+        else:
+            target = resolve_import(module, statement)
+            module.imported_modules.append(target)
+            if any(alias.name == "*" for alias in statement.names):
+                module.star_imports.append(target)
+    elif isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        module.bindings.setdefault(statement.name, []).append(statement)
+        if any(decorator_name(item) not in KNOWN_DECORATORS for item in statement.decorator_list):
+            module.effects.append(statement)  # a registry may hold it
+    elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        names = [child.id for target in targets for child in ast.walk(target) if isinstance(child, ast.Name)]
+        for bound in names:
+            module.bindings.setdefault(bound, []).append(statement)
+        if any(not isinstance(child, (ast.Name, ast.Tuple, ast.List)) for child in targets):
+            module.effects.append(statement)  # TABLE["x"] = y
+    elif not is_text(statement) and not _is_main_guard(statement):
+        module.effects.append(statement)
+        for child in ast.walk(statement):  # names bound under if/try/with/for
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                module.bindings.setdefault(child.name, []).append(statement)
+            elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+                module.bindings.setdefault(child.id, []).append(statement)
+        module.imports.update(local_imports(module, statement))
+
+
+def _is_main_guard(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.If) and "__name__" in ast.unparse(statement.test)

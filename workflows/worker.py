@@ -1,0 +1,170 @@
+"""The worker's side of one attempt: what runs inside the Ray task.
+
+A task is JSON in and JSON out. The body's exceptions travel as records, so a class that only the worker has cannot
+break the driver; standard output and error go to the attempt's log, children's included.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from infra import faults
+from infra.errors import FencedError
+from infra.storage import Store, open_store
+from workflows.artifacts import ArtifactSource
+from workflows.channel import Sender
+from workflows.context import StepContext, enter
+from workflows.graph import Step
+from workflows.journal import fenced, latest_lease
+from workflows.names import load_name
+from workflows.outcome import describe
+from workflows.reaper import Reaper
+from workflows.values import decode, encode
+
+Payload = dict[str, Any]
+
+
+def run_attempt(text: str) -> str:
+    """Run one attempt. Returns `{"ok": true, "result": ...}` or `{"ok": false, "error": ...}`, with times and node."""
+    task: Payload = json.loads(text)
+    store = _store(task["store"])
+    scratch = Path(tempfile.mkdtemp(prefix="recua-"))
+    reaper = _reaper()
+    reaper.begin(task["timeout"], str(scratch))
+    outcome: dict[str, Any] = {"node": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
+    clock = time.perf_counter()
+    try:
+        with _log(store, task, scratch):
+            outcome |= _body(task, store, scratch)
+    except Exception as error:  # the log or the lease: ours, not the user's
+        outcome |= {"ok": False, "error": describe(error)}
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        reaper.end()
+    outcome["seconds"] = time.perf_counter() - clock
+    return json.dumps(outcome)
+
+
+def _body(task: Payload, store: Store, scratch: Path) -> dict[str, Any]:
+    send = _sender(*task["channel"]).send
+    who = {"call": task["call"], "attempt_id": task["attempt_id"]}
+
+    def tell(message: dict[str, Any]) -> None:
+        send({**message, **who})
+
+    source = ArtifactSource(task["store"], task["cache"])
+    step_context = StepContext(
+        task["run"],
+        task["call"],
+        task["attempt"],
+        task["attempt_id"],
+        task["store"],
+        scratch,
+        store,
+        source,
+        tell,
+        functools.partial(_fault, task, "artifact.upload"),
+    )
+    _check_lease(task, store)
+    tell({"kind": "started", "node": socket.gethostname(), "pid": os.getpid(), "time": time.time()})
+    leave = enter(step_context)
+    try:
+        step = load_name(task["step"])
+        assert isinstance(step, Step), f"{task['step']} is no step"
+        arguments = decode(task["arguments"], source)
+        _fault(task, "executor.body")
+        value = step.fn(*arguments["args"], **arguments["kwargs"])
+        return {"ok": True, "result": encode(value, f"{task['call']}: the result")}
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        record = describe(error)
+        print(record["traceback"], file=sys.stderr, flush=True)
+        return {"ok": False, "error": record}
+    finally:
+        leave()
+
+
+def _check_lease(task: Payload, store: Store) -> None:
+    """No attempt begins for a driver that another one may have replaced: a task can wait in a queue for long."""
+    if time.time() > task["lease_until"] and latest_lease(store, task["run"]) != task["lease_slot"]:
+        error: FencedError = fenced(task["run"])
+        raise error
+
+
+def _fault(task: Payload, point: str) -> None:
+    action = task["faults"].pop(point, None)
+    faults.perform(action, point, pid=task["driver_pid"] if action in faults.SIGNALS else None)
+    if action in faults.SIGNALS:
+        time.sleep(30)  # the driver is dying, and this process with it
+
+
+@contextlib.contextmanager
+def _log(store: Store, task: Payload, scratch: Path) -> Iterator[None]:
+    """Send file descriptors 1 and 2 to the attempt's log while the body runs."""
+    key = f"runs/{task['run']}/attempts/{task['attempt_id']}/log.txt"
+    local = store.local_path(key)
+    file = local or scratch / ".log.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    saved = [os.dup(1), os.dup(2)]
+    _flush()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        yield
+    finally:
+        _flush()
+        for number, descriptor in zip((1, 2), saved, strict=True):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        os.close(log)
+        if local is None and file.stat().st_size:
+            store.upload_file(key, file)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(ValueError, OSError, io.UnsupportedOperation):
+            stream.flush()
+
+
+# One of each per worker process, made at its first step: processes, connections and clients are reused across steps.
+@functools.cache
+def _reaper() -> Reaper:
+    return Reaper()
+
+
+@functools.cache
+def _store(url: str) -> Store:
+    return open_store(url)
+
+
+@functools.cache
+def _sender(host: str, port: int, token: str) -> Sender:
+    return Sender((host, port, token))
+
+
+def bootstrap() -> Callable[[list[str], str], str]:
+    """The function that Ray ships: nested, so that it travels by value and can first make our modules importable."""
+
+    def recua_step(roots: list[str], payload: str) -> str:
+        import os
+        import sys
+
+        for root in roots:
+            if root not in sys.path and os.path.isdir(root):
+                sys.path.append(root)
+        from workflows.worker import run_attempt
+
+        return run_attempt(payload)
+
+    return recua_step
