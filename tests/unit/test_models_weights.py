@@ -87,17 +87,13 @@ def test_saved_folder_chats_in_plain_transformers(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "over the hills"}]
     prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert prompt["input_ids"][0].tolist() == render(messages, tokenizer, add_generation_prompt=True)
-    with torch.no_grad():  # an output that always says end-of-turn
-        model.lm_head.weight.zero_()
-        model.model.norm.weight.fill_(1.0)
-        model.generation_config.max_new_tokens = 8
-        model.lm_head.weight[tokenizer.eot_id] = 0.0
-        model.lm_head.register_forward_hook(
-            lambda *call: torch.nn.functional.one_hot(
-                torch.full(call[2].shape[:-1], tokenizer.eot_id), config.vocab_size
-            ).float()
-        )
-    answer = model.generate(**prompt)[0, prompt["input_ids"].shape[1] :]
+
+    def always_end_of_turn(_module: torch.nn.Module, _inputs: object, logits: torch.Tensor) -> torch.Tensor:
+        tokens = torch.full(logits.shape[:-1], tokenizer.eot_id)
+        return torch.nn.functional.one_hot(tokens, config.vocab_size).float()
+
+    model.lm_head.register_forward_hook(always_end_of_turn)
+    answer = model.generate(**prompt, max_new_tokens=8)[0, prompt["input_ids"].shape[1] :]
     assert answer.tolist() == [tokenizer.eot_id]
 
 
