@@ -51,6 +51,8 @@ class PretrainSettings(Settings):
     """Rows per optimizer step, over all ranks. Need not divide by the number of ranks."""
     sequence_length: int = Field(default=128, ge=2)
     """Tokens per row."""
+    within_documents: bool = False
+    """Keep attention within a document where a row holds several (Llama 3); costs the fused causal attention."""
     micro_batch_size: int = Field(default=32, ge=1)
     """Largest number of rows that one rank puts through the network at once; lower it when memory runs out."""
     workers: int = Field(default=2, ge=1)
@@ -83,6 +85,12 @@ class PretrainSettings(Settings):
     def _fits(self) -> "PretrainSettings":
         if self.workers % self.tensor_parallel:
             raise ValueError(f"workers {self.workers} must divide by tensor_parallel {self.tensor_parallel}")
+        if self.sequence_length % self.tensor_parallel:
+            raise ValueError(
+                f"sequence_length {self.sequence_length} must divide by tensor_parallel {self.tensor_parallel}"
+            )
+        if self.optimizer.dtype != "float32" and self.sharding == "replicate":
+            raise ValueError(f"optimizer.dtype {self.optimizer.dtype} needs sharding = fsdp")
         if self.optimizer.warmup_steps > self.steps:
             raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} exceeds steps {self.steps}")
         return self

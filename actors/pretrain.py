@@ -66,6 +66,7 @@ def pretrain(
     """
     state.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
+    tokens_dir, tokenizer_dir, out, state = (p.resolve() for p in (tokens_dir, tokenizer_dir, out, state))
     job = PretrainJob(tokens_dir, tokenizer_dir, model, settings, out, state, seed)
     _claim(job)
     reported = -1
@@ -110,7 +111,7 @@ def _run_generation(
         num_gpus=settings.num_gpus,
         strategy=settings.placement,
         env={"OMP_NUM_THREADS": str(settings.threads)},
-        name=f"pretrain-{hashlib.sha256(str(job.state.resolve()).encode()).hexdigest()[:12]}",
+        name=f"pretrain-{hashlib.sha256(str(job.state).encode()).hexdigest()[:12]}",
         generation=generation,
         actor_args=(settings,),
     )

@@ -21,6 +21,10 @@ from engines.base import Batch, LossFn, StepOutput
 from engines.config import LearnerSettings
 from engines.ranks import Ranks
 from infra.errors import CheckpointError
+from models.hf_format import to_hf_name
+from models.llama import Llama
+from models.tokenizer import Tokenizer
+from models.weights import save_hf
 
 
 class TorchLearner:
@@ -33,26 +37,25 @@ class TorchLearner:
         ranks: the mesh that the module is sharded over.
         reduces_gradients: True when backward itself sums gradients over the replicas (FSDP); False when the learner
             has to (replicated parameters).
-        to_folder: writes (folder, full tensors) as an HF model folder; only called on rank 0.
-        to_hf: this network's names -> HF names, one tensor at a time.
+        tokenizer: saved into every HF folder.
     """
 
     def __init__(
         self,
-        module: torch.nn.Module,
+        module: Llama,
         settings: LearnerSettings,
         ranks: Ranks,
         *,
         reduces_gradients: bool,
-        to_hf: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]],
-        to_folder: Callable[[Path, dict[str, torch.Tensor]], None],
+        tokenizer: Tokenizer | None = None,
     ) -> None:
-        self.module, self.settings, self.ranks = module, settings, ranks
+        self.module: torch.nn.Module = module
+        self.settings, self.ranks, self.config = settings, ranks, module.config
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self.step = 0
         """Steps taken, committed or not: the next one's place in schedule and data."""
         self._reduces_gradients = reduces_gradients
-        self._to_hf, self._to_folder = to_hf, to_folder
+        self._tokenizer = tokenizer
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             parameter_groups(module.named_parameters(), settings.weight_decay),
@@ -104,17 +107,15 @@ class TorchLearner:
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(collective) Full tensors in HF names, one at a time; valid until the next one is asked for."""
         for name, parameter in self.module.named_parameters():
-            yield self._to_hf(name, _full(parameter.detach()))
+            yield to_hf_name(name), _full(parameter.detach())
 
     def save_hf(self, folder: Path) -> None:
         """(collective) A folder that plain transformers and vLLM load; rank 0 gathers and writes."""
-        tensors: dict[str, torch.Tensor] = {}
-        for name, parameter in self.module.named_parameters():
-            full = _full(parameter.detach())
-            if self.rank == 0:
-                tensors[name] = full.cpu()
         if self.rank == 0:
-            self._to_folder(folder, tensors)
+            save_hf(self.export(), self.config, folder, self._tokenizer)
+        else:
+            for _ in self.export():  # take part in the gathers
+                pass
         self.ranks.barrier()
 
     def save_state(self, folder: Path) -> None:
@@ -184,9 +185,9 @@ class TorchLearner:
                 state_folder.verify(folder)
             except CheckpointError as error:
                 problem = str(error)
-        problem = self.ranks.gather(problem)[0]
-        if problem is not None:
-            raise CheckpointError(str(problem))
+        found = self.ranks.gather(problem)[0]
+        if found is not None:
+            raise CheckpointError(str(found))
 
     def _sum_gradients(self) -> None:
         """Sum over the replicas in one all-reduce of one flat buffer."""

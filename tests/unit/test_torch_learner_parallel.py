@@ -17,8 +17,10 @@ from engines.config import LearnerSettings
 from engines.ranks import Ranks
 from engines.torch_learner import TorchLearner
 from infra.errors import CheckpointError
+from models.hf_format import to_hf_name
 from models.llama import Llama, LlamaConfig
 from models.parallelize import materialize, parallelize
+from models.weights import load_llama
 
 ROWS, TOKENS, STEPS = 8, 16, 4
 SETTINGS = LearnerSettings(learning_rate=1e-2, warmup_steps=2, total_steps=8, max_grad_norm=0.5, eps=1e-4)
@@ -50,14 +52,7 @@ def build(layout: Layout, ranks: Ranks) -> TorchLearner:
         activation_checkpointing=layout.activation_checkpointing,
     )
     materialize(model, ranks.device, seed=3)
-    return TorchLearner(
-        model,
-        SETTINGS,
-        ranks,
-        reduces_gradients=layout.fsdp and ranks.mesh is not None,
-        to_hf=lambda name, tensor: (f"hf.{name}", tensor),
-        to_folder=lambda folder, tensors: torch.save(tensors, folder / "model.pt"),
-    )
+    return TorchLearner(model, SETTINGS, ranks, reduces_gradients=layout.fsdp and ranks.mesh is not None)
 
 
 def take_step(learner: TorchLearner, step: int, micro_batches: int, poison: bool = False) -> dict[str, Any]:
@@ -176,7 +171,9 @@ def test_one_process_matches_plain_adamw() -> None:
         assert found["loss"][step] == pytest.approx(loss.item(), rel=1e-5)
         assert found["norm"][step] == pytest.approx(norm.item(), rel=1e-4)
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(found["weights"][f"hf.{name}"], parameter.detach(), rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(
+            found["weights"][to_hf_name(name)], parameter.detach(), rtol=1e-4, atol=1e-5, msg=name
+        )
 
 
 def poisoned(layout: Layout, ranks: Ranks, folder: Path) -> list[bool]:
@@ -200,7 +197,7 @@ def save_in_the_middle(layout: Layout, ranks: Ranks, folder: Path) -> dict[str, 
         take_step(learner, step, 1)
     learner.save_state(folder / "state")
     learner.save_state(folder / "state")  # replacing is fine
-    learner.save_hf(folder)
+    learner.save_hf(folder / "hf")
     return train(learner, start=2)
 
 
@@ -209,6 +206,12 @@ def go_on(layout: Layout, ranks: Ranks, folder: Path) -> dict[str, Any]:
     learner.load_state(folder / "state")
     assert learner.step == 2
     return train(learner, start=2)
+
+
+def halfway_model(folder: Path) -> torch.nn.Module:
+    learner = build(Layout(1), Ranks())
+    learner.load_state(folder / "state")
+    return learner.module
 
 
 def test_a_saved_state_goes_on_bitwise_and_on_any_other_mesh(tmp_path: Path) -> None:
@@ -222,22 +225,19 @@ def test_a_saved_state_goes_on_bitwise_and_on_any_other_mesh(tmp_path: Path) -> 
     alone = build(Layout(1), Ranks())
     alone.load_state(tmp_path / "state")
     assert_same_run(train(alone, start=2), saved)
-    exported = torch.load(tmp_path / "model.pt")
-    assert exported["layers.1.attention.wq.weight"].shape == (32, 32)
+    exported = load_llama(tmp_path / "hf")
+    tokens = torch.arange(TOKENS)[None]
+    torch.testing.assert_close(exported(tokens), halfway_model(tmp_path)(tokens))
 
 
 def test_a_damaged_or_foreign_state_is_refused(tmp_path: Path) -> None:
     learner = build(Layout(1), Ranks())
     learner.save_state(tmp_path / "state")
     with pytest.raises(CheckpointError, match="does not fit"):
-        other = Layout(1)
         with torch.device("meta"):
             model = Llama(LlamaConfig(dim=32, layers=3, heads=4, kv_heads=2, ffn_dim=48, vocab_size=40, context=16))
         materialize(parallelize(model=model, mesh=None), torch.device("cpu"), seed=0)
-        stranger = build(other, Ranks())
-        TorchLearner(
-            model, SETTINGS, Ranks(), reduces_gradients=False, to_hf=stranger._to_hf, to_folder=stranger._to_folder
-        ).load_state(tmp_path / "state")
+        TorchLearner(model, SETTINGS, Ranks(), reduces_gradients=False).load_state(tmp_path / "state")
     file = next((tmp_path / "state").glob("*.distcp"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
