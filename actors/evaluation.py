@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,33 +11,12 @@ from actors.conversation import Answer, answer_row, sample
 from actors.generator_worker import Generators
 from actors.judging import HELPFULNESS, SAFETY
 from actors.learners import Learners
+from actors.results import Evaluation
 from actors.reward_model import scores
 from algorithms.bootstrap import mean_interval, paired_difference, pass_at_k
 from data.tasks import Problem, false_refusal_rate, refusal_rate
 from engines.base import Sampling
 from models.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What the report shows of one stage.
-
-    `accuracy` (pass@1, greedy) over `n` checkable held-out problems with its 95% bootstrap interval; `correct` holds
-    the single verdicts in the order of the problems, so that two stages can be compared as pairs.
-    """
-
-    stage: str
-    n: int
-    accuracy: float
-    accuracy_ci: tuple[float, float]
-    per_task_type: dict[str, dict[str, float]]
-    pass_at_n: dict[str, float]
-    safety: dict[str, float]
-    reward: dict[str, float]
-    correct: tuple[int, ...]
-    weight_version: str
-    samples: tuple[dict[str, Any], ...]
-    versus: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate(

@@ -7,6 +7,9 @@ from typing import Any
 from actors.batches import Row, epoch_batches
 from actors.config import SftSettings
 from actors.learners import Learners
+from data.config import PackingSettings
+from data.packing import pack
+from infra.errors import DataError
 
 OnMetrics = Callable[[dict[str, Any]], None]
 ROLE = "policy"
@@ -20,6 +23,12 @@ def fine_tune(
 
     Metrics per step: loss, grad_norm, lr, "loss/<task_type>". Returns {"steps", "loss": of the last step}.
     """
+    for number, row in enumerate(rows):
+        if row["length"] > settings.max_length:
+            raise DataError(
+                f"example {number} has {row['length']} tokens, above max_length {settings.max_length}: raise it (and "
+                "model.max_seq_len), or shorten the example"
+            )
     channels = sorted({row["task"] for row in rows})
     examples = with_channels(rows, channels)
     plan = epoch_batches(len(examples), settings.batch_size, settings.epochs, seed)
@@ -68,4 +77,19 @@ def per_channel(metrics: dict[str, float]) -> dict[str, float]:
 
 def _packed(batch: Sequence[Row], width: int) -> list[Row]:
     """Several examples to a row; positions restart and attention stays inside each example."""
-    raise NotImplementedError
+    packed = pack([(row["ids"], row["mask"]) for row in batch], PackingSettings(length=width), pad_id=0)
+    rows = []
+    for place, members in enumerate(packed.members):
+        used = sum(len(batch[index]["ids"]) for index in members)
+        rows.append(
+            {
+                "ids": packed.input_ids[place, :used].tolist(),
+                "mask": packed.loss_mask[place, :used].long().tolist(),
+                "positions": packed.position_ids[place, :used].tolist(),
+                "segments": packed.segment_ids[place, :used].tolist(),
+                "channel": [channel for index in members for channel in batch[index]["channel"]],
+                "sequences": len(members),
+                "length": used,
+            }
+        )
+    return rows

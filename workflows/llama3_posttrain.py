@@ -10,7 +10,7 @@ best -> DPO -> PPO), every stage's model evaluated on the same held-out problems
 
 from typing import Any
 
-from actors.evaluation import Evaluation
+from actors.results import Evaluation
 from workflows.graph import Artifact, workflow
 from workflows.recipe import Recipe
 from workflows.steps.evaluation import deploy, evaluate
@@ -74,7 +74,7 @@ def base_model(recipe: Recipe, problems: Problems) -> Artifact:
     """The model that SFT starts from: pretrained here, or the folder that the recipe names."""
     if recipe.model.init_from is not None:
         return import_model(recipe.model.init_from)
-    corpus = build_corpus(recipe.corpus, recipe.seed)
+    corpus = build_corpus(recipe.corpus)
     tokenizer = train_tokenizer(corpus, problems.instructions, recipe.tokenizer)
     tokens = tokenize(corpus, tokenizer)
     return pretrain(tokens, tokenizer, recipe.model, recipe.pretrain, recipe.seed).model

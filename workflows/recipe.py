@@ -62,9 +62,8 @@ class ModelSettings(Settings):
 
     def to_llama(self, vocab_size: int) -> "LlamaConfig":
         """The network's own config, for a tokenizer of `vocab_size`."""
-        from models.presets import preset
-
         from models.llama import LlamaConfig
+        from models.presets import preset
 
         if self.preset is not None:
             return preset(self.preset)
@@ -82,6 +81,8 @@ class ProblemSettings(Settings):
     """Checkable problems with answers, for SFT."""
     safety_instructions: int = Field(default=1024, ge=0)
     """Unsafe requests and safe look-alikes with proper answers, for SFT."""
+    stdlib_instructions: int = Field(default=256, ge=0)
+    """Questions about Python's standard library, answered from its own documentation, for SFT."""
     instruction_files: tuple[str, ...] = ()
     """More instruction data: JSONL or parquet files with `messages`, or any `datasets` source."""
     prompts: int = Field(default=8192, ge=1)

@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.config import EvalSettings
-from actors.evaluation import Evaluation
-from actors.pools import Pools
+from actors.results import Evaluation
 from serving.config import ServingSettings
 from workflows.graph import Artifact, context, step
 from workflows.recipe import PoolSettings
@@ -36,6 +35,7 @@ def evaluate(
     from actors.evaluation import evaluate as run_evaluation
     from actors.evaluation import reward_scores
     from actors.judging import RewardModels
+    from actors.pools import Pools
     from data.tasks import Problem
     from models.tokenizer import load_tokenizer
 

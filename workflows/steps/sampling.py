@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.config import PreferenceSettings, RejectionSettings
-from actors.pools import Pools
 from workflows.graph import Artifact, context, step
 from workflows.recipe import PoolSettings
 from workflows.steps.text import read_rows, write_rows
@@ -34,6 +33,7 @@ def sample_preferences(
 ) -> Preferences:
     """Sample the policy and let the checkers rate: right over wrong, refusals over compliance where they belong."""
     from actors.conversation import sample
+    from actors.pools import Pools
     from actors.preferences import build_pairs
     from engines.base import Sampling
     from models.tokenizer import load_tokenizer
@@ -63,6 +63,7 @@ def rejection_sample(
     """The best of K answers per prompt, by `judges` [helpfulness, safety] and checkers; `earlier` rounds' stay."""
     from actors.conversation import sample
     from actors.judging import RewardModels
+    from actors.pools import Pools
     from actors.rejection import harvest
     from engines.base import Sampling
     from models.tokenizer import load_tokenizer

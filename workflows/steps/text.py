@@ -1,6 +1,8 @@
 """From raw text to what training reads: corpus, problems, tokenizer, token shards."""
 
 import json
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,12 @@ from data.config import CorpusSettings, TaskSettings
 from workflows.graph import Artifact, context, step
 from workflows.recipe import ProblemSettings, TokenizerSettings
 
+SAFETY = {"safety/unsafe": 1.0, "safety/lookalike": 1.0}
+
 
 @dataclass(frozen=True)
 class Problems:
-    """Artifacts with one `Problem` a line: what SFT learns, what sampling stages ask, what evaluation holds out."""
+    """What SFT learns (`messages.jsonl`), what sampling stages ask and evaluation holds out (`problems.jsonl`)."""
 
     instructions: Artifact
     prompts: Artifact
@@ -20,41 +24,52 @@ class Problems:
 
 
 @step(num_cpus=0.5, memory="1GiB", timeout=1800)
-def build_corpus(section: CorpusSettings, seed: int) -> Artifact:
-    """The pretraining text as `text.jsonl`, cleaned and deduplicated."""
-    from data.corpus import write_corpus
+def build_corpus(section: CorpusSettings) -> Artifact:
+    """The pretraining text as `text.jsonl`; the held-out share of the documents is left out."""
+    from data.formats import read_rows as read_files
+    from data.stdlib_text import is_held_out, stdlib_documents
 
-    run = context()
-    out = run.artifact("corpus")
-    summary = write_corpus(section, out.path, seed, on_progress=run.progress)
-    return out.seal(**summary)
+    out = context().artifact("corpus")
+    texts = [document.text for document in stdlib_documents(section)]
+    texts += [row["text"] for row in read_files(section.files, "text")] if section.files else []
+    kept = [{"text": text} for text in texts if not is_held_out(text, section.held_out_share)]
+    write_rows(out.path / "text.jsonl", kept)
+    return out.seal(documents=len(kept), held_out=len(texts) - len(kept))
 
 
 @step(num_cpus=0.5, memory="1GiB", timeout=1800)
 def build_problems(section: ProblemSettings, tasks: TaskSettings, seed: int) -> Problems:
     """Instruction examples, prompts for the sampling stages, and held-out problems: disjoint by construction."""
-    from data.tasks import make_problems, to_instruction_row
+    from data.formats import read_rows as read_files
+    from data.stdlib_text import stdlib_instructions
+    from data.tasks import Problem, Split, make_problems, to_instruction_row
 
-    safety = {"safety/unsafe": 1.0, "safety/lookalike": 1.0}
+    def make(count: int, safety_count: int, split: Split, draw_seed: int) -> list[Problem]:
+        problems = make_problems(None, count, draw_seed, split, tasks) if count else []
+        return problems + (make_problems(SAFETY, safety_count, draw_seed, split, tasks) if safety_count else [])
 
-    def make(name: str, count: int, safety_count: int, split: Any, draw_seed: int) -> Artifact:
-        problems = make_problems(None, count, draw_seed, split, tasks)
-        problems += make_problems(safety, safety_count, draw_seed, split, tasks) if safety_count else []
+    def keep(name: str, problems: list[Problem]) -> Artifact:
         out = context().artifact(name)
         write_rows(out.path / "problems.jsonl", [problem.to_row() for problem in problems])
-        write_rows(out.path / "messages.jsonl", [to_instruction_row(problem) for problem in problems])
         return out.seal(problems=len(problems))
 
-    # The held-out set does not depend on the seed: runs with other seeds are judged on the same problems.
+    answered = make(section.instructions, section.safety_instructions, "train", seed)
+    rows = [to_instruction_row(problem) for problem in answered]
+    library = stdlib_instructions("train")
+    rows += random.Random(seed).sample(library, min(section.stdlib_instructions, len(library)))
+    rows += read_files(section.instruction_files, "messages") if section.instruction_files else []
+    out = context().artifact("instructions")
+    write_rows(out.path / "messages.jsonl", [{"task_type": "user/files", **row} for row in rows])
     return Problems(
-        instructions=make("instructions", section.instructions, section.safety_instructions, "train", seed),
-        prompts=make("prompts", section.prompts, section.safety_prompts, "train", seed + 1),
-        held_out=make("held_out", section.held_out, section.safety_held_out, "held_out", 0),
+        instructions=out.seal(examples=len(rows)),
+        prompts=keep("prompts", make(section.prompts, section.safety_prompts, "train", seed + 1)),
+        # Not of the seed: runs with other seeds are judged on the same problems.
+        held_out=keep("held_out", make(section.held_out, section.safety_held_out, "held_out", 0)),
     )
 
 
 @step(num_cpus=1, memory="2GiB", timeout=1800)
-def train_tokenizer(corpus: Artifact, problems: Artifact, section: TokenizerSettings) -> Artifact:
+def train_tokenizer(corpus: Artifact, instructions: Artifact, section: TokenizerSettings) -> Artifact:
     """A byte-level BPE with Llama 3's special tokens, or a copy of the folder that the recipe names."""
     from models.tokenizer import load_tokenizer, train_bpe
 
@@ -63,8 +78,9 @@ def train_tokenizer(corpus: Artifact, problems: Artifact, section: TokenizerSett
         tokenizer = load_tokenizer(Path(section.folder))
     else:
         texts = [row["text"] for row in read_rows(corpus.path() / "text.jsonl")]
-        rows = read_rows(problems.path() / "problems.jsonl")
-        texts += [f"{row['prompt']}\n{row['answer']}" for row in rows]
+        # Role names and turns as chats have them: on code alone "assistant" would take half a dozen tokens.
+        for row in read_rows(instructions.path() / "messages.jsonl"):
+            texts += [f"{message['role']}\n\n{message['content']}" for message in row["messages"]]
         tokenizer = train_bpe(texts, section.vocab_size)
     tokenizer.save(out.path)
     return out.seal(vocab_size=tokenizer.vocab_size)
@@ -73,25 +89,32 @@ def train_tokenizer(corpus: Artifact, problems: Artifact, section: TokenizerSett
 @step(num_cpus=1, memory="2GiB", timeout=3600)
 def tokenize(corpus: Artifact, tokenizer: Artifact) -> Artifact:
     """Documents as memory-mapped token shards."""
-    from data.tokenized import write_shards
-
+    from data.tokenized import write_tokens
     from models.tokenizer import load_tokenizer
 
-    run = context()
+    run, vocabulary = context(), load_tokenizer(tokenizer.path())
     out = run.artifact("tokens")
-    documents = (row["text"] for row in read_rows(corpus.path() / "text.jsonl"))
-    summary = write_shards(documents, load_tokenizer(tokenizer.path()), out.path, on_progress=run.progress)
-    return out.seal(**summary)
+    rows = read_rows(corpus.path() / "text.jsonl")
+
+    def texts() -> Iterator[str]:
+        for number, row in enumerate(rows, start=1):
+            yield row["text"]
+            run.progress(number, len(rows))
+
+    index = write_tokens(
+        texts(), vocabulary.encode, out.path, vocabulary.vocab_size, vocabulary.eos_id, vocabulary.bos_id
+    )
+    return out.seal(documents=index["documents"], tokens=index["tokens"])
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """A JSONL file that a step of ours wrote."""
-    with file.open() as lines:
+    with file.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     """The inverse of `read_rows`."""
-    with file.open("w") as out:
+    with file.open("w", encoding="utf-8") as out:
         for row in rows:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from actors.config import DpoSettings, PpoSettings, PretrainSettings, RewardSettings, SftSettings
-from actors.pools import Pools
 from infra.telemetry import MetricsWriter
 from workflows.graph import Artifact, context, step
 from workflows.recipe import ModelSettings, PoolSettings
@@ -32,7 +31,8 @@ class Curve:
         self._writer = MetricsWriter(self._out.path / "metrics.jsonl")
 
     def __call__(self, metrics: dict[str, Any]) -> None:
-        self._writer.write({"stage": self._stage, **{k: v for k, v in metrics.items() if k != "steps"}})
+        values = {name: value for name, value in metrics.items() if name not in ("step", "steps")}
+        self._writer.write(self._stage, metrics["step"], **values)
         shown = {name: metrics[name] for name in ("loss", "reward", "accuracy", "kl") if name in metrics}
         self._run.progress(metrics["step"], metrics["steps"], **shown)
 
@@ -53,7 +53,7 @@ def pretrain(
     out = run.artifact("model")
     config = model.to_llama(load_tokenizer(tokenizer.path()).vocab_size)
     result = run_pretrain(
-        tokens.path(), tokenizer.path(), config, section, out.path, run.scratch / "state", on_metrics=curve
+        tokens.path(), tokenizer.path(), config, section, out.path, run.scratch / "state", curve, seed=seed
     )
     return Trained("pretrain", out.seal(), curve.seal(), {"loss": result.final_loss, "tokens": result.tokens})
 
@@ -64,6 +64,7 @@ def fine_tune(
 ) -> Trained:
     """SFT of `base` on instruction examples or on the answers that rejection sampling kept."""
     from actors.conversation import supervised_row
+    from actors.pools import Pools
     from actors.sft import fine_tune as run_fine_tune
     from models.tokenizer import load_tokenizer
 
@@ -84,6 +85,7 @@ def train_reward(
     base: Artifact, pairs: Artifact, section: RewardSettings, seed: int, stage: str, pools: PoolSettings
 ) -> Trained:
     """One reward model, initialised from the policy with a scalar head."""
+    from actors.pools import Pools
     from actors.reward_model import train_reward_model
 
     run, curve = context(), Curve(stage)
@@ -100,6 +102,7 @@ def optimise_preferences(
 ) -> Trained:
     """DPO of `base` against itself on best-versus-worst pairs."""
     from actors.dpo import optimise_preferences as run_dpo
+    from actors.pools import Pools
     from models.tokenizer import load_tokenizer
 
     run, curve = context(), Curve(stage)
@@ -118,6 +121,7 @@ def optimise_policy(
 ) -> Trained:  # fmt: skip
     """PPO of `base` judged by `judges` [helpfulness, safety]; the critic starts as the helpfulness model."""
     from actors.judging import RewardModels, judge
+    from actors.pools import Pools
     from actors.ppo import POLICY, PpoModels
     from actors.ppo import optimise_policy as run_ppo
     from actors.weight_sync import WeightSync
@@ -149,10 +153,10 @@ def import_model(folder: str) -> Artifact:
     """The HF folder that a recipe starts from instead of pretraining, checked and kept."""
     import shutil
 
-    from models.weights import check_folder
+    from models.weights import tensor_index
 
-    source = Path(folder)
-    check_folder(source)
+    source = Path(folder).expanduser()
+    tensor_index(source)
     out = context().artifact("model")
     shutil.copytree(source, out.path, dirs_exist_ok=True)
     return out.seal()
