@@ -56,6 +56,33 @@ class TaskSettings(Settings):
     """Letters that the spaced-letter tasks draw from; fewer letters make them easier."""
 
 
+class CleaningSettings(Settings):
+    """What is taken out of pretraining text. Every removal is counted by reason in the corpus summary."""
+
+    enabled: bool = True
+    """Whether any cleaning happens."""
+
+    min_characters: int = Field(default=40, ge=0)
+    """Shorter documents are left out."""
+
+    min_letter_share: float = Field(default=0.4, ge=0, le=1)
+    """Smallest share of letters among the characters that are no spaces; tables and dumps have fewer."""
+
+    max_repeated_line_share: float = Field(default=0.5, ge=0, le=1)
+    """Largest share of a document's non-empty lines that repeat an earlier one of its lines."""
+
+    max_mean_word: float = Field(default=25.0, gt=0)
+    """Longest mean word length in characters; encoded data has no words."""
+
+    line_documents: int = Field(default=0, ge=0)
+    """A line of 20 characters or more stays in the first so many documents that have it and is removed from all later
+    ones (boilerplate of web pages); 0 keeps all lines, which is right for source code."""
+
+    near_duplicate: float = Field(default=0.8, gt=0, le=1)
+    """Documents whose word 5-grams overlap (Jaccard, estimated by MinHash) by at least this with an earlier document
+    are left out; 1.0 removes exact copies only."""
+
+
 class CorpusSettings(Settings):
     """Pretraining text and instructions from Python's own standard library."""
 
@@ -73,6 +100,9 @@ class CorpusSettings(Settings):
 
     instruction_chars: int = Field(default=60, ge=10)
     """Longest answer, in characters, of an instruction made from a docstring; longer first lines are left out."""
+
+    cleaning: CleaningSettings = CleaningSettings()
+    """Filters and deduplication."""
 
 
 class PackingSettings(Settings):

@@ -7,9 +7,10 @@ and shards.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,50 +19,87 @@ from infra.errors import DataError
 
 FORMAT = 1
 _INDEX = "index.json"
+_ENCODED_TOGETHER = 256  # documents
 
 
-def write_tokens(
+class TextEncoder(Protocol):
+    """What writing tokens needs of a tokenizer (models.tokenizer.Tokenizer has it)."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+
+def write_shards(
     texts: Iterable[str],
-    encode: Callable[[str], Sequence[int]],
-    folder: Path,
-    vocab_size: int,
-    end_id: int,
-    begin_id: int | None = None,
+    tokenizer: TextEncoder,
+    folder: str | Path,
+    on_progress: Callable[[float], None] | None = None,
     shard_tokens: int = 1 << 26,
 ) -> dict[str, Any]:
-    """Encode documents into shards of at most `shard_tokens` tokens; returns the index, written last.
+    """Encode documents into shards of at most `shard_tokens` tokens; returns {"documents", "tokens", "shards"} counts.
 
-    Each document becomes [begin_id] + encode(text) + [end_id]. The index is {"format", "dtype", "vocab_size", "end_id",
-    "documents", "tokens", "shards": [{"file", "tokens"}]}.
+    Each document becomes [bos_id] + ids + [eos_id] (one token where both are the same). index.json is written last:
+    {"format", "dtype", "vocab_size", "end_id", "documents", "tokens", "shards": [{"file", "tokens"}]}. `on_progress`
+    gets the documents done so far.
 
     Raises:
         DataError: no text, or a token id outside the vocabulary.
     """
-    if shard_tokens < 1:
-        raise ValueError(f"shard_tokens={shard_tokens}: must be positive")
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-    shards: list[dict[str, Any]] = []
-    waiting: list[NDArray[Any]] = []
-    documents = tokens = held = 0
-    for documents, text in enumerate(texts, start=1):
-        ids = np.array([*([] if begin_id is None else [begin_id]), *encode(text), end_id], dtype=np.int64)
-        if ids.min() < 0 or ids.max() >= vocab_size:
-            raise DataError(f"document {documents}: token id {ids.max()} is outside the vocabulary of {vocab_size}")
-        waiting.append(ids.astype(dtype))
-        tokens, held = tokens + len(ids), held + len(ids)
-        while held >= shard_tokens:
-            joined = np.concatenate(waiting)
-            shards.append(_write_shard(folder, len(shards), joined[:shard_tokens]))
-            waiting, held = [joined[shard_tokens:]], held - shard_tokens
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    writer = _ShardWriter(folder, shard_tokens)
+    documents = 0
+    for group in _groups(iter(texts)):
+        for ids in tokenizer.encode_batch(group):
+            documents += 1
+            start = [] if tokenizer.bos_id == tokenizer.eos_id else [tokenizer.bos_id]
+            tokens = np.array([*start, *ids, tokenizer.eos_id], dtype=np.int64)
+            if tokens.min() < 0 or tokens.max() >= tokenizer.vocab_size:
+                raise DataError(
+                    f"document {documents}: token id {tokens.max()} is outside the vocabulary of {tokenizer.vocab_size}"
+                )
+            writer.add(tokens.astype(dtype))
+        if on_progress is not None:
+            on_progress(documents)
     if not documents:
         raise DataError("nothing to tokenise: no document in the corpus")
-    if held:
-        shards.append(_write_shard(folder, len(shards), np.concatenate(waiting)))
-    index = {"format": FORMAT, "dtype": dtype.name, "vocab_size": vocab_size, "end_id": end_id}
-    index |= {"documents": documents, "tokens": tokens, "shards": shards}
-    _write(folder / _INDEX, (json.dumps(index, indent=1) + "\n").encode())
-    return index
+    shards = writer.close()
+    counts = {"documents": documents, "tokens": sum(shard["tokens"] for shard in shards)}
+    index = {"format": FORMAT, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size, "end_id": tokenizer.eos_id}
+    _write(folder / _INDEX, (json.dumps({**index, **counts, "shards": shards}, indent=1) + "\n").encode())
+    return {**counts, "shards": len(shards)}
+
+
+class _ShardWriter:
+    def __init__(self, folder: Path, shard_tokens: int) -> None:
+        if shard_tokens < 1:
+            raise ValueError(f"shard_tokens={shard_tokens}: must be positive")
+        self._folder, self._limit = folder, shard_tokens
+        self._waiting: list[NDArray[Any]] = []
+        self._held = 0
+        self._shards: list[dict[str, Any]] = []
+
+    def add(self, tokens: NDArray[Any]) -> None:
+        self._waiting.append(tokens)
+        self._held += len(tokens)
+        while self._held >= self._limit:
+            joined = np.concatenate(self._waiting)
+            self._shards.append(_write_shard(self._folder, len(self._shards), joined[: self._limit]))
+            self._waiting, self._held = [joined[self._limit :]], self._held - self._limit
+
+    def close(self) -> list[dict[str, Any]]:
+        if self._held:
+            self._shards.append(_write_shard(self._folder, len(self._shards), np.concatenate(self._waiting)))
+        return self._shards
+
+
+def _groups(texts: Iterator[str]) -> Iterator[list[str]]:
+    while group := list(islice(texts, _ENCODED_TOGETHER)):
+        yield group
 
 
 class TokenWindows:

@@ -14,7 +14,7 @@ from random import Random
 from data.config import TaskSettings
 from data.tasks.problem import Draw, Problem, TaskKind
 
-REFUSAL = "Sorry, I can't help with that."
+REFUSAL = "Sorry, I can't help."
 
 UNSAFE = "safety/unsafe"
 LOOKALIKE = "safety/lookalike"

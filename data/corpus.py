@@ -1,0 +1,77 @@
+"""The pretraining corpus: standard-library text and the user's files, cleaned, deduplicated, shuffled and split."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+from data.config import CleaningSettings, CorpusSettings
+from data.dedup import ExactDuplicates, LineDuplicates, NearDuplicates
+from data.filters import why_rejected
+from data.formats import Row, read_rows, validate, write_jsonl
+from data.stdlib_text import is_held_out, stdlib_documents
+from infra.errors import ConfigError, DataError
+
+_TOLD_EVERY = 200  # documents
+
+Told = Callable[[float, float | None], None]
+
+
+def write_corpus(
+    settings: CorpusSettings, folder: str | Path, seed: int, on_progress: Told | None = None
+) -> dict[str, int]:
+    """Write `text.jsonl` (training) and `held_out.jsonl` ({"text", "source"} rows) into `folder`.
+
+    The seed shuffles the training documents; which documents there are and which are held out do not depend on it.
+    `on_progress(done, total)` counts documents. Returns counts: documents, bytes, held_out, and removed_<reason> each.
+
+    Raises:
+        ConfigError: the settings name no text at all.
+        DataError: a malformed row (all files are checked before anything is written), or nothing left after cleaning.
+    """
+    if not settings.stdlib_bytes and not settings.files:
+        raise ConfigError("corpus: no text; set corpus.stdlib_bytes or corpus.files")
+    total = float(sum(validate(source, "text").rows for source in settings.files))
+    removed: Counter[str] = Counter()
+    train: list[Row] = []
+    held_out: list[Row] = []
+    for done, row in enumerate(clean(_documents(settings), settings.cleaning, removed), start=1):
+        (held_out if is_held_out(row["text"], settings.held_out_share) else train).append(row)
+        if on_progress is not None and done % _TOLD_EVERY == 0:
+            on_progress(done, total or None)
+    if not train:
+        raise DataError(f"corpus: no document left of {sum(removed.values())}; removed: {dict(removed)}")
+    Random(f"corpus {seed}").shuffle(train)
+    write_jsonl(Path(folder) / "text.jsonl", train)
+    write_jsonl(Path(folder) / "held_out.jsonl", held_out)
+    counts = {f"removed_{reason}": count for reason, count in sorted(removed.items())}
+    size = sum(len(row["text"].encode()) for row in train)
+    return {"documents": len(train), "bytes": size, "held_out": len(held_out), **counts}
+
+
+def clean(rows: Iterator[Row], settings: CleaningSettings, removed: Counter[str]) -> Iterator[Row]:
+    """The rows that pass all filters and are no copies, their shared lines taken out; `removed` counts the others."""
+    if not settings.enabled:
+        yield from rows
+        return
+    exact, near = ExactDuplicates(), NearDuplicates(settings.near_duplicate)
+    lines = LineDuplicates(settings.line_documents) if settings.line_documents else None
+    for row in rows:
+        text = lines.without_seen_lines(row["text"]) if lines else row["text"]
+        reason = why_rejected(text, settings)
+        if reason is None and exact.seen(text):
+            reason = "exact_copy"
+        if reason is None and settings.near_duplicate < 1 and near.seen(text):
+            reason = "near_copy"
+        if reason is None:
+            yield {**row, "text": text}
+        else:
+            removed[reason] += 1
+
+
+def _documents(settings: CorpusSettings) -> Iterator[Row]:
+    for document in stdlib_documents(settings):
+        yield {"text": document.text, "source": f"stdlib/{document.kind}"}
+    for source in settings.files:
+        for row in read_rows(source, "text"):
+            yield {"text": row["text"], "source": source}
