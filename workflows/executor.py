@@ -1,6 +1,7 @@
 """The driver: turns a workflow's calls into committed results.
 
-Who waits for whom. The main thread runs the workflow function and waits in `result()`. One loop thread owns all state:
+Who waits for whom. The main thread runs the workflow function and waits in `result()`; there it also starts Ray when
+the loop wants it (started on another thread, Ray takes 15 s to shut down). One loop thread owns all state:
 everything reaches it as a function in its inbox (a new call, a finished attempt, a written commit, a timer). Ray's
 threads and the channel put finished attempts and messages into that inbox; the journal's thread writes slots and puts
 "written" into it. The loop waits for nobody; only after "written" is a call done and are its dependents started.
@@ -88,6 +89,8 @@ class Executor:
         self._earlier = {call: len(starts) for call, starts in journal.state.starts.items()}
         self._placement = Placement(settings, journal.store)
         self._listener: Listener | None = None
+        self._asked_for_ray = False
+        self._wants_ray = False
         self._calls: dict[str, Call] = {}
         self._open = 0
         self._failed: list[Call] = []
@@ -112,6 +115,7 @@ class Executor:
     def call(self, call_id: str, step: Step[..., Any], options: StepOptions, arguments: dict[str, Any]) -> None:
         self._faults.reach("executor.between-steps")
         self._raise_fatal()
+        self._serve_loop()
         needs: list[str] = []
         tree = encode(arguments, f"{call_id}: argument", self._edge(needs))
         call = Call(call_id, step, options, tree, tuple(dict.fromkeys(needs)))
@@ -122,11 +126,7 @@ class Executor:
 
     def result(self, call_id: str) -> Any:
         call = self._calls[call_id]
-        with self._changed:
-            while not call.ended:
-                self._raise_fatal()
-                self._raise_unseen_failure()
-                self._changed.wait()
+        self._wait(lambda: call.ended)
         if call.error is not None:
             call.seen = True
             raise call.error
@@ -140,13 +140,9 @@ class Executor:
 
     def finish(self, value: Any) -> Any:
         """Wait for every call, then return the workflow's own result, encoded. Raises the first unhandled failure."""
-        with self._changed:
-            while self._open:
-                self._raise_fatal()
-                self._raise_unseen_failure()
-                self._changed.wait()
-            self._raise_fatal()
-            self._raise_unseen_failure()
+        self._wait(lambda: not self._open)
+        self._raise_fatal()
+        self._raise_unseen_failure()
         return self._resolve(encode(value, "the workflow's result", self._edge([])))
 
     def close(self, end: Record | None) -> None:
@@ -184,6 +180,25 @@ class Executor:
     @property
     def fatal(self) -> BaseException | None:
         return self._fatal
+
+    def _wait(self, over: Callable[[], bool]) -> None:
+        while True:
+            self._serve_loop()
+            with self._changed:
+                while not self._wants_ray:
+                    if over():
+                        return
+                    self._raise_fatal()
+                    self._raise_unseen_failure()
+                    self._changed.wait()
+
+    def _serve_loop(self) -> None:
+        """Start Ray on the workflow's thread, if the loop is waiting for it."""
+        if self._wants_ray:
+            self._wants_ray = False
+            host = self._placement.start()
+            self._listener = Listener(host, lambda message: self._inbox.put(lambda: self._on_message(message)))
+            self._inbox.put(self._on_ray)
 
     def _raise_fatal(self) -> None:
         if self._fatal is not None:
@@ -297,20 +312,26 @@ class Executor:
     def _enqueue(self, call: Call) -> None:
         if self._fatal is not None:
             return
-        try:
-            host = self._placement.start()
-            self._placement.check(call.id, call.options)
-        except UserError as error:
-            self._fail(call, error)
-            return
-        if self._listener is None:
-            self._listener = Listener(host, lambda message: self._inbox.put(lambda: self._on_message(message)))
         self._ready.append(call)
+        if self._listener is not None:
+            self._pump()
+        elif not self._asked_for_ray:
+            with self._changed:
+                self._asked_for_ray = self._wants_ray = True
+                self._changed.notify_all()
+
+    def _on_ray(self) -> None:
         self._pump()
 
     def _pump(self) -> None:
         while self._ready and len(self._running) < self._settings.max_in_flight and self._fatal is None:
-            self._start(self._ready.popleft())
+            call = self._ready.popleft()
+            try:
+                self._placement.check(call.id, call.options)
+            except UserError as error:
+                self._fail(call, error)
+            else:
+                self._start(call)
 
     def _start(self, call: Call) -> None:
         call.attempt = self._earlier.get(call.id, 0) + 1

@@ -112,7 +112,7 @@ class Placement:
 
     def _connect(self, ray: Any) -> None:
         address = self._settings.ray_address or os.environ.get("RAY_ADDRESS")
-        quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
+        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         try:
             if address:
                 ray.init(address=address, **quiet)
