@@ -33,7 +33,7 @@ class ExactDuplicates:
 
 
 class NearDuplicates:
-    """`seen(text)` is True when the word 5-grams of an earlier kept text overlap by about `threshold` or more (Jaccard).
+    """`seen(text)` is True when the word 5-grams of an earlier kept text overlap by `threshold` or more (Jaccard).
 
     MinHash (Broder 1997): 128 hashes per text, whose share of equal values estimates the Jaccard overlap with a
     standard error of at most 0.045. Candidates share one of 16 bands of 4 of these hashes, which finds an overlap of

@@ -125,7 +125,7 @@ def _library_folder() -> Path:
 def _source_files(root: Path) -> Iterator[str]:
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).parts
-        of_this_machine = path.is_symlink() or path.name.startswith(("_sysconfigdata", "_sysconfig_vars"))
+        of_this_machine = path.name.startswith(("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercustomize"))
         if not of_this_machine and not set(_SKIPPED_FOLDERS) & set(parts) and path.stat().st_size > 0:
             yield "/".join(parts)
 
