@@ -210,13 +210,14 @@ class Llama(nn.Module):
 def initial_tensor(config: LlamaConfig, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """The fp32 CPU start value of one whole parameter: a function of the seed and the name, never of how it is sharded.
 
-    Norms are 1; matrices are normal with deviation 0.02, those that write into the residual stream (wo, w2) 0.02 /
-    sqrt(2 L), so that its variance does not grow with depth (GPT-2).
+    Norms are 1; matrices are normal with deviation D^-1/2 (LeCun 1998: equal variance at any width; at 7B's width it is
+    0.016, near the customary 0.02, which makes narrow models learn several times slower). Those that write into the
+    residual stream (wo, w2) are divided by sqrt(2 L), so that its variance does not grow with depth (GPT-2).
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)
     residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
-    deviation = 0.02 / math.sqrt(2 * config.layers) if residual else 0.02
+    deviation = config.dim**-0.5 / (math.sqrt(2 * config.layers) if residual else 1.0)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.empty(shape).normal_(0.0, deviation, generator=generator)
