@@ -46,8 +46,8 @@ $(VENV)/.installed: $(VENV)/.requirements pyproject.toml
 $(VENV)/.requirements: requirements/pip.txt requirements/$(ACCELERATOR).txt requirements/dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "recua needs Python 3.11 or newer; \
 	$(PYTHON) is $$($(PYTHON) --version 2>&1). Name another one: make venv PYTHON=python3.11" >&2; exit 1; }
-	@echo "==> creating $(VENV) with $$($(PYTHON) --version) for $(ACCELERATOR); the downloads take 3 to 4 minutes, once"
-	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot create a virtual environment (on Debian: apt install python3-venv)" >&2; exit 1; }
+	@echo "==> filling $(VENV) for $(ACCELERATOR) with $$($(PYTHON) --version); the downloads take 2 to 4 minutes, once"
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot create a virtual environment (on Debian: apt install python3-venv)" >&2; exit 1; }
 	@$(INSTALL) -r requirements/pip.txt
 	@echo "==> installing torch $(TORCH) ($(ACCELERATOR))"
 	@$(MAKE) --no-print-directory torch-$(ACCELERATOR)

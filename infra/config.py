@@ -7,6 +7,7 @@ This module imports neither torch nor ray nor vllm, so that `recua --help` stays
 import difflib
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,26 +21,39 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
+
 S = TypeVar("S", bound=Settings)
 
 
-def load(path: str | Path, schema: type[S], overrides: list[str] | None = None) -> S:
-    """Read `path`, apply `--set section.key=value` overrides, validate.
+def load(path: str | Path | None, schema: type[S], overrides: Sequence[str] = ()) -> S:
+    """Read `path` (None: an empty recipe), apply `--set section.key=value` overrides, validate.
 
     Raises:
         ConfigError: the file is missing or is no TOML, a key is unknown (the nearest known one is named), a value has
             the wrong type. One line per problem.
     """
-    file = Path(path)
-    try:
-        tree = tomllib.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"recipe {file}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {file}: not valid TOML: {error}") from None
-    for override in overrides or []:
+    return validate(read_tree(path, overrides), schema, source="recipe" if path is None else str(path))
+
+
+def read_tree(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe as TOML says it, overrides applied, not validated.
+
+    Raises:
+        ConfigError: the file is missing or is no TOML, or an override is malformed.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"recipe {path}: no such file") from None
+        except OSError as error:
+            raise ConfigError(f"recipe {path}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"recipe {path}: not valid TOML: {error}") from None
+    for override in overrides:
         _apply_override(tree, override)
-    return validate(tree, schema, source=str(file))
+    return tree
 
 
 def validate(tree: dict[str, Any], schema: type[S], source: str = "recipe") -> S:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -100,19 +100,24 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`. A last line without its newline (a writer that was killed) is left out.
+    """The rows of a `metrics.jsonl` file; raises what `parse_metrics` raises."""
+    with path.open(encoding="utf-8") as file:
+        yield from parse_metrics(file, str(path))
+
+
+def parse_metrics(lines: Iterable[str], source: str) -> Iterator[dict[str, Any]]:
+    """The rows in `lines` (with their newlines). A last line without one (its writer was killed) is left out.
 
     Raises:
-        DataError: another line is no JSON object (`file:line`).
+        DataError: another line is no JSON object (`source:line`).
     """
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                return
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{number}: expected an object, got {line.strip()[:60]}")
-            yield row
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            return
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{source}:{number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{source}:{number}: expected an object, got {line.strip()[:60]}")
+        yield row

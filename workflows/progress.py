@@ -18,9 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from infra.telemetry import redact
+from workflows.events import Event
 
-MARKS = {"waiting": "·", "running": "▸", "committed": "✓", "reused": "✓", "failed": "✗"}
-STYLES = {"committed": "green", "reused": "green", "running": "bold", "failed": "red"}
+MARKS = {"waiting": "·", "running": "▸", "committed": "✓", "reused": "✓", "resumed": "✓", "failed": "✗"}
+KNOWN = ("reused", "resumed")
+STYLES = {"committed": "green", "reused": "green", "resumed": "green", "running": "bold", "failed": "red"}
 
 
 @dataclass
@@ -84,7 +86,7 @@ class Display:
             self._changed(view, "retrying")
 
     def finished(self, call: str, status: str, note: str = "") -> None:
-        """`call` is committed, reused or failed."""
+        """`call` is committed (now, or "resumed": by an earlier driver), reused or failed."""
         with self._lock:
             view = self.steps.setdefault(call, StepView(call, began=self._clock()))
             view.status, view.note = status, _first_line(note)
@@ -95,6 +97,28 @@ class Display:
         """A line that stays on the screen, above the live part."""
         with self._lock:
             self._print(redact(line))
+
+    def on_event(self, event: Event) -> None:
+        """Show one event of the executor."""
+        call, data = event.call_id, event.data
+        if event.kind == "started":
+            self.started(call, data["attempt"])
+        elif event.kind == "progress":
+            self.progressed(call, data["done"], data["total"], data["metrics"])
+        elif event.kind == "retry":
+            self.retrying(call, f"{data['error_type']}: {data['error']}", data["seconds"])
+        elif event.kind in ("committed", "reused", "resumed"):
+            self.finished(call, event.kind, f"from {data['reused_from']}" if event.kind == "reused" else "")
+        elif event.kind == "failed":
+            self.finished(call, "failed", f"{data['error_type']}: {data['error']}")
+        elif event.kind in ("log", "warning"):
+            where = f"{call}: " if call else ""
+            self.say(f"{'warning: ' if event.kind == 'warning' else ''}{where}{data['message']}")
+        elif event.kind == "run-started":
+            resumed = f"; {data['resumed']} steps are committed already" if data["resumed"] else ""
+            self.say(f"run {data['run_id']} of {data['workflow']} in {data['store']}{resumed}")
+        elif event.kind == "run-ended":
+            self.say(f"run {data['status']} after {show_seconds(data['seconds'])}")
 
     def elapsed(self) -> float:
         return self._clock() - self._began
@@ -135,7 +159,7 @@ class PlainDisplay(Display):
         elif what == "retrying":
             text = f"{view.name} {view.note}"
         else:
-            took = "" if view.status == "reused" else f" in {show_seconds(view.seconds or 0.0)}"
+            took = "" if view.status in KNOWN else f" in {show_seconds(view.seconds or 0.0)}"
             tail = " ".join(filter(None, [show_metrics(view.metrics), view.note]))
             text = f"{view.name} {view.status}{took}{f': {tail}' if tail else ''}"
         view.said = self._clock()
@@ -166,7 +190,7 @@ class LiveDisplay(Display):
     def _changed(self, view: StepView, what: str) -> None:
         if what == "finished":
             tail = " ".join(filter(None, [show_metrics(view.metrics), view.note]))
-            took = "reused" if view.status == "reused" else show_seconds(view.seconds or 0.0)
+            took = view.status if view.status in KNOWN else show_seconds(view.seconds or 0.0)
             line = Text(f"{MARKS.get(view.status, '?')} ", STYLES.get(view.status, ""))
             line.append(f"{view.name:<32} {took:>9}  ", "default").append(redact(tail), "dim")
             self._console.print(line)
@@ -190,7 +214,7 @@ class LiveDisplay(Display):
                     Text(show_seconds(now - view.began)),
                     Text(redact(" ".join(filter(None, [show_metrics(view.metrics), view.note]))), "dim"),
                 )
-            finished = sum(view.status in ("committed", "reused") for view in self.steps.values())
+            finished = sum(view.status in ("committed", *KNOWN) for view in self.steps.values())
             table.add_row("", Text(f"{finished} done, {len(active)} running", "dim"), "", show_seconds(self.elapsed()))
         return table
 

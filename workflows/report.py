@@ -12,13 +12,15 @@ and `openai` says what is served. They are found wherever in a step's result the
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infra.telemetry import read_metrics
+from infra.storage import Store
+from infra.telemetry import parse_metrics
 from workflows.artifacts import Artifact
+from workflows.runs import RunView
 
 
 @dataclass(frozen=True)
@@ -59,19 +61,46 @@ class RunRecord:
         return max(ends) - min(starts) if starts and ends else 0.0
 
 
-def plain(value: Any) -> Any:
-    """Dataclasses, settings and tuples as dictionaries and lists; Artifacts stay. Reads encoded results as well."""
-    if isinstance(value, Artifact):
-        return value
-    if is_dataclass(value) and not isinstance(value, type):
-        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
-    if hasattr(value, "model_dump"):
-        return plain(value.model_dump())
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value
+def read_run(store: Store, view: RunView) -> RunRecord:
+    """A run as it lies in the store, with the metrics in its artifacts."""
+    steps = [
+        StepRecord(
+            name=step.call_id,
+            step=step.step.rpartition(":")[2],
+            status=step.status,
+            started=step.started,
+            ended=step.ended,
+            attempts=len(step.attempts),
+            result=plain(step.result),
+            error=(step.error or {}).get("message", ""),
+        )
+        for step in view.steps
+    ]
+    ends = [step.ended for step in steps if step.ended is not None]
+    ended = view.ended or max(ends, default=view.created)
+    metrics = gather_metrics(store, steps)
+    return RunRecord(view.run_id, view.workflow, view.status, steps, metrics, wall_s=ended - view.created)
+
+
+def plain(tree: Any) -> Any:
+    """An encoded result (workflows.values) as dictionaries, lists and Artifacts; loads nobody's classes."""
+    if isinstance(tree, list):
+        return [plain(item) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "$artifact" in tree:
+        return Artifact.from_record(tree["$artifact"], None)
+    if "$dataclass" in tree or "$settings" in tree:
+        return plain(tree["fields"])
+    if "$tuple" in tree:
+        return plain(tree["$tuple"])
+    if "$dict" in tree:
+        return {str(key): plain(item) for key, item in tree["$dict"]}
+    if "$float" in tree:
+        return float(tree["$float"])
+    if "$path" in tree or "$enum" in tree:
+        return tree.get("$path") or tree["name"]
+    return {key: plain(item) for key, item in tree.items()}
 
 
 def dictionaries(value: Any) -> Iterator[dict[str, Any]]:
@@ -94,8 +123,8 @@ def artifacts(value: Any) -> Iterator[Artifact]:
             yield from artifacts(item)
 
 
-def gather_metrics(steps: list[StepRecord]) -> list[dict[str, Any]]:
-    """The rows of every `metrics.jsonl` in the steps' artifacts, each artifact read once.
+def gather_metrics(store: Store, steps: list[StepRecord]) -> list[dict[str, Any]]:
+    """The rows of every `metrics.jsonl` in the steps' artifacts, each artifact read once and nothing else fetched.
 
     A row without `stage` belongs to the step that wrote it. An artifact that two steps return counts for the first.
     """
@@ -106,9 +135,11 @@ def gather_metrics(steps: list[StepRecord]) -> list[dict[str, Any]]:
             if artifact.digest in seen:
                 continue
             seen.add(artifact.digest)
-            file = artifact.path() / "metrics.jsonl"
-            if file.is_file():
-                rows += [{"stage": step.name, **row} for row in read_metrics(file)]
+            key = f"{artifact.location}/data/metrics.jsonl"
+            raw = store.get(key)
+            if raw is not None:
+                lines = raw.decode().splitlines(keepends=True)
+                rows += [{"stage": step.name, **row} for row in parse_metrics(lines, key)]
     return rows
 
 
@@ -185,6 +216,18 @@ def table(summary: dict[str, Any]) -> list[list[str]]:
         )
         before = stage
     return rows
+
+
+def table_lines(summary: dict[str, Any]) -> list[str]:
+    """The table for a terminal: turned around (a column per stage), because task types are many and stages few."""
+    if not summary["eval"]:
+        return []
+    columns = table(summary)
+    widths = [max(len(cell) for cell in column) for column in columns]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in zip(*columns, strict=True)
+    ]
 
 
 def write(record: RunRecord, folder: Path) -> Path:

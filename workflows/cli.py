@@ -1,0 +1,347 @@
+"""The `recua` command: run workflow files, look into runs, serve and chat with what they made.
+
+Only click is imported here; every command imports what it needs when it is called, so that `recua --help` is quick.
+Exit codes: 0 done, 1 a step (or the platform or the store) failed, 2 something for the user to change, 130 interrupted.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from infra.storage import Store
+    from workflows.config import RunSettings
+
+RUN_EXAMPLES = """
+\b
+Examples:
+  recua run workflows/llama3_posttrain.py --recipe recipes/tiny.toml
+  recua run workflows/llama3_posttrain.py --recipe recipes/tiny.toml --set seed=2 --set dpo.beta=0.2
+  recua run FILE --recipe R --plan                 what would run, what is reused; runs nothing
+  recua run FILE --recipe R --rerun build_corpus   a new run that reuses everything else
+  recua run FILE --recipe R --store s3://bucket/runs --address auto
+"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="recua", message="recua %(version)s")
+def main_group() -> None:
+    """Train and serve Llama models as one durable graph on Ray.
+
+    A workflow file calls steps; every finished step is committed to a store, so the same command after a crash, a
+    Ctrl-C or a lost machine goes on where it stopped. A recipe (TOML) holds the settings.
+
+    \b
+    First steps:
+      recua run workflows/llama3_posttrain.py --recipe recipes/tiny.toml    start, or go on
+      recua runs                                                           what there is
+      recua show RUN                                                       its steps
+      recua report RUN                                                     curves and tables as one HTML page
+      recua serve RUN                                                      its model, over gRPC and OpenAI HTTP
+      recua chat localhost:50051                                           talk to it
+
+    Runs are kept in ~/.recua/store, or where --store or RECUA_STORE says (a folder or s3://bucket/prefix).
+    """
+
+
+def store_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--store, the same for every command."""
+    return click.option(
+        "--store",
+        envvar="RECUA_STORE",
+        metavar="URL",
+        help="Where runs are kept: a folder or s3://bucket/prefix  [default: ~/.recua/store].",
+    )(command)
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `recua run` and a workflow file run as a script have in common."""
+    options: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
+        click.option("--recipe", metavar="FILE", help="TOML file with the settings."),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting; repeatable."),
+        store_option,
+        click.option("--run", "run_id", metavar="ID", help="Name of the run  [default: workflow and recipe's hash]."),
+        click.option("--plan", "only_plan", is_flag=True, help="Show steps, reuse, resources, disk; run nothing."),
+        click.option("--new", is_flag=True, help="A new run of this recipe that reuses nothing."),
+        click.option("--rerun", multiple=True, metavar="STEP", help="A new run that reuses all but this; repeatable."),
+        click.option(
+            "--address",
+            metavar="local|auto|ray://...",
+            help="Ray to use  [default: RAY_ADDRESS where it is set, as in a Ray job, else a fresh local one].",
+        ),
+        click.option(
+            "--reports", default="runs", metavar="DIR", help="Where DIR/RUN/report.html goes  [default: runs]."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main_group.command(epilog=RUN_EXAMPLES)
+@click.argument("file", metavar="WORKFLOW_FILE", type=click.Path(path_type=Path))
+@run_options
+def run(
+    file: Path, recipe: str | None, overrides: tuple[str, ...], only_plan: bool, reports: str, **given: Any
+) -> None:
+    """Run the workflow in WORKFLOW_FILE, or go on with it, or show its result where it has finished."""
+    _run(file, recipe, overrides, only_plan, reports, **given)
+
+
+@main_group.command()
+@click.argument("run_id", metavar="RUN")
+@store_option
+@click.option("--address", metavar="local|auto|ray://...", help="Ray to use.")
+@click.option("--reports", default="runs", metavar="DIR", help="Where DIR/RUN/report.html goes  [default: runs].")
+def resume(run_id: str, store: str | None, address: str | None, reports: str) -> None:
+    """Go on with RUN; its workflow and recipe are in the store."""
+    from workflows import launch
+
+    settings = _settings(store=store, ray_address=address)
+    launch.resume(_open(settings), run_id, settings, Path(reports))
+
+
+@main_group.command()
+@store_option
+def runs(store: str | None) -> None:
+    """List the runs in the store, newest first."""
+    from workflows.listing import show_runs
+    from workflows.runs import list_runs
+
+    show_runs(list_runs(_open(_settings(store=store))))
+
+
+@main_group.command()
+@click.argument("run_id", metavar="RUN")
+@click.argument("step", required=False)
+@store_option
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def show(run_id: str, step: str | None, store: str | None, as_json: bool) -> None:
+    """Show RUN's steps, or one STEP (a step's name or a call id) with its result and error."""
+    from workflows.listing import show_run, show_step
+    from workflows.runs import find_steps, load_run
+
+    view = load_run(_open(_settings(store=store)), run_id)
+    if step is None:
+        show_run(view, as_json)
+    else:
+        for found in find_steps(view, step):
+            show_step(found, as_json)
+
+
+@main_group.command()
+@click.argument("run_id", metavar="RUN")
+@click.argument("step", required=False)
+@store_option
+def logs(run_id: str, step: str | None, store: str | None) -> None:
+    """Print what RUN's steps (or one STEP, a name or call id) printed, attempt by attempt."""
+    from workflows.listing import show_logs
+    from workflows.runs import find_steps, load_run
+
+    opened = _open(_settings(store=store))
+    view = load_run(opened, run_id)
+    show_logs(opened, run_id, view.steps if step is None else find_steps(view, step))
+
+
+@main_group.command()
+@click.argument("run_id", metavar="RUN")
+@store_option
+def cancel(run_id: str, store: str | None) -> None:
+    """Ask RUN's driver to stop and wait for it; the run can be resumed."""
+    from workflows.runs import cancel_run
+
+    status = cancel_run(_open(_settings(store=store)), run_id)
+    click.echo(f"run {run_id} is {status}")
+    if status == "running":
+        sys.exit(1)
+
+
+@main_group.command()
+@click.argument("run_id", metavar="RUN")
+@store_option
+@click.option("--output", default="runs", metavar="DIR", help="Write DIR/RUN/report.html and .json  [default: runs].")
+def report(run_id: str, store: str | None, output: str) -> None:
+    """Write RUN's report: one self-contained HTML page, and report.json beside it."""
+    from workflows import report as reports
+    from workflows.runs import load_run
+
+    opened = _open(_settings(store=store))
+    record = reports.read_run(opened, load_run(opened, run_id))
+    page = reports.write(record, Path(output) / run_id)
+    for line in reports.table_lines(reports.summarise(record)):
+        click.echo(line)
+    click.echo(f"report: {page.absolute()}")
+
+
+@main_group.command()
+@click.argument("artifact")
+@store_option
+@click.option("--grpc-port", type=int, help="Port of the gRPC gateway; 0: any free one.")
+@click.option("--http-port", type=int, help="Port of the OpenAI-compatible server; 0: any free one.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any setting of the serving section.")
+@click.option("--address", default="local", metavar="local|auto|ray://...", help="Ray to use  [default: local].")
+def serve(
+    artifact: str,
+    store: str | None,
+    grpc_port: int | None,
+    http_port: int | None,
+    overrides: tuple[str, ...],
+    address: str,
+) -> None:
+    """Serve ARTIFACT until Ctrl-C: a model folder, a RUN, RUN:STEP, or the first digits of an artifact's digest."""
+    from infra.config import load
+    from serving.config import ServingSettings
+    from serving.console import serve_forever
+    from workflows.listing import find_model
+
+    ports = {"grpc_port": grpc_port, "http_port": http_port}
+    given = [f"{name}={port}" for name, port in ports.items() if port is not None]
+    settings = load(None, ServingSettings, [*overrides, *given])
+    folder, version = find_model(artifact, _settings(store=store))
+    serve_forever(folder, settings, version, ray_address=address, say=click.echo)
+
+
+@main_group.command()
+@click.argument("address", default="127.0.0.1:50051")
+@click.option("--token-file", type=click.Path(path_type=Path), help="File whose first line is the bearer token.")
+@click.option("--tls-ca", type=click.Path(path_type=Path), help="PEM file of the authority that signed the endpoint.")
+@click.option("--system", default="", help="System instruction.")
+@click.option("--max-tokens", type=int, help="Longest answer.")
+@click.option("--temperature", type=float, help="0 is greedy.")
+def chat(
+    address: str,
+    token_file: Path | None,
+    tls_ca: Path | None,
+    system: str,
+    max_tokens: int | None,
+    temperature: float | None,
+) -> None:
+    """Talk to a served model over gRPC at ADDRESS [default: 127.0.0.1:50051]. /new forgets, /exit ends."""
+    from serving.console import chat_loop
+
+    token = None if token_file is None else _read(token_file, "--token-file").decode().split("\n")[0].strip()
+    authority = None if tls_ca is None else _read(tls_ca, "--tls-ca")
+    chat_loop(address, token, authority, system, max_tokens, temperature, say=_say)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script: runs a command and exits with its code."""
+    sys.exit(_guarded(lambda: main_group(arguments, prog_name="recua", standalone_mode=False)))
+
+
+def run_script(file: str) -> None:
+    """`python workflows/x.py ...` is `recua run workflows/x.py ...`. Call it under `if __name__ == "__main__":`."""
+    path = Path(file)
+    command = click.Command(
+        path.name,
+        params=run.params[1:],
+        callback=lambda **given: _run(path, **given),
+        help=f"The same as `recua run {path}`.",
+        epilog=RUN_EXAMPLES,
+        context_settings=main_group.context_settings,
+    )
+    sys.exit(_guarded(lambda: command(prog_name=path.name, standalone_mode=False)))
+
+
+def _run(
+    file: Path,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    only_plan: bool,
+    reports: str,
+    store: str | None,
+    run_id: str | None,
+    new: bool,
+    rerun: tuple[str, ...],
+    address: str | None,
+) -> None:
+    from workflows import launch
+
+    settings = _settings(store=store, run_id=run_id, new=new, rerun=rerun, ray_address=address)
+    prepared = launch.prepare(file, recipe, overrides)
+    if only_plan:
+        from workflows.listing import show_plan
+        from workflows.planning import plan
+
+        show_plan(plan(prepared.workflow, *prepared.args, settings=settings, **prepared.kwargs))
+        return
+    launch.run(prepared, settings, Path(reports))
+
+
+def _guarded(command: Callable[[], Any]) -> int:
+    """Run a command; every expected error becomes one clear line per problem on stderr, and the exit code."""
+    from infra.errors import RecuaError
+
+    try:
+        command()
+        return 0
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 1
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("recua: interrupted; the same command goes on where it stopped", err=True)
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except RecuaError as error:
+        return _explain(error)
+    except Exception:
+        import traceback
+
+        from infra.telemetry import redact
+
+        click.echo(redact(traceback.format_exc()), err=True)
+        click.echo("recua: error: this is a fault in recua or in the workflow file, not in its settings", err=True)
+        return 1
+
+
+def _explain(error: Exception) -> int:
+    from infra.errors import UserError
+    from infra.telemetry import redact
+
+    if trace := getattr(error, "user_traceback", ""):
+        click.echo(redact(trace.rstrip()), err=True)
+    for line in redact(str(error)).splitlines():
+        click.echo(f"recua: error: {line}", err=True)
+    if type(error).__name__ == "Cancelled":
+        return 130
+    return 2 if isinstance(error, UserError) else 1
+
+
+def _settings(**given: Any) -> "RunSettings":
+    from infra.config import validate
+    from workflows.config import RunSettings
+
+    return validate({name: value for name, value in given.items() if value is not None}, RunSettings, "options")
+
+
+def _open(settings: "RunSettings") -> "Store":
+    from infra.storage import open_store
+
+    return open_store(settings.store)
+
+
+def _read(path: Path, option: str) -> bytes:
+    from infra.errors import ConfigError
+
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: {error.strerror}") from None
+
+
+def _say(text: str, end: str = "\n", flush: bool = False) -> None:
+    click.echo(text + end, nl=False)
+
+
+if __name__ == "__main__":
+    main()

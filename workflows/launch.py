@@ -1,0 +1,184 @@
+"""From a workflow file and a recipe to a run: what `recua run`, `recua resume` and a script's own start have in common.
+
+A workflow file has one @workflow function. It may define
+
+    RECIPE = SomeSettings           the recipe's schema; the workflow gets one argument of it. Without it, the recipe's
+                                    top-level keys are the workflow's keyword arguments
+    RECIPE_FILE = "recipes/x.toml"  the recipe when none is named, relative to the root of the file's packages
+    def preflight(recipe): ...      raises a UserError (infra.machine has checks) before anything is started
+    def on_finish(result): ...      called with the RunResult of a finished run, before its report is written
+"""
+
+import difflib
+import importlib
+import inspect
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from infra.config import Settings, load, read_tree
+from infra.errors import ConfigError, UserError
+from infra.storage import Store, open_store
+from workflows.config import RunSettings
+from workflows.graph import Workflow
+from workflows.names import canonical_module, load_name, module_of_file
+from workflows.progress import Display, open_display
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A workflow with its arguments, ready to be planned or run."""
+
+    module: ModuleType
+    workflow: Workflow[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def preflight(self) -> None:
+        """The workflow file's own checks."""
+        check = getattr(self.module, "preflight", None)
+        if check is not None:
+            check(*self.args, **self.kwargs)
+
+
+def load_workflow_file(file: Path) -> ModuleType:
+    """Import a workflow file under its canonical name, so that a script, `recua run` and a job mean the same module.
+
+    Raises:
+        UserError: no such file, it belongs to another copy of recua, or it cannot be imported.
+    """
+    if not file.is_file() or file.suffix != ".py":
+        raise UserError(f"workflow {file}: no such Python file")
+    name, root = module_of_file(file)
+    _import_from(root, file.resolve().parent)
+    main = sys.modules["__main__"]
+    if Path(getattr(main, "__file__", None) or "").resolve() == file.resolve() and canonical_module("__main__") == name:
+        return main
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"workflow {file}: {error}") from error
+    if Path(module.__file__ or "").resolve() != file.resolve():
+        raise UserError(f"workflow {file}: {name} is already loaded from {module.__file__}; use the recua of that copy")
+    return module
+
+
+def prepare(file: Path, recipe: str | None, overrides: tuple[str, ...]) -> Launch:
+    """Load the file, find its workflow, validate the recipe.
+
+    Raises:
+        UserError: what is wrong, naming file or setting.
+    """
+    module = load_workflow_file(file)
+    workflow = find_workflow(module, file)
+    if recipe is None and (default := getattr(module, "RECIPE_FILE", None)):
+        recipe = str(module_of_file(file)[1] / default)
+    schema = getattr(module, "RECIPE", None)
+    if schema is not None:
+        assert isinstance(schema, type) and issubclass(schema, Settings), "RECIPE must be a class of settings"
+        return Launch(module, workflow, (load(recipe, schema, overrides),), {})
+    return Launch(module, workflow, (), _keywords(workflow, read_tree(recipe, overrides), recipe or "recipe"))
+
+
+def find_workflow(module: ModuleType, file: Path) -> Workflow[..., Any]:
+    """The one @workflow function that the file itself defines."""
+    found = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, Workflow) and value.fn.__module__ == module.__name__
+    }
+    if len(found) != 1:
+        names = ", ".join(found) or "none"
+        raise UserError(f"workflow {file}: expected one @workflow function, found {names}")
+    return next(iter(found.values()))
+
+
+def is_finished(launch: Launch, store: Store, settings: RunSettings) -> bool:
+    """Whether `run` would only show a result."""
+    from workflows.journal import read_journal
+    from workflows.session import find_run
+    from workflows.values import encode
+
+    tree = encode({"args": list(launch.args), "kwargs": launch.kwargs}, "the recipe")
+    fresh = settings.new or bool(settings.rerun)
+    run_id = settings.run_id or find_run(store, launch.workflow, tree, fresh)
+    end = read_journal(store, run_id).end
+    return end is not None and end["status"] == "finished"
+
+
+def run(launch: Launch, settings: RunSettings, reports: Path, display: Display | None = None) -> Path:
+    """Run to the end with a live display, then write the report; returns the page's path.
+
+    Raises:
+        RecuaError, KeyboardInterrupt: as workflows.session.run.
+    """
+    from workflows import report, session
+    from workflows.runs import load_run
+
+    store = open_store(settings.store)
+    store.check()
+    if not is_finished(launch, store, settings):
+        launch.preflight()
+    with display or open_display() as shown:
+        result = session.run(
+            launch.workflow, *launch.args, settings=settings, observers=[shown.on_event], **launch.kwargs
+        )
+    if result.already_finished:
+        shown.say(f"run {result.run_id} has finished already; nothing ran (--new starts another)")
+    finish = getattr(launch.module, "on_finish", None)
+    if finish is not None:
+        finish(result)
+    record = report.read_run(store, load_run(store, result.run_id))
+    page = report.write(record, reports / result.run_id)
+    for line in report.table_lines(report.summarise(record)):
+        shown.say(line)
+    shown.say(f"report: {page.absolute()}")
+    return page
+
+
+def resume(store: Store, run_id: str, settings: RunSettings, reports: Path) -> Path:
+    """Go on with a run by its id alone: workflow and recipe are in the store.
+
+    Raises:
+        UserError: no such run, or its workflow can no longer be imported.
+    """
+    import json
+
+    from workflows.artifacts import ArtifactSource
+    from workflows.runs import load_run
+    from workflows.values import decode
+
+    load_run(store, run_id)
+    _import_from(Path.cwd(), None)
+    metadata = json.loads(store.get(f"runs/{run_id}/run.json") or b"{}")
+    workflow = load_name(metadata["workflow"])
+    if not isinstance(workflow, Workflow):
+        raise UserError(f"run {run_id}: {metadata['workflow']} is no @workflow any more")
+    arguments = decode(metadata["recipe"], ArtifactSource(store.url, settings.cache))
+    module = sys.modules.get(workflow.fn.__module__) or importlib.import_module(workflow.fn.__module__)
+    launch = Launch(module, workflow, tuple(arguments["args"]), arguments["kwargs"])
+    return run(launch, settings.model_copy(update={"run_id": run_id}), reports)
+
+
+def _keywords(workflow: Workflow[..., Any], tree: dict[str, Any], source: str) -> dict[str, Any]:
+    parameters = inspect.signature(workflow.fn).parameters
+    for key in tree:
+        if key not in parameters:
+            near = difflib.get_close_matches(key, parameters, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(parameters) or 'none'}"
+            raise ConfigError(f"{source}: unknown setting {key}{hint}")
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in tree:
+            raise ConfigError(f"{source}: {name} is missing: give --recipe FILE or --set {name}=VALUE")
+    return tree
+
+
+def _import_from(root: Path, script_folder: Path | None) -> None:
+    """Put `root` first on sys.path. A script's own folder, which Python put there, would shadow packages: take it out
+    where it is inside a package."""
+    if script_folder is not None and (script_folder / "__init__.py").exists():
+        sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != script_folder]
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))

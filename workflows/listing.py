@@ -1,0 +1,177 @@
+"""Runs, steps, plans and logs as text (or JSON) on the terminal, and models found by name."""
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from infra.errors import UserError
+from infra.machine import show_size
+from infra.storage import Store, open_store
+from infra.telemetry import redact
+from workflows.artifacts import Artifact, ArtifactSource, read_manifest
+from workflows.config import RunSettings
+from workflows.planning import Plan
+from workflows.progress import show_seconds
+from workflows.runs import RunView, StepView, artifacts_of, find_steps, load_run, read_log
+from workflows.values import artifact_records
+
+STYLES = {"finished": "green", "committed": "green", "reused": "green", "running": "bold", "failed": "red"}
+
+
+def show_runs(views: Iterable[RunView]) -> None:
+    """One line per run."""
+    rows = [
+        [view.run_id, view.status, _when(view.created), _duration(view), f"{_done(view)}/{len(view.steps)}"]
+        for view in views
+    ]
+    if not rows:
+        click.echo("no runs yet; start one with `recua run WORKFLOW_FILE --recipe FILE`")
+        return
+    _print_table(["run", "status", "started", "took", "steps done"], rows, styled=1)
+
+
+def show_run(view: RunView, as_json: bool = False) -> None:
+    """A run's head and its steps."""
+    if as_json:
+        click.echo(redact(json.dumps(asdict(view), indent=2)))
+        return
+    click.echo(
+        f"{view.run_id}: {view.workflow}, {view.status}, {_duration(view)}, {view.drivers} driver(s); {view.driver}"
+    )
+    rows = []
+    for step in view.steps:
+        made = ", ".join(f"{entry['name']} {entry['digest'][:12]}" for entry in artifacts_of(step))
+        error = (step.error or {}).get("message", "").splitlines()
+        seconds = "" if step.seconds is None else show_seconds(step.seconds)
+        rows.append([step.call_id, step.status, seconds, str(len(step.attempts)), redact(error[0]) if error else made])
+    _print_table(["step", "status", "took", "attempts", "artifacts"], rows, styled=1)
+    if view.error:
+        click.echo(redact(f"error: {view.error.get('message', '')}"))
+
+
+def show_step(step: StepView, as_json: bool = False) -> None:
+    """One call with everything that is known of it."""
+    if as_json:
+        click.echo(redact(json.dumps(asdict(step), indent=2)))
+        return
+    took = "" if step.seconds is None else f", {show_seconds(step.seconds)}"
+    click.echo(
+        f"{step.call_id}: {step.step}, {step.status}{took}, {len(step.attempts)} attempt(s) {step.node}".rstrip()
+    )
+    if step.reused_from:
+        click.echo(f"reused from run {step.reused_from}")
+    if step.error:
+        click.echo(redact(step.error.get("traceback") or step.error.get("message", "")))
+    if step.result is not None:
+        click.echo(redact(json.dumps(step.result, indent=2)))
+
+
+def show_logs(store: Store, run_id: str, steps: Iterable[StepView]) -> None:
+    """What the attempts printed, in the order in which they began."""
+    for step in steps:
+        for number, attempt in enumerate(step.attempts, start=1):
+            if text := read_log(store, run_id, attempt):
+                click.echo(f"--- {step.call_id}, attempt {number}")
+                click.echo(redact(text.rstrip("\n")))
+
+
+def show_plan(plan: Plan) -> None:
+    """What would run."""
+    rows = []
+    for call in plan.calls:
+        asks = [f"{call.num_cpus:g} CPU", f"{call.num_gpus:g} GPU" if call.num_gpus else ""]
+        asks += [
+            show_size(call.memory) if call.memory else "",
+            f"limit {show_seconds(call.timeout)}" if call.timeout else "",
+        ]
+        took = "" if call.seconds is None else show_seconds(call.seconds)
+        status = f"{call.status} from {call.reused_from}" if call.status == "reusable" else call.status
+        rows.append([call.call_id, status, took, ", ".join(filter(None, asks)), ", ".join(call.needs)])
+    click.echo(f"run {plan.run_id} in {plan.store}")
+    _print_table(["step", "status", "took then", "asks for", "needs"], rows, styled=1)
+    if plan.unknown_after:
+        click.echo(f"what follows depends on the result of {plan.unknown_after}")
+    free = "" if plan.free_bytes is None else f", {show_size(plan.free_bytes)} free"
+    click.echo(f"stored by the known steps: {show_size(plan.stored_bytes)}{free}")
+    for warning in plan.warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+def find_model(name: str, settings: RunSettings) -> tuple[Path, str | None]:
+    """(folder, weight version) of a model folder, a RUN, RUN:STEP, or the first 8 or more digits of a digest.
+
+    Raises:
+        UserError: nothing, or more than one thing, is meant by `name`.
+    """
+    if Path(name).is_dir():
+        return Path(name), None
+    if "/" in name and not name.startswith("s3://") and ":" not in name:
+        raise UserError(f"{name}: no such folder")
+    store = open_store(settings.store)
+    source = ArtifactSource(store.url, settings.cache)
+    found = {record["digest"]: record for record in _records(store, name)}
+    models = {
+        digest: artifact
+        for digest, record in found.items()
+        if _is_model(store, artifact := Artifact.from_record(record, source))
+    }
+    if len(models) != 1:
+        what = ", ".join(f"{artifact.name} {digest[:12]}" for digest, artifact in models.items()) or "none"
+        raise UserError(f"{name} means no single model (found {what}); give RUN:STEP or the first digits of a digest")
+    [(digest, artifact)] = models.items()
+    return artifact.path(), digest
+
+
+def _records(store: Store, name: str) -> list[dict[str, Any]]:
+    run_id, _, step = name.partition(":")
+    known = set(store.folders("runs"))
+    if run_id not in known and len(name) >= 8 and all(letter in "0123456789abcdef" for letter in name):
+        views = [load_run(store, each) for each in known if store.exists(f"runs/{each}/run.json")]
+        records = [record for view in views for each in view.steps for record in artifacts_of(each)]
+        return [record for record in records if record["digest"].startswith(name)]
+    view = load_run(store, run_id)
+    if step:
+        return [record for each in find_steps(view, step) for record in artifacts_of(each)]
+    if view.result is None:
+        raise UserError(f"run {run_id} is {view.status} and has no result yet; name a step: {run_id}:STEP")
+    return artifact_records(view.result)
+
+
+def _is_model(store: Store, artifact: Artifact) -> bool:
+    names = {entry.path for entry in read_manifest(store, artifact)}
+    return "config.json" in names and any(name.endswith(".safetensors") for name in names)
+
+
+def _print_table(header: list[str], rows: list[list[str]], styled: int) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in header:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell, STYLES.get(cell, "") if index == styled else "") for index, cell in enumerate(row)))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(
+            width=max(80, sum(max(len(row[i]) for row in [header, *rows]) + 3 for i in range(len(header))))
+        )
+    console.print(table)
+
+
+def _done(view: RunView) -> int:
+    return sum(step.status in ("committed", "reused") for step in view.steps)
+
+
+def _duration(view: RunView) -> str:
+    end = view.ended or (time.time() if view.status == "running" else None)
+    return "" if end is None else show_seconds(end - view.created)
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
