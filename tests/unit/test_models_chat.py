@@ -1,9 +1,10 @@
 """Chat formats by hand, against the Jinja template that is saved, and against special names typed by users."""
 
 from pathlib import Path
+from random import Random
 
 import pytest
-from test_models_tokenizer import CORPUS, llama2_folder, llama3_folder, ranks  # noqa: F401
+from test_models_tokenizer import CORPUS, llama2_folder, llama3_folder, random_text, ranks  # noqa: F401
 
 from infra.errors import ConfigError
 from models.chat import render, render_with_mask
@@ -64,6 +65,19 @@ def test_saved_template_gives_the_same_ids(tokenizer: Tokenizer, tmp_path: Path,
     messages = CONVERSATION[start : -1 if open_end else None]
     ids = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=open_end, return_dict=False)
     assert ids == render(messages, tokenizer, add_generation_prompt=open_end)
+
+
+def test_random_conversations_agree_with_the_saved_template(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer.save(tmp_path)
+    theirs, random = AutoTokenizer.from_pretrained(tmp_path), Random(0)
+    for _ in range(100):
+        roles = ["system"] * random.randrange(2) + ["user", "assistant"] * 2
+        messages = [{"role": role, "content": random_text(random)} for role in roles[: random.randrange(2, 6)]]
+        open_end = random.random() < 0.5
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=open_end, return_dict=False)
+        assert ids == render(messages, tokenizer, add_generation_prompt=open_end), messages
 
 
 @pytest.mark.parametrize("content", ["", " ", "\u00a0x\u2003", "\x1cx", "a\r\n", "\n\n\nx", "7" * 30, "'s", " - x"])

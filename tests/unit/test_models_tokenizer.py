@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from random import Random
 
 import pytest
 import sentencepiece
@@ -33,6 +34,42 @@ TRICKY = [
     "aaaaaaaaaaaaaaaaaaaaaaaa the the the",
     "def f(x):\n    return {'a': [1, 2]}  \n",
 ]
+FRAGMENTS = [
+    "a",
+    "the",
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\t",
+    "1",
+    "23",
+    "é",
+    "日本",
+    "🦙",
+    "\xa0",
+    "\u2003",
+    "\x85",
+    "\x1c",
+    "'s",
+    "'LL",
+    "def ",
+    "_",
+    "\u200d",
+    "́",
+    "ſ",
+    "İ",
+    "²",
+    "٣",
+    "=",
+    "self.",
+    "▁",
+    "<0x41>",
+]
+
+
+def random_text(random: Random) -> str:
+    return "".join(random.choice(FRAGMENTS) for _ in range(random.randrange(25)))
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +155,16 @@ def test_saved_folder_gives_the_same_ids_here_and_in_transformers(tokenizer: Tok
             assert theirs(text, add_special_tokens=False).input_ids == ids
             assert theirs(text).input_ids == [tokenizer.bos_id, *ids]
     assert tokenizer.encode_batch(TRICKY) == [tokenizer.encode(text) for text in TRICKY]
+
+
+def test_random_texts_agree_after_saving(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    again, random = load_tokenizer(tmp_path), Random(0)
+    for _ in range(500):
+        text = random_text(random)
+        ids = tokenizer.encode(text)
+        assert again.encode(text) == ids, text
+        assert tokenizer.decode(ids) == again.decode(ids), text
 
 
 def test_tiktoken_ids_are_the_librarys(ranks: dict[bytes, int], llama3_folder: Path) -> None:
