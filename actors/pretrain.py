@@ -7,6 +7,7 @@ rank ends the group; the next generation goes on from the newest verified state.
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from cluster.failure_policy import decide
 from cluster.worker_group import WorkerGroup
 from engines import state_folder
 from infra.errors import CheckpointError, SystemFault
+from infra.faults import VARIABLE
 from models.llama import LlamaConfig
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ def pretrain(
     *,
     seed: int = 0,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    faults: str | None = None,
 ) -> PretrainResult:
     """Train `model` from scratch on the token shards of `tokens_dir`; leaves an HF model folder in `out`.
 
@@ -57,6 +60,7 @@ def pretrain(
         on_metrics: called once per step, in order, also for the steps of earlier calls: {"step", "steps", "loss", "lr",
             "grad_norm", "tokens", "tokens_per_s", "committed"}.
         seed: of initialisation and data order.
+        faults: schedule for the ranks' fault points (tests, demos); None reads RECUA_FAULTS.
         on_event: {"event": "started" | "lost", ...}: generations, process ids, decisions.
 
     Raises:
@@ -64,10 +68,11 @@ def pretrain(
         SystemFault: workers were lost more often than `max_restarts` allows.
         ResourceError, DataError, StepError: see `cluster.worker_group` and `data.loader`.
     """
+    faults = os.environ.get(VARIABLE, "") if faults is None else faults
     state.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     tokens_dir, tokenizer_dir, out, state = (p.resolve() for p in (tokens_dir, tokenizer_dir, out, state))
-    job = PretrainJob(tokens_dir, tokenizer_dir, model, settings, out, state, seed)
+    job = PretrainJob(tokens_dir, tokenizer_dir, model, settings, out, state, seed, faults)
     _claim(job)
     reported = -1
 

@@ -1,4 +1,8 @@
-"""One rank of pretraining: the loop that all ranks run in step."""
+"""One rank of pretraining: the loop that all ranks run in step.
+
+Fault points (see `infra.faults`), hit once per step or save of one process: `pretrain.generation-G.rank-R.step` (before
+the step's computation, while the others enter it) and `pretrain.generation-G.rank-R.save` (before a state is saved).
+"""
 
 import json
 import os
@@ -23,6 +27,7 @@ from engines.base import Batch, LossFn
 from engines.ranks import Ranks
 from engines.torch_learner import TorchLearner
 from infra.errors import StepError
+from infra.faults import FaultSchedule
 from models.llama import Llama, LlamaConfig
 from models.parallelize import materialize, parallelize
 from models.tokenizer import load_tokenizer
@@ -42,6 +47,7 @@ class PretrainJob:
     out: Path
     state: Path
     seed: int
+    faults: str = ""
 
 
 class PretrainWorker(Worker):
@@ -65,7 +71,10 @@ class PretrainWorker(Worker):
             yield from self._train(job, resume)
 
     def _train(self, job: PretrainJob, resume: Path | None) -> Iterator[dict[str, Any]]:
+        assert self.seat is not None
         settings, ranks = job.settings, self.ranks
+        faults = FaultSchedule.parse(job.faults)
+        place = f"pretrain.generation-{self.seat.generation}.rank-{self.seat.rank}"
         learner = build_learner(job, ranks)
         if resume is not None:
             learner.load_state(resume)
@@ -75,6 +84,7 @@ class PretrainWorker(Worker):
         while learner.step < settings.steps:
             started, step = time.perf_counter(), learner.step
             micro_batches, tokens = loader.micro_batches(step)
+            faults.reach(f"{place}.step")
             output = learner.train_step(micro_batches, next_token_loss(tokens))
             loss = ranks.sum(output.metrics)["loss"]
             skipped = 0 if output.committed else skipped + 1
@@ -90,6 +100,7 @@ class PretrainWorker(Worker):
                 metrics.write(row)
                 yield row
             if learner.step % settings.save_every == 0 or learner.step == settings.steps:
+                faults.reach(f"{place}.save")
                 save_state(learner, job, metrics)
         learner.save_hf(job.out)
 

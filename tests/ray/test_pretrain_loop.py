@@ -1,6 +1,7 @@
 """Pretraining with real ranks: a killed rank, a killed owner and a damaged state change nothing about the result."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -16,7 +17,7 @@ from actors.config import PretrainSettings
 from actors.pretrain import PretrainResult, pretrain
 from cluster.worker import Worker
 from cluster.worker_group import WorkerGroup
-from data.tokenized import write_tokens
+from data.tokenized import write_shards
 from engines import state_folder
 from engines.config import LearnerSettings
 from infra.errors import CheckpointError, DataError, NodeLost
@@ -47,12 +48,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [" ".join(str(draw.randrange(100)) + " plus" for _ in range(40)) for _ in range(60)]
     train_bpe(texts, 300).save(folder / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")
-    write_tokens(texts, tokenizer.encode, folder / "tokens", tokenizer.vocab_size, tokenizer.eos_id)
+    write_shards(texts, tokenizer, folder / "tokens")
     return folder
 
 
 def run(
-    corpus: Path, folder: Path, settings: PretrainSettings = SETTINGS, hook: Any = None
+    corpus: Path, folder: Path, settings: PretrainSettings = SETTINGS, hook: Any = None, faults: str = ""
 ) -> tuple[PretrainResult, list[dict[str, Any]], list[dict[str, Any]]]:
     """Train into `folder`; `hook(step, pids)` runs in the caller after each reported step."""
     vocab_size = load_tokenizer(corpus / "tokenizer").vocab_size
@@ -69,7 +70,7 @@ def run(
 
     result = pretrain(
         corpus / "tokens", corpus / "tokenizer", model, settings, folder / "out", folder / "state", on_metrics,
-        seed=7, on_event=events.append,
+        seed=7, on_event=events.append, faults=faults,
     )  # fmt: skip
     return result, rows, events
 
@@ -100,32 +101,40 @@ def test_it_learns_and_leaves_a_model_a_curve_and_two_states(fault_free: tuple[P
     folder, rows = fault_free
     assert [row["step"] for row in rows] == list(range(STEPS))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
-    assert abs(rows[0]["loss"] - torch.tensor(300.0).log().item()) < 0.2  # a new model knows nothing
+    assert abs(rows[0]["loss"] - math.log(300)) < 0.8  # a new model knows nothing
     assert all(row["tokens_per_s"] > 0 and row["committed"] for row in rows)
     assert [json.loads(line) for line in (folder / "state" / "metrics.jsonl").read_text().splitlines()] == rows
     assert state_folder.saved_steps(folder / "state") == [8, 12]
     assert load_tokenizer(folder / "out").vocab_size == load_llama(folder / "out").config.vocab_size
 
 
+@pytest.mark.parametrize(
+    ("faults", "killed", "resumed_from"),
+    [
+        ("pretrain.generation-0.rank-1.step:6=kill", "rank 1", "step-0000000004"),  # step 5, the other is inside it
+        (
+            "pretrain.generation-0.rank-0.save:2=kill,pretrain.generation-1.rank-1.step:2=kill",
+            "rank 1",
+            "step-0000000004",
+        ),
+    ],
+)
 def test_a_killed_rank_changes_nothing(
-    corpus: Path, tmp_path: Path, fault_free: tuple[Path, list[dict[str, Any]]]
+    corpus: Path,
+    tmp_path: Path,
+    fault_free: tuple[Path, list[dict[str, Any]]],
+    faults: str,
+    killed: str,
+    resumed_from: str,
 ) -> None:
-    killed = []
-
-    def kill_rank_1_once(step: int, pids: list[int]) -> None:
-        if step == 5 and not killed:
-            killed.append(pids[1])
-            os.kill(pids[1], signal.SIGKILL)
-
-    result, rows, events = run(corpus, tmp_path, hook=kill_rank_1_once)
-    assert killed
+    result, rows, events = run(corpus, tmp_path, faults=faults)
     assert curve(rows) == curve(fault_free[1])
     assert_equal_weights(tmp_path, fault_free[0])
     lost = [event for event in events if event["event"] == "lost"]
-    assert result.restarts == len(lost) == 1
-    assert "restart | NodeLost: rank 1 of group" in lost[0]["decision"]
-    assert "pretrain.max_restarts" in lost[0]["decision"]
-    assert events[-1]["resumed_from"] in {"step-0000000004", "step-0000000008"}
+    assert result.restarts == len(lost) == faults.count("kill")
+    assert f"restart | NodeLost: {killed} of group" in lost[-1]["decision"]
+    assert "pretrain.max_restarts" in lost[-1]["decision"]
+    assert events[-1]["resumed_from"] == resumed_from
 
 
 def test_a_killed_owner_goes_on_from_its_state(
