@@ -9,6 +9,7 @@ from actors.batches import Row, epoch_batches
 from actors.config import DpoSettings
 from actors.learners import Learners
 from actors.sft import OnMetrics
+from infra.errors import DataError
 
 ROLE = "policy"
 
@@ -22,6 +23,11 @@ def optimise_preferences(
     `format_ids` are the terminator tokens that Llama 3 leaves out of the preference term.
     Metrics per step: loss, nll, accuracy, margin, chosen_reward, rejected_reward, grad_norm, lr.
     """
+    if not pairs:
+        raise DataError(
+            "no preference pair: no prompt's answers differ in score by more than rejection.minimum_gap; raise "
+            "rejection.answers, rejection.prompts or rejection.temperature"
+        )
     ignored = tuple(format_ids) if settings.mask_format_tokens else ()
     plan = epoch_batches(len(pairs), settings.batch_size, settings.epochs, seed)
     optimizer = settings.optimizer.model_copy(update={"total_steps": len(plan)})

@@ -12,6 +12,7 @@ from actors.config import RewardSettings
 from actors.learners import Learners
 from actors.sft import OnMetrics
 from algorithms.reward import accuracy_by_rating, expected_calibration_error
+from infra.errors import DataError
 
 ROLE = "reward"
 
@@ -25,6 +26,11 @@ def train_reward_model(
     The last share of the pairs is kept aside. Returns {"steps", "loss", "pairs", "held_out_pairs", "accuracy",
     "calibration_error", "accuracy_by_rating"}, measured on those.
     """
+    if len(pairs) < 2:
+        raise DataError(
+            f"{len(pairs)} preference pairs cannot train a reward model: raise preferences.prompts, and "
+            "problems.safety_prompts for the safety model"
+        )
     held_out = max(1, round(len(pairs) * settings.held_out))
     train, test = list(pairs[:-held_out]), list(pairs[-held_out:])
     plan = epoch_batches(len(train), settings.batch_size, settings.epochs, seed)

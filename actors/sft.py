@@ -23,6 +23,11 @@ def fine_tune(
 
     Metrics per step: loss, grad_norm, lr, "loss/<task_type>". Returns {"steps", "loss": of the last step}.
     """
+    if not rows:
+        raise DataError(
+            "no example to learn from: give more problems (problems.*), or lower rejection.threshold when these are "
+            "the answers that rejection sampling kept"
+        )
     for number, row in enumerate(rows):
         if row["length"] > settings.max_length:
             raise DataError(

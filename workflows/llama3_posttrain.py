@@ -74,7 +74,7 @@ def base_model(recipe: Recipe, problems: Problems) -> Artifact:
     """The model that SFT starts from: pretrained here, or the folder that the recipe names."""
     if recipe.model.init_from is not None:
         return import_model(recipe.model.init_from)
-    corpus = build_corpus(recipe.corpus)
+    corpus = build_corpus(recipe.corpus, recipe.seed)
     tokenizer = train_tokenizer(corpus, problems.instructions, recipe.tokenizer)
     tokens = tokenize(corpus, tokenizer)
     return pretrain(tokens, tokenizer, recipe.model, recipe.pretrain, recipe.seed).model

@@ -37,41 +37,47 @@ class ModelSettings(Settings):
     """A size by name, e.g. "llama3-8b" (see `models.presets`); the sizes below are then ignored."""
     dim: int = Field(default=128, ge=8)
     """Width of the residual stream."""
-    n_layers: int = Field(default=4, ge=1)
+    layers: int = Field(default=4, ge=1)
     """Transformer blocks."""
-    n_heads: int = Field(default=4, ge=1)
+    heads: int = Field(default=4, ge=1)
     """Query heads."""
-    n_kv_heads: int = Field(default=2, ge=1)
-    """Key and value heads (grouped-query attention)."""
-    ffn_dim: int = Field(default=352, ge=8)
-    """Width of the SwiGLU layer."""
-    max_seq_len: int = Field(default=256, ge=16)
+    kv_heads: int = Field(default=4, ge=1)
+    """Key and value heads; fewer than `heads` is grouped-query attention."""
+    ffn_dim: int | None = Field(default=None, ge=8)
+    """Width of the SwiGLU layer; unset takes Llama's formula."""
+    context: int = Field(default=256, ge=16)
     """Context in tokens."""
     rope_theta: float = Field(default=10_000.0, gt=0)
     """Base of the rotary positions."""
-    tie_embeddings: bool = True
+    tied: bool = True
     """Share the token embedding with the output layer."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelSettings":
-        if self.dim % self.n_heads or self.n_heads % self.n_kv_heads:
+        if self.dim % self.heads or (self.dim // self.heads) % 2 or self.heads % self.kv_heads:
             raise ValueError(
-                f"dim {self.dim} must divide by n_heads {self.n_heads}, and n_heads by n_kv_heads {self.n_kv_heads}"
+                f"dim {self.dim} / heads {self.heads} must be whole and even, and heads a multiple of kv_heads "
+                f"{self.kv_heads}"
             )
         return self
 
     def to_llama(self, vocab_size: int) -> "LlamaConfig":
         """The network's own config, for a tokenizer of `vocab_size`."""
-        from models.llama import LlamaConfig
-        from models.presets import preset
+        from models.presets import preset, scratch_config
 
         if self.preset is not None:
             return preset(self.preset)
-        return LlamaConfig(
-            dim=self.dim, n_layers=self.n_layers, n_heads=self.n_heads, n_kv_heads=self.n_kv_heads,
-            ffn_dim=self.ffn_dim, vocab_size=vocab_size, max_seq_len=self.max_seq_len, rope_theta=self.rope_theta,
-            tie_embeddings=self.tie_embeddings,
-        )  # fmt: skip
+        return scratch_config(
+            self.dim,
+            self.layers,
+            self.heads,
+            self.kv_heads,
+            vocab_size,
+            self.context,
+            ffn_dim=self.ffn_dim,
+            rope_theta=self.rope_theta,
+            tied=self.tied,
+        )
 
 
 class ProblemSettings(Settings):

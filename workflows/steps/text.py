@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,13 @@ class Problems:
 
 
 @step(num_cpus=0.5, memory="1GiB", timeout=1800)
-def build_corpus(section: CorpusSettings) -> Artifact:
-    """The pretraining text as `text.jsonl`; the held-out share of the documents is left out."""
-    from data.formats import read_rows as read_files
-    from data.stdlib_text import is_held_out, stdlib_documents
+def build_corpus(section: CorpusSettings, seed: int) -> Artifact:
+    """The pretraining text, cleaned and deduplicated (`text.jsonl`), and a share held out (`held_out.jsonl`)."""
+    from data.corpus import write_corpus
 
-    out = context().artifact("corpus")
-    texts = [document.text for document in stdlib_documents(section)]
-    texts += [row["text"] for row in read_files(section.files, "text")] if section.files else []
-    kept = [{"text": text} for text in texts if not is_held_out(text, section.held_out_share)]
-    write_rows(out.path / "text.jsonl", kept)
-    return out.seal(documents=len(kept), held_out=len(texts) - len(kept))
+    run = context()
+    out = run.artifact("corpus")
+    return out.seal(**write_corpus(section, out.path, seed, run.progress))
 
 
 @step(num_cpus=0.5, memory="1GiB", timeout=1800)
@@ -89,22 +84,13 @@ def train_tokenizer(corpus: Artifact, instructions: Artifact, section: Tokenizer
 @step(num_cpus=1, memory="2GiB", timeout=3600)
 def tokenize(corpus: Artifact, tokenizer: Artifact) -> Artifact:
     """Documents as memory-mapped token shards."""
-    from data.tokenized import write_tokens
+    from data.tokenized import write_shards
     from models.tokenizer import load_tokenizer
 
-    run, vocabulary = context(), load_tokenizer(tokenizer.path())
+    run = context()
     out = run.artifact("tokens")
-    rows = read_rows(corpus.path() / "text.jsonl")
-
-    def texts() -> Iterator[str]:
-        for number, row in enumerate(rows, start=1):
-            yield row["text"]
-            run.progress(number, len(rows))
-
-    index = write_tokens(
-        texts(), vocabulary.encode, out.path, vocabulary.vocab_size, vocabulary.eos_id, vocabulary.bos_id
-    )
-    return out.seal(documents=index["documents"], tokens=index["tokens"])
+    texts = (row["text"] for row in read_rows(corpus.path() / "text.jsonl"))
+    return out.seal(**write_shards(texts, load_tokenizer(tokenizer.path()), out.path, run.progress))
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
