@@ -6,6 +6,7 @@ so that survivors of a failure join a new group without starting their process a
 
 import logging
 import os
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -58,6 +59,7 @@ def load_deepspeed() -> Any:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", "0")  # a Ray actor sees its own device only
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's calls
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

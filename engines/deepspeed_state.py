@@ -108,20 +108,33 @@ def _read(learner: "DeepSpeedLearner") -> Iterator[tuple[str, torch.Tensor]]:
 def _write(learner: "DeepSpeedLearner", files: dict[str, Path]) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    _make_moments(learner._engine.optimizer)
+    optimizer = learner._engine.optimizer
+    _make_moments(optimizer)
     plain = _plain_state(learner)
     for name, parameter in learner._model.named_parameters():
         weight = _tensor(files, f"weight/{name}")
+        moments = {kind: _tensor(files, f"{kind}/{name}") for kind in MOMENTS}
+        if hasattr(parameter, "ds_tensor"):
+            _write_shard(parameter.ds_tensor, weight, learner.rank)
+            _write_shard(optimizer._get_fp32_opt_state_partition(parameter, False)[0], weight, learner.rank)
+            for kind, moment in moments.items():
+                shard = optimizer._get_fp32_opt_state_partition(parameter, False, optim_state_key=kind)[0]
+                _write_shard(shard, moment, learner.rank)
+            continue
+        parameter.copy_(weight)
         if plain is None:
             safe_set_full_fp32_param(parameter, weight)
-            for kind in MOMENTS:
-                safe_set_full_optimizer_state(parameter, _tensor(files, f"{kind}/{name}"), kind)
-            if not hasattr(parameter, "ds_shape"):
-                parameter.copy_(weight)
-        else:
-            parameter.copy_(weight)
-            for kind in MOMENTS:
-                plain[parameter][kind].copy_(_tensor(files, f"{kind}/{name}"))
+        for kind, moment in moments.items():
+            if plain is None:
+                safe_set_full_optimizer_state(parameter, moment, kind)
+            else:
+                plain[parameter][kind].copy_(moment)
+
+
+def _write_shard(shard: torch.Tensor, full: torch.Tensor, rank: int) -> None:
+    """ZeRO-3 gives every rank an equal flat slice; the last ones are padded. (DeepSpeed's own setter forgets that.)"""
+    piece = full.flatten()[shard.numel() * rank : shard.numel() * (rank + 1)]
+    shard.data.view(-1)[: piece.numel()].copy_(piece)
 
 
 def _tensor(files: dict[str, Path], key: str) -> torch.Tensor:
@@ -142,13 +155,13 @@ def _base(optimizer: Any) -> Any:
 def _make_moments(optimizer: Any) -> None:
     """Adam makes its moments at the first step, and ZeRO links them to parameters in the middle of it; do both now."""
     base = _base(optimizer)
-    for group in base.param_groups:
-        for parameter in group["params"]:
-            state = base.state[parameter]
-            for kind in MOMENTS:
-                if kind not in state:
-                    state[kind] = torch.zeros_like(parameter)
-            state.setdefault("step", torch.zeros((), dtype=torch.float32))
+    flat = getattr(optimizer, "fp32_partitioned_groups_flat", None)  # stage 3 empties its parameter groups
+    for parameter in flat if flat is not None else [p for group in base.param_groups for p in group["params"]]:
+        state = base.state[parameter]
+        for kind in MOMENTS:
+            if kind not in state:
+                state[kind] = torch.zeros_like(parameter)
+        state.setdefault("step", torch.zeros((), dtype=torch.float32))
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()

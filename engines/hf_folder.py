@@ -59,7 +59,10 @@ def load_model(folder: Path, head: Head, dtype: torch.dtype, seed: int = 0) -> t
 def _from_pretrained(kind: str, folder: Path, dtype: torch.dtype) -> Any:
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of tensors goes into our errors instead
+    logging.disable_progress_bar()
     loader = getattr(transformers, kind)
     try:
         model, report = loader.from_pretrained(
@@ -67,6 +70,8 @@ def _from_pretrained(kind: str, folder: Path, dtype: torch.dtype) -> Any:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     if report["missing_keys"]:
         raise CheckpointError(f"{folder}: missing tensors: {', '.join(sorted(report['missing_keys'])[:5])}")
     return model
