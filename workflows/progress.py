@@ -21,7 +21,7 @@ from infra.telemetry import redact
 from workflows.events import Event
 
 MARKS = {"waiting": "·", "running": "▸", "committed": "✓", "reused": "✓", "resumed": "✓", "failed": "✗"}
-KNOWN = ("reused", "resumed")
+KNOWN = ("reused", "resumed", "not run")
 STYLES = {"committed": "green", "reused": "green", "resumed": "green", "running": "bold", "failed": "red"}
 
 
@@ -110,7 +110,13 @@ class Display:
         elif event.kind in ("committed", "reused", "resumed"):
             self.finished(call, event.kind, f"from {data['reused_from']}" if event.kind == "reused" else "")
         elif event.kind == "failed":
-            self.finished(call, "failed", f"{data['error_type']}: {data['error']}")
+            error = str(data["error"])
+            if error.startswith(f"{call}: "):
+                self.finished(call, "failed", error.removeprefix(f"{call}: "))
+            elif error.startswith(call):
+                self.finished(call, "failed", error)
+            else:  # a call that it depends on has failed
+                self.finished(call, "not run")
         elif event.kind in ("log", "warning"):
             where = f"{call}: " if call else ""
             self.say(f"{'warning: ' if event.kind == 'warning' else ''}{where}{data['message']}")
@@ -160,7 +166,7 @@ class PlainDisplay(Display):
             text = f"{view.name} {view.note}"
         else:
             took = "" if view.status in KNOWN else f" in {show_seconds(view.seconds or 0.0)}"
-            tail = " ".join(filter(None, [show_metrics(view.metrics), view.note]))
+            tail = view.note or show_metrics(view.metrics)
             text = f"{view.name} {view.status}{took}{f': {tail}' if tail else ''}"
         view.said = self._clock()
         self._print(redact(text.rstrip()))
@@ -189,7 +195,7 @@ class LiveDisplay(Display):
 
     def _changed(self, view: StepView, what: str) -> None:
         if what == "finished":
-            tail = " ".join(filter(None, [show_metrics(view.metrics), view.note]))
+            tail = view.note or show_metrics(view.metrics)
             took = view.status if view.status in KNOWN else show_seconds(view.seconds or 0.0)
             line = Text(f"{MARKS.get(view.status, '?')} ", STYLES.get(view.status, ""))
             line.append(f"{view.name:<32} {took:>9}  ", "default").append(redact(tail), "dim")
@@ -214,7 +220,7 @@ class LiveDisplay(Display):
                     Text(show_seconds(now - view.began)),
                     Text(redact(" ".join(filter(None, [show_metrics(view.metrics), view.note]))), "dim"),
                 )
-            finished = sum(view.status in ("committed", *KNOWN) for view in self.steps.values())
+            finished = sum(view.status in ("committed", "reused", "resumed") for view in self.steps.values())
             table.add_row("", Text(f"{finished} done, {len(active)} running", "dim"), "", show_seconds(self.elapsed()))
         return table
 

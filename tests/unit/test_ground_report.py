@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from infra.storage import open_store
 from infra.telemetry import MetricsWriter
 from workflows.artifacts import Artifact
-from workflows.report import RunRecord, StepRecord, gather_metrics, plain, summarise, table, write
+from workflows.report import RunRecord, StepRecord, gather_metrics, plain, summarise, table, table_lines, write
+from workflows.values import encode
 
 
 def _evaluation(stage: str, correct: int, versus: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -144,24 +146,34 @@ def test_table_marks_what_is_beyond_two_standard_errors() -> None:
 class Outcome:
     model: dict[str, Any]
     pair: tuple[int, int]
+    worst: float
 
 
-def test_plain_reads_dataclasses_tuples_and_keeps_artifacts() -> None:
+def test_plain_reads_encoded_results_without_their_classes() -> None:
     artifact = Artifact("d" * 64)
-    assert plain(Outcome({"weights": artifact}, (1, 2))) == {"model": {"weights": artifact}, "pair": [1, 2]}
+    encoded = encode(Outcome({"weights": artifact}, (1, 2), float("inf")))
+    encoded["$dataclass"] = "no.such.module:Outcome"
+    assert plain(encoded) == {"model": {"weights": artifact}, "pair": [1, 2], "worst": float("inf")}
 
 
-def test_metrics_are_read_once_per_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with MetricsWriter(tmp_path / "one" / "metrics.jsonl") as writer:
+def test_metrics_are_read_once_per_artifact(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    with MetricsWriter(tmp_path / "runs/r/one/data/metrics.jsonl") as writer:
         writer.write("sft", 1, loss=2.0)
-    (tmp_path / "none").mkdir()
-    monkeypatch.setattr(Artifact, "path", lambda self: tmp_path / self.digest)
-    one, none = Artifact("one"), Artifact("none")
+    one, none = Artifact("1", location="runs/r/one"), Artifact("2", location="runs/r/none")
     steps = [
         StepRecord("sft", "fine_tune", "committed", result={"model": one}),
         StepRecord("pick", "pick", "committed", result=[one, {"other": none}]),
     ]
-    assert gather_metrics(steps) == [{"stage": "sft", "step": 1, "loss": 2.0}]
+    assert gather_metrics(store, steps) == [{"stage": "sft", "step": 1, "loss": 2.0}]
+
+
+def test_table_for_the_terminal_has_a_column_per_stage() -> None:
+    lines = table_lines(summarise(_record()))
+    assert lines[0].split() == ["stage", "sft", "dpo"]
+    assert lines[1].split() == ["accuracy", "25.0%", "50.0%"]
+    assert len({len(line) for line in lines}) == 1
+    assert table_lines(summarise(_record(steps=[]))) == []
 
 
 def test_page_is_self_contained_and_has_the_data(tmp_path: Path) -> None:

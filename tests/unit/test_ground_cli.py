@@ -1,0 +1,248 @@
+"""The command line without Ray: what it imports, how it refuses, how it finds workflow files."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from workflows import cli
+
+FLOW = '''
+from infra.config import Settings
+from infra.machine import require_memory, require_port
+from workflows.cli import run_script
+from workflows.graph import step, workflow
+
+
+class Inner(Settings):
+    beta: float = 0.1
+    """Beta."""
+    port: int = 0
+    """Port."""
+    cache: int = 0
+    """Bytes."""
+
+
+class Toy(Settings):
+    seed: int = 0
+    """Seed."""
+    dpo: Inner = Inner()
+    """DPO."""
+
+
+RECIPE = Toy
+
+
+def preflight(recipe: Toy) -> None:
+    require_port(recipe.dpo.port, "dpo.port")
+    require_memory(recipe.dpo.cache, "dpo.cache")
+
+
+@step
+def first(seed: int) -> int:
+    return seed
+
+
+@workflow
+def toy(recipe: Toy) -> int:
+    return first(recipe.seed).result()
+
+
+if __name__ == "__main__":
+    run_script(__file__)
+'''
+
+
+@pytest.fixture
+def flow(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A workflow file under a name of its own, in a folder of its own, which is the working folder too."""
+    file = tmp_path / f"flow_{tmp_path.name.replace('-', '_')}.py"
+    file.write_text(FLOW)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RECUA_STORE", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield file
+    sys.modules.pop(file.stem, None)
+
+
+Recua = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def recua(capsys: pytest.CaptureFixture[str]) -> Recua:
+    """Runs a command in this process; (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, captured.out, captured.err
+
+    return call
+
+
+def _loaded(statement: str, repository: Path) -> set[str]:
+    """Top-level modules that a fresh Python has loaded after `statement`."""
+    code = f"import sys\n{statement}\nprint('\\n'.join({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_help_teaches_and_imports_next_to_nothing(repository: Path) -> None:
+    statement = "from workflows.cli import main\ntry: main(['--help'])\nexcept SystemExit as end: assert end.code == 0"
+    loaded = _loaded(statement, repository)
+    heavy = {"torch", "ray", "vllm", "transformers", "pydantic", "rich", "plotly", "boto3", "grpc", "numpy", "asyncio"}
+    assert not loaded & heavy
+    assert {"click", "recua"} & loaded >= {"click"}
+
+
+def test_infra_and_config_modules_import_neither_torch_nor_ray_nor_vllm(repository: Path) -> None:
+    files = [*repository.glob("infra/*.py"), *repository.glob("*/config.py"), repository / "workflows/recipe.py"]
+    names = [".".join(file.relative_to(repository).with_suffix("").parts) for file in files if file.exists()]
+    assert {"infra.telemetry", "workflows.config"} <= set(names)
+    check = "\n".join(
+        f"import {name}\nassert not sys.modules.keys() & {{'torch', 'ray', 'vllm'}}, '{name}'" for name in sorted(names)
+    )
+    _loaded(check, repository)
+
+
+def test_commands_and_examples(recua: Recua) -> None:
+    code, out, _ = recua("--help")
+    assert code == 0
+    for command in ("run", "runs", "show", "resume", "cancel", "logs", "report", "serve", "chat"):
+        assert f"\n  {command} " in out
+    assert "recua run workflows/llama3_posttrain.py --recipe recipes/tiny.toml" in out
+    code, out, _ = recua("run", "--help")
+    assert code == 0 and "--set seed=2" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "sed=1"], "recipe: unknown setting sed; did you mean seed?"),
+        (["--set", "dpo.beat=1"], "recipe: unknown setting dpo.beat; did you mean dpo.beta?"),
+        (["--set", "seed=many"], 'recipe: seed: Input should be a valid integer'),
+        (["--set", "seed"], "--set 'seed': write it as section.key=value"),
+        (["--set", "seed=1", "--set", "seed.x=1"], "--set 'seed.x=1': seed is a value, not a section"),
+        (["--recipe", "nowhere.toml"], "recipe nowhere.toml: no such file"),
+        (["--recipe", "."], "recipe .: Is a directory"),
+        (["--recipe", "broken.toml"], "recipe broken.toml: not valid TOML"),
+        (["--recipe", "wrong.toml"], "wrong.toml: unknown setting dpo.betta; did you mean dpo.beta?"),
+        (["--store", "ftp://host/x"], "--store ftp://host/x: unknown scheme ftp://"),
+        (["--run", "a/b"], "run id 'a/b': use letters"),
+        (["--set", "dpo.port=70000"], "dpo.port: 70000 is no port"),
+        (["--set", f"dpo.cache={2**62}"], "dpo.cache: needs 4194304.0 TiB of memory, this machine has"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line_and_leaves_nothing(
+    flow: Path, recua: Recua, arguments: list[str], message: str
+) -> None:
+    Path("broken.toml").write_text("seed = = 1")
+    Path("wrong.toml").write_text("[dpo]\nbetta = 1")
+    before = sorted(Path().rglob("*"))
+    code, out, err = recua("run", flow, *arguments)
+    assert code == 2 and not out
+    assert err.startswith(f"recua: error: {message}") and err.count("\n") == 1
+    assert "Traceback" not in err
+    left = {path for path in Path().rglob("*") if path not in before and path.is_file() and path.suffix != ".pyc"}
+    assert not left
+
+
+def test_several_problems_are_a_line_each(flow: Path, recua: Recua) -> None:
+    code, _, err = recua("run", flow, "--set", "sed=1", "--set", "dpo.beta=x")
+    assert code == 2 and len(err.splitlines()) == 2
+
+
+def test_an_unreachable_store_is_refused(flow: Path, recua: Recua, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    code, _, err = recua("run", flow, "--store", tmp_path / "file" / "store")
+    assert code != 0 and f"--store {tmp_path}/file/store: cannot use" in err and err.count("\n") == 1
+
+
+def test_unknown_command_option_and_missing_argument(recua: Recua) -> None:
+    assert recua("rum")[0] == 2
+    assert recua("run")[0] == 2
+    assert recua("runs", "--nope")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such Python file"),
+        ("x = 1\n", "expected one @workflow function, found none"),
+        ("import nothing_like_this\n", "No module named 'nothing_like_this'"),
+        (
+            "from workflows.graph import workflow\n@workflow\ndef a(): ...\n@workflow\ndef b(): ...\n",
+            "expected one @workflow function, found a, b",
+        ),
+    ],
+)
+def test_files_that_are_no_workflow(flow: Path, recua: Recua, content: str | None, message: str) -> None:
+    other = flow.with_name("other_" + flow.name)
+    if content is not None:
+        other.write_text(content)
+    code, _, err = recua("run", other)
+    sys.modules.pop(other.stem, None)
+    assert code == 2 and err.startswith(f"recua: error: workflow {other}: ") and message in err
+
+
+def test_a_file_of_another_copy_is_refused(flow: Path, recua: Recua, tmp_path: Path) -> None:
+    package = tmp_path / "clone" / "workflows"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "graph.py").write_text(FLOW)
+    code, _, err = recua("run", package / "graph.py")
+    assert code == 2 and "is already loaded from" in err
+
+
+def test_plan_runs_nothing(flow: Path, recua: Recua) -> None:
+    code, out, err = recua("run", flow, "--plan")
+    assert code == 0, err
+    assert "first[0]" in out and "would run" in out and "depends on the result of first[0]" in out
+    assert recua("runs") == (0, "no runs yet; start one with `recua run WORKFLOW_FILE --recipe FILE`\n", "")
+
+
+def test_keyword_workflows_take_the_top_level_keys(flow: Path, recua: Recua) -> None:
+    flow.write_text(
+        "from workflows.graph import step, workflow\n@step\ndef first(n: int) -> int: return n\n"
+        "@workflow\ndef toy(count: int, width: int = 2) -> int: return first(count * width).result()\n"
+    )
+    assert recua("run", flow, "--plan", "--set", "count=3")[0] == 0
+    code, _, err = recua("run", flow, "--plan", "--set", "cuont=3")
+    assert code == 2 and "unknown setting cuont; did you mean count?" in err
+    code, _, err = recua("run", flow, "--plan")
+    assert code == 2 and "count is missing: give --recipe FILE or --set count=VALUE" in err
+
+
+@pytest.mark.parametrize("command", [["show"], ["logs"], ["report"], ["resume"], ["cancel"], ["serve"]])
+def test_no_such_run(flow: Path, recua: Recua, command: list[str]) -> None:
+    code, _, err = recua(*command, "toy-123")
+    assert code == 2 and err == f"recua: error: no run 'toy-123' in {Path.home()}/.recua/store; known: none\n"
+
+
+def test_a_script_is_the_same_command(flow: Path, home: Path) -> None:
+    def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, flow, *arguments], capture_output=True, text=True, cwd="/")
+
+    helped = script("--help")
+    assert helped.returncode == 0 and "--rerun STEP" in helped.stdout
+    assert helped.stdout.startswith(f"Usage: {flow.name} [OPTIONS]\n")
+    refused = script("--set", "sed=1")
+    assert refused.returncode == 2
+    assert refused.stderr == "recua: error: recipe: unknown setting sed; did you mean seed?\n"
+    planned = script("--plan")
+    named = subprocess.run(
+        [sys.executable, "-m", "workflows.cli", "run", flow, "--plan"], capture_output=True, text=True
+    )
+    assert planned.returncode == named.returncode == 0, planned.stderr + named.stderr
+    assert planned.stdout == named.stdout
+
+
+def test_serve_finds_no_model_where_there_is_none(flow: Path, recua: Recua) -> None:
+    code, _, err = recua("serve", "no/such/folder")
+    assert code == 2 and "no/such/folder: no such folder" in err
+    code, _, err = recua("serve", ".", "--set", "replicsa=2")
+    assert code == 2 and "unknown setting replicsa; did you mean replicas?" in err
