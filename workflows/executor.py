@@ -1,7 +1,6 @@
 """The driver: turns a workflow's calls into committed results.
 
-Who waits for whom. The main thread runs the workflow function and waits in `result()`; there it also starts Ray when
-the loop wants it (started on another thread, Ray takes 15 s to shut down). One loop thread owns all state:
+Who waits for whom. The main thread runs the workflow function and waits in `result()`. One loop thread owns all state:
 everything reaches it as a function in its inbox (a new call, a finished attempt, a written commit, a timer). Ray's
 threads and the channel put finished attempts and messages into that inbox; the journal's thread writes slots and puts
 "written" into it. The loop waits for nobody; only after "written" is a call done and are its dependents started.
@@ -89,8 +88,6 @@ class Executor:
         self._earlier = {call: len(starts) for call, starts in journal.state.starts.items()}
         self._placement = Placement(settings, journal.store)
         self._listener: Listener | None = None
-        self._asked_for_ray = False
-        self._wants_ray = False
         self._calls: dict[str, Call] = {}
         self._open = 0
         self._failed: list[Call] = []
@@ -115,7 +112,6 @@ class Executor:
     def call(self, call_id: str, step: Step[..., Any], options: StepOptions, arguments: dict[str, Any]) -> None:
         self._faults.reach("executor.between-steps")
         self._raise_fatal()
-        self._serve_loop()
         needs: list[str] = []
         tree = encode(arguments, f"{call_id}: argument", self._edge(needs))
         call = Call(call_id, step, options, tree, tuple(dict.fromkeys(needs)))
@@ -182,23 +178,11 @@ class Executor:
         return self._fatal
 
     def _wait(self, over: Callable[[], bool]) -> None:
-        while True:
-            self._serve_loop()
-            with self._changed:
-                while not self._wants_ray:
-                    if over():
-                        return
-                    self._raise_fatal()
-                    self._raise_unseen_failure()
-                    self._changed.wait()
-
-    def _serve_loop(self) -> None:
-        """Start Ray on the workflow's thread, if the loop is waiting for it."""
-        if self._wants_ray:
-            self._wants_ray = False
-            host = self._placement.start()
-            self._listener = Listener(host, lambda message: self._inbox.put(lambda: self._on_message(message)))
-            self._inbox.put(self._on_ray)
+        with self._changed:
+            while not over():
+                self._raise_fatal()
+                self._raise_unseen_failure()
+                self._changed.wait()
 
     def _raise_fatal(self) -> None:
         if self._fatal is not None:
@@ -312,15 +296,10 @@ class Executor:
     def _enqueue(self, call: Call) -> None:
         if self._fatal is not None:
             return
+        if self._listener is None:
+            host = self._placement.start()
+            self._listener = Listener(host, lambda message: self._inbox.put(lambda: self._on_message(message)))
         self._ready.append(call)
-        if self._listener is not None:
-            self._pump()
-        elif not self._asked_for_ray:
-            with self._changed:
-                self._asked_for_ray = self._wants_ray = True
-                self._changed.notify_all()
-
-    def _on_ray(self) -> None:
         self._pump()
 
     def _pump(self) -> None:

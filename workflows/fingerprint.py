@@ -11,7 +11,7 @@ it moves results, it does not make them.
 import ast
 import hashlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -46,7 +46,7 @@ class Fingerprinter:
         self._roots = [Path(root) for root in roots]
         self._done: dict[str, Fingerprint] = {}
         self._index: dict[tuple[Path, ...], SourceIndex] = {}
-        self._versions: dict[str, str] | None = None
+        self._packages: Mapping[str, list[str]] | None = None
 
     def of(self, function: object, libraries: Iterable[str] = ()) -> Fingerprint:
         """The fingerprint of a function defined at the top of a module; `libraries` are distributions to add."""
@@ -75,12 +75,9 @@ class Fingerprinter:
         return Fingerprint(code, parts, dict(sorted((found | declared | python).items())))
 
     def _distributions(self, root: str) -> list[tuple[str, str]]:
-        if self._versions is None:
-            self._versions = {}
-            for package, names in metadata.packages_distributions().items():
-                for name in sorted(set(names)):
-                    self._versions[f"{package}\0{name}"] = metadata.version(name)
-        return [(key.partition("\0")[2], v) for key, v in self._versions.items() if key.partition("\0")[0] == root]
+        if self._packages is None:
+            self._packages = metadata.packages_distributions()
+        return [(name, metadata.version(name)) for name in sorted(set(self._packages.get(root, ())))]
 
 
 class _Walk:
@@ -169,6 +166,8 @@ class _Walk:
                 self.reach(module.name, head)
         for target in imports.values():
             self._enter(target.module)
+            if target.name and self._index.module(f"{target.module}.{target.name}") is not None:
+                self._enter(f"{target.module}.{target.name}")
         for child in ast.walk(stripped):
             if isinstance(child, ast.Constant) and isinstance(child.value, str):
                 self._text(module, child.value, names_files)

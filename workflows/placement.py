@@ -8,6 +8,7 @@ import contextlib
 import functools
 import logging
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -31,7 +32,7 @@ class Placement:
         self._settings = settings
         self._store = store
         self._ray: Any = None
-        self._owned = False
+        self._session: RaySession | None = None
         self._nodes: list[dict[str, float]] = []
         self._nodes_at = float("-inf")
         self._roots = import_roots()
@@ -47,7 +48,7 @@ class Placement:
             import ray
 
             if not ray.is_initialized():
-                self._connect(ray)
+                self._session = RaySession(functools.partial(self._connect, ray), ray.shutdown)
             self._ray = ray
             self._check_visible()
         return str(self._ray.util.get_node_ip_address())
@@ -96,8 +97,8 @@ class Placement:
 
     def close(self) -> None:
         """Leave the cluster; a local one that this run started is shut down."""
-        if self._ray is not None and self._owned:
-            self._ray.shutdown()
+        if self._session is not None:
+            self._session.close()
 
     @functools.cached_property
     def _body(self) -> Callable[[list[str], str], str]:
@@ -122,7 +123,6 @@ class Placement:
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"ray_address={address}" if address else "a local Ray"
             raise ConfigError(f"cannot start or join {where}: {str(error).splitlines()[0]}") from error
-        self._owned = True
 
     def _alive_nodes(self) -> list[dict[str, float]]:
         if time.monotonic() - self._nodes_at > NODES_AGE_S:
@@ -161,6 +161,43 @@ class Placement:
                     )
         finally:
             self._store.delete(key)
+
+
+class RaySession:
+    """A thread that connects to Ray and lives until it disconnects: a local cluster's processes die with the thread
+    that started them."""
+
+    def __init__(self, connect: Callable[[], None], shutdown: Callable[[], None]) -> None:
+        self._connect = connect
+        self._shutdown = shutdown
+        self._connected = threading.Event()
+        self._over = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="recua-ray", daemon=True)
+        self._thread.start()
+        self._connected.wait()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            self._connect()
+        except BaseException as error:
+            self._error = error
+            return
+        finally:
+            self._connected.set()
+        self._over.wait()
+        try:
+            self._shutdown()
+        except BaseException as error:
+            self._error = error
 
 
 def _shown(name: str, amount: float) -> str:

@@ -1,0 +1,228 @@
+"""Fingerprints: what changes a step's key and what does not."""
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from workflows.fingerprint import Fingerprint, Fingerprinter
+
+FILES = {
+    "proj/__init__.py": "",
+    "proj/steps.py": """
+import json
+from proj import middle
+from proj.tables import WEIGHTS
+from proj.actors import Trainer as T
+
+def body(x: int) -> int:
+    from proj.local import helper
+    return middle.scale(helper(x)) * WEIGHTS["a"] + T().run()
+
+def other():
+    return 1
+""",
+    "proj/middle.py": """
+from proj import deep
+
+def scale(x):
+    return deep.base(x)
+
+def unused():
+    return 0
+""",
+    "proj/deep.py": """
+from .deeper import LIMIT
+
+def base(x):
+    return min(x, LIMIT)
+""",
+    "proj/deeper.py": "LIMIT = 10\nUNUSED = 1\n",
+    "proj/local.py": "def helper(x):\n    return x + 1\n",
+    "proj/tables.py": "WEIGHTS = {}\nWEIGHTS['a'] = 1\n",
+    "proj/actors.py": """
+import numpy as np
+
+class Trainer:
+    rate = 1
+
+    def run(self):
+        return self.step()
+
+    def step(self):
+        return float(np.zeros(1)[0])
+""",
+    "proj/registry.py": """
+from proj.kinds import KINDS
+
+def body(kind):
+    from proj import plugins  # registers
+    return KINDS[kind]()
+""",
+    "proj/kinds.py": """
+KINDS = {}
+
+def register(f):
+    KINDS[f.__name__] = f
+    return f
+""",
+    "proj/plugins.py": """
+from proj.kinds import register
+
+@register
+def a():
+    return 1
+""",
+    "proj/files.py": """
+from pathlib import Path
+
+def body():
+    return (Path(__file__).parent / 'seeds.txt').read_text()
+
+def folder():
+    return sorted((Path(__file__).parent / 'texts').iterdir())
+""",
+    "proj/seeds.txt": "one",
+    "proj/texts/a.txt": "a",
+    "proj/blind.py": """
+import proj.local
+from proj.deeper import *
+
+def star():
+    return LIMIT
+
+def passed():
+    return vars(proj.local)
+
+def text():
+    return 'proj.local.helper'
+
+def run():
+    return exec('hidden()')
+
+def hidden():
+    return 1
+""",
+    "proj/dynamic.py": """
+import importlib
+
+def body(name):
+    return importlib.import_module('proj.' + name)
+""",
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "proj"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def changed(project: Path) -> Callable[[str, str, str, str], bool]:
+    """Whether replacing text in a file changes the fingerprint of `module:function`."""
+
+    def check(where: str, file: str, before: str, after: str) -> bool:
+        module, _, function = where.partition(":")
+        body = getattr(importlib.import_module(module), function)
+        first = Fingerprinter().of(body)
+        path = project / file
+        original = path.read_text()
+        assert before in original
+        path.write_text(original.replace(before, after))
+        second = Fingerprinter().of(body)
+        path.write_text(original)
+        assert Fingerprinter().of(body) == first
+        return first.code != second.code
+
+    return check
+
+
+def test_comments_docstrings_and_annotations_do_not_count(changed: Callable[..., bool]) -> None:
+    body = "proj.steps:body"
+    assert not changed(body, "proj/middle.py", "def scale(x):\n", "def scale(x):\n    # a comment\n")
+    assert not changed(body, "proj/middle.py", "def scale(x):\n", 'def scale(x):\n    """Says what it does."""\n')
+    assert not changed(body, "proj/steps.py", "def body(x: int) -> int:", "def body(x: float):")
+    assert not changed(body, "proj/deep.py", "def base(x):\n", "\n\n\ndef base(x):\n")
+
+
+def test_everything_that_a_body_reaches_counts(changed: Callable[..., bool]) -> None:
+    body = "proj.steps:body"
+    assert changed(body, "proj/steps.py", "* WEIGHTS", "+ WEIGHTS")
+    assert changed(body, "proj/deeper.py", "LIMIT = 10", "LIMIT = 11"), "a global three modules away"
+    assert changed(body, "proj/deep.py", "min(x", "max(x"), "a helper two modules away"
+    assert changed(body, "proj/local.py", "x + 1", "x + 2"), "an import inside the function"
+    assert changed(body, "proj/actors.py", "return self.step()", "return 2 * self.step()"), "a method of a class"
+    assert changed(body, "proj/tables.py", "['a'] = 1", "['a'] = 2"), "a statement that fills a global"
+
+
+def test_what_a_body_does_not_reach_does_not_count(changed: Callable[..., bool]) -> None:
+    body = "proj.steps:body"
+    assert not changed(body, "proj/middle.py", "return 0", "return 1")
+    assert not changed(body, "proj/deeper.py", "UNUSED = 1", "UNUSED = 2")
+    assert not changed(body, "proj/steps.py", "    return 1", "    return 2")
+
+
+def test_registries_files_and_texts_count(changed: Callable[..., bool], project: Path) -> None:
+    assert changed("proj.registry:body", "proj/plugins.py", "return 1", "return 2")
+    assert changed("proj.files:body", "proj/seeds.txt", "one", "two")
+    assert changed("proj.files:folder", "proj/texts/a.txt", "a", "b")
+    assert changed("proj.blind:text", "proj/local.py", "x + 1", "x + 2"), "a text that names a module"
+
+
+def test_where_it_cannot_see_it_takes_the_whole_module(changed: Callable[..., bool]) -> None:
+    assert changed("proj.blind:star", "proj/deeper.py", "UNUSED = 1", "UNUSED = 2")
+    assert changed("proj.blind:passed", "proj/local.py", "x + 1", "x + 2")
+    assert changed("proj.blind:run", "proj/blind.py", "def hidden():\n    return 1", "def hidden():\n    return 2")
+    assert changed("proj.dynamic:body", "proj/local.py", "x + 1", "x + 2"), "a computed import: the whole package"
+
+
+def test_libraries_count_by_version(project: Path) -> None:
+    found: Fingerprint = Fingerprinter().of(importlib.import_module("proj.steps").body, libraries=("pydantic",))
+    assert {"numpy", "pydantic", "python"} <= set(found.libraries)
+    assert "pytest" not in found.libraries
+
+
+PROGRAM = """
+from workflows.graph import step
+from workflows.fingerprint import Fingerprinter
+from helper import factor
+
+@step(num_cpus={cpus})
+def body(x: int) -> int:
+    return x * factor()
+
+def show():
+    print(body.name, Fingerprinter().of(body.fn).code)
+
+if __name__ == "__main__":
+    show()
+"""
+
+
+def test_a_script_and_a_module_have_equal_names_and_fingerprints(tmp_path: Path, repository: Path) -> None:
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "flows" / "__init__.py").write_text("")
+    program = tmp_path / "flows" / "program.py"
+    (tmp_path / "helper.py").write_text("def factor():\n    return 2\n")
+
+    def output(*command: str, cpus: int = 1) -> str:
+        program.write_text(PROGRAM.format(cpus=cpus))
+        environment = {"PYTHONPATH": f"{repository}:{tmp_path}", "PATH": "/usr/bin:/bin"}
+        ran = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=60)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    script = output(str(program))
+    assert script.startswith("flows.program:body ")
+    assert script == output("-m", "flows.program")
+    assert script == output("-c", "import flows.program; flows.program.show()")
+    assert script == output(str(program), cpus=2), "resources are not part of the code"
