@@ -19,9 +19,9 @@ from actors.pretrain_worker import METRICS, PretrainJob, PretrainWorker, read_me
 from cluster.failure_policy import decide
 from cluster.worker_group import WorkerGroup
 from engines import state_folder
+from engines.torch_learner import LlamaConfig
 from infra.errors import CheckpointError, SystemFault
 from infra.faults import VARIABLE
-from models.llama import LlamaConfig
 
 log = logging.getLogger(__name__)
 

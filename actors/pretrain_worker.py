@@ -25,12 +25,9 @@ from data.tokenized import TokenWindows, document_segments
 from engines import state_folder
 from engines.base import Batch, LossFn
 from engines.ranks import Ranks
-from engines.torch_learner import TorchLearner
+from engines.torch_learner import LlamaConfig, TorchLearner, build
 from infra.errors import StepError
 from infra.faults import FaultSchedule
-from models.llama import Llama, LlamaConfig
-from models.parallelize import materialize, parallelize
-from models.tokenizer import load_tokenizer
 
 METRICS = "metrics.jsonl"
 NO_TARGET = -100
@@ -111,19 +108,15 @@ def build_learner(job: PretrainJob, ranks: Ranks) -> TorchLearner:
     optimizer = settings.optimizer
     if optimizer.total_steps == 0:
         optimizer = optimizer.model_copy(update={"total_steps": settings.steps})
-    with torch.device("meta"):
-        model = Llama(job.model)
-    parallelize(
-        model=model,
-        mesh=ranks.mesh,
+    return build(
+        job.model,
+        optimizer,
+        ranks,
         fsdp=settings.sharding == "fsdp",
-        activation_checkpointing=optimizer.activation_checkpointing,
         compile_blocks=settings.compile,
-        dtype=getattr(torch, optimizer.dtype),
+        seed=job.seed,
+        tokenizer_dir=job.tokenizer_dir,
     )
-    materialize(model, ranks.device, job.seed)
-    tokenizer = load_tokenizer(job.tokenizer_dir)
-    return TorchLearner(model, optimizer, ranks, reduces_gradients=settings.sharding == "fsdp", tokenizer=tokenizer)
 
 
 def save_state(learner: TorchLearner, job: PretrainJob, metrics: "MetricsFile | None") -> None:

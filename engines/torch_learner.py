@@ -22,9 +22,42 @@ from engines.config import LearnerSettings
 from engines.ranks import Ranks
 from infra.errors import CheckpointError
 from models.hf_format import to_hf_name
-from models.llama import Llama
-from models.tokenizer import Tokenizer
+from models.llama import Llama, LlamaConfig
+from models.parallelize import materialize, parallelize
+from models.tokenizer import Tokenizer, load_tokenizer
 from models.weights import save_hf
+
+__all__ = ["LlamaConfig", "TorchLearner", "build"]
+
+
+def build(
+    config: LlamaConfig,
+    settings: LearnerSettings,
+    ranks: Ranks,
+    *,
+    fsdp: bool,
+    compile_blocks: bool = False,
+    seed: int = 0,
+    tokenizer_dir: Path | None = None,
+) -> "TorchLearner":
+    """(collective) A learner of a new network, sharded over `ranks`, with the start values of `seed` on every mesh.
+
+    `fsdp` shards over the replicas, else they stay whole; see `models.parallelize.parallelize` for the rest.
+    """
+    with torch.device("meta"):
+        model = Llama(config)
+    parallelize(
+        model=model,
+        mesh=ranks.mesh,
+        fsdp=fsdp,
+        activation_checkpointing=settings.activation_checkpointing,
+        compile_blocks=compile_blocks,
+        dtype=getattr(torch, settings.dtype),
+    )
+    materialize(model, ranks.device, seed)
+    tokenizer = load_tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
+    reduces = fsdp and ranks.mesh is not None
+    return TorchLearner(model, settings, ranks, reduces_gradients=reduces, tokenizer=tokenizer)
 
 
 class TorchLearner:

@@ -1,6 +1,7 @@
 """Sharded against whole: the same losses, gradient norms and weights from real gloo ranks; states that change mesh."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from actors.config import PretrainSettings
+from actors.pretrain_worker import BatchLoader, PretrainJob, next_token_loss
 from algorithms.logprobs import token_logprobs
 from algorithms.sft import sft_loss
+from data.tokenized import write_shards
 from engines.base import Batch
 from engines.config import LearnerSettings
 from engines.ranks import Ranks
 from engines.torch_learner import TorchLearner
+from engines.torch_learner import build as build_learner
 from infra.errors import CheckpointError
 from models.hf_format import to_hf_name
 from models.llama import Llama, LlamaConfig
-from models.parallelize import materialize, parallelize
 from models.weights import load_llama
 
 ROWS, TOKENS, STEPS = 8, 16, 4
@@ -43,16 +47,8 @@ def config(tied: bool) -> LlamaConfig:
 
 
 def build(layout: Layout, ranks: Ranks) -> TorchLearner:
-    with torch.device("meta"):
-        model = Llama(config(layout.tied))
-    parallelize(
-        model=model,
-        mesh=ranks.mesh,
-        fsdp=layout.fsdp,
-        activation_checkpointing=layout.activation_checkpointing,
-    )
-    materialize(model, ranks.device, seed=3)
-    return TorchLearner(model, SETTINGS, ranks, reduces_gradients=layout.fsdp and ranks.mesh is not None)
+    settings = SETTINGS.model_copy(update={"activation_checkpointing": layout.activation_checkpointing})
+    return build_learner(config(layout.tied), settings, ranks, fsdp=layout.fsdp, seed=3)
 
 
 def take_step(learner: TorchLearner, step: int, micro_batches: int, poison: bool = False) -> dict[str, Any]:
@@ -234,13 +230,51 @@ def test_a_damaged_or_foreign_state_is_refused(tmp_path: Path) -> None:
     learner = build(Layout(1), Ranks())
     learner.save_state(tmp_path / "state")
     with pytest.raises(CheckpointError, match="does not fit"):
-        with torch.device("meta"):
-            model = Llama(LlamaConfig(dim=32, layers=3, heads=4, kv_heads=2, ffn_dim=48, vocab_size=40, context=16))
-        materialize(parallelize(model=model, mesh=None), torch.device("cpu"), seed=0)
-        TorchLearner(model, SETTINGS, Ranks(), reduces_gradients=False).load_state(tmp_path / "state")
+        other = dataclasses.replace(config(tied=False), layers=3)
+        build_learner(other, SETTINGS, Ranks(), fsdp=False).load_state(tmp_path / "state")
     file = next((tmp_path / "state").glob("*.distcp"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match="missing or damaged"):
         learner.load_state(tmp_path / "state")
+
+
+def pretrain_job(folder: Path, micro_batch_size: int, within_documents: bool = False) -> PretrainJob:
+    settings = PretrainSettings(
+        optimizer=SETTINGS, steps=8, batch_size=5, sequence_length=TOKENS, micro_batch_size=micro_batch_size,
+        sharding="fsdp", within_documents=within_documents,
+    )  # fmt: skip
+    return PretrainJob(folder / "tokens", folder / "tokenizer", config(True), settings, folder, folder, seed=1)
+
+
+def pretrain_steps(layout: Layout, ranks: Ranks, folder: Path) -> list[float]:
+    learner = build(layout, ranks)
+    batches = BatchLoader(pretrain_job(folder, micro_batch_size=2, within_documents=layout.tied), ranks)
+    curve = []  # loss, gradient norm, loss, ...
+    for step in range(STEPS):
+        micro_batches, tokens = batches.micro_batches(step)
+        output = learner.train_step(micro_batches, next_token_loss(tokens))
+        curve += [ranks.sum(output.metrics)["loss"], output.grad_norm]
+    return curve
+
+
+class Digits:
+    """A text encoder: one id per character."""
+
+    vocab_size, bos_id, eos_id = 40, 38, 39
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[ord(character) - ord("0") for character in text] for text in texts]
+
+
+@pytest.mark.parametrize("layout", [Layout(3), Layout(4, tensor_parallel=2, tied=True)], ids=str)
+def test_ranks_that_do_not_divide_the_batch_train_the_same(layout: Layout, tmp_path: Path) -> None:
+    """5 rows over 3 ranks in micro-batches of 2, and over 2 replicas, where one has an empty micro-batch."""
+    write_shards((str(10**30 + 7**k) for k in range(12)), Digits(), tmp_path / "tokens")
+    alone = pretrain_steps(dataclasses.replace(layout, world_size=1), Ranks(), tmp_path)
+    assert on_ranks(pretrain_steps, layout, tmp_path) == pytest.approx(alone, rel=1e-4)
+    loader = BatchLoader(pretrain_job(tmp_path, micro_batch_size=5), Ranks())
+    (batch,), tokens = loader.micro_batches(0)
+    assert tokens == batch["targets"].numel() == 5 * TOKENS
+    assert torch.equal(batch["input_ids"][:, 1:], batch["targets"][:, :-1])
