@@ -297,7 +297,8 @@ class GroupCommit:
                 self._failed = True
                 self._on_error(error)
                 continue
-            self._written()
+            if any(then is not None for _, then in batch):
+                self._written()
             for _, then in batch:
                 if then is not None:
                     then()
