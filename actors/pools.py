@@ -205,6 +205,8 @@ class Pools:
 
     def close(self) -> None:
         """End the run's pools, however the run ended; nothing happens where there are none."""
+        if not ray.is_initialized():
+            return
         try:
             keeper = ray.get_actor(f"pools-{self.run_id}", namespace=NAMESPACE)
         except ValueError:

@@ -131,6 +131,10 @@ class Executor:
     def done(self, call_id: str) -> bool:
         return self._calls[call_id].ended
 
+    @property
+    def run_id(self) -> str:
+        return self.journal.run_id
+
     def on_end(self, hook: Callable[[], None]) -> None:
         self._hooks.append(hook)
 

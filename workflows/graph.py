@@ -38,6 +38,7 @@ __all__ = [
     "Workflow",
     "context",
     "on_end",
+    "run_id",
     "step",
     "workflow",
 ]
@@ -123,6 +124,9 @@ class Part:
 
 class Runtime(Protocol):
     """Who carries out the calls of a running workflow: the executor, or the planner."""
+
+    @property
+    def run_id(self) -> str: ...
 
     def call(self, call_id: str, step: "Step[..., Any]", options: StepOptions, arguments: dict[str, Any]) -> None: ...
 
@@ -269,6 +273,11 @@ def workflow(fn: Callable[P, R]) -> Workflow[P, R]:
 def on_end(hook: Callable[[], None]) -> None:
     """Inside a workflow: call `hook()` on the driver when the run ends, however it ends (pools are released so)."""
     _scope.get().runtime.on_end(hook)
+
+
+def run_id() -> str:
+    """Inside a workflow: the run's id, e.g. to name what `on_end` takes down. Decide nothing by it."""
+    return _scope.get().runtime.run_id
 
 
 @contextmanager

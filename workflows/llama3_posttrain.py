@@ -8,11 +8,13 @@ text -> tokenizer -> pretrain -> SFT -> per round: (preferences -> two reward mo
 best -> DPO -> PPO), every stage's model evaluated on the same held-out problems -> endpoint.
 """
 
+from functools import partial
 from typing import Any
 
 from actors.results import Evaluation
-from workflows.graph import Artifact, workflow
+from workflows.graph import Artifact, on_end, run_id, workflow
 from workflows.recipe import Recipe
+from workflows.steps.checks import check_recipe, close_pools
 from workflows.steps.evaluation import deploy, evaluate
 from workflows.steps.sampling import rejection_sample, sample_preferences
 from workflows.steps.text import Problems, build_corpus, build_problems, tokenize, train_tokenizer
@@ -26,6 +28,7 @@ from workflows.steps.training import (
 )
 
 RECIPE = Recipe
+RECIPE_FILE = "recipes/tiny.toml"
 SERVED_PROMPTS = 8
 """Held-out prompts that the endpoint answers again before the run counts as served."""
 
@@ -34,6 +37,7 @@ SERVED_PROMPTS = 8
 def llama3_posttrain(recipe: Recipe) -> dict[str, Any]:
     """Every call is a durable step; a plain loop over rounds makes the graph."""
     seed, pools = recipe.seed, recipe.pools
+    on_end(partial(close_pools, run_id()))
     problems = build_problems(recipe.problems, recipe.tasks, seed)
     base = base_model(recipe, problems)
     sft = fine_tune.options(name="sft")(base, problems.instructions, recipe.sft, seed, "sft", pools)
@@ -92,6 +96,11 @@ def evaluated(
     return evaluate.options(name=f"evaluate-{stage}")(
         model, problems.held_out, recipe.eval, stage, recipe.seed, list(before), judges, recipe.pools
     )
+
+
+def preflight(recipe: Recipe) -> None:
+    """What can be refused before anything starts: ports, memory, input files, the shape of the data."""
+    check_recipe(recipe)
 
 
 if __name__ == "__main__":

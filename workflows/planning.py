@@ -14,11 +14,11 @@ from infra.errors import UserError
 from infra.storage import Store, open_store
 from workflows.artifacts import Artifact, ArtifactSource, read_manifest
 from workflows.config import RunSettings
-from workflows.graph import Future, Step, StepOptions, Workflow, running
+from workflows.graph import Future, Part, Step, StepOptions, Workflow, running
 from workflows.journal import read_journal
 from workflows.known import Known
 from workflows.session import find_run
-from workflows.values import artifact_records, decode, encode
+from workflows.values import artifact_records, decode, encode, field_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def plan(workflow: Workflow[..., Any], *args: Any, settings: RunSettings | None 
     warnings: list[str] = []
     reuse = settings.reuse and not settings.new
     known = Known(store, state.commits, reuse, settings.rerun, lambda _, message: warnings.append(message))
-    planner = Planner(store, known, ArtifactSource(store.url, settings.cache))
+    planner = Planner(run_id, store, known, ArtifactSource(store.url, settings.cache))
     unknown: str | None = None
     with running(planner):
         try:
@@ -90,7 +90,8 @@ class _Unknown(BaseException):
 class Planner:
     """The Runtime that runs nothing."""
 
-    def __init__(self, store: Store, known: Known, source: ArtifactSource) -> None:
+    def __init__(self, run_id: str, store: Store, known: Known, source: ArtifactSource) -> None:
+        self.run_id = run_id
         self.calls: list[PlannedCall] = []
         self._store = store
         self._known = known
@@ -137,12 +138,13 @@ class Planner:
 
     def _edge(self, needs: list[str]) -> Callable[[Any], Any]:
         def replace(value: Any) -> Any:
-            if not isinstance(value, Future):
+            future = value.future if isinstance(value, Part) else value
+            if not isinstance(future, Future):
                 return None
-            if value._runtime is not self:
+            if future._runtime is not self:
                 raise UserError(f"{value!r} belongs to another run")
-            needs.append(value.call_id)
-            return {"$edge": value.call_id}
+            needs.append(future.call_id)
+            return {"$edge": future.call_id, "field": value.field if isinstance(value, Part) else None}
 
         return replace
 
@@ -151,7 +153,7 @@ class Planner:
             return [self._resolve(item) for item in tree]
         if isinstance(tree, dict):
             if "$edge" in tree:
-                return self._results[tree["$edge"]]
+                return field_of(self._results[tree["$edge"]], tree["field"], tree["$edge"])
             return {key: self._resolve(item) for key, item in tree.items()}
         return tree
 
