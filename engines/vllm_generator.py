@@ -22,9 +22,7 @@ from typing import Any
 from engines.base import Completion, Sampling, WeightUpdate
 from engines.config import GeneratorSettings
 from engines.weight_transfer import check_same_architecture, read_shapes
-from infra.errors import CheckpointError, SystemFault
-
-ENGINE_ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "CheckpointError": CheckpointError}
+from infra.errors import SystemFault
 
 
 class VllmGenerator:
@@ -38,7 +36,7 @@ class VllmGenerator:
     """
 
     def __init__(self, folder: Path, settings: GeneratorSettings, version: str = "initial") -> None:
-        """Start the engine on the HF model in `folder`; returns when it can answer.
+        """Start the engine on the HF model in `folder`; returns when it has generated a token.
 
         Raises:
             CheckpointError: `folder` has no weights.
@@ -52,6 +50,7 @@ class VllmGenerator:
         info = self._exchange((Path(folder), settings, version), settings.start_timeout)
         self.max_model_len: int = info["max_model_len"]
         self.vocab_size: int = info["vocab_size"]
+        self.health(settings.start_timeout)  # some models start and cannot run, e.g. heads of 16 on CPU
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
         """`prompts` [P][T_p] -> completions [P][n], in order.
@@ -163,10 +162,11 @@ class VllmGenerator:
         if answer[0] == "ok":
             return answer[1]
         _, kind, text, trace = answer
-        if isinstance(message[0], Path):  # it could not start
-            self._kill()
-            raise SystemFault(f"vLLM did not start: {kind}: {text}\n{trace}")
-        raise ENGINE_ERRORS.get(kind, SystemFault)(f"{text}\n{trace}" if kind not in ENGINE_ERRORS else text)
+        started = not isinstance(message[0], Path)
+        if started and kind == "ValueError":  # refused before anything was queued
+            raise ValueError(text)
+        self._kill()  # requests may be left in its queue, weights half loaded
+        raise SystemFault(f"vLLM {'failed' if started else 'did not start'}: {kind}: {text}\n{trace}")
 
     def _kill(self) -> None:
         """End the engine's whole session and reap it."""
