@@ -9,6 +9,7 @@ it moves results, it does not make them.
 """
 
 import ast
+import functools
 import hashlib
 import sys
 from collections.abc import Iterable, Mapping
@@ -17,15 +18,15 @@ from importlib import metadata
 from pathlib import Path
 
 from workflows.names import canonical_module, module_of_file
-from workflows.source import Import, Module, SourceIndex, dump, local_imports, strip
+from workflows.source import Import, Module, SourceIndex, is_text
 
 FORMAT = 1
 CORE = {
-    "artifacts", "channel", "config", "context", "executor", "fingerprint", "graph", "journal", "known", "names",
-    "outcome", "placement", "planning", "reaper", "runs", "session", "source", "values", "worker",
+    "artifacts", "channel", "config", "context", "events", "executor", "fingerprint", "graph", "journal", "known",
+    "names", "outcome", "placement", "planning", "reaper", "runs", "session", "source", "values", "worker",
 }  # fmt: skip
 BLINDING = {"exec", "eval", "globals", "__import__"}
-DYNAMIC_IMPORT = {"import_module", "__import__"}
+NAMES_FILES = {"__file__", "resources", "files"}
 FILES_PER_FOLDER = 200
 
 
@@ -46,7 +47,6 @@ class Fingerprinter:
         self._roots = [Path(root) for root in roots]
         self._done: dict[str, Fingerprint] = {}
         self._index: dict[tuple[Path, ...], SourceIndex] = {}
-        self._packages: Mapping[str, list[str]] | None = None
 
     def of(self, function: object, libraries: Iterable[str] = ()) -> Fingerprint:
         """The fingerprint of a function defined at the top of a module; `libraries` are distributions to add."""
@@ -69,15 +69,17 @@ class Fingerprinter:
         parts |= {f"file {name}": checksum for name, checksum in walk.files.items()}
         lines = [f"{name} {parts[name]}" for name in sorted(parts)]
         code = hashlib.sha256("\n".join([f"format {FORMAT}", *lines]).encode()).hexdigest()
-        found = {name: version for root in walk.libraries for name, version in self._distributions(root)}
+        names = {name for root in walk.libraries for name in _packages().get(root, ())}
+        found = {name: metadata.version(name) for name in names}
         declared = {name: metadata.version(name) for name in libraries}
         python = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
         return Fingerprint(code, parts, dict(sorted((found | declared | python).items())))
 
-    def _distributions(self, root: str) -> list[tuple[str, str]]:
-        if self._packages is None:
-            self._packages = metadata.packages_distributions()
-        return [(name, metadata.version(name)) for name in sorted(set(self._packages.get(root, ())))]
+
+@functools.cache
+def _packages() -> Mapping[str, list[str]]:
+    """Import root -> distributions that provide it. Reads every installed distribution, hence once per process."""
+    return metadata.packages_distributions()
 
 
 class _Walk:
@@ -98,7 +100,7 @@ class _Walk:
             return
         if name in module.bindings:
             statements = module.bindings[name]
-            self.parts[key] = "\n".join(dump(statement) for statement in statements)
+            self.parts[key] = self._text_of(module, statements)
             for statement in statements:
                 self._follow(module, statement)
         elif name in module.imports:
@@ -118,7 +120,7 @@ class _Walk:
         key = f"{module_name}:*"
         if module is None or key in self.parts:
             return
-        self.parts[key] = module.dump
+        self.parts[key] = self._text_of(module, module.tree.body)
         for statement in module.tree.body:
             self._follow(module, statement)
 
@@ -137,7 +139,7 @@ class _Walk:
             if parent:
                 self._enter(parent)
             if module.effects:
-                self.parts[f"{name}:import"] = "\n".join(dump(statement) for statement in module.effects)
+                self.parts[f"{name}:import"] = self._text_of(module, module.effects)
                 for statement in module.effects:
                     self._follow(module, statement)
             for target in module.imported_modules:
@@ -148,15 +150,15 @@ class _Walk:
                     self._enter(f"{alias.module}.{alias.name}")
         return module
 
+    def _text_of(self, module: Module, statements: list[ast.stmt]) -> str:
+        readable = [statement for statement in statements if not is_text(statement)]
+        return "\n".join(self._index.read(module, statement).text for statement in readable)
+
     def _follow(self, module: Module, statement: ast.stmt) -> None:
-        imports = local_imports(module, statement)
-        stripped = strip(statement)
-        names_files = "__file__" in (names := _names(stripped)) or "resources" in names or "files" in names
-        for chain in _chains(stripped):
-            head, rest = chain[0], chain[1:]
-            if chain[-1] in DYNAMIC_IMPORT:
-                self._dynamic_import(module, stripped)
-            elif head in BLINDING:
+        reading = self._index.read(module, statement)
+        imports = reading.imports
+        for head, *rest in reading.chains:
+            if head in BLINDING:
                 self.whole(module.name)
             elif head in imports:
                 self._target(imports[head], rest)
@@ -164,13 +166,15 @@ class _Walk:
                 self._target(module.imports[head], rest)
             elif head in module.bindings or module.star_imports:
                 self.reach(module.name, head)
+        if reading.blind_imports:
+            self._whole_package(module)
         for target in imports.values():
             self._enter(target.module)
             if target.name and self._index.module(f"{target.module}.{target.name}") is not None:
                 self._enter(f"{target.module}.{target.name}")
-        for child in ast.walk(stripped):
-            if isinstance(child, ast.Constant) and isinstance(child.value, str):
-                self._text(module, child.value, names_files)
+        named = {name for chain in reading.chains for name in chain}
+        for text in reading.constants:
+            self._text(module, text, names_files=bool(named & NAMES_FILES))
 
     def _target(self, target: Import, rest: list[str]) -> None:
         """Follow an imported thing with the attributes taken from it."""
@@ -189,15 +193,8 @@ class _Walk:
         module = self._index.module(module_name)
         return module is not None and name in module.bindings
 
-    def _dynamic_import(self, module: Module, node: ast.AST) -> None:
-        """Constant names are found as text; for a computed one take the whole package of the module."""
-        constant = all(
-            bool(call.args) and isinstance(call.args[0], ast.Constant)
-            for call in ast.walk(node)
-            if isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2] in DYNAMIC_IMPORT
-        )
-        if constant:
-            return
+    def _whole_package(self, module: Module) -> None:
+        """Something is imported by a computed name: it may be any module beside this one."""
         self.whole(module.name)
         folder = module.file.parent
         if (folder / "__init__.py").exists():
@@ -240,29 +237,3 @@ class _Walk:
 def _is_core(name: str) -> bool:
     package, _, rest = name.partition(".")
     return package == "infra" or (package == "workflows" and rest in CORE)
-
-
-def _chains(node: ast.AST) -> list[list[str]]:
-    """Every name that is read, with the attributes taken from it: `a.b.c` -> [a, b, c]."""
-    found: list[list[str]] = []
-    for child in ast.walk(node):
-        parts: list[str] = []
-        while isinstance(child, ast.Attribute):
-            parts.insert(0, child.attr)
-            child = child.value
-        if isinstance(child, ast.Name):
-            found.append([child.id, *parts])
-    # `a.b` is also walked as `a`: keep a bare name only where it is used bare
-    longer = {chain[0] for chain in found if len(chain) > 1}
-    bare = _bare_names(node)
-    return [chain for chain in found if len(chain) > 1 or chain[0] in bare or chain[0] not in longer]
-
-
-def _bare_names(node: ast.AST) -> set[str]:
-    inner = {id(child.value) for child in ast.walk(node) if isinstance(child, ast.Attribute)}
-    return {child.id for child in ast.walk(node) if isinstance(child, ast.Name) and id(child) not in inner}
-
-
-def _names(node: ast.AST) -> set[str]:
-    names = {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
-    return names | {child.attr for child in ast.walk(node) if isinstance(child, ast.Attribute)}

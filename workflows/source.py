@@ -8,7 +8,6 @@ import ast
 import importlib.util
 import sys
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from workflows.names import canonical_module
@@ -41,18 +40,32 @@ class Module:
     imported_modules: list[str] = field(default_factory=list)
     effects: list[ast.stmt] = field(default_factory=list)
 
-    @cached_property
-    def dump(self) -> str:
-        """The whole module, without comments and docstrings."""
-        return dump(self.tree)
+
+@dataclass(frozen=True)
+class Reading:
+    """One statement, stripped: its structure as text, the names that it reads with the attributes taken from them, its
+    string constants, what it imports, and the first arguments of its computed imports."""
+
+    text: str
+    chains: tuple[tuple[str, ...], ...]
+    constants: tuple[str, ...]
+    imports: dict[str, Import]
+    blind_imports: bool
 
 
 class SourceIndex:
-    """Parses our modules on demand."""
+    """Parses our modules on demand, and every statement once."""
 
     def __init__(self, roots: list[Path]) -> None:
         self._roots = [root.resolve() for root in roots]
         self._modules: dict[str, Module | None] = {}
+        self._readings: dict[ast.stmt, Reading] = {}
+
+    def read(self, module: Module, statement: ast.stmt) -> Reading:
+        """What a statement of `module` says."""
+        if statement not in self._readings:
+            self._readings[statement] = _read(module, statement)
+        return self._readings[statement]
 
     def module(self, name: str) -> Module | None:
         """The module of that canonical name, or None where it is not ours."""
@@ -115,11 +128,6 @@ def local_imports(module: Module, node: ast.AST) -> dict[str, Import]:
     return found
 
 
-def dump(node: ast.AST) -> str:
-    """A statement's structure: no comments, no docstrings, no positions, no function annotations."""
-    return ast.dump(strip(node))
-
-
 def strip(node: ast.AST) -> ast.AST:
     """A copy of `node` with only what can change its result."""
     stripped: ast.AST = _Strip().visit(ast.parse(ast.unparse(node)))
@@ -143,6 +151,37 @@ class _Strip(ast.NodeTransformer):
 
 
 SHELLS = {"step", "workflow"}
+DYNAMIC_IMPORT = {"import_module", "__import__"}
+
+
+def _read(module: Module, statement: ast.stmt) -> Reading:
+    stripped = strip(statement)
+    nodes = list(ast.walk(stripped))
+    constants = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    dynamic = [node for node in nodes if isinstance(node, ast.Call) and _last_name(node.func) in DYNAMIC_IMPORT]
+    blind = any(not node.args or not isinstance(node.args[0], ast.Constant) for node in dynamic)
+    imports = local_imports(module, stripped)
+    return Reading(ast.dump(stripped), tuple(_chains(nodes)), tuple(dict.fromkeys(constants)), imports, blind)
+
+
+def _last_name(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _chains(nodes: list[ast.AST]) -> list[tuple[str, ...]]:
+    """`a.b.c` -> (a, b, c) once, not also as `a` and `a.b`: a bare name means the thing itself is handed on."""
+    inner = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    found: list[tuple[str, ...]] = []
+    for node in nodes:
+        if id(node) in inner:
+            continue
+        parts: list[str] = []
+        while isinstance(node, ast.Attribute):
+            parts.insert(0, node.attr)
+            node = node.value
+        if isinstance(node, ast.Name):
+            found.append((node.id, *parts))
+    return list(dict.fromkeys(found))
 
 
 def is_text(statement: ast.stmt) -> bool:
