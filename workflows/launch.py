@@ -55,6 +55,7 @@ def load_workflow_file(file: Path) -> ModuleType:
     _import_from(root, file.resolve().parent)
     main = sys.modules["__main__"]
     if Path(getattr(main, "__file__", None) or "").resolve() == file.resolve() and canonical_module("__main__") == name:
+        _check_package(name, root, file)
         return main
     try:
         module = importlib.import_module(name)
@@ -173,6 +174,16 @@ def _keywords(workflow: Workflow[..., Any], tree: dict[str, Any], source: str) -
         if parameter.default is inspect.Parameter.empty and name not in tree:
             raise ConfigError(f"{source}: {name} is missing: give --recipe FILE or --set {name}=VALUE")
     return tree
+
+
+def _check_package(name: str, root: Path, file: Path) -> None:
+    """A script inside a package must not run with another copy's package (an editable install of another clone)."""
+    package = name.rpartition(".")[0].partition(".")[0]
+    loaded = Path(sys.modules[package].__file__ or "").resolve().parent if package in sys.modules else root / package
+    if loaded != root / package:
+        raise UserError(
+            f"workflow {file}: package {package} came from {loaded}; set PYTHONPATH={root}, or use that copy"
+        )
 
 
 def _import_from(root: Path, script_folder: Path | None) -> None:

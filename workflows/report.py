@@ -197,20 +197,19 @@ def table(summary: dict[str, Any]) -> list[list[str]]:
     (`*`: beyond two standard errors), pass@N, refusals, then one column per task_type."""
     evaluated = summary["eval"]
     types = sorted({name for item in evaluated.values() for name in item.get("per_task_type", {})})
-    extras = sorted({name for item in evaluated.values() for part in ("pass_at_n", "safety", "reward")
-                     for name in (item.get(part) or {})})  # fmt: skip
+    extras = sorted({name for item in evaluated.values() for name in _extras(item)})
     rows = [["stage", "accuracy", "95% interval", "vs before", *extras, *types]]
     before = None
     for stage, item in evaluated.items():
         low, high = item.get("accuracy_ci") or (None, None)
-        merged = {**(item.get("pass_at_n") or {}), **(item.get("safety") or {}), **(item.get("reward") or {})}
+        extra = _extras(item)
         rows.append(
             [
                 stage,
                 f"{item['accuracy']:.1%}",
                 "" if low is None else f"{low:.1%} to {high:.1%}",
                 _versus(item.get("versus") or {}, before),
-                *(_number(merged.get(name)) for name in extras),
+                *(_number(extra.get(name)) for name in extras),
                 *(_percent(item.get("per_task_type", {}).get(name)) for name in types),
             ]
         )
@@ -240,6 +239,11 @@ def write(record: RunRecord, folder: Path) -> Path:
     page = folder / "report.html"
     _write_atomically(page, report_page.render(record, summary))
     return page
+
+
+def _extras(item: dict[str, Any]) -> dict[str, float]:
+    reward = {f"{name} reward": value for name, value in (item.get("reward") or {}).items()}
+    return {**(item.get("pass_at_n") or {}), **(item.get("safety") or {}), **reward}
 
 
 def _versus(versus: dict[str, dict[str, float]], before: str | None) -> str:

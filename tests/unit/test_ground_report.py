@@ -136,7 +136,8 @@ def test_table_marks_what_is_beyond_two_standard_errors() -> None:
     assert header[-2:] == ["reasoning/arithmetic", "text/reverse"]
     assert sft[:4] == ["sft", "25.0%", "21.0% to 29.0%", ""]
     assert dpo[:4] == ["dpo", "50.0%", "46.0% to 54.0%", "+25.0*"]
-    assert dict(zip(header, dpo, strict=True))["pass@8"] == "0.75"
+    shown = dict(zip(header, dpo, strict=True))
+    assert shown["pass@8"] == "0.75" and shown["safety reward"] == "-0.5"
     weak = _evaluation("dpo", 256, {"sft": {"difference": 0.03, "standard_error": 0.02}})
     steps = [*_record().steps[:2], StepRecord("dpo", "s", "committed", result=weak)]
     assert table(summarise(_record(steps=steps)))[2][3] == "+3.0"
