@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import ray
 
@@ -63,21 +64,19 @@ class Generators:
         assert set(carried) == {update.version}, f"asked for {update.version}, engines carry {carried}"
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
-        """Prompts [P][T] -> completions [P][n], split over the engines in contiguous shares.
+        """Prompts [P][T] -> completions [P][n], in order.
 
-        A prompt's seed goes by its position in `prompts`, never by the engine that serves it.
+        Equal prompts go to one engine: a seeded answer depends on the prompt and on its number among equal ones, so
+        it is the same for any number of engines.
         """
-        share = -(-len(prompts) // len(self.workers))
+        shares: list[list[int]] = [[] for _ in self.workers]
+        for index, prompt in enumerate(prompts):
+            shares[crc32(repr(tuple(prompt)).encode()) % len(shares)].append(index)
         references = [
-            worker.generate.remote([list(prompt) for prompt in prompts[start : start + share]], _shift(sampling, start))
-            for worker, start in zip(self.workers, range(0, len(prompts), share), strict=False)
+            worker.generate.remote([list(prompts[index]) for index in share], sampling)
+            for worker, share in zip(self.workers, shares, strict=True)
         ]
-        return [completions for reference in references for completions in ray.get(reference)]
-
-
-def _shift(sampling: Sampling, start: int) -> Sampling:
-    if sampling.seed is None or start == 0:
-        return sampling
-    from dataclasses import replace
-
-    return replace(sampling, seed=sampling.seed + start)
+        completions: dict[int, list[Completion]] = {}
+        for share, groups in zip(shares, ray.get(references), strict=True):
+            completions.update(zip(share, groups, strict=True))
+        return [completions[index] for index in range(len(prompts))]
