@@ -169,7 +169,7 @@ class Step(Generic[P, R]):
         self.default = options
         self.short_name = fn.__name__
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """Canonical `module:function`."""
         return canonical_name(self.fn)
@@ -222,7 +222,7 @@ class Workflow(Generic[P, R]):
         self.fn = fn
         self.short_name = fn.__name__
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """Canonical `module:function`."""
         return canonical_name(self.fn)

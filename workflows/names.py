@@ -4,6 +4,7 @@
 name is always `workflows.x:function`, found from where the file lies in its packages.
 """
 
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from infra.errors import UserError
 
 
+@functools.cache
 def module_of_file(file: Path) -> tuple[str, Path]:
     """(dotted module name, folder that must be on sys.path) of a Python file, by walking up its packages."""
     file = file.resolve()
