@@ -8,6 +8,7 @@ the others gets empty ones, filled with a dummy row whose masks are all zero: ev
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 Row = dict[str, Any]
@@ -37,7 +38,7 @@ def plan_micro_batches(lengths: Sequence[int], world_size: int, budget: int) -> 
 
 
 def pad(
-    sequences: Sequence[Sequence[float]], fill: float, dtype: torch.dtype, width: int | None = None
+    sequences: Sequence[Sequence[float] | np.ndarray], fill: float, dtype: torch.dtype, width: int | None = None
 ) -> torch.Tensor:
     """Lists of unequal length -> [B, width], filled on the right."""
     width = width or max(len(sequence) for sequence in sequences)

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import ray
-
+from cluster.gather import gather
 from engines.base import Completion, Sampling, WeightUpdate
 from engines.config import GeneratorSettings
+
+ENGINE = "generator"
 
 
 class GeneratorWorker:
@@ -55,12 +56,12 @@ class Generators:
 
     def load_weights(self, folder: Path, version: str) -> None:
         """All engines carry `folder`'s weights as `version`, caches dropped."""
-        carried = ray.get([worker.load_weights.remote(str(folder), version) for worker in self.workers])
+        carried = gather([worker.load_weights.remote(str(folder), version) for worker in self.workers], ENGINE)
         assert set(carried) == {version}, f"asked for {version}, engines carry {carried}"
 
     def update_weights(self, update: WeightUpdate) -> None:
         """All engines apply a learner's published weights."""
-        carried = ray.get([worker.update_weights.remote(update) for worker in self.workers])
+        carried = gather([worker.update_weights.remote(update) for worker in self.workers], ENGINE)
         assert set(carried) == {update.version}, f"asked for {update.version}, engines carry {carried}"
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
@@ -77,6 +78,6 @@ class Generators:
             for worker, share in zip(self.workers, shares, strict=True)
         ]
         completions: dict[int, list[Completion]] = {}
-        for share, groups in zip(shares, ray.get(references), strict=True):
+        for share, groups in zip(shares, gather(references, ENGINE), strict=True):
             completions.update(zip(share, groups, strict=True))
         return [completions[index] for index in range(len(prompts))]

@@ -11,9 +11,11 @@ import numpy as np
 
 from actors.batches import Row
 from actors.objectives import OBJECTIVES, SCORES
+from actors.process_group import naming_lost_peers
 from cluster.worker import Worker
 from engines.base import StepOutput, WeightUpdate
 from engines.config import LearnerSettings
+from engines.hf_folder import Head
 
 
 class LearnerWorker(Worker):
@@ -23,7 +25,7 @@ class LearnerWorker(Worker):
         self._learners: dict[str, Any] = {}
         self._sender: Any = None
 
-    def open(self, role: str, folder: str, settings: LearnerSettings, head: str, frozen: bool) -> None:
+    def open(self, role: str, folder: str, settings: LearnerSettings, head: Head, frozen: bool) -> None:
         """(collective) Build a model from an HF folder: `head` "lm" or "scalar"; `frozen` ones only score."""
         from engines.deepspeed_learner import build
 
@@ -43,7 +45,9 @@ class LearnerWorker(Worker):
         """(collective) One optimizer step of objective `kind` over this rank's micro-batches of rows."""
         objective = OBJECTIVES[kind]
         batches = [objective.collate(rows) for rows in micro_batches]
-        return self._learners[role].train_step(batches, objective.loss(params))
+        assert self.seat is not None, "train_step() before join()"
+        with naming_lost_peers(self.seat):
+            return self._learners[role].train_step(batches, objective.loss(params))
 
     def score(self, role: str, kind: str, micro_batches: list[list[Row]]) -> list[list[np.ndarray]]:
         """(collective under ZeRO-3) What `kind` computes for each row: log-probs, values, or one reward."""

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
 from actors.batches import Row, plan_micro_batches
 from actors.config import LearnerPoolSettings
+from cluster.gather import gather
 from engines.base import WeightUpdate
 from engines.config import LearnerSettings
+
+RANK = "learner rank"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Learners:
             [
                 worker.train_step.remote(role, kind, share, params)
                 for worker, share in zip(self.workers, shares, strict=True)
-            ]
+            ],
+            RANK,
         )
         metrics: dict[str, float] = {}
         for output in outputs:
@@ -57,7 +60,8 @@ class Learners:
             [
                 worker.score.remote(role, kind, [[rows[index] for index in micro] for micro in share])
                 for worker, share in zip(self.workers, plan, strict=True)
-            ]
+            ],
+            RANK,
         )
         results: list[np.ndarray | None] = [None] * len(rows)
         for share, output in zip(plan, outputs, strict=True):
@@ -98,13 +102,4 @@ class Learners:
         return [[[rows[index] for index in micro] for micro in share] for share in self._plan(rows)]
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
-        return gather([getattr(worker, method).remote(*arguments) for worker in self.workers])
-
-
-def gather(references: Sequence[Any]) -> list[Any]:
-    """`ray.get` of all that raises as soon as the first of them fails."""
-    pending = list(references)
-    while pending:
-        done, pending = ray.wait(pending, num_returns=1)
-        ray.get(done)
-    return ray.get(list(references))
+        return gather([getattr(worker, method).remote(*arguments) for worker in self.workers], RANK)

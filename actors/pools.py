@@ -26,6 +26,7 @@ from actors.config import GeneratorPoolSettings, LearnerPoolSettings
 from actors.generator_worker import Generators, GeneratorWorker
 from actors.learner_group import start_learners
 from actors.learners import Learners
+from cluster.gather import gather
 from engines.config import GeneratorSettings
 
 NAMESPACE = "recua"
@@ -176,7 +177,7 @@ class Pools:
     def _lease(self, kind: str, method: str, *arguments: Any) -> Iterator[list[Any]]:
         keeper = self._keeper()
         borrower = uuid.uuid4().hex
-        members = ray.get(getattr(keeper, method).remote(borrower, *arguments))
+        members = gather([getattr(keeper, method).remote(borrower, *arguments)], f"{kind} keeper")[0]
         stop = threading.Event()
         thread = threading.Thread(target=_renew, args=(keeper, kind, borrower, stop), daemon=True)
         thread.start()

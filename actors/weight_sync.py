@@ -6,10 +6,9 @@ tensors again. With nccl both sides must be inside the transfer at once, so the 
 
 from dataclasses import dataclass
 
-import ray
-
-from actors.generator_worker import Generators
+from actors.generator_worker import ENGINE, Generators
 from actors.learners import Learners
+from cluster.gather import gather
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class WeightSync:
             return  # the file's path travels with every update
         waiting = [worker.connect.remote(info) for worker, info in zip(self.generators.workers, infos, strict=True)]
         self.learners.connect_sender()
-        ray.get(waiting)
+        gather(waiting, ENGINE)
 
     def push(self, version: str) -> None:
         """Every generator carries the learners' current weights as `version` when this returns."""

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from actors.results import Evaluation
-from workflows.graph import Artifact, on_end, run_id, workflow
+from workflows.graph import Future, on_end, run_id, workflow
 from workflows.recipe import Recipe
 from workflows.steps.checks import check_recipe, close_pools
 from workflows.steps.evaluation import deploy, evaluate
@@ -42,7 +42,8 @@ def llama3_posttrain(recipe: Recipe) -> dict[str, Any]:
     base = base_model(recipe, problems)
     sft = fine_tune.options(name="sft")(base, problems.instructions, recipe.sft, seed, "sft", pools)
     evaluations = [evaluated(recipe, problems, sft.model, "sft", [], [])]
-    policy, harvests = sft.model, []
+    policy: Any = sft.model
+    harvests: list[Any] = []
     for number in range(1, recipe.rounds + 1):
         tag = "" if recipe.rounds == 1 else f"-{number}"
         draw = seed + 1000 * number  # every round asks other problems
@@ -74,7 +75,7 @@ def llama3_posttrain(recipe: Recipe) -> dict[str, Any]:
     return {"model": policy.result(), "served": served.result()}
 
 
-def base_model(recipe: Recipe, problems: Problems) -> Artifact:
+def base_model(recipe: Recipe, problems: Future[Problems]) -> Any:
     """The model that SFT starts from: pretrained here, or the folder that the recipe names."""
     if recipe.model.init_from is not None:
         return import_model(recipe.model.init_from)
@@ -84,14 +85,14 @@ def base_model(recipe: Recipe, problems: Problems) -> Artifact:
     return pretrain(tokens, tokenizer, recipe.model, recipe.pretrain, recipe.seed).model
 
 
-def reward_model(recipe: Recipe, policy: Artifact, pairs: Artifact, seed: int, stage: str) -> Artifact:
+def reward_model(recipe: Recipe, policy: Any, pairs: Any, seed: int, stage: str) -> Any:
     """One of the two reward models."""
     return train_reward.options(name=stage)(policy, pairs, recipe.reward, seed, stage, recipe.pools).model
 
 
 def evaluated(
-    recipe: Recipe, problems: Problems, model: Artifact, stage: str, before: list[Evaluation], judges: list[Artifact]
-) -> Evaluation:
+    recipe: Recipe, problems: Future[Problems], model: Any, stage: str, before: list[Any], judges: list[Any]
+) -> Future[Evaluation]:
     """One stage's model on the held-out problems, beside all stages before it."""
     return evaluate.options(name=f"evaluate-{stage}")(
         model, problems.held_out, recipe.eval, stage, recipe.seed, list(before), judges, recipe.pools

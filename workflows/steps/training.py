@@ -1,12 +1,13 @@
 """The stages that change weights. Each result names the model's artifact; its digest is the model's weight version."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.config import DpoSettings, PpoSettings, PretrainSettings, RewardSettings, SftSettings
 from infra.telemetry import MetricsWriter
-from workflows.graph import Artifact, context, step
+from workflows.graph import Artifact, StepContext, context, step
 from workflows.recipe import ModelSettings, PoolSettings
 from workflows.steps.text import read_rows
 
@@ -52,9 +53,9 @@ def pretrain(
     run, curve = context(), Curve("pretrain")
     out = run.artifact("model")
     config = model.to_llama(load_tokenizer(tokenizer.path()).vocab_size)
-    result = run_pretrain(
-        tokens.path(), tokenizer.path(), config, section, out.path, run.scratch / "state", curve, seed=seed
-    )
+    state = _state_folder(run)
+    result = run_pretrain(tokens.path(), tokenizer.path(), config, section, out.path, state, curve, seed=seed)
+    shutil.rmtree(state)
     return Trained("pretrain", out.seal(), curve.seal(), {"loss": result.final_loss, "tokens": result.tokens})
 
 
@@ -148,11 +149,15 @@ def optimise_policy(
     return Trained(stage, out.seal(), curve.seal(), summary)
 
 
+def _state_folder(run: StepContext) -> Path:
+    """Where a call keeps what its next attempt goes on from: in a folder store, or on this node beside the cache."""
+    name = f"runs/{run.run_id}/state/{run.call_id.replace('/', '.')}"
+    return run.store.local_path(name) or Path(run.source.cache).parent / name
+
+
 @step(num_cpus=0.5, memory="1GiB", timeout=3600)
 def import_model(folder: str) -> Artifact:
     """The HF folder that a recipe starts from instead of pretraining, checked and kept."""
-    import shutil
-
     from models.weights import tensor_index
 
     source = Path(folder).expanduser()
