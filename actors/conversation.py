@@ -8,8 +8,7 @@ from actors.batches import Row
 from actors.generator_worker import Generators
 from data.tasks import Problem, prompt_messages, verify
 from engines.base import Completion, Sampling
-from models.chat import render, render_with_mask
-from models.tokenizer import Tokenizer
+from engines.chat import ChatTokenizer
 
 
 @dataclass(frozen=True)
@@ -39,13 +38,13 @@ class Answer:
         return Answer(**{**row, **lists, "problem": Problem.from_row(row["problem"])})
 
 
-def prompt_ids(problem: Problem, tokenizer: Tokenizer) -> list[int]:
+def prompt_ids(problem: Problem, tokenizer: ChatTokenizer) -> list[int]:
     """The conversation up to where the assistant's answer starts."""
-    return render(prompt_messages(problem), tokenizer, add_generation_prompt=True)
+    return tokenizer.prompt(prompt_messages(problem))
 
 
 def sample(
-    generators: Generators, problems: Sequence[Problem], tokenizer: Tokenizer, sampling: Sampling
+    generators: Generators, problems: Sequence[Problem], tokenizer: ChatTokenizer, sampling: Sampling
 ) -> list[list[Answer]]:
     """`sampling.n` answers to every problem, [P][n], checked where the task can be checked."""
     prompts = [prompt_ids(problem, tokenizer) for problem in problems]
@@ -56,8 +55,8 @@ def sample(
     ]
 
 
-def _answer(problem: Problem, prompt: Sequence[int], completion: Completion, tokenizer: Tokenizer) -> Answer:
-    text = tokenizer.decode(list(completion.token_ids))
+def _answer(problem: Problem, prompt: Sequence[int], completion: Completion, tokenizer: ChatTokenizer) -> Answer:
+    text = tokenizer.text(completion.token_ids)
     finished = completion.finish_reason == "stop"
     # An answer that never ended is wrong even if it starts right: nobody could use it.
     verdict = (verify(problem, text) if finished else 0.0) if problem.checkable else None
@@ -67,9 +66,9 @@ def _answer(problem: Problem, prompt: Sequence[int], completion: Completion, tok
     )  # fmt: skip
 
 
-def supervised_row(messages: Sequence[dict[str, str]], task_type: str, tokenizer: Tokenizer, train_on: Any) -> Row:
+def supervised_row(messages: Sequence[dict[str, str]], task_type: str, tokenizer: ChatTokenizer, train_on: Any) -> Row:
     """One instruction example: {"ids" [T], "mask" [T] (1 on target tokens), "task", "length"}."""
-    ids, mask = render_with_mask(messages, tokenizer, train_on)
+    ids, mask = tokenizer.example(messages, train_on)
     return {"ids": ids, "mask": mask, "task": task_type, "length": len(ids)}
 
 

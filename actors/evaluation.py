@@ -16,15 +16,15 @@ from actors.reward_model import scores
 from algorithms.bootstrap import mean_interval, paired_difference, pass_at_k
 from data.tasks import Problem, false_refusal_rate, refusal_rate
 from engines.base import Sampling
-from models.tokenizer import Tokenizer
+from engines.chat import ChatTokenizer
 
 
 def evaluate(
-    generators: Generators, problems: Sequence[Problem], safety_problems: Sequence[Problem], tokenizer: Tokenizer,
+    generators: Generators, problems: Sequence[Problem], safety_problems: Sequence[Problem], tokenizer: ChatTokenizer,
     settings: EvalSettings, stage: str, seed: int, before: Sequence[Evaluation] = (),
 ) -> tuple[Evaluation, list[Answer]]:  # fmt: skip
     """Greedy answers to everything, pass@N on the first problems; differences against every stage in `before`."""
-    greedy = Sampling(temperature=0.0, max_tokens=settings.max_tokens, stop_token_ids=tuple(tokenizer.stop_ids))
+    greedy = Sampling(temperature=0.0, max_tokens=settings.max_tokens, stop_token_ids=tokenizer.stop_ids)
     answers = [group[0] for group in sample(generators, [*problems, *safety_problems], tokenizer, greedy)]
     checked, safety_answers = answers[: len(problems)], answers[len(problems) :]
     correct = [float(answer.verdict or 0.0) for answer in checked]
@@ -59,14 +59,14 @@ def reward_scores(learners: Learners, answers: Sequence[Answer]) -> dict[str, fl
 
 
 def _pass_at_n(
-    generators: Generators, problems: Sequence[Problem], tokenizer: Tokenizer, settings: EvalSettings, seed: int
+    generators: Generators, problems: Sequence[Problem], tokenizer: ChatTokenizer, settings: EvalSettings, seed: int
 ) -> dict[str, float]:
     chosen = problems[: settings.pass_at_problems]
     if not chosen:
         return {}
     sampling = Sampling(
         temperature=settings.temperature, max_tokens=settings.max_tokens, n=settings.pass_at, seed=seed,
-        stop_token_ids=tuple(tokenizer.stop_ids),
+        stop_token_ids=tokenizer.stop_ids,
     )  # fmt: skip
     groups = sample(generators, chosen, tokenizer, sampling)
     right = [round(sum(answer.verdict or 0.0 for answer in group)) for group in groups]

@@ -22,7 +22,7 @@ from actors.weight_sync import WeightSync
 from algorithms import ppo
 from data.tasks import Problem
 from engines.base import Sampling
-from models.tokenizer import Tokenizer
+from engines.chat import ChatTokenizer
 
 POLICY, CRITIC, REFERENCE = "policy", "critic", "reference"
 
@@ -41,7 +41,7 @@ Judge = Callable[[Sequence[Answer]], np.ndarray]
 
 def optimise_policy(
     learners: Learners, generators: Generators, sync: WeightSync, models: PpoModels, problems: Sequence[Problem],
-    judge: Judge, tokenizer: Tokenizer, settings: PpoSettings, out: Path, seed: int, version: str,
+    judge: Judge, tokenizer: ChatTokenizer, settings: PpoSettings, out: Path, seed: int, version: str,
     on_metrics: OnMetrics,
 ) -> dict[str, float]:  # fmt: skip
     """Run `settings.steps` rollout batches over `problems` and save the policy in `out`.
@@ -62,7 +62,7 @@ def optimise_policy(
     for step, indices in enumerate(prompts[: settings.steps]):
         sampling = Sampling(
             temperature=settings.temperature, max_tokens=settings.max_tokens, n=settings.answers,
-            seed=seed * 1_000_003 + step * 10_007, stop_token_ids=tuple(tokenizer.stop_ids),
+            seed=seed * 1_000_003 + step * 10_007, stop_token_ids=tokenizer.stop_ids,
         )  # fmt: skip
         groups = sample(generators, [problems[index] for index in indices], tokenizer, sampling)
         answers = [answer for group in groups for answer in group]

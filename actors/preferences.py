@@ -13,7 +13,7 @@ from actors.batches import Row
 from actors.conversation import Answer, answer_row, prompt_ids
 from data.tasks import Problem, verify
 from data.tasks.safety import REFUSAL
-from models.tokenizer import Tokenizer
+from engines.chat import ChatTokenizer
 
 CLEARLY, NEGLIGIBLY = 0, 3
 """Ratings of `algorithms.reward`: how much better the chosen answer is."""
@@ -27,7 +27,7 @@ class Pairs:
     safety: list[Row]
 
 
-def build_pairs(groups: Sequence[Sequence[Answer]], tokenizer: Tokenizer, seed: int) -> Pairs:
+def build_pairs(groups: Sequence[Sequence[Answer]], tokenizer: ChatTokenizer, seed: int) -> Pairs:
     """One pair per prompt that has, or can be given, both sides; `groups` is [P][n]."""
     pairs = Pairs([], [])
     rng = random.Random(seed)
@@ -65,10 +65,10 @@ def _is_right(answer: Answer) -> bool:
     return answer.finished and verify(answer.problem, answer.text) > 0.5
 
 
-def _written(problem: Problem, text: str, tokenizer: Tokenizer) -> Row:
+def _written(problem: Problem, text: str, tokenizer: ChatTokenizer) -> Row:
     """An answer that was not sampled, as a row like a sampled one's."""
     prompt = prompt_ids(problem, tokenizer)
-    ids = [*tokenizer.encode(text), tokenizer.eot_id]
+    ids = tokenizer.answer(text)
     return {
         "ids": [*prompt, *ids], "mask": [0] * len(prompt) + [1] * len(ids), "task": problem.task_type,
         "length": len(prompt) + len(ids),

@@ -37,7 +37,7 @@ def evaluate(
     from actors.judging import RewardModels
     from actors.pools import Pools
     from data.tasks import Problem
-    from models.tokenizer import load_tokenizer
+    from engines.chat import ChatTokenizer
 
     everything = [Problem.from_row(row) for row in read_rows(held_out.path() / "problems.jsonl")]
     problems = [problem for problem in everything if problem.checkable][: section.problems]
@@ -45,7 +45,7 @@ def evaluate(
     lent = Pools(context().run_id)
     with lent.generators(pools.generators, pools.engine, model.path(), model.digest) as generators:
         evaluation, answers = run_evaluation(
-            generators, problems, safety, load_tokenizer(model.path()), section, stage, seed, before
+            generators, problems, safety, ChatTokenizer.load(model.path()), section, stage, seed, before
         )
     if not judges:
         return evaluation

@@ -36,14 +36,14 @@ def sample_preferences(
     from actors.pools import Pools
     from actors.preferences import build_pairs
     from engines.base import Sampling
-    from models.tokenizer import load_tokenizer
+    from engines.chat import ChatTokenizer
 
     run = context()
     problems = _take(prompts, section.prompts, seed)
-    tokenizer = load_tokenizer(policy.path())
+    tokenizer = ChatTokenizer.load(policy.path())
     sampling = Sampling(
         temperature=section.temperature, max_tokens=section.max_tokens, n=section.answers, seed=seed,
-        stop_token_ids=tuple(tokenizer.stop_ids),
+        stop_token_ids=tokenizer.stop_ids,
     )  # fmt: skip
     with Pools(run.run_id).generators(pools.generators, pools.engine, policy.path(), policy.digest) as generators:
         groups = sample(generators, problems, tokenizer, sampling)
@@ -66,14 +66,14 @@ def rejection_sample(
     from actors.pools import Pools
     from actors.rejection import harvest
     from engines.base import Sampling
-    from models.tokenizer import load_tokenizer
+    from engines.chat import ChatTokenizer
 
     run = context()
     problems = _take(prompts, section.prompts, seed)
-    tokenizer = load_tokenizer(policy.path())
+    tokenizer = ChatTokenizer.load(policy.path())
     sampling = Sampling(
         temperature=section.temperature, max_tokens=section.max_tokens, n=section.answers, seed=seed,
-        stop_token_ids=tuple(tokenizer.stop_ids),
+        stop_token_ids=tokenizer.stop_ids,
     )  # fmt: skip
     lent = Pools(run.run_id)
     with lent.generators(pools.generators, pools.engine, policy.path(), policy.digest) as generators:

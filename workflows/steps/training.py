@@ -67,11 +67,11 @@ def fine_tune(
     from actors.conversation import supervised_row
     from actors.pools import Pools
     from actors.sft import fine_tune as run_fine_tune
-    from models.tokenizer import load_tokenizer
+    from engines.chat import ChatTokenizer
 
     run, curve = context(), Curve(stage)
     out = run.artifact("model")
-    tokenizer = load_tokenizer(base.path())
+    tokenizer = ChatTokenizer.load(base.path())
     rows = [
         supervised_row(row["messages"], row["task_type"], tokenizer, section.train_on)
         for row in read_rows(examples.path() / "messages.jsonl")
@@ -104,12 +104,12 @@ def optimise_preferences(
     """DPO of `base` against itself on best-versus-worst pairs."""
     from actors.dpo import optimise_preferences as run_dpo
     from actors.pools import Pools
-    from models.tokenizer import load_tokenizer
+    from engines.chat import ChatTokenizer
 
     run, curve = context(), Curve(stage)
     out = run.artifact("model")
     rows = read_rows(pairs.path() / "pairs.jsonl")
-    stop_ids = load_tokenizer(base.path()).stop_ids
+    stop_ids = ChatTokenizer.load(base.path()).stop_ids
     with Pools(run.run_id).learners(pools.learners) as learners:
         summary = run_dpo(learners, base.path(), rows, section, stop_ids, out.path, seed, curve)
     return Trained(stage, out.seal(), curve.seal(), {"pairs": len(rows), **summary})
@@ -127,7 +127,7 @@ def optimise_policy(
     from actors.ppo import optimise_policy as run_ppo
     from actors.weight_sync import WeightSync
     from data.tasks import Problem
-    from models.tokenizer import load_tokenizer
+    from engines.chat import ChatTokenizer
 
     run, curve = context(), Curve(stage)
     out = run.artifact("model")
@@ -144,7 +144,7 @@ def optimise_policy(
         summary = run_ppo(
             learners, generators, sync, PpoModels(base.path(), models.helpfulness), problems,
             lambda answers: judge(learners, answers, section.verifier_weight, section.reward_weight).total,
-            load_tokenizer(base.path()), section, out.path, seed, base.digest[:12], curve,
+            ChatTokenizer.load(base.path()), section, out.path, seed, base.digest[:12], curve,
         )  # fmt: skip
     return Trained(stage, out.seal(), curve.seal(), summary)
 
