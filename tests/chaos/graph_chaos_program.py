@@ -31,8 +31,11 @@ def combine(parts: list[Artifact]) -> dict[str, Any]:
 
 
 @step
-def refine(whole: Artifact, by: int) -> int:
-    return len((whole.path() / "all.txt").read_text()) % (by + 7)
+def refine(whole: Artifact, by: int) -> dict[str, Any]:
+    size = len((whole.path() / "all.txt").read_text()) % (by + 7)
+    out = context().artifact("refined")
+    (out.path / "size.txt").write_text(str(size))
+    return {"size": size, "refined": out.seal()}
 
 
 @step
@@ -53,7 +56,7 @@ def graph() -> dict[str, Any]:
     whole = combine(parts).result()
     seen = [0]
     for _ in range(6):
-        seen.append(refine(whole["whole"], seen[-1]).result())
+        seen.append(refine(whole["whole"], seen[-1]).result()["size"])
     return {"whole": whole["whole"], "seen": seen}
 
 

@@ -117,11 +117,16 @@ def survive(start: Start, url: str, expected: str, **settings: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """A cluster that outlives its drivers, as a job's does."""
+def cluster(s3_endpoint: str) -> Iterator[str]:
+    """A cluster that outlives its drivers, as a job's does; its nodes have credentials of their own."""
     import ray
 
-    node = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+        environment.setenv("AWS_ACCESS_KEY_ID", "test")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        node = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield node.address_info["gcs_address"]
     ray.shutdown()
 
