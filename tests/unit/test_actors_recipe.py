@@ -1,0 +1,64 @@
+"""Every recipe that ships is valid, and mistakes in one are refused by name."""
+
+from pathlib import Path
+
+import pytest
+
+from infra.config import load
+from infra.errors import ConfigError, UserError
+from workflows.recipe import Recipe
+from workflows.steps.checks import check_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+TINY = RECIPES / "tiny.toml"
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.toml")), ids=lambda file: file.stem)
+def test_shipped_recipes_are_valid(file: Path) -> None:
+    assert load(file, Recipe).rounds >= 1
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("sft.bach_size=4", "sft.batch_size"),
+        ("sft.batch_size=many", "sft.batch_size"),
+        ("dpo.beta=0", "dpo.beta"),
+        ("ppo.policy.learning_rte=1e-4", "ppo.policy.learning_rate"),
+        ("model.heads=3", "heads"),
+    ],
+)
+def test_a_mistake_is_named_with_the_setting_to_change(override: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load(TINY, Recipe, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("sft.max_length=4096", "sft.max_length"),
+        ("corpus.files=['/nowhere/text.jsonl']", "/nowhere/text.jsonl"),
+        ("model.init_from=/nowhere", "/nowhere"),
+        ("tokenizer.folder=/nowhere", "tokenizer.folder"),
+        ("pools.engine.kv_cache_gib=100000", "pools.engine.kv_cache_gib"),
+    ],
+)
+def test_what_cannot_work_here_is_refused_before_anything_starts(override: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        check_recipe(load(TINY, Recipe, [override]))
+
+
+def test_a_malformed_line_is_named_by_file_and_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{"mess\n')
+    with pytest.raises(UserError, match=r"mine\.jsonl:2"):
+        check_recipe(load(TINY, Recipe, [f"problems.instruction_files=['{file}']"]))
+
+
+def test_pools_are_part_of_no_key() -> None:
+    from workflows.values import digest, encode
+
+    recipe = load(TINY, Recipe)
+    other = load(TINY, Recipe, ["pools.learners.workers=7"])
+    assert digest(encode(recipe.pools)) == digest(encode(other.pools))
+    assert digest(encode(recipe.sft)) != digest(encode(load(TINY, Recipe, ["sft.batch_size=7"]).sft))
