@@ -119,7 +119,9 @@ class PreferenceSettings(Settings):
     """Preference pairs sampled from the policy itself, so that the reward models stay in distribution."""
 
     prompts: int = Field(default=1024, ge=1)
-    """Training problems to sample."""
+    """Checkable training problems to sample, for the helpfulness model."""
+    safety_prompts: int = Field(default=256, ge=1)
+    """Unsafe requests and safe look-alikes to sample, for the safety model."""
     answers: int = Field(default=6, ge=2)
     """Answers per prompt."""
     temperature: float = Field(default=1.0, gt=0)

@@ -1,20 +1,20 @@
 """Every error that recua raises on purpose.
 
-    RecuaError
-    ├── UserError                  something to change in the recipe, the data or the command; exit code 2
-    │   ├── ConfigError            a recipe key, type or value
-    │   ├── DataError              a malformed input file: file and line
-    │   ├── CheckpointError        weights or a manifest that do not fit
-    │   ├── ResourceError          a request that this cluster can never meet
-    │   └── NonDeterminismError    a resumed workflow body took another path
-    ├── StoreError                 the store is unreachable, refuses, or returned damaged data
-    │   └── FencedError            another driver holds this run's lease: stop
-    ├── StepError                  a step's own code raised; carries the user's traceback
-    └── SystemFault                the platform failed under a step; retried by the executor
-        ├── NodeLost
-        ├── Preempted
-        ├── OutOfMemory
-        └── StepTimeout
+RecuaError
+├── UserError                  something to change in the recipe, the data or the command; exit code 2
+│   ├── ConfigError            a recipe key, type or value
+│   ├── DataError              a malformed input file: file and line
+│   ├── CheckpointError        weights or a manifest that do not fit
+│   ├── ResourceError          a request that this cluster can never meet
+│   └── NonDeterminismError    a resumed workflow body took another path
+├── StoreError                 the store is unreachable, refuses, or returned damaged data
+│   └── FencedError            another driver holds this run's lease: stop
+├── StepError                  a step's own code raised; carries the user's traceback
+└── SystemFault                the platform failed under a step; retried by the executor
+    ├── NodeLost
+    ├── Preempted
+    ├── OutOfMemory
+    └── StepTimeout
 """
 
 

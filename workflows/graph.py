@@ -174,7 +174,8 @@ class Step(Generic[P, R]):
         """Canonical `module:function`."""
         return canonical_name(self.fn)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Future[R]:
+        """Call it durably; any argument, or part of one, may be a Future or a field of one."""
         return self._submit(self.default, args, kwargs)
 
     def options(
@@ -187,14 +188,14 @@ class Step(Generic[P, R]):
         timeout: float | None = None,
         name: str | None = None,
         may_fail: bool | None = None,
-    ) -> Callable[P, Future[R]]:
+    ) -> Callable[..., Future[R]]:
         """The step with other options for one call: `train.options(num_gpus=8, name="final")(corpus)`."""
         given = {"num_cpus": num_cpus, "num_gpus": num_gpus, "retries": retries, "timeout": timeout, "name": name}
         given |= {"may_fail": may_fail, "memory": None if memory is None else parse_memory(memory)}
         changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         options = replace(self.default, **changes)
 
-        def call(*args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        def call(*args: Any, **kwargs: Any) -> Future[R]:
             return self._submit(options, args, kwargs)
 
         return call

@@ -1,12 +1,16 @@
 """The stages that sample from the policy: preference pairs, and rejection sampling."""
 
+import random
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.config import PreferenceSettings, RejectionSettings
 from workflows.graph import Artifact, context, step
 from workflows.recipe import PoolSettings
 from workflows.steps.text import read_rows, write_rows
+
+if TYPE_CHECKING:
+    from data.tasks import Problem
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,9 @@ def sample_preferences(
     from engines.chat import ChatTokenizer
 
     run = context()
-    problems = _take(prompts, section.prompts, seed)
+    pool = _problems(prompts)
+    problems = _take([problem for problem in pool if problem.unsafe is None], section.prompts, seed)
+    problems += _take([problem for problem in pool if problem.unsafe is not None], section.safety_prompts, seed)
     tokenizer = ChatTokenizer.load(policy.path())
     sampling = Sampling(
         temperature=section.temperature, max_tokens=section.max_tokens, n=section.answers, seed=seed,
@@ -69,7 +75,7 @@ def rejection_sample(
     from engines.chat import ChatTokenizer
 
     run = context()
-    problems = _take(prompts, section.prompts, seed)
+    problems = _take(_problems(prompts), section.prompts, seed)
     tokenizer = ChatTokenizer.load(policy.path())
     sampling = Sampling(
         temperature=section.temperature, max_tokens=section.max_tokens, n=section.answers, seed=seed,
@@ -88,11 +94,12 @@ def rejection_sample(
     return Rejected(best.seal(), pairs.seal(), {**found.summary, "from_earlier_rounds": len(kept)})
 
 
-def _take(prompts: Artifact, count: int, seed: int) -> list[Any]:
-    """A seeded sample of the prompt pool, so that stages and rounds do not all ask the same questions."""
-    import random
-
+def _problems(prompts: Artifact) -> "list[Problem]":
     from data.tasks import Problem
 
-    problems = [Problem.from_row(row) for row in read_rows(prompts.path() / "problems.jsonl")]
+    return [Problem.from_row(row) for row in read_rows(prompts.path() / "problems.jsonl")]
+
+
+def _take(problems: "list[Problem]", count: int, seed: int) -> "list[Problem]":
+    """A seeded sample of the prompt pool, so that stages and rounds do not all ask the same questions."""
     return random.Random(seed).sample(problems, min(count, len(problems)))
