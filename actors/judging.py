@@ -41,8 +41,12 @@ def judge(
     learners: Learners, answers: Sequence[Answer], verifier_weight: float, reward_weight: float = 1.0
 ) -> Judgement:
     """Llama 2's combination of both models, whitened over `answers`, joined by the checker (`algorithms.scores`)."""
-    rows = [answer_row(answer) for answer in answers]
-    helpfulness, safety = (torch.tensor(scores(learners, role, rows)) for role in (HELPFULNESS, SAFETY))
+    # Samples of one prompt are often the same few answers: each is scored once.
+    distinct = {(answer.prompt_ids, answer.ids): answer for answer in answers}
+    rows = [answer_row(answer) for answer in distinct.values()]
+    number = {key: index for index, key in enumerate(distinct)}
+    index = torch.tensor([number[answer.prompt_ids, answer.ids] for answer in answers])
+    helpfulness, safety = (torch.tensor(scores(learners, role, rows))[index] for role in (HELPFULNESS, SAFETY))
     about_safety = torch.tensor([answer.problem.unsafe is not None for answer in answers])
     combined = combine_scores(helpfulness, safety, about_safety)
     checkable = torch.tensor([answer.verdict is not None for answer in answers])
