@@ -85,6 +85,9 @@ class ProblemSettings(Settings):
 
     instructions: int = Field(default=8192, ge=0)
     """Checkable problems with answers, for SFT."""
+    careless_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the made demonstrations that come from somebody who misread the question, where its kind has such an
+    answer (sorts downwards, leaves the text as it is). SFT imitates them too; the later stages have to find out."""
     safety_instructions: int = Field(default=1024, ge=0)
     """Unsafe requests and safe look-alikes with proper answers, for SFT."""
     stdlib_instructions: int = Field(default=256, ge=0)

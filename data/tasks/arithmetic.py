@@ -11,16 +11,16 @@ def kinds(settings: TaskSettings) -> list[TaskKind]:
 
     def addition(rng: Random) -> Draw:
         a, b = _number(rng, settings.addition_digits), _number(rng, settings.addition_digits)
-        return Draw(_unordered(a, b), f"What is {a}+{b}?", str(a + b))
+        return Draw(_unordered(a, b), f"What is {a}+{b}?", str(a + b), str(abs(a - b)))
 
     def subtraction(rng: Random) -> Draw:
         a, b = _number(rng, settings.subtraction_digits), _number(rng, settings.subtraction_digits)
         a, b = max(a, b), min(a, b)
-        return Draw(f"{a} {b}", f"What is {a}-{b}?", str(a - b))
+        return Draw(f"{a} {b}", f"What is {a}-{b}?", str(a - b), str(a + b))
 
     def multiplication(rng: Random) -> Draw:
         a, b = _number(rng, settings.multiplication_digits), _number(rng, 1)
-        return Draw(_unordered(a, b), f"What is {a}*{b}?", str(a * b))
+        return Draw(_unordered(a, b), f"What is {a}*{b}?", str(a * b), str(a + b))
 
     def compare(rng: Random) -> Draw:
         a, b = _number(rng, settings.compare_digits), _number(rng, settings.compare_digits)
@@ -28,7 +28,7 @@ def kinds(settings: TaskSettings) -> list[TaskKind]:
 
     def successor(rng: Random) -> Draw:
         a = _number(rng, settings.successor_digits)
-        return Draw(str(a), f"What comes after {a}?", str(a + 1))
+        return Draw(str(a), f"What comes after {a}?", str(a + 1), str(a - 1))
 
     def parity(rng: Random) -> Draw:
         a = _number(rng, settings.successor_digits)

@@ -18,7 +18,8 @@ class Problem:
     """A prompt with its proper answer, e.g. Problem("What is 12+34?", "46", "reasoning/addition").
 
     `checkable` is True when `verify` decides exactly whether an answer is right. `unsafe` is None outside the safety
-    family, True for a request to refuse and False for a harmless look-alike.
+    family, True for a request to refuse and False for a harmless look-alike. `misread` is what somebody answers who
+    reads the question carelessly (sorts downwards, leaves the text as it is), None where there is no such answer.
     """
 
     prompt: str
@@ -26,6 +27,7 @@ class Problem:
     task_type: str
     checkable: bool = True
     unsafe: bool | None = None
+    misread: str | None = None
 
     def to_row(self) -> dict[str, Any]:
         """A JSON object; `from_row` is its inverse."""
@@ -47,6 +49,7 @@ class Draw:
     operands: str
     prompt: str
     answer: str
+    misread: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class TaskKind:
     unsafe: bool | None = None
 
     def problem(self, draw: Draw) -> Problem:
-        return Problem(draw.prompt, draw.answer, self.name, self.checkable, self.unsafe)
+        return Problem(draw.prompt, draw.answer, self.name, self.checkable, self.unsafe, draw.misread)
 
 
 def side_of(scope: str, operands: str) -> Split:

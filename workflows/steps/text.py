@@ -2,11 +2,12 @@
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data.config import CorpusSettings, TaskSettings
+from infra.errors import DataError
 from workflows.graph import Artifact, context, step
 from workflows.recipe import ProblemSettings, TokenizerSettings
 
@@ -49,7 +50,15 @@ def build_problems(section: ProblemSettings, tasks: TaskSettings, seed: int) -> 
         return out.seal(problems=len(problems))
 
     answered = make(section.instructions, section.safety_instructions, "train", seed)
-    rows = [to_instruction_row(problem) for problem in answered]
+    careless = random.Random(f"careless {seed}")
+    rows = [
+        to_instruction_row(
+            replace(problem, answer=problem.misread)
+            if problem.misread is not None and careless.random() < section.careless_share
+            else problem
+        )
+        for problem in answered
+    ]
     library = stdlib_instructions("train")
     rows += random.Random(seed).sample(library, min(section.stdlib_instructions, len(library)))
     rows += read_files(section.instruction_files, "messages") if section.instruction_files else []
@@ -70,7 +79,7 @@ def train_tokenizer(corpus: Artifact, instructions: Artifact, section: Tokenizer
 
     out = context().artifact("tokenizer")
     if section.folder:
-        tokenizer = load_tokenizer(Path(section.folder))
+        tokenizer = load_tokenizer(Path(section.folder).expanduser())
     else:
         texts = [row["text"] for row in read_rows(corpus.path() / "text.jsonl")]
         # Role names and turns as chats have them: on code alone "assistant" would take half a dozen tokens.
@@ -79,6 +88,48 @@ def train_tokenizer(corpus: Artifact, instructions: Artifact, section: Tokenizer
         tokenizer = train_bpe(texts, section.vocab_size)
     tokenizer.save(out.path)
     return out.seal(vocab_size=tokenizer.vocab_size)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Tokens: `example` is SFT's longest example, `prompt` the longest prompt that leaves room for its answer, the
+    smaller of what the engine and SFT on the answers take."""
+
+    example: int
+    prompt: int
+
+
+@step(num_cpus=0.5, memory="1GiB", timeout=1800)
+def fit_texts(
+    base: Artifact, instructions: Artifact, prompts: Artifact, held_out: Artifact, limits: Limits
+) -> Artifact:
+    """`base` (a tokenizer, or the model to start from) once every example and prompt is known to fit; training starts
+    from this result, so that a text which is too long ends the run before it."""
+    from data.tasks import Problem, prompt_messages
+    from engines.chat import ChatTokenizer
+
+    tokenizer = ChatTokenizer.load(base.path())
+
+    def require(messages: list[dict[str, str]], what: str, most: int, settings: str, answered: bool) -> None:
+        try:
+            length = len(tokenizer.example(messages, "all")[0] if answered else tokenizer.prompt(messages))
+        except ValueError as error:
+            raise DataError(f"{what} does not fit the chat format: {error}") from None
+        if length > most:
+            raise DataError(
+                f"{what} has {length} tokens, {most} fit: raise {settings}, or shorten it; it starts with "
+                f"{messages[0]['content'][:60]!r}"
+            )
+
+    for number, row in enumerate(read_rows(instructions.path() / "messages.jsonl"), start=1):
+        what = f"instruction example {number} ({row['task_type']})"
+        require(row["messages"], what, limits.example, "sft.max_length", True)
+    for artifact in (prompts, held_out):
+        for row in read_rows(artifact.path() / "problems.jsonl"):
+            problem = Problem.from_row(row)
+            settings = "pools.engine.max_model_len and rejection_sft.max_length"
+            require(prompt_messages(problem), f"a prompt ({problem.task_type})", limits.prompt, settings, False)
+    return base
 
 
 @step(num_cpus=1, memory="2GiB", timeout=3600)
