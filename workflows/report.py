@@ -5,8 +5,8 @@
       -> page.render(record, summary) -> HTML
 
 The inputs are conventions, so a step needs to know nothing of this module: an artifact whose folder holds
-`metrics.jsonl` gives curves; a result that has `stage`, `n` and `accuracy` is an evaluation; a result that has `grpc`
-and `openai` says what is served. They are found wherever in a step's result they are.
+`metrics.jsonl` gives curves; a result that has `stage`, `n` and `accuracy` is an evaluation; a result that has `grpc`,
+`openai` and `weight_version` says what is served. They are found wherever in a step's result they are.
 """
 
 import json
@@ -166,10 +166,10 @@ def summarise(record: RunRecord) -> dict[str, Any]:
     """The content of report.json: `run`, `workflow`, `status`, `wall_s`, `stages`, `eval`, `served`."""
     served: dict[str, Any] = {"grpc": False, "openai": False}
     for step in record.steps:
-        for item in dictionaries(step.result):
-            if {"grpc", "openai"} <= item.keys():
-                served = {key: value for key, value in item.items() if not isinstance(value, (Artifact, dict, list))}
-                served |= {"grpc": item["grpc"] is True, "openai": item["openai"] is True}
+        found = [item for item in dictionaries(step.result) if {"grpc", "openai", "weight_version"} <= item.keys()]
+        if found:  # the outermost: the single answers inside it have the same keys
+            served = {k: value for k, value in found[0].items() if not isinstance(value, (Artifact, dict, list))}
+            served |= {"grpc": found[0]["grpc"] is True, "openai": found[0]["openai"] is True}
     keep = ("n", "accuracy", "accuracy_ci", "per_task_type", "pass_at_n", "safety", "reward", "weight_version")
     return {
         "run": record.run_id,
