@@ -14,6 +14,7 @@ from actors.learners import Learners
 from actors.preferences import pair
 from algorithms.rejection import best_of_k, preference_pairs
 from data.tasks import prompt_messages
+from infra.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ def harvest(learners: Learners, groups: Sequence[Sequence[Answer]], settings: Re
     scores = torch.tensor(judge(learners, flat, settings.verifier_weight).total).view(len(groups), -1)
     best_index = best_of_k(scores, settings.threshold).tolist()
     best = [group[index] for group, index in zip(groups, best_index, strict=True) if index >= 0]
+    if not best:
+        raise DataError(
+            f"rejection.threshold = {settings.threshold} keeps none of {len(groups)} best answers (the best of all "
+            f"scores {float(scores.max()):.3g}): lower it"
+        )
     chosen = preference_pairs(scores, settings.minimum_gap)
     checked = [answer.verdict for answer in flat if answer.verdict is not None]
     checked_best = [answer.verdict for answer in best if answer.verdict is not None]

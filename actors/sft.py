@@ -31,8 +31,8 @@ def fine_tune(
     for number, row in enumerate(rows):
         if row["length"] > settings.max_length:
             raise DataError(
-                f"example {number} has {row['length']} tokens, above max_length {settings.max_length}: raise it (and "
-                "model.max_seq_len), or shorten the example"
+                f"example {number} has {row['length']} tokens, above max_length {settings.max_length}: raise it in its "
+                "section (and model.context), or shorten the example"
             )
     channels = sorted({row["task"] for row in rows})
     examples = with_channels(rows, channels)

@@ -7,7 +7,7 @@ This module imports neither torch nor ray nor vllm, so that `recua --help` stays
 import difflib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +32,8 @@ def load(path: str | Path | None, schema: type[S], overrides: Sequence[str] = ()
         ConfigError: the file is missing or is no TOML, a key is unknown (the nearest known one is named), a value has
             the wrong type. One line per problem.
     """
-    return validate(read_tree(path, overrides), schema, source="recipe" if path is None else str(path))
+    source = "recipe" if path is None else str(path)
+    return validate(read_tree(path, overrides), schema, source, {override.partition("=")[0] for override in overrides})
 
 
 def read_tree(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -56,13 +57,19 @@ def read_tree(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[st
     return tree
 
 
-def validate(tree: dict[str, Any], schema: type[S], source: str = "recipe") -> S:
-    """Build `schema` from a parsed tree; every problem becomes one line that names the setting."""
+def validate(tree: dict[str, Any], schema: type[S], source: str = "recipe", overridden: Collection[str] = ()) -> S:
+    """Build `schema` from a parsed tree; every problem becomes one line that names the setting, and `source` or, for
+    the `overridden` settings, --set as where it was given."""
+
+    def line(problem: Any) -> str:
+        name = ".".join(str(part) for part in problem["loc"])
+        given = any(f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}.") for key in overridden)
+        return f"{'--set' if name and given else source}: {_explain(problem, schema)}"
+
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(problem, schema) for problem in error.errors()]
-        raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
+        raise ConfigError("\n".join(line(problem) for problem in error.errors())) from None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -90,6 +97,8 @@ def _explain(problem: Any, schema: type[Settings]) -> str:
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
         hint = f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"; known: {', '.join(known)}"
         return f"unknown setting {name}{hint}"
+    if problem["type"] == "value_error":  # our own validators say what is wrong, and with which values
+        return f"{name or 'recipe'}: {str(problem['msg']).removeprefix('Value error, ')}"
     shown = json.dumps(problem.get("input"), default=str)
     if len(shown) > 80:
         shown = shown[:77] + "..."

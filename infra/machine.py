@@ -3,6 +3,7 @@
 Each `require_*` names the setting to change. Sizes are bytes; `parse_size("2GiB")` reads what recipes and steps write.
 """
 
+import os
 import re
 import shutil
 import socket
@@ -50,6 +51,15 @@ def available_memory(root: Path = Path("/")) -> int:
         except FileNotFoundError:
             continue
     return free
+
+
+def local_resources(root: Path = Path("/")) -> dict[str, float]:
+    """At most what a Ray started on this machine will have: {"CPU": cores, "GPU": devices}. Never too little: what it
+    cannot count (accelerators other than NVIDIA's) is infinite."""
+    devices = root / "dev"
+    nvidia = sum(1 for device in devices.glob("nvidia[0-9]*"))
+    other = any((devices / name).exists() for name in ("kfd", "accel", "davinci_manager", "dxg"))
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float("inf") if other else float(nvidia)}
 
 
 def require_memory(needed: int, setting: str, available: int | None = None) -> None:

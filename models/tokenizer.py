@@ -252,7 +252,13 @@ def _load_through_transformers(folder: Path) -> Tokenizer:
     """Older layouts (vocab.json + merges.txt and the like): transformers knows how to convert them."""
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"no tokenizer in {folder}: tokenizer_config.json, but no tokenizer.json, tokenizer.model or other "
+            "vocabulary that transformers can read"
+        ) from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise CheckpointError(f"tokenizer in {folder} ({type(loaded).__name__}) has no tokenizer.json form")

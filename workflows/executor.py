@@ -39,6 +39,7 @@ from workflows.placement import Placement
 from workflows.values import decode, encode, field_of
 
 Record = dict[str, Any]
+ClusterCheck = Callable[[list[dict[str, float]]], None]
 LONGEST_PAUSE_S = 30.0
 TIMEOUT_GRACE_S = 15.0
 CANCEL_DEADLINE_S = 10.0
@@ -93,6 +94,7 @@ class Executor:
         self._failed: list[Call] = []
         self._fatal: BaseException | None = None
         self._hooks: list[Callable[[], None]] = []
+        self._cluster_checks: list[ClusterCheck] = []
         self._changed = threading.Condition()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
@@ -137,6 +139,11 @@ class Executor:
 
     def on_end(self, hook: Callable[[], None]) -> None:
         self._hooks.append(hook)
+
+    def on_cluster(self, check: ClusterCheck) -> None:
+        """Call `check(nodes)` once, before the first attempt: each node's resources by Ray's names. Not where an
+        autoscaler may bring other nodes."""
+        self._cluster_checks.append(check)
 
     def finish(self, value: Any) -> Any:
         """Wait for every call, then return the workflow's own result, encoded. Raises the first unhandled failure."""
@@ -302,6 +309,9 @@ class Executor:
             return
         if self._listener is None:
             host = self._placement.start()
+            if not self._settings.wait_for_nodes:
+                for check in self._cluster_checks:
+                    check(self._placement.nodes())
             self._listener = Listener(host, lambda message: self._inbox.put(lambda: self._on_message(message)))
         self._ready.append(call)
         self._pump()

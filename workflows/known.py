@@ -17,10 +17,10 @@ from infra.storage import Store
 from workflows.artifacts import Artifact, read_manifest
 from workflows.fingerprint import Fingerprint, Fingerprinter
 from workflows.graph import Step, StepOptions
-from workflows.values import artifact_records, canonical, identity
+from workflows.values import artifact_records, brief, canonical, differences, identity, named_arguments
 
 FORMAT = 1
-SHOWN_ARGUMENTS = 4096
+SHOWN_ARGUMENTS = 32 << 10
 Record = dict[str, Any]
 
 
@@ -65,9 +65,9 @@ class Known:
                 "start another run with --new"
             )
         if record["inputs"] != (inputs := inputs_digest(arguments)):
+            changes = _changed_inputs(step, record, arguments) or f"digest {record['inputs'][:12]}, now {inputs[:12]}"
             raise NonDeterminismError(
-                f"{call_id} was committed with other inputs: then {_shown(record.get('arguments'), record['inputs'])}, "
-                f"now {_shown(identity(arguments), inputs)}; start another run with --new"
+                f"{call_id} was committed with other inputs ({changes}); start another run with --new"
             )
         fingerprint = self.fingerprint(step, options)
         if record["code"] != fingerprint.code:
@@ -143,11 +143,13 @@ def inputs_digest(arguments: Any) -> str:
 
 
 def shown_arguments(arguments: Any) -> Any:
-    """The inputs as the journal keeps them for people; None where they are large."""
-    tree = identity(arguments)
+    """The inputs as the journal keeps them for people; None where they are large even so."""
+    tree = brief(identity(arguments))
     return tree if len(canonical(tree)) <= SHOWN_ARGUMENTS else None
 
 
-def _shown(arguments: Any, digest: str) -> str:
-    text = canonical(arguments).decode() if arguments is not None else f"inputs {digest[:12]}"
-    return text if len(text) <= 300 else text[:297] + "..."
+def _changed_inputs(step: Step[..., Any], record: Record, arguments: Any) -> str:
+    before, now = record.get("arguments"), shown_arguments(arguments)
+    if before is None or now is None:
+        return ""
+    return "; ".join(differences(named_arguments(step.fn, before), named_arguments(step.fn, now)))

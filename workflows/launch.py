@@ -6,12 +6,14 @@ A workflow file has one @workflow function. It may define
                                     top-level keys are the workflow's keyword arguments
     RECIPE_FILE = "recipes/x.toml"  the recipe when none is named, relative to the root of the file's packages
     def preflight(recipe): ...      raises a UserError (infra.machine has checks) before anything is started
+    def check_cluster(recipe, nodes): ...   the same, with what each node has ({"CPU": 2.0, "GPU": 1.0, ...})
     def on_finish(result): ...      called with the RunResult of a finished run, before its report is written
 """
 
 import difflib
 import importlib
 import inspect
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 
 from infra.config import Settings, load, read_tree
 from infra.errors import ConfigError, UserError
+from infra.machine import local_resources
 from infra.storage import Store, open_store
 from workflows.config import RunSettings
 from workflows.graph import Workflow
@@ -41,6 +44,12 @@ class Launch:
         check = getattr(self.module, "preflight", None)
         if check is not None:
             check(*self.args, **self.kwargs)
+
+    def check_cluster(self, nodes: list[dict[str, float]]) -> None:
+        """The workflow file's own check of what the cluster has."""
+        check = getattr(self.module, "check_cluster", None)
+        if check is not None:
+            check(*self.args, nodes=nodes, **self.kwargs)
 
 
 def load_workflow_file(file: Path) -> ModuleType:
@@ -122,9 +131,16 @@ def run(launch: Launch, settings: RunSettings, reports: Path, display: Display |
     store.check()
     if not is_finished(launch, store, settings):
         launch.preflight()
+        if not (settings.ray_address or os.environ.get("RAY_ADDRESS") or settings.ray_options):
+            launch.check_cluster([local_resources()])  # the cluster will be this machine: refuse before a run is made
     with display or open_display() as shown:
         result = session.run(
-            launch.workflow, *launch.args, settings=settings, observers=[shown.on_event], **launch.kwargs
+            launch.workflow,
+            *launch.args,
+            settings=settings,
+            observers=[shown.on_event],
+            on_cluster=[launch.check_cluster],
+            **launch.kwargs,
         )
     if result.already_finished:
         shown.say(f"run {result.run_id} has finished already; nothing ran (--new starts another)")

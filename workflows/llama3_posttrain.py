@@ -14,10 +14,10 @@ from typing import Any
 from actors.results import Evaluation
 from workflows.graph import Future, on_end, run_id, workflow
 from workflows.recipe import Recipe
-from workflows.steps.checks import check_recipe, close_pools
+from workflows.steps.checks import check_capacity, check_recipe, close_pools
 from workflows.steps.evaluation import deploy, evaluate
 from workflows.steps.sampling import rejection_sample, sample_preferences
-from workflows.steps.text import Problems, build_corpus, build_problems, tokenize, train_tokenizer
+from workflows.steps.text import Limits, Problems, build_corpus, build_problems, fit_texts, tokenize, train_tokenizer
 from workflows.steps.training import (
     fine_tune,
     import_model,
@@ -77,12 +77,20 @@ def llama3_posttrain(recipe: Recipe) -> dict[str, Any]:
 
 def base_model(recipe: Recipe, problems: Future[Problems]) -> Any:
     """The model that SFT starts from: pretrained here, or the folder that the recipe names."""
+    texts = (problems.instructions, problems.prompts, problems.held_out, limits(recipe))
     if recipe.model.init_from is not None:
-        return import_model(recipe.model.init_from)
+        return fit_texts(import_model(recipe.model.init_from), *texts)
     corpus = build_corpus(recipe.corpus, recipe.seed)
-    tokenizer = train_tokenizer(corpus, problems.instructions, recipe.tokenizer)
+    tokenizer = fit_texts(train_tokenizer(corpus, problems.instructions, recipe.tokenizer), *texts)
     tokens = tokenize(corpus, tokenizer)
     return pretrain(tokens, tokenizer, recipe.model, recipe.pretrain, recipe.seed).model
+
+
+def limits(recipe: Recipe) -> Limits:
+    """How long texts may be, whichever stage reads them."""
+    stages = (recipe.preferences, recipe.rejection, recipe.ppo, recipe.eval)
+    engine = recipe.pools.engine.max_model_len - max(stage.max_tokens for stage in stages)
+    return Limits(recipe.sft.max_length, min(engine, recipe.rejection_sft.max_length - recipe.rejection.max_tokens))
 
 
 def reward_model(recipe: Recipe, policy: Any, pairs: Any, seed: int, stage: str) -> Any:
@@ -102,6 +110,11 @@ def evaluated(
 def preflight(recipe: Recipe) -> None:
     """What can be refused before anything starts: ports, memory, input files, the shape of the data."""
     check_recipe(recipe)
+
+
+def check_cluster(recipe: Recipe, nodes: list[dict[str, float]]) -> None:
+    """What this cluster can never give, before the first step."""
+    check_capacity(recipe, nodes)
 
 
 if __name__ == "__main__":

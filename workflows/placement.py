@@ -62,7 +62,7 @@ class Placement:
         if self._settings.wait_for_nodes:
             return
         wanted = {"CPU": options.num_cpus, "GPU": options.num_gpus, "memory": float(options.memory or 0)}
-        nodes = self._alive_nodes()
+        nodes = self.nodes()
         if any(all(node.get(name, 0.0) >= amount for name, amount in wanted.items()) for node in nodes):
             return
         settings = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
@@ -124,7 +124,8 @@ class Placement:
             where = f"ray_address={address}" if address else "a local Ray"
             raise ConfigError(f"cannot start or join {where}: {str(error).splitlines()[0]}") from error
 
-    def _alive_nodes(self) -> list[dict[str, float]]:
+    def nodes(self) -> list[dict[str, float]]:
+        """What each live node has in all, by Ray's names: {"CPU": 2.0, "memory": 9e9, ...}."""
         if time.monotonic() - self._nodes_at > NODES_AGE_S:
             self._nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
             self._nodes_at = time.monotonic()

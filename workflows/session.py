@@ -17,11 +17,11 @@ from infra.storage import Store, open_store
 from workflows.artifacts import ArtifactSource
 from workflows.config import RunSettings
 from workflows.events import Event
-from workflows.executor import Cancelled, Executor, failure_record
+from workflows.executor import Cancelled, ClusterCheck, Executor, failure_record
 from workflows.graph import Workflow, running
 from workflows.journal import Journal, read_journal
 from workflows.known import Known
-from workflows.values import canonical, decode, digest, encode
+from workflows.values import canonical, decode, differences, digest, encode, identity, named_arguments
 
 FORMAT = 1
 Record = dict[str, Any]
@@ -44,12 +44,13 @@ def run(
     settings: RunSettings | None = None,
     observers: Sequence[Observer] = (),
     on_end: Sequence[Callable[[], None]] = (),
+    on_cluster: Sequence[ClusterCheck] = (),
     **kwargs: Any,
 ) -> RunResult:
     """Run `workflow(*args, **kwargs)`, or go on with it, or show its result where it has finished.
 
     `observers` get every Event, on the driver's loop thread. `on_end` hooks are called when the run ends, however it
-    does.
+    does. `on_cluster` checks see the cluster's nodes before the first step starts, and may refuse them.
 
     Raises:
         StepError, UserError, SystemFault: what ended the run; what was committed stays, and running again goes on.
@@ -72,6 +73,8 @@ def run(
     executor = Executor(journal, known, settings, faults, emit)
     for hook in on_end:
         executor.on_end(hook)
+    for check in on_cluster:
+        executor.on_cluster(check)
     data = {"run_id": run_id, "workflow": workflow.name, "store": store.url, "resumed": len(known.commits)}
     emit(Event("run-started", data=data))
     tree = _drive(executor, workflow, args, kwargs, emit)
@@ -116,34 +119,22 @@ def _open_run(
     if store.put_if_absent(f"runs/{run_id}/run.json", json.dumps(mine).encode()):
         return run_id, mine
     if fresh:
-        raise UserError(f"run {run_id} exists already: --new and --rerun start a run, give another --run-id or none")
+        raise UserError(f"run {run_id} exists already: --new and --rerun start a run, give another --run or none")
     raw = store.get(f"runs/{run_id}/run.json")
     if raw is None:
         raise StoreError(f"--store {store.url}: run {run_id} has vanished")
     theirs: Record = json.loads(raw)
     if theirs["recipe_hash"] != mine["recipe_hash"]:
-        changes = "; ".join(_differences(theirs, mine)) or "another recipe"
-        raise NonDeterminismError(f"run {run_id} was started with another recipe ({changes}); give another --run-id")
+        changes = _differences(workflow, theirs, mine)
+        raise NonDeterminismError(f"run {run_id} was started with another recipe ({changes}); give another --run")
     return run_id, theirs
 
 
-def _differences(theirs: Record, mine: Record) -> list[str]:
+def _differences(workflow: Workflow[..., Any], theirs: Record, mine: Record) -> str:
     if theirs["workflow"] != mine["workflow"]:
-        return [f"workflow {theirs['workflow']}, now {mine['workflow']}"]
-    before, now = dict(_leaves(theirs["recipe"], "")), dict(_leaves(mine["recipe"], ""))
-    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    return [f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names[:5]]
-
-
-def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for key, item in tree.items():
-            yield from _leaves(item, path if key in ("args", "kwargs", "fields") else f"{path}.{key}".lstrip("."))
-    elif isinstance(tree, list):
-        for index, item in enumerate(tree):
-            yield from _leaves(item, f"{path}[{index}]" if len(tree) > 1 else path)
-    else:
-        yield path, tree
+        return f"workflow {theirs['workflow']}, now {mine['workflow']}"
+    before, now = (named_arguments(workflow.fn, identity(record["recipe"])) for record in (theirs, mine))
+    return "; ".join(differences(before, now)) or "another recipe"
 
 
 def _drive(

@@ -8,9 +8,10 @@ later, and reading it runs nobody's code but the named class's constructor.
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,53 @@ def identity(tree: Any) -> Any:
 def digest(tree: Any) -> str:
     """sha256 of an encoded value's identity."""
     return hashlib.sha256(canonical(identity(tree))).hexdigest()
+
+
+def named_arguments(function: Callable[..., Any], arguments: Any) -> dict[str, Any]:
+    """A call's encoded {"args", "kwargs"} by the function's parameter names."""
+    names = list(inspect.signature(function).parameters)
+    rest = [f"[{index}]" for index in range(len(arguments["args"]))]
+    return {**dict(zip([*names, *rest[len(names) :]], arguments["args"], strict=False)), **arguments["kwargs"]}
+
+
+def brief(tree: Any) -> Any:
+    """An encoded value for people: long texts and lists cut to their beginning and a digest."""
+    if isinstance(tree, str) and len(tree) > 200:
+        return f"{tree[:40]}... (sha256 {hashlib.sha256(tree.encode()).hexdigest()[:12]})"
+    if isinstance(tree, list):
+        cut = [brief(item) for item in tree[:20]]
+        return [*cut, f"... {len(tree)} in all, sha256 {digest(tree)[:12]}"] if len(tree) > 20 else cut
+    if isinstance(tree, dict):
+        return {key: brief(item) for key, item in tree.items()}
+    return tree
+
+
+def differences(before: Any, now: Any, most: int = 5) -> list[str]:
+    """What changed between two identities, leaf by leaf: `sft.batch_size 64, now 32`."""
+    then, later = dict(_leaves(before, "")), dict(_leaves(now, ""))
+    changed = [path for path in then | later if then.get(path) != later.get(path)]
+    lines = [f"{path} {then.get(path, 'not there')}, now {later.get(path, 'not there')}" for path in changed[:most]]
+    return [*lines, f"and {len(changed) - most} more"] if len(changed) > most else lines
+
+
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, str]]:
+    """(path, value as shown) of everything inside an identity."""
+    if isinstance(tree, dict) and "$artifact" in tree:
+        yield path, f"artifact {tree['$artifact'][:12]}"
+    elif isinstance(tree, dict) and tree:
+        for key, item in tree.items():
+            if key in ("$settings", "$dataclass", "$enum"):
+                yield f"{path} (its type)", str(item)
+            elif key in ("fields", "$tuple", "$path", "$float", "$dict"):
+                yield from _leaves(item, path)
+            else:
+                yield from _leaves(item, f"{path}.{key}".lstrip("."))
+    elif isinstance(tree, list) and tree:
+        for index, item in enumerate(tree):
+            yield from _leaves(item, f"{path}[{index}]")
+    else:
+        shown = repr(tree)
+        yield path, shown if len(shown) <= 100 else f"{shown[:80]}... (sha256 {digest(tree)[:12]})"
 
 
 def artifact_records(tree: Any) -> list[dict[str, Any]]:

@@ -124,9 +124,9 @@ def test_commands_and_examples(recua: Recua) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--set", "sed=1"], "recipe: unknown setting sed; did you mean seed?"),
-        (["--set", "dpo.beat=1"], "recipe: unknown setting dpo.beat; did you mean dpo.beta?"),
-        (["--set", "seed=many"], 'recipe: seed: Input should be a valid integer'),
+        (["--set", "sed=1"], "--set: unknown setting sed; did you mean seed?"),
+        (["--set", "dpo.beat=1"], "--set: unknown setting dpo.beat; did you mean dpo.beta?"),
+        (["--set", "seed=many"], '--set: seed: Input should be a valid integer'),
         (["--set", "seed"], "--set 'seed': write it as section.key=value"),
         (["--set", "seed=1", "--set", "seed.x=1"], "--set 'seed.x=1': seed is a value, not a section"),
         (["--recipe", "nowhere.toml"], "recipe nowhere.toml: no such file"),
@@ -209,7 +209,7 @@ def test_a_script_of_another_copy_is_refused_or_runs_with_its_own_package(flow: 
     assert mixed.returncode == 2 and "recua: error: " in mixed.stderr and "package workflows came from" in mixed.stderr
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "clone")}  # as in a Ray job with --working-dir
     own = subprocess.run([sys.executable, script, "--set", "sed=1"], capture_output=True, text=True, env=environment)
-    assert own.returncode == 2 and own.stderr == "recua: error: recipe: unknown setting sed; did you mean seed?\n"
+    assert own.returncode == 2 and own.stderr == "recua: error: --set: unknown setting sed; did you mean seed?\n"
 
 
 def test_plan_runs_nothing(flow: Path, recua: Recua) -> None:
@@ -246,7 +246,7 @@ def test_a_script_is_the_same_command(flow: Path, home: Path) -> None:
     assert helped.stdout.startswith(f"Usage: {flow.name} [OPTIONS]\n")
     refused = script("--set", "sed=1")
     assert refused.returncode == 2
-    assert refused.stderr == "recua: error: recipe: unknown setting sed; did you mean seed?\n"
+    assert refused.stderr == "recua: error: --set: unknown setting sed; did you mean seed?\n"
     planned = script("--plan")
     named = subprocess.run(
         [sys.executable, "-m", "workflows.cli", "run", flow, "--plan"], capture_output=True, text=True

@@ -1,13 +1,22 @@
 """Before a run starts: what can be refused at once. After it ended: what must not stay behind."""
 
+import difflib
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from infra.errors import ConfigError
+from infra.errors import CheckpointError, ConfigError, DataError, ResourceError
 from infra.machine import parse_size, require_memory, require_port
 from workflows.recipe import Recipe
 
+if TYPE_CHECKING:
+    from models.tokenizer import Tokenizer
+
 PROCESS_BYTES = parse_size("700MiB")
 """A rank or an engine before it holds a model: Python, torch, its runtime (measured on CPU)."""
+Node = dict[str, float]
+"""What a node has in all, by Ray's names: {"CPU": 2.0, "GPU": 0.0, ...}."""
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -16,22 +25,80 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         ConfigError, DataError, CheckpointError, ResourceError.
     """
-    from data.formats import validate
+    _check_files("corpus.files", recipe.corpus.files, "text")
+    _check_files("problems.instruction_files", recipe.problems.instruction_files, "messages")
+    _check_kinds(recipe)
+    _check_lengths(recipe, _context(recipe))
+    _check_memory(recipe)
+    serving = recipe.serving
+    if serving.grpc_port and serving.grpc_port == serving.http_port:
+        raise ConfigError(f"serving.grpc_port and serving.http_port are both {serving.grpc_port}: one port each")
+    require_port(serving.grpc_port, "serving.grpc_port", serving.host)
+    require_port(serving.http_port, "serving.http_port", serving.host)
 
-    for source in recipe.corpus.files:
-        validate(source, "text")
-    for source in recipe.problems.instruction_files:
-        validate(source, "messages")
-    if recipe.model.init_from is not None:
-        from models.weights import tensor_index
 
-        tensor_index(Path(recipe.model.init_from).expanduser())
-    elif recipe.tokenizer.folder is not None and not Path(recipe.tokenizer.folder).expanduser().is_dir():
-        raise ConfigError(f"tokenizer.folder {recipe.tokenizer.folder}: no such folder")
-    _check_lengths(recipe)
-    _check_pools(recipe)
-    require_port(recipe.serving.grpc_port, "serving.grpc_port", recipe.serving.host)
-    require_port(recipe.serving.http_port, "serving.http_port", recipe.serving.host)
+def check_capacity(recipe: Recipe, nodes: Sequence[Node]) -> None:
+    """Refuse processes that these nodes can never hold: each group alone, then those that live at the same time.
+
+    Raises:
+        ResourceError: the settings to lower, and what there is.
+    """
+    pretrain, learners, generators = recipe.pretrain, recipe.pools.learners, recipe.pools.generators
+    serving = recipe.serving
+    together = [
+        ("pools.learners", "workers", learners.workers, learners),
+        ("pools.generators", "replicas", generators.replicas, generators),
+        ("serving", "replicas", serving.replicas, serving),
+    ]
+    alone = [] if recipe.model.init_from else [("pretrain", "workers", pretrain.workers, pretrain)]
+    for kind, setting in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        there = [node.get(kind, 0.0) for node in nodes]
+        shown = f"this cluster has {sum(there):g} {kind}"
+        if len(nodes) > 1:
+            shown += f", at most {max(there):g} on one node"
+        for section, counted, count, group in [*alone, *together]:
+            need = float(getattr(group, setting))
+            room = (
+                sum(int(amount / need + 1e-9) if amount != float("inf") else count for amount in there)
+                if need
+                else count
+            )
+            if room < count:
+                raise ResourceError(
+                    f"{section}.{counted} = {count} with {section}.{setting} = {need:g} each can never start: {shown}; "
+                    f"lower one of them"
+                )
+        total = sum(count * float(getattr(group, setting)) for _, _, count, group in together)
+        if total > sum(there) + 1e-9:
+            parts = ", ".join(
+                f"{section}.{counted} x {section}.{setting} = {count * float(getattr(group, setting)):g}"
+                for section, counted, count, group in together
+            )
+            raise ResourceError(f"processes that live at the same time need {total:g} {kind} ({parts}); {shown}")
+
+
+def check_start_model(folder: Path) -> int:
+    """Whether a run can start from an HF folder: config, every tensor and its shape, tokenizer, chat format.
+
+    Returns its context in tokens. Raises CheckpointError.
+    """
+    from models.hf_format import read_config
+    from models.tokenizer import load_tokenizer
+    from models.weights import check, tensor_index
+
+    tree = _config_tree(folder)
+    if tree.get("model_type") == "llama":
+        config = read_config(folder)
+        check(folder, config)
+        vocab_size, context = config.vocab_size, config.context
+    else:  # the engines' business; here only what every Hugging Face model has
+        tensor_index(folder)
+        vocab_size, context = int(tree.get("vocab_size", 0)), int(tree.get("max_position_embeddings", 0))
+    tokenizer = load_tokenizer(folder)
+    _check_chat(tokenizer, str(folder))
+    if vocab_size and tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {vocab_size}")
+    return context
 
 
 def close_pools(run_id: str) -> None:
@@ -41,20 +108,106 @@ def close_pools(run_id: str) -> None:
     Pools(run_id).close()
 
 
-def _check_lengths(recipe: Recipe) -> None:
-    if recipe.model.init_from is not None or recipe.model.preset is not None:
-        return
-    for setting, length in (
+def _check_files(setting: str, sources: Sequence[str], shape: Literal["text", "messages"]) -> None:
+    from data.formats import validate
+
+    for source in sources:
+        try:
+            validate(source, shape)
+        except DataError as error:
+            raise DataError("\n".join(f"{setting}: {line}" for line in str(error).splitlines())) from None
+
+
+def _check_kinds(recipe: Recipe) -> None:
+    from data.tasks import kind_names
+
+    known = kind_names()
+    for kind, weight in recipe.tasks.kinds.items():
+        if kind not in known:
+            near = difflib.get_close_matches(kind, known, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+            raise ConfigError(f"tasks.kinds: unknown kind {kind!r}{hint}")
+        if weight < 0:
+            raise ConfigError(f"tasks.kinds: the weight of {kind} is {weight}, it must not be negative")
+
+
+def _context(recipe: Recipe) -> tuple[int, str]:
+    """The model's context in tokens (0: unknown), and where it is said."""
+    model = recipe.model
+    if model.init_from is not None:
+        folder = Path(model.init_from).expanduser()
+        try:
+            return check_start_model(folder), f"the context of {folder}"
+        except CheckpointError as error:
+            raise CheckpointError(f"model.init_from: {error}") from None
+    vocab_size = recipe.tokenizer.vocab_size
+    if recipe.tokenizer.folder is not None:
+        vocab_size = _check_tokenizer(Path(recipe.tokenizer.folder).expanduser()).vocab_size
+    if model.preset is None:
+        return model.context, "model.context"
+    try:
+        config = model.to_llama(vocab_size)
+    except ConfigError as error:
+        raise ConfigError(f"model.preset: {error}") from None
+    if vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"model.preset {model.preset} has {config.vocab_size} ids, the tokenizer {vocab_size}: change "
+            f"{'tokenizer.folder' if recipe.tokenizer.folder else 'tokenizer.vocab_size'} or the preset"
+        )
+    return config.context, f"the context of preset {model.preset}"
+
+
+def _check_tokenizer(folder: Path) -> "Tokenizer":
+    from models.tokenizer import load_tokenizer
+
+    if not folder.is_dir():
+        raise ConfigError(f"tokenizer.folder {folder}: no such folder")
+    try:
+        tokenizer = load_tokenizer(folder)
+        _check_chat(tokenizer, str(folder))
+    except CheckpointError as error:
+        raise CheckpointError(f"tokenizer.folder: {error}") from None
+    return tokenizer
+
+
+def _check_chat(tokenizer: "Tokenizer", folder: str) -> None:
+    if tokenizer.chat_format is None:
+        raise CheckpointError(
+            f"{folder}: its tokenizer has neither Llama 3's header tokens nor Llama 2's <s> and </s>, so that no chat "
+            "format fits"
+        )
+
+
+def _config_tree(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    try:
+        tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: config.json is missing (was the folder written to its end?)") from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{folder / 'config.json'}: not a JSON object")
+    return tree
+
+
+def _check_lengths(recipe: Recipe, context: tuple[int, str]) -> None:
+    most, name = context
+    lengths = [
         ("sft.max_length", recipe.sft.max_length),
         ("rejection_sft.max_length", recipe.rejection_sft.max_length),
-        ("pretrain.sequence_length", recipe.pretrain.sequence_length),
         ("pools.engine.max_model_len", recipe.pools.engine.max_model_len),
-    ):
-        if length > recipe.model.context:
-            raise ConfigError(f"{setting} = {length} is above model.context = {recipe.model.context}")
+        ("serving.engine.max_model_len", recipe.serving.engine.max_model_len or 0),
+    ]
+    if recipe.model.init_from is None:
+        lengths.append(("pretrain.sequence_length", recipe.pretrain.sequence_length))
+    for setting, length in lengths:
+        if most and length > most:
+            raise ConfigError(f"{setting} = {length} is above {name} = {most}")
 
 
-def _check_pools(recipe: Recipe) -> None:
+def _check_memory(recipe: Recipe) -> None:
     """On a laptop all processes share this machine's memory; on GPUs they live elsewhere."""
     pools = recipe.pools
     if pools.learners.num_gpus or pools.generators.num_gpus:

@@ -158,10 +158,10 @@ def _state_folder(run: StepContext) -> Path:
 @step(num_cpus=0.5, memory="1GiB", timeout=3600)
 def import_model(folder: str) -> Artifact:
     """The HF folder that a recipe starts from instead of pretraining, checked and kept."""
-    from models.weights import tensor_index
+    from workflows.steps.checks import check_start_model
 
     source = Path(folder).expanduser()
-    tensor_index(source)
+    check_start_model(source)
     out = context().artifact("model")
     shutil.copytree(source, out.path, dirs_exist_ok=True)
     return out.seal()
