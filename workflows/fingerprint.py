@@ -4,8 +4,8 @@ Starting at the step's function it follows every name into our own sources: func
 methods with it), globals, function-local imports, imports with effects (registries), strings that name one of our
 modules, and data files that the code names. Comments, docstrings and annotations do not count. Where it cannot see
 (star imports, `getattr` on a module, `exec`, an import of a computed name) it takes the whole module, or the whole
-package. Libraries count by their installed version. recua's own core (the graph, the journal, `infra`) does not count:
-it moves results, it does not make them.
+package. Libraries count by their installed version. recua's platform (the graph, the command line, `infra`) does not
+count: it moves results, it does not make them.
 """
 
 import ast
@@ -21,10 +21,12 @@ from workflows.names import canonical_module, module_of_file
 from workflows.source import Import, Module, SourceIndex, is_text
 
 FORMAT = 1
-CORE = {
-    "artifacts", "channel", "config", "context", "events", "executor", "fingerprint", "graph", "journal", "known",
-    "names", "outcome", "placement", "planning", "reaper", "runs", "session", "source", "values", "worker",
+PLATFORM = {
+    "artifacts", "channel", "cli", "config", "context", "events", "executor", "fingerprint", "graph", "journal",
+    "known", "launch", "listing", "names", "outcome", "placement", "planning", "progress", "reaper", "report",
+    "report_page", "runs", "session", "source", "values", "worker",
 }  # fmt: skip
+"""Modules of `workflows` that carry, show and keep results. What remains are recipes and their steps."""
 BLINDING = {"exec", "eval", "globals", "__import__"}
 NAMES_FILES = {"__file__", "resources", "files"}
 FILES_PER_FOLDER = 200
@@ -126,7 +128,7 @@ class _Walk:
 
     def _enter(self, name: str) -> Module | None:
         """A module of ours whose import is part of the run: the effects of importing it count."""
-        if _is_core(name):
+        if _is_platform(name):
             return None
         module = self._index.module(name)
         if module is None:
@@ -234,6 +236,6 @@ class _Walk:
             self.files[name] = hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _is_core(name: str) -> bool:
+def _is_platform(name: str) -> bool:
     package, _, rest = name.partition(".")
-    return package == "infra" or (package == "workflows" and rest in CORE)
+    return package == "infra" or (package == "workflows" and rest in PLATFORM)

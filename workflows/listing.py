@@ -84,8 +84,9 @@ def show_logs(store: Store, run_id: str, steps: Iterable[StepView]) -> None:
 
 
 def show_plan(plan: Plan) -> None:
-    """What would run."""
+    """What would run. Calls are numbered, and `after` names by number the calls whose results they need."""
     rows = []
+    number = {call.call_id: str(index) for index, call in enumerate(plan.calls, start=1)}
     for call in plan.calls:
         asks = [f"{call.num_cpus:g} CPU", f"{call.num_gpus:g} GPU" if call.num_gpus else ""]
         asks += [
@@ -93,10 +94,12 @@ def show_plan(plan: Plan) -> None:
             f"limit {show_seconds(call.timeout)}" if call.timeout else "",
         ]
         took = "" if call.seconds is None else show_seconds(call.seconds)
-        status = f"{call.status} from {call.reused_from}" if call.status == "reusable" else call.status
-        rows.append([call.call_id, status, took, ", ".join(filter(None, asks)), ", ".join(call.needs)])
+        after = " ".join(number[need] for need in dict.fromkeys(call.needs))
+        rows.append([number[call.call_id], call.call_id, call.status, took, ", ".join(filter(None, asks)), after])
     click.echo(f"run {plan.run_id} in {plan.store}")
-    _print_table(["step", "status", "took then", "asks for", "needs"], rows, styled=1)
+    _print_table(["", "step", "status", "took then", "asks for", "after"], rows, styled=2)
+    if origins := dict.fromkeys(call.reused_from for call in plan.calls if call.status == "reusable"):
+        click.echo(f"reusable results come from {', '.join(str(origin) for origin in origins)}")
     if plan.unknown_after:
         click.echo(f"what follows depends on the result of {plan.unknown_after}")
     free = "" if plan.free_bytes is None else f", {show_size(plan.free_bytes)} free"

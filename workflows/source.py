@@ -227,7 +227,7 @@ def _index(module: Module, statement: ast.stmt) -> None:
             module.bindings.setdefault(bound, []).append(statement)
         if any(not isinstance(child, (ast.Name, ast.Tuple, ast.List)) for child in targets):
             module.effects.append(statement)  # TABLE["x"] = y
-    elif not is_text(statement) and not _is_main_guard(statement):
+    elif not is_text(statement) and not _never_imported(statement):
         module.effects.append(statement)
         for child in ast.walk(statement):  # names bound under if/try/with/for
             if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -237,5 +237,9 @@ def _index(module: Module, statement: ast.stmt) -> None:
         module.imports.update(local_imports(module, statement))
 
 
-def _is_main_guard(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.If) and "__name__" in ast.unparse(statement.test)
+def _never_imported(statement: ast.stmt) -> bool:
+    """`if __name__ == "__main__":` and `if TYPE_CHECKING:`."""
+    if not isinstance(statement, ast.If) or statement.orelse:
+        return False
+    test = ast.unparse(statement.test)
+    return "__name__" in test or test.rpartition(".")[2] == "TYPE_CHECKING"
