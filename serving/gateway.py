@@ -53,6 +53,7 @@ class Gateway:
         self._log = logging.getLogger("recua.gateway")
         self._handle: Any = None
         self._running_replicas = 0
+        self._watcher: asyncio.Task[None] | None = None
         self._health = health.aio.HealthServicer()
         if ray.get_runtime_context().was_current_actor_reconstructed:
             await self.start()
@@ -72,7 +73,10 @@ class Gateway:
         return self._port
 
     def matches(self, settings: ServingSettings, token_digests: tuple[str, ...]) -> bool:
-        """Whether this gateway can go on for a deployment with these settings."""
+        """Whether this gateway can go on for a deployment with these settings: not before `start`, nor after `drain`
+        (whoever called that may have been killed before it ended the actor)."""
+        if self._watcher is None or self._watcher.done():
+            return False
         mine = self._settings.model_copy(update={"grpc_port": self._port})
         wanted_port = settings.grpc_port or self._port
         return settings.model_copy(update={"grpc_port": wanted_port}) == mine and token_digests == self._token_digests
@@ -89,6 +93,8 @@ class Gateway:
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new calls, let those in flight end within `timeout_s`, close the port."""
+        if self._watcher is None:
+            return
         self._watcher.cancel()
         await self._set_health(False)
         await self._server.stop(grace=timeout_s)

@@ -149,6 +149,8 @@ def run(launch: Launch, settings: RunSettings, reports: Path, display: Display |
         finish(result)
     record = report.read_run(store, load_run(store, result.run_id))
     page = report.write(record, reports / result.run_id)
+    for name in ("report.html", "report.json"):  # a job's own folder may vanish with its cluster; the store does not
+        store.put(f"runs/{result.run_id}/{name}", (page.parent / name).read_bytes())
     for line in report.table_lines(report.summarise(record)):
         shown.say(line)
     shown.say(f"report: {page.absolute()}")

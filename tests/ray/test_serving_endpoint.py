@@ -22,6 +22,7 @@ from serving.check import compare
 from serving.client import RecuaClient
 from serving.config import ServingEngineSettings, ServingSettings
 from serving.errors import RequestError
+from serving.gateway import Gateway
 from serving.preflight import folder_digest
 
 TOKEN = "a-token-for-tests"
@@ -298,3 +299,15 @@ def test_a_killed_replica_comes_back_and_nobody_hangs(client: RecuaClient, http:
     assert http.get("/health").status_code == 200
     _, alive = psutil.wait_procs(engines, timeout=10)
     assert not alive, "the dead replica's engine process lives on"
+
+
+def test_a_gateway_that_was_drained_is_not_used_again(served: Served) -> None:
+    """A deploy that is killed while it cleans up leaves a drained gateway behind; the next deploy must not take it."""
+    gateway: Any = ray.remote(Gateway)
+    gateway = gateway.options(num_cpus=0).remote(served.settings, 0, ())
+    assert not ray.get(gateway.matches.remote(served.settings, ())), "not started"
+    ray.get(gateway.start.remote())
+    assert ray.get(gateway.matches.remote(served.settings, ()))
+    ray.get(gateway.drain.remote(0.0))
+    assert not ray.get(gateway.matches.remote(served.settings, ()))
+    ray.kill(gateway)
