@@ -115,6 +115,7 @@ def save_model(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], sour
 def _write_scalar(model: ScalarModel, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     backbone: Any = model.model
     config = backbone.config.to_dict()
+    config.pop("_name_or_path", None)  # where this copy came from: equal models must have equal files
     family = type(backbone).__name__.removesuffix("Model")
     config |= {
         "architectures": [f"{family}ForSequenceClassification"],

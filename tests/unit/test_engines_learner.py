@@ -146,6 +146,7 @@ def coexist(source: Path, folder: Path, seat: dict[str, Any]) -> dict[str, Any]:
     critic.save_hf(folder)
     again = build(folder, settings(0), head="scalar", frozen=True, **seat)
     result["values_again"] = again.evaluate(batch, values)[0]
+    result["names_a_folder"] = str(source) in (folder / "config.json").read_text()
     for learner in (policy, critic, reference, again):
         learner.close()
     return result
@@ -274,6 +275,7 @@ def test_policy_critic_and_reference_share_a_process(found: dict[int, Any], sour
     assert result["reference_still"] and result["policy_moved"]
     assert result["critic_losses"] == sorted(result["critic_losses"], reverse=True)
     assert torch.equal(result["values"], result["values_again"])
+    assert not result["names_a_folder"], "equal models in other folders have equal files"
     classifier = AutoModelForSequenceClassification.from_pretrained(source.parent / f"critic-{world}", num_labels=1)
     batch = micro_batches(1, seed=7)[0]
     whole = {name: tensor[:1, :6] for name, tensor in batch.items()}
