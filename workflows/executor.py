@@ -31,12 +31,12 @@ from workflows.artifacts import ArtifactSource
 from workflows.channel import Listener
 from workflows.config import RunSettings
 from workflows.events import Event
-from workflows.graph import Future, Part, Step, StepOptions
+from workflows.graph import Step, StepOptions, edges_of, resolve_edges
 from workflows.journal import GroupCommit, Heartbeat, Journal, fenced
 from workflows.known import Known, ReuseIndex, inputs_digest, shown_arguments
 from workflows.outcome import describe, of_ray_error, rebuild
 from workflows.placement import Placement
-from workflows.values import decode, encode, field_of
+from workflows.values import decode, encode
 
 Record = dict[str, Any]
 ClusterCheck = Callable[[list[dict[str, float]]], None]
@@ -115,7 +115,7 @@ class Executor:
         self._faults.reach("executor.between-steps")
         self._raise_fatal()
         needs: list[str] = []
-        tree = encode(arguments, f"{call_id}: argument", self._edge(needs))
+        tree = encode(arguments, f"{call_id}: argument", edges_of(self, needs))
         call = Call(call_id, step, options, tree, tuple(dict.fromkeys(needs)))
         with self._changed:
             self._calls[call_id] = call
@@ -150,7 +150,7 @@ class Executor:
         self._wait(lambda: not self._open)
         self._raise_fatal()
         self._raise_unseen_failure()
-        return self._resolve(encode(value, "the workflow's result", self._edge([])))
+        return self._resolve(encode(value, "the workflow's result", edges_of(self, [])))
 
     def close(self, end: Record | None) -> None:
         """Cancel what still runs, write `end` (unless the run is no longer ours), call the hooks, leave Ray."""
@@ -206,27 +206,8 @@ class Executor:
                 call.seen = True
                 raise call.error
 
-    def _edge(self, needs: list[str]) -> Callable[[Any], Any]:
-        def replace(value: Any) -> Any:
-            future = value.future if isinstance(value, Part) else value
-            if not isinstance(future, Future):
-                return None
-            if future._runtime is not self:
-                raise UserError(f"{value!r} belongs to another run")
-            needs.append(future.call_id)
-            return {"$edge": future.call_id, "field": value.field if isinstance(value, Part) else None}
-
-        return replace
-
     def _resolve(self, tree: Any) -> Any:
-        """Edges replaced by the results that they stand for."""
-        if isinstance(tree, list):
-            return [self._resolve(item) for item in tree]
-        if isinstance(tree, dict):
-            if "$edge" in tree:
-                return field_of(self._calls[tree["$edge"]].result, tree["field"], tree["$edge"])
-            return {key: self._resolve(item) for key, item in tree.items()}
-        return tree
+        return resolve_edges(tree, lambda call_id: self._calls[call_id].result)
 
     # --- the loop ---
 

@@ -26,6 +26,7 @@ from infra.errors import ConfigError, UserError
 from workflows.artifacts import Artifact, ArtifactWriter
 from workflows.context import StepContext, context
 from workflows.names import canonical_name
+from workflows.values import field_of
 
 __all__ = [
     "Artifact",
@@ -289,6 +290,32 @@ def running(runtime: Runtime) -> Iterator[None]:
         yield
     finally:
         _scope.reset(token)
+
+
+def edges_of(runtime: Runtime, needs: list[str]) -> Callable[[Any], Any]:
+    """For `values.encode`: futures become {"$edge": call id, "field": name or None}; `needs` collects the call ids."""
+
+    def replace_future(value: Any) -> Any:
+        future = value.future if isinstance(value, Part) else value
+        if not isinstance(future, Future):
+            return None
+        if future._runtime is not runtime:
+            raise UserError(f"{value!r} belongs to another run")
+        needs.append(future.call_id)
+        return {"$edge": future.call_id, "field": value.field if isinstance(value, Part) else None}
+
+    return replace_future
+
+
+def resolve_edges(tree: Any, result_of: Callable[[str], Any]) -> Any:
+    """Edges replaced by the encoded results that they stand for."""
+    if isinstance(tree, list):
+        return [resolve_edges(item, result_of) for item in tree]
+    if isinstance(tree, dict):
+        if "$edge" in tree:
+            return field_of(result_of(tree["$edge"]), tree["field"], tree["$edge"])
+        return {key: resolve_edges(item, result_of) for key, item in tree.items()}
+    return tree
 
 
 def parse_memory(text: str | int) -> int:

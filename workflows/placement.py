@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from infra.errors import ConfigError, ResourceError, StoreError
+from infra.errors import ConfigError, ResourceError, StoreError, SystemFault
 from infra.storage import Store
 from workflows.config import RunSettings
 from workflows.graph import StepOptions
@@ -42,6 +42,7 @@ class Placement:
 
         Raises:
             ConfigError: no cluster at the address.
+            SystemFault: a local Ray did not start in time.
             StoreError: a folder store that another node cannot see.
         """
         if self._ray is None:
@@ -123,6 +124,8 @@ class Placement:
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"ray_address={address}" if address else "a local Ray"
             raise ConfigError(f"cannot start or join {where}: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # Ray's own start raises a bare Exception when it times out
+            raise SystemFault(f"Ray did not start ({str(error)[:200]}); an overloaded machine? run it again") from error
 
     def nodes(self) -> list[dict[str, float]]:
         """What each live node has in all, by Ray's names: {"CPU": 2.0, "memory": 9e9, ...}."""

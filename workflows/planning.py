@@ -4,21 +4,21 @@ Calls are looked up exactly as the executor would. Where the workflow waits for 
 walk ends: what comes after that depends on it.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.errors import UserError
 from infra.storage import Store, open_store
 from workflows.artifacts import Artifact, ArtifactSource, read_manifest
 from workflows.config import RunSettings
-from workflows.graph import Future, Part, Step, StepOptions, Workflow, running
+from workflows.graph import Step, StepOptions, Workflow, edges_of, resolve_edges, running
 from workflows.journal import read_journal
 from workflows.known import Known
-from workflows.session import find_run
-from workflows.values import artifact_records, decode, encode, field_of
+from workflows.session import check_same_recipe, find_run
+from workflows.values import artifact_records, decode, encode
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ def plan(workflow: Workflow[..., Any], *args: Any, settings: RunSettings | None 
     fresh = settings.new or bool(settings.rerun)
     tree = encode({"args": list(args), "kwargs": kwargs}, "the recipe")
     run_id = settings.run_id or find_run(store, workflow, tree, fresh)
+    if (raw := store.get(f"runs/{run_id}/run.json")) is not None:
+        check_same_recipe(json.loads(raw), workflow, tree)
     state = read_journal(store, run_id)
     warnings: list[str] = []
     reuse = settings.reuse and not settings.new
@@ -100,7 +102,7 @@ class Planner:
 
     def call(self, call_id: str, step: Step[..., Any], options: StepOptions, arguments: dict[str, Any]) -> None:
         needs: list[str] = []
-        tree = encode(arguments, f"{call_id}: argument", self._edge(needs))
+        tree = encode(arguments, f"{call_id}: argument", edges_of(self, needs))
         record = None
         if all(need in self._results for need in needs):
             record = self._look_up(call_id, step, options, tree)
@@ -130,32 +132,11 @@ class Planner:
         return sum(entry.size for artifact in artifacts for entry in read_manifest(self._store, artifact))
 
     def _look_up(self, call_id: str, step: Step[..., Any], options: StepOptions, tree: Any) -> Any:
-        arguments = self._resolve(tree)
+        arguments = resolve_edges(tree, self._results.__getitem__)
         record = self._known.committed(call_id, step, options, arguments)
         if record is None and self._known.may_reuse(call_id, step, options):
             record = self._known.reusable(self._known.key(step, options, arguments))
         return record
-
-    def _edge(self, needs: list[str]) -> Callable[[Any], Any]:
-        def replace(value: Any) -> Any:
-            future = value.future if isinstance(value, Part) else value
-            if not isinstance(future, Future):
-                return None
-            if future._runtime is not self:
-                raise UserError(f"{value!r} belongs to another run")
-            needs.append(future.call_id)
-            return {"$edge": future.call_id, "field": value.field if isinstance(value, Part) else None}
-
-        return replace
-
-    def _resolve(self, tree: Any) -> Any:
-        if isinstance(tree, list):
-            return [self._resolve(item) for item in tree]
-        if isinstance(tree, dict):
-            if "$edge" in tree:
-                return field_of(self._results[tree["$edge"]], tree["field"], tree["$edge"])
-            return {key: self._resolve(item) for key, item in tree.items()}
-        return tree
 
 
 def _free(path: Path) -> int:

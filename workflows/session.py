@@ -124,17 +124,22 @@ def _open_run(
     if raw is None:
         raise StoreError(f"--store {store.url}: run {run_id} has vanished")
     theirs: Record = json.loads(raw)
-    if theirs["recipe_hash"] != mine["recipe_hash"]:
-        changes = _differences(workflow, theirs, mine)
-        raise NonDeterminismError(f"run {run_id} was started with another recipe ({changes}); give another --run")
+    check_same_recipe(theirs, workflow, tree)
     return run_id, theirs
 
 
-def _differences(workflow: Workflow[..., Any], theirs: Record, mine: Record) -> str:
-    if theirs["workflow"] != mine["workflow"]:
-        return f"workflow {theirs['workflow']}, now {mine['workflow']}"
-    before, now = (named_arguments(workflow.fn, identity(record["recipe"])) for record in (theirs, mine))
-    return "; ".join(differences(before, now)) or "another recipe"
+def check_same_recipe(metadata: Record, workflow: Workflow[..., Any], arguments: Any) -> None:
+    """Raises NonDeterminismError, with what differs, where a run was started with another workflow or recipe."""
+    if metadata["recipe_hash"] == recipe_hash(workflow, arguments):
+        return
+    if metadata["workflow"] != workflow.name:
+        changes = f"workflow {metadata['workflow']}, now {workflow.name}"
+    else:
+        before, now = (named_arguments(workflow.fn, identity(tree)) for tree in (metadata["recipe"], arguments))
+        changes = "; ".join(differences(before, now))
+    raise NonDeterminismError(
+        f"run {metadata['run_id']} was started with another recipe ({changes}); give another --run"
+    )
 
 
 def _drive(

@@ -1,6 +1,8 @@
 """Fingerprints: what changes a step's key and what does not."""
 
 import importlib
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from workflows.fingerprint import Fingerprint, Fingerprinter
+from workflows.fingerprint import PLATFORM, Fingerprint, Fingerprinter
 
 FILES = {
     "proj/__init__.py": "",
@@ -226,3 +228,73 @@ def test_a_script_and_a_module_have_equal_names_and_fingerprints(tmp_path: Path,
     assert script == output("-m", "flows.program")
     assert script == output("-c", "import flows.program; flows.program.show()")
     assert script == output(str(program), cpus=2), "resources are not part of the code"
+
+
+@pytest.fixture(scope="module")
+def real() -> dict[str, Fingerprint]:
+    """Every step of the real recipe."""
+    from workflows import llama3_posttrain
+    from workflows.graph import Step
+
+    fingerprinter = Fingerprinter()
+    steps = {name: thing for name, thing in vars(llama3_posttrain).items() if isinstance(thing, Step)}
+    return {name: fingerprinter.of(each.fn) for name, each in steps.items()}
+
+
+def _packages(found: Fingerprint) -> set[str]:
+    """Our packages that a fingerprint covers; `workflows.steps` and `workflows.recipe` by their module."""
+    modules = {name.partition(":")[0] for name in found.parts if not name.startswith("file ")}
+    return {name if name.startswith("workflows.") else name.partition(".")[0] for name in modules}
+
+
+def test_the_platform_is_part_of_no_real_step(real: dict[str, Fingerprint], repository: Path) -> None:
+    kept = {"llama3_posttrain", "recipe", "__init__"}
+    modules = {file.stem for file in (repository / "workflows").glob("*.py")}
+    assert modules - kept == PLATFORM, "a new module of workflows/ is either the platform's or a recipe's"
+    for name, found in real.items():
+        packages = _packages(found)
+        assert not {package for package in packages if package.removeprefix("workflows.") in PLATFORM}, name
+        assert "infra" not in packages, name
+
+
+def test_real_steps_cover_what_they_reach_and_no_more(real: dict[str, Fingerprint]) -> None:
+    covered = {name: _packages(found) for name, found in real.items()}
+    for name in ("build_corpus", "build_problems", "train_tokenizer", "tokenize", "fit_texts", "import_model"):
+        assert not covered[name] & {"actors", "algorithms", "cluster", "serving"}, name
+    assert "engines" not in covered["build_corpus"] | covered["tokenize"] | covered["train_tokenizer"]
+    assert {name for name in real if "serving" in covered[name]} == {"deploy"}
+    ppo = {name for name, found in real.items() if any("actors.ppo:" in part for part in found.parts)}
+    assert ppo == {"optimise_policy"}
+
+
+def test_a_change_reaches_only_the_steps_that_use_it(repository: Path, tmp_path: Path) -> None:
+    """On a copy of the tree, in fresh processes: what an edit of one file does to every step's fingerprint."""
+    copy = tmp_path / "copy"
+    for package in ("actors", "algorithms", "cluster", "data", "engines", "infra", "models", "serving", "workflows"):
+        shutil.copytree(repository / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import json; from workflows import llama3_posttrain as w; from workflows.graph import Step\n"
+        "from workflows.fingerprint import Fingerprinter\n"
+        "f = Fingerprinter()\n"
+        "print(json.dumps({n: f.of(s.fn).code for n, s in vars(w).items() if isinstance(s, Step)}))"
+    )
+
+    def codes() -> dict[str, str]:
+        ran = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, timeout=60)
+        assert ran.returncode == 0, ran.stderr
+        found: dict[str, str] = json.loads(ran.stdout)
+        return found
+
+    def append(file: str, line: str) -> None:
+        with (copy / file).open("a") as source:
+            source.write(line)
+
+    before = codes()
+    for file in ("workflows/executor.py", "workflows/cli.py", "workflows/report.py", "infra/storage.py"):
+        append(file, "\nCHANGED = [2, 1]\nCHANGED.sort()\n")
+    assert codes() == before, "the platform is part of no key"
+    ppo = (copy / "actors/ppo.py").read_text()
+    assert "def optimise_policy(" in ppo
+    (copy / "actors/ppo.py").write_text(ppo.replace("def optimise_policy(", "def optimise_policy(unused=0, *, ", 1))
+    after = codes()
+    assert {name for name in before if after[name] != before[name]} == {"optimise_policy"}

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from infra.config import Settings
-from infra.errors import ConfigError, UserError
+from infra.errors import ConfigError, NonDeterminismError, UserError
 from infra.faults import FaultSchedule
-from infra.storage import FolderStore
+from infra.storage import FolderStore, open_store
 from workflows import graph
 from workflows.artifacts import Artifact, ArtifactSource
 from workflows.graph import Step, StepOptions, parse_memory, step, workflow
-from workflows.values import decode, digest, encode
+from workflows.known import Known, inputs_digest, shown_arguments
+from workflows.values import decode, differences, digest, encode
 
 
 class Colour(Enum):
@@ -196,3 +197,44 @@ def test_an_artifact_survives_only_whole(tmp_path: Path) -> None:
     assert first == again and first != other and first.meta == {"rows": 3}
     assert (first.path() / "link").read_text() == "{}" and not (first.path() / "link").is_symlink()
     assert first.path() == tmp_path / "runs/r/attempts/1/model/data", "nothing is copied on a folder store"
+
+
+@step
+def learn(section: dict[str, Any], seed: int) -> int:
+    return seed
+
+
+def test_changed_inputs_are_named_with_both_values(tmp_path: Path) -> None:
+    """Also where the inputs are long: neither whole sections nor mere digests are shown."""
+    known = Known(open_store(tmp_path), {}, True, (), lambda call_id, message: None)
+    kinds = [f"kind-{number}" for number in range(3000)]
+
+    def arguments(rate: float, seed: int, last: str) -> Any:
+        return encode(
+            {"args": [{"optimizer": {"rate": rate}, "kinds": [*kinds, last], "text": "x" * 9000}, seed], "kwargs": {}}
+        )
+
+    before = arguments(0.5, 1, "a")
+    record = {"step": learn.name, "inputs": inputs_digest(before), "arguments": shown_arguments(before)}
+    known.commits["learn[0]"] = record
+    with pytest.raises(NonDeterminismError) as changed:
+        known.committed("learn[0]", learn, learn.default, arguments(0.25, 2, "a"))
+    assert "other inputs (section.optimizer.rate 0.5, now 0.25; seed 1, now 2); start another run" in str(changed.value)
+    with pytest.raises(NonDeterminismError, match=r"section.kinds\[20\] '... 3001 in all, sha256 \w+', now "):
+        known.committed("learn[0]", learn, learn.default, arguments(0.5, 1, "b"))
+    record["arguments"] = None
+    with pytest.raises(NonDeterminismError, match=r"\(digest \w{12}, now \w{12}\)"):
+        known.committed("learn[0]", learn, learn.default, arguments(0.5, 1, "b"))
+
+
+def test_differences_of_every_kind() -> None:
+    before = {"model": {"$artifact": "a" * 64}, "rest": {"$tuple": [1, 2]}, "off": None}
+    now = {"model": {"$artifact": "b" * 64}, "rest": {"$tuple": [1]}, "off": True, "new": []}
+    assert differences(before, now) == [
+        f"model artifact {'a' * 12}, now artifact {'b' * 12}", "rest[1] 2, now not there", "off None, now True",
+        "new not there, now []",
+    ]  # fmt: skip
+    assert differences({"k": 0} | {str(n): n for n in range(9)}, {"k": 0}, most=2)[1:] == [
+        "1 1, now not there",
+        "and 7 more",
+    ]
