@@ -9,7 +9,6 @@ Everything malformed is a DataError that starts with `file:line:`.
 import glob
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from urllib.parse import parse_qsl
 
 from data.shapes import Row, Shape, check_row
 from infra.errors import DataError
+from infra.storage import appear
 
 _SUFFIXES = (".jsonl", ".parquet")
 _SHOWN_PROBLEMS = 5
@@ -74,7 +74,7 @@ def validate(sources: str | Path | Sequence[str | Path], shape: Shape) -> Summar
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> int:
     """Write one JSON object per line, atomically; returns how many. Equal rows give equal bytes."""
     count = 0
-    with _atomic(Path(path)) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+    with appear(Path(path)) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
@@ -89,7 +89,7 @@ def write_parquet(path: str | Path, rows: Iterable[Row]) -> int:
     import pyarrow.parquet
 
     table = pyarrow.Table.from_pylist(list(rows))
-    with _atomic(Path(path)) as temporary:
+    with appear(Path(path)) as temporary:
         pyarrow.parquet.write_table(table, temporary)
     return int(table.num_rows)
 
@@ -193,27 +193,6 @@ def _datasets_rows(source: str) -> Iterator[tuple[str, Row]]:
         raise DataError(f"{source}: {type(error).__name__}: {error}") from error
     for number, row in enumerate(loaded, start=1):
         yield f"{source}:{number}", row
-
-
-class _atomic:
-    """`with _atomic(path) as temporary`: renamed to `path` when the block ends well, removed when it raises."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> Path:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
-        os.close(descriptor)
-        self._temporary = Path(name)
-        return self._temporary
-
-    def __exit__(self, kind: object, value: object, traceback: object) -> None:
-        if kind is not None:
-            self._temporary.unlink(missing_ok=True)
-            return
-        self._temporary.chmod(0o644)
-        self._temporary.replace(self._path)
 
 
 def _shown(sources: str | Path | Sequence[str | Path]) -> str:

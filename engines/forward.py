@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from data.packing import block_causal_mask
 from engines.base import Batch
 
 
@@ -34,23 +35,12 @@ def model_inputs(batch: Batch) -> dict[str, torch.Tensor]:
         if "position_ids" not in batch:
             raise ValueError("a packed micro-batch has segment_ids and position_ids")
         inputs["position_ids"] = batch["position_ids"]
-        inputs["attention_mask"] = segment_mask(batch["segment_ids"])
+        inputs["attention_mask"] = block_causal_mask(batch["segment_ids"])
     elif "attention_mask" in batch:
         mask = batch["attention_mask"]
         if bool((mask[:, 1:] > mask[:, :-1]).any()):
             raise ValueError("attention_mask must pad on the right")
     return inputs
-
-
-def segment_mask(segment_ids: torch.Tensor) -> torch.Tensor:
-    """[B, T] -> bool [B, 1, T, T]: a token sees itself and earlier tokens of its own segment.
-
-    Padding sees all earlier padding, itself at least, because a row without any key would become NaN.
-    """
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    length = segment_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
-    return (same & causal)[:, None]
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:

@@ -5,7 +5,6 @@ any byte leaves a `.partial` folder that nothing reads. A state whose files no l
 before it is taken.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from infra.errors import CheckpointError
+from infra.storage import sha256_file, sync_folder
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -59,7 +59,7 @@ def partial(folder: Path) -> Path:
 
 def checksums(folder: Path, names: Iterable[str]) -> dict[str, list]:
     """File name -> [size in bytes, SHA-256 hex]."""
-    return {name: [(folder / name).stat().st_size, _sha256(folder / name)] for name in sorted(names)}
+    return {name: [(folder / name).stat().st_size, sha256_file(folder / name)] for name in sorted(names)}
 
 
 def seal(folder: Path, files: Mapping[str, list]) -> None:
@@ -69,7 +69,7 @@ def seal(folder: Path, files: Mapping[str, list]) -> None:
         json.dump({"format": FORMAT, "files": dict(files)}, out, indent=1, sort_keys=True)
         out.flush()
         os.fsync(out.fileno())
-    _sync_folder(draft)
+    sync_folder(draft)
     if folder.exists():
         replaced = folder.with_name(folder.name + ".replaced")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -78,7 +78,7 @@ def seal(folder: Path, files: Mapping[str, list]) -> None:
         shutil.rmtree(replaced)
     else:
         draft.rename(folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
 def verify(folder: Path) -> None:
@@ -95,18 +95,5 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"state {folder}: format {manifest.get('format')}, this version reads {FORMAT}")
     for name, (size, digest) in manifest["files"].items():
         file = folder / name
-        if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
+        if not file.is_file() or file.stat().st_size != size or sha256_file(file) != digest:
             raise CheckpointError(f"state {folder}: {name} is missing or damaged")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

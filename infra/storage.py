@@ -115,7 +115,7 @@ class FolderStore:
                 return False
             finally:
                 os.unlink(temporary)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
             return True
 
     def put(self, key: str, data: bytes, durable: bool = True) -> None:
@@ -123,7 +123,7 @@ class FolderStore:
         with self._errors(key):
             os.replace(self._write_temporary(target.parent, data, durable), target)
             if durable:
-                _sync_folder(target.parent)
+                sync_folder(target.parent)
 
     def get(self, key: str) -> bytes | None:
         with self._errors(key):
@@ -168,7 +168,7 @@ class FolderStore:
                 os.replace(temporary, target)
             finally:
                 temporary.unlink(missing_ok=True)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
 
     def download_file(self, key: str, target: Path, sha256: str | None = None) -> None:
         source = self._path(key)
@@ -241,9 +241,17 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names to the disk."""
     with contextlib.suppress(OSError):  # some network file systems refuse fsync on a folder
         sync_file(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `path` whole or not at all, and have it on the disk."""
+    with appear(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        sync_file(temporary)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""A model folder that is there whole or not at all."""
 
 import os
 import shutil
@@ -6,19 +6,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `path` under a temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from tokenizers import AddedToken, Regex, decoders, pre_tokenizers, processors, 
 from tokenizers import models as tokenizer_models
 
 from infra.errors import CheckpointError, ConfigError
+from infra.storage import write_text
 from models.chat import TEMPLATES, chat_format
-from models.files import write_text
 
 LLAMA3_SPLIT = "|".join(
     (

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from infra.errors import CheckpointError, ConfigError
-from models.files import whole_folder, write_text
+from infra.storage import write_text
+from models.files import whole_folder
 from models.hf_format import from_hf_name, hf_config, read_config, to_hf_name, token_ids
 from models.llama import Llama, LlamaConfig
 from models.tokenizer import Tokenizer

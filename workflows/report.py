@@ -10,14 +10,12 @@ The inputs are conventions, so a step needs to know nothing of this module: an a
 """
 
 import json
-import os
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infra.storage import Store
+from infra.storage import Store, write_text
 from infra.telemetry import parse_metrics
 from workflows.artifacts import Artifact
 from workflows.runs import RunView
@@ -235,9 +233,9 @@ def write(record: RunRecord, folder: Path) -> Path:
 
     summary = summarise(record)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(folder / "report.json", json.dumps(summary, indent=2, default=_json) + "\n")
+    write_text(folder / "report.json", json.dumps(summary, indent=2, default=_json) + "\n")
     page = folder / "report.html"
-    _write_atomically(page, report_page.render(record, summary))
+    write_text(page, report_page.render(record, summary))
     return page
 
 
@@ -264,15 +262,3 @@ def _number(value: Any) -> str:
 
 def _json(value: Any) -> Any:
     return {"artifact": value.digest} if isinstance(value, Artifact) else asdict(value)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
