@@ -2,8 +2,9 @@
 
 One detached keeper actor per run owns every member, so ending the keeper ends them all. A borrower (a step's body)
 holds a lease and renews it from a thread; while it holds the lease nobody else gets the pool. A lease that is no longer
-renewed means that the borrower died in the middle of something: its pool is thrown away and built anew. A keeper
-without borrowers ends itself after `idle_timeout_s`, so a killed driver leaks nothing.
+renewed means that the borrower died in the middle of something: its pool is thrown away and built anew. A pool without
+borrowers ends after its `idle_timeout_s`, and a keeper without pools ends itself, so a killed driver leaks nothing. A
+job that was submitted again with other code gets a keeper of that code.
 
 Waits: `borrow` waits for the pool to be free, then for its processes to be up. Nothing waits for the borrower except
 other borrowers, and they no longer than the lease lasts.
@@ -28,6 +29,7 @@ from actors.learner_group import start_learners
 from actors.learners import Learners
 from cluster.gather import gather
 from engines.config import GeneratorSettings
+from infra.errors import NodeLost
 
 NAMESPACE = "recua"
 LEASE_S = 20.0
@@ -37,22 +39,25 @@ LEASE_S = 20.0
 @dataclass
 class _Pool:
     key: str = ""
+    idle_timeout_s: float = 0.0
     members: list[Any] = field(default_factory=list)
     group: Any = None
     borrower: str | None = None
-    renewed: float = 0.0
+    used: float = field(default_factory=time.monotonic)
 
 
 class PoolKeeper:
     """Owns the members, hands them out one borrower at a time. A threaded actor: `borrow` may block."""
 
-    def __init__(self, name: str, idle_timeout_s: float) -> None:
-        self._name = name
+    def __init__(self, name: str, code: str, lease_s: float) -> None:
+        self._name, self._code, self._lease_s = name, code, lease_s
         self._pools = {"generators": _Pool(), "learners": _Pool()}
         self._free = threading.Condition()
-        self._idle_timeout_s = idle_timeout_s
-        self._used = time.monotonic()
         threading.Thread(target=self._end_when_idle, daemon=True, name="pool-idle").start()
+
+    def code(self) -> str:
+        """Which code this keeper and its members run; see `_code`."""
+        return self._code
 
     def borrow_generators(
         self, borrower: str, pool: GeneratorPoolSettings, engine: GeneratorSettings, folder: str
@@ -67,7 +72,7 @@ class PoolKeeper:
             made.members = [worker.remote(folder, engine) for _ in range(pool.replicas)]
             ray.get([member.ready.remote() for member in made.members])
 
-        return self._borrow("generators", borrower, key, start)
+        return self._borrow("generators", borrower, key, pool.idle_timeout_s, start)
 
     def borrow_learners(self, borrower: str, pool: LearnerPoolSettings) -> list[Any]:
         """The learner ranks; started now if there are none or they are of another kind."""
@@ -76,14 +81,14 @@ class PoolKeeper:
             made.group = start_learners(pool, f"{self._name}-learners-{uuid.uuid4().hex[:6]}")
             made.members = list(made.group.workers)
 
-        return self._borrow("learners", borrower, repr(pool), start)
+        return self._borrow("learners", borrower, repr(pool), pool.idle_timeout_s, start)
 
     def renew(self, kind: str, borrower: str) -> bool:
         """Keep a lease; False when it is no longer the caller's."""
         pool = self._pools[kind]
         if pool.borrower != borrower:
             return False
-        self._used = pool.renewed = time.monotonic()
+        pool.used = time.monotonic()
         return True
 
     def give_back(self, kind: str, borrower: str, broken: bool) -> None:
@@ -94,7 +99,7 @@ class PoolKeeper:
                 if broken:
                     self._discard(kind)
                 self._pools[kind].borrower = None
-                self._used = time.monotonic()
+                self._pools[kind].used = time.monotonic()
                 self._free.notify_all()
 
     def close(self) -> None:
@@ -102,7 +107,7 @@ class PoolKeeper:
         for kind in self._pools:
             self._discard(kind)
 
-    def _borrow(self, kind: str, borrower: str, key: str, start: Any) -> list[Any]:
+    def _borrow(self, kind: str, borrower: str, key: str, idle_timeout_s: float, start: Any) -> list[Any]:
         with self._free:
             while self._held(kind):
                 self._free.wait(timeout=1.0)
@@ -110,7 +115,7 @@ class PoolKeeper:
                 self._discard(kind)
             pool = self._pools[kind]
             # Until the members are up the lease cannot lapse: the borrower renews only once it has them.
-            pool.borrower, pool.renewed = borrower, float("inf")
+            pool.borrower, pool.used, pool.idle_timeout_s = borrower, float("inf"), idle_timeout_s
         try:
             if not pool.members:
                 start(pool)
@@ -118,12 +123,12 @@ class PoolKeeper:
         except BaseException:
             self.give_back(kind, borrower, broken=True)
             raise
-        self._used = pool.renewed = time.monotonic()
+        pool.used = time.monotonic()
         return pool.members
 
     def _held(self, kind: str) -> bool:
         pool = self._pools[kind]
-        return pool.borrower is not None and time.monotonic() - pool.renewed < LEASE_S
+        return pool.borrower is not None and time.monotonic() - pool.used < self._lease_s
 
     def _alive(self, kind: str) -> bool:
         try:
@@ -141,10 +146,16 @@ class PoolKeeper:
             ray.kill(member)
 
     def _end_when_idle(self) -> None:
-        while time.monotonic() - self._used < self._idle_timeout_s or any(self._held(kind) for kind in self._pools):
-            time.sleep(1.0)
-        self.close()
-        os._exit(0)  # members are the keeper's own actors: Ray ends them with it
+        """A pool's time is up without a borrower; the keeper itself goes once it has had no pool for a lease's time."""
+        while True:
+            time.sleep(0.5)
+            with self._free:
+                now = time.monotonic()
+                for kind, pool in self._pools.items():
+                    if pool.members and not self._held(kind) and now - pool.used > pool.idle_timeout_s:
+                        self._discard(kind)
+                if all(not pool.members and now - pool.used > self._lease_s for pool in self._pools.values()):
+                    os._exit(0)
 
 
 @dataclass(frozen=True)
@@ -152,7 +163,7 @@ class Pools:
     """A run's pools as its steps see them. Frozen and small, so that it travels with a step's arguments."""
 
     run_id: str
-    idle_timeout_s: float = 600.0
+    lease_s: float = LEASE_S
 
     @contextmanager
     def generators(
@@ -179,7 +190,8 @@ class Pools:
         borrower = uuid.uuid4().hex
         members = gather([getattr(keeper, method).remote(borrower, *arguments)], f"{kind} keeper")[0]
         stop = threading.Event()
-        thread = threading.Thread(target=_renew, args=(keeper, kind, borrower, stop), daemon=True)
+        renewal = (keeper, kind, borrower, self.lease_s / 5, stop)
+        thread = threading.Thread(target=_renew, args=renewal, daemon=True)
         thread.start()
         broken = True
         try:
@@ -187,22 +199,29 @@ class Pools:
             broken = False
         finally:
             stop.set()
-            ray.get(keeper.give_back.remote(kind, borrower, broken))
+            with suppress(ray.exceptions.RayActorError):  # a keeper that is gone took its members along
+                ray.get(keeper.give_back.remote(kind, borrower, broken))
 
     def _keeper(self) -> Any:
-        return (
-            ray.remote(PoolKeeper)
-            .options(
-                name=f"pools-{self.run_id}",
-                namespace=NAMESPACE,
-                lifetime="detached",
-                get_if_exists=True,
-                num_cpus=0,
-                max_concurrency=16,
-                max_restarts=0,
-            )
-            .remote(f"pools-{self.run_id}", self.idle_timeout_s)
+        """This run's keeper, of this code: one that an earlier job left behind may run another."""
+        name, code = f"pools-{self.run_id}", _code()
+        actor: Any = ray.remote(PoolKeeper)
+        actor = actor.options(
+            name=name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_concurrency=16,
+            max_restarts=0,
         )
+        for _ in range(3):
+            keeper = actor.remote(name, code, self.lease_s)
+            with suppress(ray.exceptions.ActorDiedError):  # it ended itself just now: the next one is new
+                if ray.get(keeper.code.remote()) == code:
+                    return keeper
+                ray.kill(keeper)
+        raise NodeLost(f"{name}: its keeper died again and again")
 
     def close(self) -> None:
         """End the run's pools, however the run ended; nothing happens where there are none."""
@@ -217,8 +236,13 @@ class Pools:
         ray.kill(keeper)
 
 
-def _renew(keeper: Any, kind: str, borrower: str, stop: threading.Event) -> None:
-    while not stop.wait(LEASE_S / 5):
+def _code() -> str:
+    """The package that a job runs from (named by a hash of its content); empty outside of jobs."""
+    return str(ray.get_runtime_context().runtime_env.get("working_dir") or "")
+
+
+def _renew(keeper: Any, kind: str, borrower: str, pause_s: float, stop: threading.Event) -> None:
+    while not stop.wait(pause_s):
         if not ray.get(keeper.renew.remote(kind, borrower)):
             return  # the lease went to another borrower: our members are gone and the next call on them raises
 
