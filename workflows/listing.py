@@ -49,9 +49,10 @@ def show_run(view: RunView, as_json: bool = False) -> None:
     rows = []
     for step in view.steps:
         made = ", ".join(f"{entry['name']} {entry['digest'][:12]}" for entry in artifacts_of(step))
-        error = (step.error or {}).get("message", "").splitlines()
+        error = (step.error or {}).get("message", "").partition("\n")[0]
+        error = error if len(error) <= 60 else f"{error[:57]}..."  # whole in `recua show RUN STEP`
         seconds = "" if step.seconds is None else show_seconds(step.seconds)
-        rows.append([step.call_id, step.status, seconds, str(len(step.attempts)), redact(error[0]) if error else made])
+        rows.append([step.call_id, step.status, seconds, str(len(step.attempts)), redact(error) if error else made])
     _print_table(["step", "status", "took", "attempts", "artifacts"], rows, styled=1)
     if view.error:
         click.echo(redact(f"error: {view.error.get('message', '')}"))
@@ -160,11 +161,14 @@ def _print_table(header: list[str], rows: list[list[str]], styled: int) -> None:
     for row in rows:
         table.add_row(*(Text(cell, STYLES.get(cell, "") if index == styled else "") for index, cell in enumerate(row)))
     console = Console()
-    if not console.is_terminal:
-        console = Console(
-            width=max(80, sum(max(len(row[i]) for row in [header, *rows]) + 3 for i in range(len(header))))
-        )
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+        return
+    widest = sum(max(len(row[i]) for row in [header, *rows]) + 3 for i in range(len(header)))
+    with (console := Console(width=max(80, widest))).capture() as printed:
+        console.print(table)
+    for line in printed.get().splitlines():
+        click.echo(line.rstrip())
 
 
 def _done(view: RunView) -> int:
