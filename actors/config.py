@@ -212,8 +212,8 @@ class PpoSettings(Settings):
     """Policy ratio clip."""
     dual_clip: float | None = Field(default=None, gt=1)
     """Cap on the loss of negative advantages; none turns it off."""
-    value_clip: float = Field(default=0.2, gt=0)
-    """Value clip."""
+    value_clip: float | None = Field(default=0.2, gt=0)
+    """How far the critic may move from its old values, in units of the score; none turns it off."""
     kl_beta: float = Field(default=0.01, ge=0)
     """KL penalty per token against the reference (Llama 2: 0.01 small, 0.005 large)."""
     gamma: float = Field(default=1.0, gt=0, le=1)

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from engines.forward import logits, values
 
 from actors.batches import Row, pad, tokens_batch
 from algorithms import dpo, ppo, reward, sft
 from algorithms.logprobs import align_values, token_logprobs
 from engines.base import Batch, LossFn
+from engines.forward import logits, values
 
 Params = Mapping[str, Any]
 

@@ -16,6 +16,7 @@ from workflows.graph import Future, on_end, run_id, workflow
 from workflows.recipe import Recipe
 from workflows.steps.checks import check_capacity, check_recipe, close_pools
 from workflows.steps.evaluation import deploy, evaluate
+from workflows.steps.inputs import content
 from workflows.steps.sampling import rejection_sample, sample_preferences
 from workflows.steps.text import Limits, Problems, build_corpus, build_problems, fit_texts, tokenize, train_tokenizer
 from workflows.steps.training import (
@@ -38,7 +39,7 @@ def llama3_posttrain(recipe: Recipe) -> dict[str, Any]:
     """Every call is a durable step; a plain loop over rounds makes the graph."""
     seed, pools = recipe.seed, recipe.pools
     on_end(partial(close_pools, run_id()))
-    problems = build_problems(recipe.problems, recipe.tasks, seed)
+    problems = build_problems(recipe.problems, recipe.tasks, seed, content(recipe.problems.instruction_files))
     base = base_model(recipe, problems)
     sft = fine_tune.options(name="sft")(base, problems.instructions, recipe.sft, seed, "sft", pools)
     evaluations = [evaluated(recipe, problems, sft.model, "sft", [], [])]
@@ -79,9 +80,10 @@ def base_model(recipe: Recipe, problems: Future[Problems]) -> Any:
     """The model that SFT starts from: pretrained here, or the folder that the recipe names."""
     texts = (problems.instructions, problems.prompts, problems.held_out, limits(recipe))
     if recipe.model.init_from is not None:
-        return fit_texts(import_model(recipe.model.init_from), *texts)
-    corpus = build_corpus(recipe.corpus, recipe.seed)
-    tokenizer = fit_texts(train_tokenizer(corpus, problems.instructions, recipe.tokenizer), *texts)
+        return fit_texts(import_model(recipe.model.init_from, content([recipe.model.init_from])), *texts)
+    corpus = build_corpus(recipe.corpus, recipe.seed, content(recipe.corpus.files))
+    vocabulary = train_tokenizer(corpus, problems.instructions, recipe.tokenizer, content([recipe.tokenizer.folder]))
+    tokenizer = fit_texts(vocabulary, *texts)
     tokens = tokenize(corpus, tokenizer)
     return pretrain(tokens, tokenizer, recipe.model, recipe.pretrain, recipe.seed).model
 

@@ -1,4 +1,7 @@
-"""From raw text to what training reads: corpus, problems, tokenizer, token shards."""
+"""From raw text to what training reads: corpus, problems, tokenizer, token shards.
+
+`files` arguments say what the files that a section names hold (`inputs.content`): a changed file is a changed input.
+"""
 
 import json
 import random
@@ -24,7 +27,7 @@ class Problems:
 
 
 @step(num_cpus=0.5, memory="1GiB", timeout=1800)
-def build_corpus(section: CorpusSettings, seed: int) -> Artifact:
+def build_corpus(section: CorpusSettings, seed: int, files: dict[str, str]) -> Artifact:
     """The pretraining text, cleaned and deduplicated (`text.jsonl`), and a share held out (`held_out.jsonl`)."""
     from data.corpus import write_corpus
 
@@ -34,7 +37,7 @@ def build_corpus(section: CorpusSettings, seed: int) -> Artifact:
 
 
 @step(num_cpus=0.5, memory="1GiB", timeout=1800)
-def build_problems(section: ProblemSettings, tasks: TaskSettings, seed: int) -> Problems:
+def build_problems(section: ProblemSettings, tasks: TaskSettings, seed: int, files: dict[str, str]) -> Problems:
     """Instruction examples, prompts for the sampling stages, and held-out problems: disjoint by construction."""
     from data.formats import read_rows as read_files
     from data.stdlib_text import stdlib_instructions
@@ -73,7 +76,9 @@ def build_problems(section: ProblemSettings, tasks: TaskSettings, seed: int) -> 
 
 
 @step(num_cpus=1, memory="2GiB", timeout=1800)
-def train_tokenizer(corpus: Artifact, instructions: Artifact, section: TokenizerSettings) -> Artifact:
+def train_tokenizer(
+    corpus: Artifact, instructions: Artifact, section: TokenizerSettings, files: dict[str, str]
+) -> Artifact:
     """A byte-level BPE with Llama 3's special tokens, or a copy of the folder that the recipe names."""
     from models.tokenizer import load_tokenizer, train_bpe
 

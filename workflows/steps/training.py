@@ -156,8 +156,8 @@ def _state_folder(run: StepContext) -> Path:
 
 
 @step(num_cpus=0.5, memory="1GiB", timeout=3600)
-def import_model(folder: str) -> Artifact:
-    """The HF folder that a recipe starts from instead of pretraining, checked and kept."""
+def import_model(folder: str, files: dict[str, str]) -> Artifact:
+    """The HF folder that a recipe starts from instead of pretraining, checked and kept; `files` says what it holds."""
     from workflows.steps.checks import check_start_model
 
     source = Path(folder).expanduser()
