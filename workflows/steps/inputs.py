@@ -13,7 +13,7 @@ END_BYTES = 1 << 20
 
 
 def content(sources: Sequence[str | None]) -> dict[str, str]:
-    """Source -> digest of the files behind it (a file, a folder, a glob). What is no file (`datasets:NAME`) is its name."""
+    """Source -> digest of the files behind it (a file, a folder, a glob); `datasets:NAME` stands for itself."""
     return {source: _digest(source) for source in sources if source is not None}
 
 
