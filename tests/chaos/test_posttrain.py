@@ -1,0 +1,209 @@
+"""The real post-training recipe in miniature, broken on purpose: Ray, DeepSpeed and vLLM, with its runs on S3."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from posttrain_mini import miniature
+
+from infra.storage import Store, open_store
+from workflows.artifacts import sha256_file
+from workflows.runs import load_run
+from workflows.values import digest
+
+SECRET = "KIA-not-to-be-seen-7f3a"
+DETERMINISTIC = ["build_problems[0]", "build_corpus[0]", "train_tokenizer[0]", "tokenize[0]", "pretrain[0]"]
+STAGES = [
+    *DETERMINISTIC,
+    "fine_tune[sft]",
+    "evaluate[evaluate-sft]",
+    "sample_preferences[0]",
+    "train_reward[reward-helpfulness]",
+    "train_reward[reward-safety]",
+    "rejection_sample[0]",
+    "fine_tune[rejection]",
+    "evaluate[evaluate-rejection]",
+    "optimise_preferences[dpo]",
+    "evaluate[evaluate-dpo]",
+    "optimise_policy[ppo]",
+    "evaluate[evaluate-ppo]",
+    "deploy[0]",
+]
+
+
+def wait_for(condition: Callable[[], Any], what: Callable[[], str], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.05)
+
+
+class Runs:
+    """Drivers of one recipe: their output, their processes, what they committed."""
+
+    def __init__(self, folder: Path, repository: Path) -> None:
+        self.folder, self._repository = folder, repository
+        self._mark = f"recua-test-{uuid.uuid4().hex}"
+        self._drivers: list[subprocess.Popen[bytes]] = []
+
+    def start(self, store: str, faults: str = "") -> subprocess.Popen[bytes]:
+        """`recua run` of the miniature in a new process group; its output goes to `output()`."""
+        command = [sys.executable, "-m", "workflows.cli", "run", "workflows/llama3_posttrain.py", *miniature()]
+        command += ["--store", store, "--run", "r", "--reports", str(self.folder / "reports")]
+        environment = {**os.environ, "HOME": str(self.folder), "RECUA_TEST_MARK": self._mark, "RECUA_FAULTS": faults}
+        environment.pop("RAY_ADDRESS", None)
+        with (self.folder / f"out-{len(self._drivers)}").open("wb") as out:
+            pipes = {"stdout": out, "stderr": subprocess.STDOUT, "start_new_session": True}
+            driver = subprocess.Popen(command, cwd=self._repository, env=environment, **pipes)  # type: ignore[call-overload]
+        self._drivers.append(driver)
+        return driver
+
+    def output(self) -> str:
+        """What the newest driver has printed."""
+        return (self.folder / f"out-{len(self._drivers) - 1}").read_text()
+
+    def processes(self) -> dict[int, str]:
+        """Living processes of any driver, children in other sessions included."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"RECUA_TEST_MARK={self._mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:100]
+            except OSError:
+                continue
+        return found
+
+    def until(self, driver: subprocess.Popen[bytes], text: str) -> None:
+        """Wait until the driver has printed `text`."""
+        wait_for(lambda: text in self.output() or driver.poll() is not None, lambda: f"no {text}: {self.output()}", 600)
+        assert driver.poll() is None, self.output()
+
+    def end(self, driver: subprocess.Popen[bytes], code: int) -> None:
+        """Wait for the driver's end: this exit code, and no process left behind.
+
+        After a SIGKILL Ray's workers notice within about 12 s on a quiet machine that their raylet is gone.
+        """
+        assert driver.wait(600) == code, self.output()
+        wait_for(lambda: not self.processes(), lambda: f"left behind: {self.processes()}", 120)
+
+    def close(self) -> None:
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        for driver in self._drivers:
+            driver.wait()
+
+
+@pytest.fixture
+def runs(tmp_path: Path, repository: Path) -> Any:
+    made = Runs(tmp_path, repository)
+    yield made
+    made.close()
+
+
+def commits(store: Store) -> list[dict[str, Any]]:
+    """Every commit record in the run's journal."""
+    found = []
+    for key in store.list("runs/r/journal"):
+        found += [record for record in json.loads(store.get(key) or b"")["records"] if record["type"] == "commit"]
+    return found
+
+
+def committed(store: Store) -> dict[str, str]:
+    """Call id -> digest of its committed result; each call has one commit record."""
+    records = commits(store)
+    assert not records or max(Counter(record["call"] for record in records).values()) == 1
+    return {record["call"]: digest(record["result"]) for record in records}
+
+
+def contents(result: Any) -> list[str]:
+    """Digests of the artifacts in a result, metrics (which hold times) apart."""
+    if isinstance(result, list):
+        return [found for item in result for found in contents(item)]
+    if not isinstance(result, dict):
+        return []
+    if "$artifact" in result:
+        artifact = result["$artifact"]
+        return [] if "metrics" in artifact["name"] else [artifact["digest"]]
+    return [found for item in result.values() for found in contents(item)]
+
+
+@pytest.mark.timeout(1800)
+def test_a_post_training_run_survives_kills_and_an_interrupt_on_s3(
+    runs: Runs, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    store = open_store(s3_url)
+
+    driver = runs.start(s3_url, "executor.before-commit:3=kill")
+    runs.end(driver, -signal.SIGKILL)
+    seen = committed(store)
+    assert len(seen) == 2, "the third body ended, and was not committed"
+
+    driver = runs.start(s3_url)
+    runs.until(driver, "fine_tune[sft] committed")
+    wait_for(lambda: any("vllm_process" in line for line in runs.processes().values()), lambda: "no vLLM engine", 120)
+    os.killpg(driver.pid, signal.SIGINT)
+    runs.end(driver, 130)
+    assert "recua: interrupted; the same command goes on where it stopped" in runs.output()
+    assert load_run(store, "r").status == "cancelled"
+    now = committed(store)
+    assert seen.items() <= now.items() and "fine_tune[sft]" in now
+    seen = now
+
+    damaged = damage_cached_model(tmp_path)
+    driver = runs.start(s3_url)
+    runs.until(driver, "optimise_policy[ppo] started")
+    time.sleep(1.0)
+    driver.kill()
+    runs.end(driver, -signal.SIGKILL)
+    assert sha256_file(damaged[0]) == damaged[1], "a damaged file in the cache is fetched again"
+    now = committed(store)
+    assert seen.items() <= now.items() and "optimise_preferences[dpo]" in now and "optimise_policy[ppo]" not in now
+    seen = now
+
+    runs.end(runs.start(s3_url), 0)
+    now = committed(store)
+    assert seen.items() <= now.items() and set(STAGES) <= now.keys()
+    run = load_run(store, "r")
+    assert run.status == "finished" and run.drivers == 4
+    report = json.loads((tmp_path / "reports/r/report.json").read_text())
+    assert sorted(stage["name"] for stage in report["stages"]) == sorted(now)
+    assert all(stage["status"] == "committed" for stage in report["stages"])
+    assert report["served"]["grpc"] is True and report["served"]["openai"] is True
+    assert store.get("runs/r/report.json") == (tmp_path / "reports/r/report.json").read_bytes()
+
+    assert not [key for key in store.list("") if SECRET.encode() in (store.get(key) or b"")]
+    assert not [file for file in tmp_path.glob("out-*") if SECRET in file.read_text()]
+    compare_with_a_quiet_run(runs, store, tmp_path / "quiet")
+
+
+def damage_cached_model(folder: Path) -> tuple[Path, str]:
+    """Flip one byte of a model in the artifact cache; (the file, what it held)."""
+    files = sorted((folder / ".recua").rglob("*.safetensors"))
+    newest = max(files, key=lambda file: file.stat().st_mtime)
+    before = sha256_file(newest)
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(bytes(content))
+    return newest, before
+
+
+def compare_with_a_quiet_run(runs: Runs, store: Store, quiet: Path) -> None:
+    """The same recipe in a folder, without faults, as far as its stages are deterministic."""
+    driver = runs.start(str(quiet))
+    runs.until(driver, "fine_tune[sft] committed")
+    os.killpg(driver.pid, signal.SIGTERM)
+    runs.end(driver, 130)
+    expected = {record["call"]: contents(record["result"]) for record in commits(open_store(quiet))}
+    found = {record["call"]: contents(record["result"]) for record in commits(store)}
+    for call in (*DETERMINISTIC, "fine_tune[sft]"):
+        assert found[call] == expected[call] and found[call], f"{call} differs from the fault-free run"
