@@ -201,7 +201,7 @@ def compare_with_a_quiet_run(runs: Runs, store: Store, quiet: Path) -> None:
     """The same recipe in a folder, without faults, as far as its stages are deterministic."""
     driver = runs.start(str(quiet))
     runs.until(driver, "fine_tune[sft] committed")
-    os.killpg(driver.pid, signal.SIGTERM)
+    os.killpg(driver.pid, signal.SIGINT)
     runs.end(driver, 130)
     expected = {record["call"]: contents(record["result"]) for record in commits(open_store(quiet))}
     found = {record["call"]: contents(record["result"]) for record in commits(store)}
