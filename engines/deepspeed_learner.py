@@ -19,6 +19,7 @@ from engines.base import Batch, LossFn, StepOutput
 from engines.config import LearnerSettings
 from engines.forward import to_device
 from engines.hf_folder import Head, load_model, save_model
+from engines.optimizer import learning_rate
 
 NO_CLIP = 1e30
 GATHER_ELEMENTS = 2**26
@@ -238,19 +239,6 @@ def deepspeed_config(settings: LearnerSettings, world_size: int, frozen: bool = 
         config["bf16" if settings.dtype == "bfloat16" else "fp16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
-
-
-def learning_rate(settings: LearnerSettings, step: int) -> float:
-    """Linear warm-up, then constant, linear or cosine down to `final_learning_rate` x peak at `total_steps`."""
-    peak = settings.learning_rate
-    if step < settings.warmup_steps:
-        return peak * (step + 1) / settings.warmup_steps
-    if settings.schedule == "constant" or not settings.total_steps:
-        return peak
-    span = max(1, settings.total_steps - settings.warmup_steps)
-    progress = min(1.0, (step - settings.warmup_steps) / span)
-    shape = 1 - progress if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * (settings.final_learning_rate + (1 - settings.final_learning_rate) * shape)
 
 
 def _groups(

@@ -15,10 +15,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from algorithms.schedule import factor, parameter_groups
 from engines import state_folder
 from engines.base import Batch, LossFn, StepOutput
 from engines.config import LearnerSettings
+from engines.optimizer import decayed_groups, learning_rate
 from engines.ranks import Ranks
 from infra.errors import CheckpointError
 from models.hf_format import to_hf_name
@@ -91,7 +91,7 @@ class TorchLearner:
         self._tokenizer = tokenizer
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(module.named_parameters(), settings.weight_decay),
+            decayed_groups(module, settings),
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.eps,
@@ -106,9 +106,7 @@ class TorchLearner:
 
     def learning_rate(self, step: int) -> float:
         """Of step `step` = 0, 1, ...; constant after the warm-up when `total_steps` is 0."""
-        s = self.settings
-        kind = s.schedule if s.total_steps else "constant"
-        return s.learning_rate * factor(kind, step, s.total_steps, s.warmup_steps, s.final_learning_rate)
+        return learning_rate(self.settings, step)
 
     def train_step(self, micro_batches: Sequence[Batch], loss_fn: LossFn) -> StepOutput:
         """(collective) One optimizer step. Every rank passes equally many micro-batches (FSDP gathers in each)."""
@@ -121,15 +119,15 @@ class TorchLearner:
                 metrics[name] = metrics.get(name, 0.0) + value
         if not self._reduces_gradients:
             self._sum_gradients()
-        learning_rate = self.learning_rate(self.step)
+        rate = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = rate
         grad_norm = self._clip()
         if committed := self.ranks.should_commit(grad_norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return StepOutput(grad_norm, learning_rate, committed, metrics)
+        return StepOutput(grad_norm, rate, committed, metrics)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch], fn: Callable[[torch.nn.Module, Batch], Any]) -> list[Any]:

@@ -57,11 +57,11 @@ def weights(learner: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in learner.export()}
 
 
-def rank_main(rank: int, world: int, port: int, folder: Path, source: Path, answer: Any) -> None:
+def rank_main(rank: int, world: int, ports: list[int], folder: Path, source: Path, answer: Any) -> None:
     from engines import deepspeed_group
     from engines.deepspeed_learner import build
 
-    seat: dict[str, Any] = {"rank": rank, "world_size": world, "address": f"127.0.0.1:{port}"}
+    seat: dict[str, Any] = {"rank": rank, "world_size": world, "address": f"127.0.0.1:{ports[0]}"}
     found: dict[Any, Any] = {}
     for stage in STAGES:
         for accumulate in (True, False):
@@ -81,7 +81,7 @@ def rank_main(rank: int, world: int, port: int, folder: Path, source: Path, answ
     found["resumed"] = {stage: resume(stage, folder, source, seat) for stage in STAGES}
     found["coexist"] = coexist(source, folder / f"critic-{world}", seat)
     deepspeed_group.leave()
-    seat["address"] = f"127.0.0.1:{port + 1}"
+    seat["address"] = f"127.0.0.1:{ports[1]}"
     learner = build(source, settings(1), **seat)  # the same process in a second group
     found["rejoined"] = learner.train_step(share(0, rank, world, True), nll).grad_norm
     learner.close()
@@ -152,10 +152,15 @@ def coexist(source: Path, folder: Path, seat: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
+def free_ports(count: int) -> list[int]:
+    """Different ports: all are held until the last is found."""
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
         probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    ports = [int(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
 
 
 @pytest.fixture(scope="module")
@@ -183,11 +188,12 @@ def found(source: Path) -> dict[int, dict[Any, Any]]:
     """What rank 0 of a group of one and of a group of two found, both run at once."""
     context = multiprocessing.get_context("spawn")
     receivers, processes = {}, []
+    ports = free_ports(4)
     for world in (1, 2):
         receivers[world], sender = context.Pipe(duplex=False)
-        port = free_port()
+        own = ports[2 * world - 2 : 2 * world]
         for rank in range(world):
-            arguments = (rank, world, port, source.parent, source, sender)
+            arguments = (rank, world, own, source.parent, source, sender)
             processes.append(context.Process(target=rank_main, args=arguments))
             processes[-1].start()
         sender.close()
@@ -208,7 +214,7 @@ def found(source: Path) -> dict[int, dict[Any, Any]]:
 @pytest.fixture(scope="module")
 def plain(source: Path) -> dict[str, Any]:
     """Three steps of plain torch on all micro-batches."""
-    from engines.deepspeed_learner import learning_rate
+    from engines.optimizer import learning_rate
 
     model = AutoModelForCausalLM.from_pretrained(source)
     chosen = settings()
@@ -325,9 +331,9 @@ def test_missing_tensors_are_refused(source: Path, tmp_path: Path) -> None:
 
 
 def test_schedule() -> None:
-    from engines.deepspeed_learner import learning_rate
+    from engines.optimizer import learning_rate
 
     cosine = LearnerSettings(learning_rate=1.0, warmup_steps=2, total_steps=6, final_learning_rate=0.1)
     rates = [learning_rate(cosine, step) for step in range(8)]
-    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.1 + 0.9 * 0.853553, 0.55, 0.1 + 0.9 * 0.146447, 0.1, 0.1], abs=1e-5)
+    assert rates == pytest.approx([0.5, 1.0, 0.1 + 0.9 * 0.853553, 0.55, 0.1 + 0.9 * 0.146447, 0.1, 0.1, 0.1], abs=1e-5)
     assert learning_rate(LearnerSettings(learning_rate=2.0, schedule="constant"), 99) == 2.0
