@@ -32,6 +32,7 @@ MINIATURE = (
     "rejection.prompts=64",
     "rejection.answers=4",
     "rejection.threshold=-100.0",
+    "rejection.minimum_gap=0.0",
     "rejection_sft.epochs=1",
     "dpo.epochs=1",
     "ppo.steps=2",

@@ -163,14 +163,16 @@ class Executor:
         if self._lookups is not None:
             self._lookups.shutdown(cancel_futures=True)
         self._index.close()
+        # The end is on record before anything else is taken down: where a whole process group was told to stop, Ray is
+        # going too, and its client may end this process in the middle of a hook.
+        if end is not None:
+            self._commits.note(end)
+        self._commits.close()
         for hook in reversed(self._hooks):
             try:
                 hook()
             except Exception as error:
                 self._emit(Event("warning", data={"message": f"a hook at the end of the run failed: {error!r}"}))
-        if end is not None:
-            self._commits.note(end)
-        self._commits.close()
         self._heartbeat.close()
         if self._listener is not None:
             self._listener.close()
