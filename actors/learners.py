@@ -27,22 +27,19 @@ class Learners:
     workers: Sequence[Any]
     settings: LearnerPoolSettings
 
-    def open(
-        self, role: str, folder: Path, optimizer: LearnerSettings | None = None, head: str = "lm", frozen: bool = False
-    ) -> None:
+    def open(self, role: str, folder: Path, optimizer: LearnerSettings | None = None, head: str = "lm") -> None:
         """Every rank builds `folder` under the name `role`; without an optimizer it only scores."""
         settings = (optimizer or LearnerSettings()).model_copy(
             update={"zero_stage": self.settings.zero_stage, "threads": self.settings.threads}
         )
-        self._all("open", role, str(folder), settings, head, frozen or optimizer is None)
+        self._all("open", role, str(folder), settings, head, optimizer is None)
 
     def train_step(self, role: str, kind: str, rows: Sequence[Row], params: dict[str, Any]) -> dict[str, float]:
         """One optimizer step over the whole batch `rows`; metric sums over all ranks, plus grad_norm, lr, committed."""
-        shares = self._share(rows)
         outputs = gather(
             [
-                worker.train_step.remote(role, kind, share, params)
-                for worker, share in zip(self.workers, shares, strict=True)
+                worker.train_step.remote(role, kind, _rows(rows, share), params)
+                for worker, share in zip(self.workers, self._plan(rows), strict=True)
             ],
             RANK,
         )
@@ -58,7 +55,7 @@ class Learners:
         plan = self._plan(rows)
         outputs = gather(
             [
-                worker.score.remote(role, kind, [[rows[index] for index in micro] for micro in share])
+                worker.score.remote(role, kind, _rows(rows, share))
                 for worker, share in zip(self.workers, plan, strict=True)
             ],
             RANK,
@@ -98,8 +95,10 @@ class Learners:
         lengths = [row["length"] for row in rows]
         return plan_micro_batches(lengths, len(self.workers), self.settings.micro_batch_tokens)
 
-    def _share(self, rows: Sequence[Row]) -> list[list[list[Row]]]:
-        return [[[rows[index] for index in micro] for micro in share] for share in self._plan(rows)]
-
     def _all(self, method: str, *arguments: Any) -> list[Any]:
         return gather([getattr(worker, method).remote(*arguments) for worker in self.workers], RANK)
+
+
+def _rows(rows: Sequence[Row], share: list[list[int]]) -> list[list[Row]]:
+    """One rank's micro-batches, from the indices in its share."""
+    return [[rows[index] for index in micro] for micro in share]

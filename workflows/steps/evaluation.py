@@ -8,7 +8,7 @@ from actors.results import Evaluation
 from serving.config import ServingSettings
 from workflows.graph import Artifact, context, step
 from workflows.recipe import PoolSettings
-from workflows.steps.text import read_rows
+from workflows.steps.text import read_problems
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,9 @@ def evaluate(
     from actors.evaluation import reward_scores
     from actors.judging import RewardModels
     from actors.pools import Pools
-    from data.tasks import Problem
     from engines.chat import ChatTokenizer
 
-    everything = [Problem.from_row(row) for row in read_rows(held_out.path() / "problems.jsonl")]
+    everything = read_problems(held_out)
     problems = [problem for problem in everything if problem.checkable][: section.problems]
     safety = [problem for problem in everything if problem.unsafe is not None][: section.safety_prompts]
     lent = Pools(context().run_id)

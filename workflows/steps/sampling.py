@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from actors.config import PreferenceSettings, RejectionSettings
 from workflows.graph import Artifact, context, step
 from workflows.recipe import PoolSettings
-from workflows.steps.text import read_rows, write_rows
+from workflows.steps.text import read_problems, read_rows, write_rows
 
 if TYPE_CHECKING:
     from data.tasks import Problem
@@ -43,7 +43,7 @@ def sample_preferences(
     from engines.chat import ChatTokenizer
 
     run = context()
-    pool = _problems(prompts)
+    pool = read_problems(prompts)
     problems = _take([problem for problem in pool if problem.unsafe is None], section.prompts, seed)
     problems += _take([problem for problem in pool if problem.unsafe is not None], section.safety_prompts, seed)
     tokenizer = ChatTokenizer.load(policy.path())
@@ -75,7 +75,7 @@ def rejection_sample(
     from engines.chat import ChatTokenizer
 
     run = context()
-    problems = _take(_problems(prompts), section.prompts, seed)
+    problems = _take(read_problems(prompts), section.prompts, seed)
     tokenizer = ChatTokenizer.load(policy.path())
     sampling = Sampling(
         temperature=section.temperature, max_tokens=section.max_tokens, n=section.answers, seed=seed,
@@ -92,12 +92,6 @@ def rejection_sample(
     write_rows(best.path / "messages.jsonl", [*kept, *found.best])
     write_rows(pairs.path / "pairs.jsonl", found.pairs)
     return Rejected(best.seal(), pairs.seal(), {**found.summary, "from_earlier_rounds": len(kept)})
-
-
-def _problems(prompts: Artifact) -> "list[Problem]":
-    from data.tasks import Problem
-
-    return [Problem.from_row(row) for row in read_rows(prompts.path() / "problems.jsonl")]
 
 
 def _take(problems: "list[Problem]", count: int, seed: int) -> "list[Problem]":

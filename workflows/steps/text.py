@@ -7,12 +7,15 @@ import json
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.config import CorpusSettings, TaskSettings
 from infra.errors import DataError
 from workflows.graph import Artifact, context, step
 from workflows.recipe import ProblemSettings, TokenizerSettings
+
+if TYPE_CHECKING:
+    from data.tasks import Problem
 
 SAFETY = {"safety/unsafe": 1.0, "safety/lookalike": 1.0}
 
@@ -110,7 +113,7 @@ def fit_texts(
 ) -> Artifact:
     """`base` (a tokenizer, or the model to start from) once every example and prompt is known to fit; training starts
     from this result, so that a text which is too long ends the run before it."""
-    from data.tasks import Problem, prompt_messages
+    from data.tasks import prompt_messages
     from engines.chat import ChatTokenizer
 
     tokenizer = ChatTokenizer.load(base.path())
@@ -130,8 +133,7 @@ def fit_texts(
         what = f"instruction example {number} ({row['task_type']})"
         require(row["messages"], what, limits.example, "sft.max_length", True)
     for artifact in (prompts, held_out):
-        for row in read_rows(artifact.path() / "problems.jsonl"):
-            problem = Problem.from_row(row)
+        for problem in read_problems(artifact):
             settings = "pools.engine.max_model_len and rejection_sft.max_length"
             require(prompt_messages(problem), f"a prompt ({problem.task_type})", limits.prompt, settings, False)
     return base
@@ -153,6 +155,13 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     """A JSONL file that a step of ours wrote."""
     with file.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
+
+
+def read_problems(artifact: Artifact) -> "list[Problem]":
+    """The problems of an artifact that `build_problems` made."""
+    from data.tasks import Problem
+
+    return [Problem.from_row(row) for row in read_rows(artifact.path() / "problems.jsonl")]
 
 
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:

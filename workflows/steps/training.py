@@ -9,7 +9,7 @@ from actors.config import DpoSettings, PpoSettings, PretrainSettings, RewardSett
 from infra.telemetry import MetricsWriter
 from workflows.graph import Artifact, StepContext, context, step
 from workflows.recipe import ModelSettings, PoolSettings
-from workflows.steps.text import read_rows
+from workflows.steps.text import read_problems, read_rows
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,11 @@ def optimise_policy(
     from actors.ppo import POLICY, PpoModels
     from actors.ppo import optimise_policy as run_ppo
     from actors.weight_sync import WeightSync
-    from data.tasks import Problem
     from engines.chat import ChatTokenizer
 
     run, curve = context(), Curve(stage)
     out = run.artifact("model")
-    problems = [Problem.from_row(row) for row in read_rows(prompts.path() / "problems.jsonl")]
+    problems = read_problems(prompts)
     lent = Pools(run.run_id)
     with (
         lent.generators(pools.generators, pools.engine, base.path(), base.digest) as generators,
