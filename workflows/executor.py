@@ -332,7 +332,7 @@ class Executor:
             "faults": {point: action for point, action in due.items() if action},
         }
         start = {"type": "start", "call": call.id, "step": call.step.name, "attempt": call.attempt}
-        self._commits.note({**start, "attempt_id": call.attempt_id, "time": time.time()})
+        self._commits.note({**start, "attempt_id": call.attempt_id, "time": time.time(), **_needs(call)})
         attempt_id = call.attempt_id
 
         def done(outcome: str | None, error: BaseException | None) -> None:
@@ -415,6 +415,7 @@ class Executor:
             "inputs": inputs_digest(call.arguments),
             "arguments": shown_arguments(call.arguments),
             "result": result,
+            **_needs(call),
             **extra,
         }
         self._commits.commit(record, lambda: self._inbox.put(lambda: self._on_committed(call, record)))
@@ -471,6 +472,11 @@ class Executor:
 
 class Cancelled(RecuaError):
     """Somebody asked this run to stop (`recua cancel`, Ctrl-C, SIGTERM). It can be run again."""
+
+
+def _needs(call: Call) -> Record:
+    """The calls whose results a call takes: the edges of the graph. Nothing where there are none."""
+    return {"needs": list(call.needs)} if call.needs else {}
 
 
 def failure_record(error: BaseException) -> Record:

@@ -8,7 +8,8 @@ Who waits for whom: the executor hands records to GroupCommit and goes on; its o
 tells the executor. While a slot is being written further records gather for the next one, which keeps a slow store's
 request rate low. The lease is kept alive by Heartbeat, an object beside the journal that other drivers watch.
 
-Records are JSON objects with a `type`: `lease`, `start` (of an attempt), `commit`, `attempt-failed`, `end`.
+Records are JSON objects with a `type`: `lease`, `start` (of an attempt), `commit`, `attempt-failed`, `end`. Those of a
+call that takes other calls' results name them: `start` and `commit` have `needs`, a list of call ids, where not empty.
 """
 
 import json

@@ -19,6 +19,7 @@ from workflows.config import RunSettings
 from workflows.events import Event
 from workflows.executor import Cancelled
 from workflows.graph import Workflow
+from workflows.journal import read_journal
 from workflows.runs import cancel_run, find_steps, list_runs, load_run, read_log
 
 
@@ -77,6 +78,14 @@ def test_edges_inside_containers_and_a_finished_run(bench: Bench) -> None:
     assert sorted(bench.trace) == ["number 1", "number 2", "number 3", "total"]
     again = bench.run(program.summing, bench.folder)
     assert again.value == 10 and again.already_finished and len(bench.trace) == 4
+
+
+def test_the_journal_keeps_the_edges(bench: Bench) -> None:
+    run = bench.run(program.summing, bench.folder)
+    state = read_journal(bench.store, run.run_id)
+    edges = {"total[0]": ["number[0]", "number[1]", "number[2]"]}
+    assert {call: record["needs"] for call, record in state.commits.items() if "needs" in record} == edges
+    assert {call: starts[0]["needs"] for call, starts in state.starts.items() if "needs" in starts[0]} == edges
 
 
 def test_branches_run_at_the_same_time(bench: Bench) -> None:
