@@ -36,6 +36,7 @@ from workflows.journal import GroupCommit, Heartbeat, Journal, fenced
 from workflows.known import Known, ReuseIndex, inputs_digest, shown_arguments
 from workflows.outcome import describe, of_ray_error, rebuild
 from workflows.placement import Placement
+from workflows.status import StatusFile
 from workflows.values import decode, encode
 
 Record = dict[str, Any]
@@ -105,7 +106,8 @@ class Executor:
         self._lookups = ThreadPoolExecutor(8, thread_name_prefix="recua-lookup") if remote else None
         self._index = ReuseIndex(journal.store, self.abort)
         self._commits = GroupCommit(journal, self.abort, 0.01 if remote else 0.0, written=self._after_write)
-        self._heartbeat = Heartbeat(journal, self._on_cancel, self.abort)
+        self._status = StatusFile(journal)
+        self._heartbeat = Heartbeat(journal, self._on_cancel, self.abort, self._status.write)
         self._thread = threading.Thread(target=self._loop, name="recua-loop", daemon=True)
         self._thread.start()
 
@@ -168,6 +170,8 @@ class Executor:
         if end is not None:
             self._commits.note(end)
         self._commits.close()
+        if end is not None:
+            self._status.write()
         for hook in reversed(self._hooks):
             try:
                 hook()

@@ -8,8 +8,9 @@ Who waits for whom: the executor hands records to GroupCommit and goes on; its o
 tells the executor. While a slot is being written further records gather for the next one, which keeps a slow store's
 request rate low. The lease is kept alive by Heartbeat, an object beside the journal that other drivers watch.
 
-Records are JSON objects with a `type`: `lease`, `start` (of an attempt), `commit`, `attempt-failed`, `end`. Those of a
-call that takes other calls' results name them: `start` and `commit` have `needs`, a list of call ids, where not empty.
+Records are JSON objects with a `type`: `lease`, `start` (of an attempt), `wait` (for something outside: an approval, an
+event), `commit`, `attempt-failed`, `end`. Where a call takes results of others, its `start`, `wait` and
+`commit` have `needs`, a list of call ids, where not empty.
 """
 
 import json
@@ -42,6 +43,7 @@ class JournalState:
     commits: dict[str, Record] = field(default_factory=dict)
     starts: dict[str, list[Record]] = field(default_factory=dict)
     failures: dict[str, list[Record]] = field(default_factory=dict)
+    waits: dict[str, Record] = field(default_factory=dict)
     end: Record | None = None
     drivers: int = 0
 
@@ -59,6 +61,8 @@ class JournalState:
                 self.starts.setdefault(record["call"], []).append(record)
             elif kind == "attempt-failed":
                 self.failures.setdefault(record["call"], []).append(record)
+            elif kind == "wait":
+                self.waits[record["call"]] = record
             elif kind == "end":
                 self.end = record
 
@@ -131,6 +135,8 @@ class Journal:
         self.state = state
         self.lease_slot = state.slot
         self.ttl_s = ttl_s
+        self.watchers: list[Callable[[int, list[Record]], None]] = []
+        """Called with every slot that was written, on the writer's thread."""
         self._next = state.slot + 1
 
     @classmethod
@@ -163,6 +169,8 @@ class Journal:
         if not self.store.put_if_absent(slot_key(self.run_id, self._next), _slot(self.owner, records)):
             raise fenced(self.run_id)
         self.state.apply(self._next, records)
+        for watch in self.watchers:
+            watch(self._next, records)
         self._next += 1
 
 
@@ -194,16 +202,22 @@ def _wait_for_silence(store: Store, run_id: str, lease: Record, slot: int) -> No
 class Heartbeat:
     """Keeps a lease alive, and notices a cancel request or a successor even while nothing is committed.
 
-    `on_cancel()` and `on_error(error)` are called from its thread, once. `valid_until()` is the wall-clock time up to
-    which no other driver can have taken over: an attempt that begins later must ask the store first.
+    `on_cancel()` and `on_error(error)` are called from its thread, once; `on_beat()` after every beat.
+    `valid_until()` is the wall-clock time up to which no other driver can have taken over: an attempt that begins later
+    must ask the store first.
     """
 
     def __init__(
-        self, journal: Journal, on_cancel: Callable[[], None], on_error: Callable[[BaseException], None]
+        self,
+        journal: Journal,
+        on_cancel: Callable[[], None],
+        on_error: Callable[[BaseException], None],
+        on_beat: Callable[[], None] = lambda: None,
     ) -> None:
         self._journal = journal
         self._on_cancel = on_cancel
         self._on_error = on_error
+        self._on_beat = on_beat
         self._stop = threading.Event()
         self._valid_until = 0.0
         self._beat(0)
@@ -223,6 +237,7 @@ class Heartbeat:
         beat = json.dumps({"beat": number, "time": began}).encode()
         journal.store.put(lease_key(journal.run_id, journal.lease_slot), beat, durable=False)
         self._valid_until = began + 0.8 * journal.ttl_s
+        self._on_beat()
 
     def _run(self) -> None:
         journal, number = self._journal, 0

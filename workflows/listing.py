@@ -20,17 +20,17 @@ from workflows.artifacts import Artifact, ArtifactSource, read_manifest
 from workflows.config import RunSettings
 from workflows.planning import Plan
 from workflows.progress import show_seconds
-from workflows.runs import RunView, StepView, artifacts_of, find_steps, load_run, read_log
+from workflows.runs import RunSummary, RunView, StepView, artifacts_of, find_steps, load_run, read_log
 from workflows.values import artifact_records
 
 STYLES = {"finished": "green", "committed": "green", "reused": "green", "running": "bold", "failed": "red"}
 
 
-def show_runs(views: Iterable[RunView]) -> None:
+def show_runs(runs: Iterable[RunSummary]) -> None:
     """One line per run."""
     rows = [
-        [view.run_id, view.status, _when(view.created), _duration(view), f"{_done(view)}/{len(view.steps)}"]
-        for view in views
+        [run.run_id, run.status, _when(run.created), _duration(run), f"{run.done}/{sum(run.counts.values())}"]
+        for run in runs
     ]
     if not rows:
         click.echo("no runs yet; start one with `recua run WORKFLOW_FILE --recipe FILE`")
@@ -69,6 +69,10 @@ def show_step(step: StepView, as_json: bool = False) -> None:
     )
     if step.reused_from:
         click.echo(f"reused from run {step.reused_from}")
+    if step.needs:
+        click.echo(f"takes the results of {', '.join(step.needs)}")
+    if step.message:
+        click.echo(redact(step.message))
     if step.error:
         click.echo(redact(step.error.get("traceback") or step.error.get("message", "")))
     if step.result is not None:
@@ -171,13 +175,9 @@ def _print_table(header: list[str], rows: list[list[str]], styled: int) -> None:
         click.echo(line.rstrip())
 
 
-def _done(view: RunView) -> int:
-    return sum(step.status in ("committed", "reused") for step in view.steps)
-
-
-def _duration(view: RunView) -> str:
-    end = view.ended or (time.time() if view.status == "running" else None)
-    return "" if end is None else show_seconds(end - view.created)
+def _duration(run: RunView | RunSummary) -> str:
+    end = run.ended or (time.time() if run.status == "running" else None)
+    return "" if end is None else show_seconds(end - run.created)
 
 
 def _when(seconds: float) -> str:

@@ -3,22 +3,29 @@
 import json
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from infra.errors import UserError
 from infra.storage import Store
 from workflows.journal import JournalState, Record, cancel_key, driver_is_gone, lease_key, read_journal
+from workflows.status import COUNTED, Counts, read_status
 from workflows.values import artifact_records
+
+LISTING_THREADS = 16
+APPROVAL = "workflows.waits:approval"
 
 
 @dataclass(frozen=True)
 class StepView:
     """One call of a run. Times are seconds since the epoch, None where it has not come to that.
 
-    `status`: committed, reused, running, waiting (its last attempt failed and another is due), failed, interrupted.
+    `status`: committed, reused, running, waiting (its last attempt failed and another is due), failed, interrupted,
+    waiting-for-approval, waiting-for-event (of a call that somebody outside must answer; `message` says what is asked).
     `seconds`: what the winning body took; of a reused call, what it took in its own run. `attempts`: attempt ids in
-    order. `result`: encoded as the journal keeps it (workflows.values.decode makes it Python again).
+    order. `result`: encoded as the journal keeps it (workflows.values.decode makes it Python again). `needs`: ids of
+    the calls whose results it takes.
     """
 
     call_id: str
@@ -32,6 +39,26 @@ class StepView:
     result: Any
     error: Record | None
     reused_from: str | None
+    needs: tuple[str, ...] = ()
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run in a list. `counts`: calls that are committed, reused, running, failed, waiting. `driver`: who works on
+    it, or did last."""
+
+    run_id: str
+    workflow: str
+    status: str
+    created: float
+    ended: float | None
+    counts: dict[str, int]
+    driver: str
+
+    @property
+    def done(self) -> int:
+        return self.counts["committed"] + self.counts["reused"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +79,35 @@ class RunView:
     error: Record | None
 
 
-def list_runs(store: Store) -> list[RunView]:
-    """Every run of the store, newest first."""
-    views = [load_run(store, run_id) for run_id in store.folders("runs") if store.exists(f"runs/{run_id}/run.json")]
-    return sorted(views, key=lambda view: view.created, reverse=True)
+def list_runs(store: Store) -> list[RunSummary]:
+    """Every run of the store, newest first. Reads two small objects per run; a journal only where its driver left no
+    word of its last slot."""
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        found = list(pool.map(lambda run_id: _summary(store, run_id), store.folders("runs")))
+    return sorted((each for each in found if each is not None), key=lambda each: each.created, reverse=True)
+
+
+def _summary(store: Store, run_id: str) -> RunSummary | None:
+    raw = store.get(f"runs/{run_id}/run.json")
+    if raw is None:
+        return None
+    metadata = json.loads(raw)
+    status = read_status(store, run_id)
+    if status is None:
+        state = read_journal(store, run_id)
+        now, counts = run_status(store, run_id, state), Counts.of(state)
+        lease, ended = state.lease, state.end["time"] if state.end else None
+        numbers = counts.numbers(alive=now == "running")
+    else:
+        lease, now, ended = status["driver"], status["status"], status["ended"]
+        numbers = {name: status["counts"].get(name, 0) for name in COUNTED}
+        if now == "running" and (driver_is_gone(lease) or time.time() - status["time"] > 2 * lease["ttl_s"]):
+            now, numbers = "interrupted", {**numbers, "running": 0}
+    return RunSummary(run_id, metadata["workflow"], now, metadata["created"], ended, numbers, _driver(lease))
+
+
+def _driver(lease: Record | None) -> str:
+    return f"process {lease['pid']} on {lease['host']}" if lease else ""
 
 
 def load_run(store: Store, run_id: str) -> RunView:
@@ -70,7 +122,6 @@ def load_run(store: Store, run_id: str) -> RunView:
     metadata = json.loads(raw)
     state = read_journal(store, run_id)
     status = run_status(store, run_id, state)
-    lease = state.lease
     return RunView(
         run_id=run_id,
         workflow=metadata["workflow"],
@@ -79,7 +130,7 @@ def load_run(store: Store, run_id: str) -> RunView:
         ended=state.end["time"] if state.end else None,
         recipe=metadata["recipe"],
         drivers=state.drivers,
-        driver=f"process {lease['pid']} on {lease['host']}" if lease else "",
+        driver=_driver(state.lease),
         steps=tuple(_steps(state, alive=status == "running")),
         result=state.end.get("result") if state.end else None,
         error=state.end.get("error") if state.end else None,
@@ -138,28 +189,46 @@ def artifacts_of(step: StepView) -> list[Record]:
 
 
 def _steps(state: JournalState, alive: bool) -> Iterator[StepView]:
-    order = {call: None for call in [*state.starts, *state.commits]}
+    order = {call: None for call in [*state.starts, *state.waits, *state.commits]}
     firsts = {call: starts[0]["time"] for call, starts in state.starts.items()}
+    firsts |= {call: wait["time"] for call, wait in state.waits.items() if call not in firsts}
     firsts |= {call: record["started"] for call, record in state.commits.items() if call not in firsts}
     for call in sorted(order, key=lambda call: firsts[call]):
-        starts, failures = state.starts.get(call, []), state.failures.get(call, [])
-        attempts = tuple(start["attempt_id"] for start in starts)
-        commit = state.commits.get(call)
-        if commit is not None:
-            yield _committed(commit, attempts)
-            continue
-        failed = bool(failures) and failures[-1]["attempt_id"] == starts[-1]["attempt_id"]
-        if failed:
-            status = "failed" if failures[-1]["final"] else "waiting" if alive else "interrupted"
-        else:
-            status = "running" if alive else "interrupted"
-        ended = failures[-1]["time"] if failed else None
-        error = failures[-1]["error"] if failed else None
-        last = starts[-1]
-        yield StepView(call, last["step"], status, last["time"], ended, None, attempts, "", None, error, None)
+        yield _step(state, call, alive)
 
 
-def _committed(commit: Record, attempts: tuple[str, ...]) -> StepView:
+def _step(state: JournalState, call: str, alive: bool) -> StepView:
+    starts, failures = state.starts.get(call, []), state.failures.get(call, [])
+    wait, commit = state.waits.get(call), state.commits.get(call)
+    attempts = tuple(start["attempt_id"] for start in starts)
+    if commit is not None:
+        return _committed(commit, attempts, str((wait or {}).get("message", "")))
+    last: Record = starts[-1] if starts else wait or {}
+    failed = bool(failures) and (not starts or failures[-1]["attempt_id"] == last["attempt_id"])
+    if failed:
+        status = "failed" if failures[-1]["final"] else "waiting" if alive else "interrupted"
+    elif not starts:
+        status = "waiting-for-approval" if last["step"] == APPROVAL else "waiting-for-event"
+    else:
+        status = "running" if alive else "interrupted"
+    return StepView(
+        call_id=call,
+        step=last["step"],
+        status=status,
+        started=last["time"],
+        ended=failures[-1]["time"] if failed else None,
+        seconds=None,
+        attempts=attempts,
+        node="",
+        result=None,
+        error=failures[-1]["error"] if failed else None,
+        reused_from=None,
+        needs=tuple(last.get("needs", ())),
+        message=str(last.get("message", "")),
+    )
+
+
+def _committed(commit: Record, attempts: tuple[str, ...], message: str) -> StepView:
     return StepView(
         call_id=commit["call"],
         step=commit["step"],
@@ -172,6 +241,8 @@ def _committed(commit: Record, attempts: tuple[str, ...]) -> StepView:
         result=commit["result"],
         error=None,
         reused_from=commit.get("reused_from"),
+        needs=tuple(commit.get("needs", ())),
+        message=message,
     )
 
 

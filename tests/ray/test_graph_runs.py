@@ -100,7 +100,7 @@ def test_python_decides_on_results(bench: Bench) -> None:
 def test_a_failed_run_goes_on_where_it_stopped(bench: Bench) -> None:
     with pytest.raises(StepError):
         bench.run(program.gate, bench.folder)
-    run = list_runs(bench.store)[0]
+    run = load_run(bench.store, list_runs(bench.store)[0].run_id)
     assert run.status == "failed" and [step.status for step in run.steps] == ["committed", "failed"]
     (Path(bench.folder) / "open").touch()
     assert bench.run(program.gate, bench.folder).value == 8

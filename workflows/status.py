@@ -1,0 +1,130 @@
+"""What a run is doing, in one small object beside its journal, so that a list of runs need not replay journals.
+
+The driver writes `runs/<run>/status.json` at every heartbeat and at the end:
+
+    {"format", "status", "time", "slot", "lease_slot", "driver", "counts", "ended"}
+
+`slot` is the last journal slot that it counts: where the journal has a later one, the object is stale and the journal
+is replayed. The journal stays the truth; this object may be missing or wrong, never the other way round.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from infra.errors import StoreError
+from infra.storage import Store
+from workflows.journal import Journal, JournalState, slot_key
+
+FORMAT = 1
+COUNTED = ("committed", "reused", "running", "failed", "waiting")
+Record = dict[str, Any]
+
+
+@dataclass
+class Counts:
+    """How many calls are in which state. Memory grows with the calls that are not committed only."""
+
+    committed: int = 0
+    reused: int = 0
+    open: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, state: JournalState) -> "Counts":
+        """The counts of a replayed journal."""
+        counts = cls()
+        counts.apply(
+            [
+                *(start for starts in state.starts.values() for start in starts),
+                *state.waits.values(),
+                *(state.failures[call][-1] for call in state.failures if _is_over(state, call)),
+                *state.commits.values(),
+            ]
+        )
+        return counts
+
+    def apply(self, records: Iterable[Record]) -> None:
+        """Count records, in the journal's order."""
+        for record in records:
+            kind = record["type"]
+            if kind == "commit":
+                self.open.pop(record["call"], None)
+                if "reused_from" in record:
+                    self.reused += 1
+                else:
+                    self.committed += 1
+            elif kind in ("start", "wait"):
+                self.open[record["call"]] = "running" if kind == "start" else "waiting"
+            elif kind == "attempt-failed":
+                self.open[record["call"]] = "failed" if record["final"] else "waiting"
+
+    def numbers(self, alive: bool) -> dict[str, int]:
+        """By state; nothing of a run without a driver is running."""
+        states = list(self.open.values())
+        running = states.count("running") if alive else 0
+        counted = (self.committed, self.reused, running, states.count("failed"), states.count("waiting"))
+        return dict(zip(COUNTED, counted, strict=True))
+
+
+def _is_over(state: JournalState, call: str) -> bool:
+    """Whether the last thing known of a call is a failure."""
+    starts = state.starts.get(call)
+    return not starts or state.failures[call][-1]["attempt_id"] == starts[-1]["attempt_id"]
+
+
+class StatusFile:
+    """The driver's side: counts what its journal appends, and writes the object when told. Safe on any thread."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._lock = threading.Lock()
+        self._slot = journal.state.slot
+        self._counts = Counts.of(journal.state)
+        self._counts.open = {call: what for call, what in self._counts.open.items() if what != "running"}
+        self._end: Record | None = None
+        lease = journal.state.lease
+        assert lease is not None
+        self._driver = {name: lease[name] for name in ("host", "pid", "machine", "process_start", "ttl_s")}
+        journal.watchers.append(self._on_slot)
+
+    def write(self) -> None:
+        """Put the object; what cannot be written now is written at the next beat."""
+        with self._lock:
+            tree: Record = {
+                "format": FORMAT,
+                "status": self._end["status"] if self._end else "running",
+                "time": time.time(),
+                "slot": self._slot,
+                "lease_slot": self._journal.lease_slot,
+                "driver": self._driver,
+                "counts": self._counts.numbers(alive=self._end is None),
+                "ended": self._end["time"] if self._end else None,
+            }
+        with contextlib.suppress(StoreError):
+            self._journal.store.put(status_key(self._journal.run_id), json.dumps(tree).encode(), durable=False)
+
+    def _on_slot(self, slot: int, records: list[Record]) -> None:
+        with self._lock:
+            self._slot = slot
+            self._counts.apply(records)
+            self._end = next((record for record in records if record["type"] == "end"), self._end)
+
+
+def status_key(run_id: str) -> str:
+    return f"runs/{run_id}/status.json"
+
+
+def read_status(store: Store, run_id: str) -> Record | None:
+    """The object, or None where it is missing, damaged or older than the journal."""
+    raw = store.get(status_key(run_id))
+    try:
+        tree: Record = json.loads(raw or b"null") or {}
+        if tree.get("format") != FORMAT or store.exists(slot_key(run_id, tree["slot"] + 1)):
+            return None
+    except (ValueError, KeyError, AttributeError):
+        return None
+    return tree
