@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from workflows.config import RunSettings
 from workflows.events import Event
 from workflows.executor import Cancelled, ClusterCheck, Executor, failure_record
 from workflows.graph import Workflow, running
+from workflows.history import Recorder
 from workflows.journal import Journal, read_journal
 from workflows.known import Known
 from workflows.values import canonical, decode, differences, digest, encode, identity, named_arguments
@@ -61,23 +62,24 @@ def run(
     settings = settings or RunSettings()
     store = open_store(settings.store)
     store.check()
-    emit = _emitter(observers)
     run_id, metadata = _open_run(store, workflow, {"args": list(args), "kwargs": kwargs}, settings)
     source = ArtifactSource(store.url, settings.cache)
     state = read_journal(store, run_id)
     if state.end is not None and state.end["status"] == "finished":
         return RunResult(run_id, store.url, decode(state.end["result"], source), True)
     journal = Journal.acquire(store, run_id, settings.lease_s)
-    faults = FaultSchedule.parse(settings.faults) if settings.faults else FaultSchedule.from_environment()
-    known = Known(store, journal.state.commits, metadata["reuse"], tuple(metadata["rerun"]), _warner(emit))
-    executor = Executor(journal, known, settings, faults, emit)
-    for hook in on_end:
-        executor.on_end(hook)
-    for check in on_cluster:
-        executor.on_cluster(check)
-    data = {"run_id": run_id, "workflow": workflow.name, "store": store.url, "resumed": len(known.commits)}
-    emit(Event("run-started", data=data))
-    tree = _drive(executor, workflow, args, kwargs, emit)
+    with closing(Recorder(store, run_id, journal.lease_slot)) as recorder:
+        emit = _emitter([*observers, recorder])
+        faults = FaultSchedule.parse(settings.faults) if settings.faults else FaultSchedule.from_environment()
+        known = Known(store, journal.state.commits, metadata["reuse"], tuple(metadata["rerun"]), _warner(emit))
+        executor = Executor(journal, known, settings, faults, emit)
+        for hook in on_end:
+            executor.on_end(hook)
+        for check in on_cluster:
+            executor.on_cluster(check)
+        data = {"run_id": run_id, "workflow": workflow.name, "store": store.url, "resumed": len(known.commits)}
+        emit(Event("run-started", data=data))
+        tree = _drive(executor, workflow, args, kwargs, emit)
     return RunResult(run_id, store.url, decode(tree, source), False)
 
 

@@ -1,0 +1,206 @@
+"""The HTTP service: routes, token, errors. What it answers is made by `views`; what it does, by a Control.
+
+    GET  /healthz                 200 while the service works (no token)
+    GET  /, /assets/...           the page (no token: it asks for one)
+    *    /api/v1/...              with `Authorization: Bearer TOKEN`; see /api/v1/openapi.json
+
+Every error is `{"error": "one line"}`. Nothing is sent to other origins: there are no CORS headers, a foreign `Origin`
+is refused, and so is a `Host` that is neither an address nor a name of this service (DNS rebinding).
+"""
+
+import ipaddress
+import json
+from collections.abc import Awaitable, Callable, Collection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+
+from infra.errors import RecuaError, StoreError, UserError
+from infra.storage import Store
+from infra.telemetry import redact
+from serving.auth import TokenAuthority
+from workflows.service import models, views
+from workflows.service.control import Control
+
+PAGE = Path(__file__).parent / "page"
+NO_TOKEN = (
+    "a valid bearer token is required; `recua up` made it: ~/.recua/token on the machine where it ran "
+    "(give it with --token-file or RECUA_TOKEN)"
+)
+POLICY = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
+
+
+def create_app(store: Store, control: Control, digests: Collection[str], hosts: Collection[str] = ()) -> FastAPI:
+    """The service over `store`. `digests`: sha256 of the accepted tokens, none: open. `hosts`: names that clients may
+    call it by, beside addresses and localhost."""
+    app = FastAPI(title="recua", version="1", openapi_url="/api/v1/openapi.json", docs_url=None, redoc_url=None)
+    authority = TokenAuthority(digests)
+
+    def authorized(request: Request) -> None:
+        if not authority.accepts(request.headers.get("authorization")):
+            raise HTTPException(401, NO_TOKEN, {"WWW-Authenticate": "Bearer"})
+
+    _closed(app, {"localhost", *(host.lower() for host in hosts)})
+    _errors(app)
+
+    @app.get("/healthz", response_model=models.Health)
+    def healthz() -> Any:
+        return {"status": "ok", "token_required": bool(digests)}
+
+    app.include_router(_reading(store), prefix="/api/v1", dependencies=[Depends(authorized)])
+    app.include_router(_acting(store, control), prefix="/api/v1", dependencies=[Depends(authorized)])
+    app.mount("/assets", StaticFiles(directory=PAGE, check_dir=False))
+
+    @app.get("/", include_in_schema=False)
+    def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+
+    return app
+
+
+def _reading(store: Store) -> APIRouter:
+    """Routes that only read."""
+    router = APIRouter(tags=["runs"])
+    cache = views.RunCache()
+
+    @router.get("/runs", response_model=list[models.RunHead])
+    def runs() -> Any:
+        """Every run of the store, newest first."""
+        return _json(views.runs(store))
+
+    @router.get("/runs/{run}", response_model=models.Run)
+    def run(run: str) -> Any:
+        """One run with its recipe, result and error."""
+        return _json(views.run(cache, store, run))
+
+    @router.get("/runs/{run}/steps", response_model=models.Steps)
+    def steps(run: str, after: int = 0) -> Any:
+        """The steps that changed after version `after`."""
+        return _json(views.steps(cache, store, run, after))
+
+    @router.get("/runs/{run}/step", response_model=models.StepDetail)
+    def step(run: str, id: str) -> Any:
+        """One call: arguments, result, error, attempts, artifacts."""
+        return _json(views.step(cache, store, run, id))
+
+    @router.get("/runs/{run}/log", response_model=models.Log)
+    def log(run: str, id: str = "", attempt: str = "", offset: int = 0) -> Any:
+        """What an attempt of a call printed, from byte `offset`; without `id`, what the run's driver printed."""
+        return _json(views.log(cache, store, run, id, attempt, offset))
+
+    @router.get("/runs/{run}/metrics", response_model=models.Metrics)
+    def metrics(run: str, id: str = "", after: str = "") -> Any:
+        """Progress and metrics since the cursor `after`."""
+        return _json(views.metrics(cache, store, run, id, after))
+
+    @router.get("/runs/{run}/lineage", response_model=models.Lineage)
+    def lineage(run: str, digest: str) -> Any:
+        """Where an artifact comes from: its call, inputs, code and parents."""
+        return _json(views.lineage(cache, store, run, digest))
+
+    return router
+
+
+def _acting(store: Store, control: Control) -> APIRouter:
+    """Routes that start, stop and answer."""
+    router = APIRouter(tags=["actions"])
+
+    @router.get("/packages/{sha256}", response_model=models.PackageState)
+    def has_package(sha256: str) -> Any:
+        """Whether a code package is in the store already."""
+        return {"sha256": sha256, "stored": control.has_package(sha256)}
+
+    @router.put("/packages/{sha256}", response_model=models.PackageState, status_code=201)
+    async def put_package(sha256: str, request: Request) -> Any:
+        """Keep a code package: the body is a zip file of the working folder."""
+        await control.put_package(sha256, request.stream())
+        return {"sha256": sha256, "stored": True}
+
+    @router.post("/runs", response_model=models.Submitted, status_code=201)
+    def submit(submission: models.Submission) -> Any:
+        """Start a run, or go on with it. Answers with the run's id, or with what `recua run` would refuse."""
+        return control.submit(submission)
+
+    @router.post("/runs/{run}/cancel", response_model=models.RunState, status_code=202)
+    def cancel(run: str) -> Any:
+        """Ask the run to stop; it can be resumed."""
+        return {"run_id": run, "status": control.cancel(run)}
+
+    @router.post("/runs/{run}/resume", response_model=models.RunState, status_code=202)
+    def resume(run: str) -> Any:
+        """Go on with a run that failed, was cancelled, or lost its driver."""
+        return {"run_id": run, "status": control.resume(run)}
+
+    return router
+
+
+def _json(tree: Any) -> Response:
+    """Not validated against the response model: ten thousand steps would take long; tests do that."""
+    return Response(json.dumps(tree, separators=(",", ":"), allow_nan=False), media_type="application/json")
+
+
+def _errors(app: FastAPI) -> None:
+    """One line of JSON for whatever goes wrong."""
+
+    def answer(status: int, text: str, headers: Any = None) -> JSONResponse:
+        return JSONResponse({"error": redact(" ".join(text.split("\n")))}, status, headers)
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> Response:
+        return answer(error.status_code, str(error.detail), error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> Response:
+        problem = error.errors()[0]
+        return answer(422, f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}")
+
+    @app.exception_handler(RecuaError)
+    async def failed(_: Request, error: RecuaError) -> Response:
+        missing = str(error).startswith("no run ") or " has no " in str(error)
+        status = (
+            404 if missing else 422 if isinstance(error, UserError) else 503 if isinstance(error, StoreError) else 500
+        )
+        return JSONResponse({"error": redact(str(error))}, status)
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> Response:
+        return answer(500, f"a fault in the service: {type(error).__name__}: {error}")
+
+
+def _status(error: RecuaError) -> int:
+    if isinstance(error, UserError):
+        return 404 if str(error).startswith("no run ") or " has no " in str(error) else 422
+    return 503 if isinstance(error, StoreError) else 500
+
+
+def _closed(app: FastAPI, names: Collection[str]) -> None:
+    """Refuse foreign hosts and origins; tell browsers to keep the page to itself."""
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        host = request.headers.get("host", "")
+        if not _is_ours(host, names):
+            return JSONResponse({"error": f"unknown host {host!r}; start the service with --allow-host"}, 421)
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return JSONResponse({"error": "requests from other origins are refused"}, 403)
+        response = await call_next(request)
+        response.headers["Content-Security-Policy"] = POLICY
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Referrer-Policy"] = "no-referrer"
+        return response
+
+
+def _is_ours(host: str, names: Collection[str]) -> bool:
+    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name in names
+    return True
