@@ -1,5 +1,6 @@
 """The history of a run: bounded, thinned, live for readers with a cursor, on a folder and on S3."""
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -60,7 +61,7 @@ def test_service_history_of_long_curves_is_small(tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in tmp_path.rglob("*.json")) < 1 << 20
     times = [event["time"] for event in read_history(store, "r")[0]]
     assert times == sorted(times) and times[0] == 0.0 and times[-1] == 99_999.0 and 900 < len(times) <= 2001
-    gaps = {later - earlier for earlier, later in zip(times, times[1:], strict=False)}
+    gaps = {later - earlier for earlier, later in itertools.pairwise(times)}
     assert max(gaps) <= 2 * sorted(gaps)[len(gaps) // 2] + 64, "points lie evenly over the whole curve"
 
 
