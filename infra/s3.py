@@ -2,17 +2,24 @@
 
 Credentials, region and endpoint come from where boto3 looks (`AWS_ENDPOINT_URL` for another server); none of them is
 ever logged or stored. boto3 is imported when the first store is opened.
+
+Every object carries two stamps in its metadata. `recua-sha256` is of its content: half an object under a length that
+fits is told from the whole. `recua-writer` is new for every conditional write: where the server says "exists", it tells
+our own write, whose answer was lost on the way, from another's.
 """
 
 import contextlib
+import functools
+import hashlib
 import random
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from infra.errors import ConfigError, StoreError
-from infra.storage import appear, check_sha256, checked_key
+from infra.storage import appear, checked_key, sha256_file
 
 T = TypeVar("T")
 
@@ -20,12 +27,23 @@ MISSING = {"404", "NoSuchKey", "NotFound"}
 LOST = {"412", "PreconditionFailed"}
 PASSING = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "RequestTimeTooSkewed", "409"}
 PASSING |= {"ConditionalRequestConflict", "ThrottlingException", "Throttling", "500", "502", "503", "504"}
+PASSING |= {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}  # damaged on the way there
+CONTENT, WRITER = "recua-sha256", "recua-writer"
+STAMPED = 8 << 20  # bytes; larger files are artifacts', whose manifests have their checksums
+DAMAGED_READS = 4
+TRANSFERS = 3
 
 
 class S3Store:
-    """A store in an S3 bucket. `patience_s`: how long a failing request is retried before it is a StoreError."""
+    """A store in an S3 bucket.
 
-    def __init__(self, url: str, patience_s: float = 60.0, connect_timeout_s: float = 5.0) -> None:
+    `patience_s`: how long a failing request is retried before it is a StoreError. `read_timeout_s`: how long a server
+    may be silent before the connection counts as dead: short of a driver's lease, so that one lost answer costs none.
+    """
+
+    def __init__(
+        self, url: str, patience_s: float = 60.0, connect_timeout_s: float = 5.0, read_timeout_s: float = 10.0
+    ) -> None:
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         if not bucket:
             raise ConfigError(f"--store {url}: no bucket; write it as s3://bucket/prefix")
@@ -33,27 +51,29 @@ class S3Store:
         self.prefix = prefix.strip("/")
         self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
         self.patience_s = patience_s
-        self._client = _client(connect_timeout_s)
+        self._timeouts = (connect_timeout_s, read_timeout_s)
+        self._client = _client(1, *self._timeouts)  # _retry does it: boto3 would repeat a conditional write blindly
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        first = True
+        writer = uuid.uuid4().hex
+        stamps = {CONTENT: hashlib.sha256(data).hexdigest(), WRITER: writer}
+        where = {"Bucket": self.bucket, "Key": self._key(key)}
 
         def attempt() -> bool:
-            nonlocal first
-            repeated, first = not first, False
             try:
-                self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
+                self._client.put_object(**where, Body=data, Metadata=stamps, IfNoneMatch="*")
             except Exception as error:
                 if _code(error) not in LOST:
                     raise
-                # An earlier attempt may have been written although its answer was lost: then the object is ours.
-                return repeated and self._read(key) == data
+                return self._writer(key) == writer  # an earlier try may have been written although its answer was lost
             return True
 
         return self._retry(key, attempt)
 
     def put(self, key: str, data: bytes, durable: bool = True) -> None:
-        self._retry(key, lambda: self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data))
+        stamps = {CONTENT: hashlib.sha256(data).hexdigest()}
+        where = {"Bucket": self.bucket, "Key": self._key(key)}
+        self._retry(key, lambda: self._client.put_object(**where, Body=data, Metadata=stamps))
 
     def get(self, key: str) -> bytes | None:
         return self._retry(key, lambda: self._read(key))
@@ -87,30 +107,40 @@ class S3Store:
         self._retry(key, lambda: self._client.delete_object(Bucket=self.bucket, Key=self._key(key)))
 
     def upload_file(self, key: str, source: Path) -> None:
-        self._retry(key, lambda: self._client.upload_file(str(source), self.bucket, self._key(key)))
+        stamps = {CONTENT: sha256_file(source)} if source.stat().st_size <= STAMPED else {}
+
+        def attempt() -> None:
+            self._transfers.upload_file(str(source), self.bucket, self._key(key), ExtraArgs={"Metadata": stamps})
+
+        self._retry(key, attempt, tries=TRANSFERS)
 
     def download_file(self, key: str, target: Path, sha256: str | None = None) -> None:
         def attempt() -> None:
             with appear(target) as temporary:
                 try:
-                    self._client.download_file(self.bucket, self._key(key), str(temporary))
+                    self._transfers.download_file(self.bucket, self._key(key), str(temporary))
                 except Exception as error:
                     if _code(error) in MISSING:
                         raise StoreError(f"--store {self.url}: no object {key}") from None
                     raise
-                check_sha256(temporary, sha256, self.url, key)
+                if sha256 is not None and (found := sha256_file(temporary)) != sha256:
+                    raise _Damaged(f"sha256 {found[:12]}, its manifest says {sha256[:12]}")
 
-        self._retry(key, attempt)
+        self._retry(key, attempt, tries=TRANSFERS)
 
     def local_path(self, key: str) -> Path | None:
         return None
 
     def check(self) -> None:
-        patience, self.patience_s = self.patience_s, min(self.patience_s, 3.0)
-        try:
-            self._retry("", lambda: self._client.head_bucket(Bucket=self.bucket))
-        finally:
-            self.patience_s = patience
+        self._retry("", lambda: self._client.head_bucket(Bucket=self.bucket), patience_s=min(self.patience_s, 3.0))
+
+    def hurry(self, patience_s: float) -> None:
+        self.patience_s = min(self.patience_s, patience_s)
+
+    @functools.cached_property
+    def _transfers(self) -> Any:
+        """For files, in parts: boto3 repeats a part, so that one lost part of many does not cost the whole file."""
+        return _client(5, *self._timeouts)
 
     def _key(self, key: str) -> str:
         return "/".join(([self.prefix] if self.prefix else []) + checked_key(key))
@@ -121,36 +151,62 @@ class S3Store:
 
     def _read(self, key: str) -> bytes | None:
         try:
-            return self._client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+            answer = self._client.get_object(Bucket=self.bucket, Key=self._key(key))
         except Exception as error:
             if _code(error) in MISSING:
                 return None
             raise
+        data: bytes = answer["Body"].read()
+        expected = answer["Metadata"].get(CONTENT)
+        if expected is not None and hashlib.sha256(data).hexdigest() != expected:
+            raise _Damaged(f"{len(data)} bytes that are not what was written")
+        return data
+
+    def _writer(self, key: str) -> str | None:
+        """Who wrote the object that is there, by its stamp."""
+        try:
+            stamps: dict[str, str] = self._client.head_object(Bucket=self.bucket, Key=self._key(key))["Metadata"]
+        except Exception as error:
+            if _code(error) in MISSING:
+                return None
+            raise
+        return stamps.get(WRITER)
 
     def _pages(self, prefix: str, **query: str) -> Iterator[dict[str, Any]]:
         token: dict[str, str] = {}
         while True:
-            ask = {"Bucket": self.bucket, **query, **token}
-            page = self._retry(prefix, lambda ask=ask: self._client.list_objects_v2(**ask))  # type: ignore[misc]
+            page = self._retry(prefix, functools.partial(self._page, {"Bucket": self.bucket, **query, **token}))
             yield page
-            if not page.get("IsTruncated"):
+            if not page["IsTruncated"]:
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def _retry(self, key: str, attempt: Callable[[], T]) -> T:
-        """Run `attempt` until it succeeds, fails for good, or `patience_s` is over (backoff with jitter)."""
-        deadline = time.monotonic() + self.patience_s
-        pause = 0.1
+    def _page(self, query: dict[str, str]) -> dict[str, Any]:
+        page: dict[str, Any] = self._client.list_objects_v2(**query)
+        if "IsTruncated" not in page:  # boto3 reads an empty answer as an empty listing
+            raise _Damaged("a listing without its end")
+        return page
+
+    def _retry(self, key: str, attempt: Callable[[], T], tries: int = 1, patience_s: float | None = None) -> T:
+        """Run `attempt` until it succeeds, fails for good, or has failed for `patience_s` (and `tries` times): backoff
+        with jitter. What arrives damaged again and again lies damaged."""
+        failed_since: float | None = None
+        failures = damaged = 0
         while True:
             try:
                 return attempt()
             except StoreError:
                 raise
             except Exception as error:
-                if not _may_pass(error) or time.monotonic() + pause > deadline:
+                failed_since = failed_since or time.monotonic()
+                failures += 1
+                damaged += _is_damaged(error)
+                pause = min(0.05 * 2 ** min(failures - 1, 10), 5.0) * random.uniform(0.5, 1.0)
+                patience = self.patience_s if patience_s is None else min(patience_s, self.patience_s)
+                over = time.monotonic() + pause > failed_since + patience and failures >= tries
+                if over or damaged >= DAMAGED_READS or not _may_pass(error):
                     raise self._explain(key, error) from error
-            time.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(pause * 2, 5.0)
+            time.sleep(pause)
 
     def _explain(self, key: str, error: Exception) -> StoreError:
         what = f"--store {self.url}" + (f": {key}" if key else "")
@@ -161,19 +217,30 @@ class S3Store:
             return StoreError(f"{what}: access denied; check the credentials that boto3 finds and the bucket's policy")
         if type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError"}:
             return StoreError(f"{what}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile")
-        reason = f"{code}" if code else type(error).__name__
+        if _is_damaged(error):
+            return StoreError(f"{what} is damaged: {error}")
+        reason = code or type(error).__name__
         return StoreError(f"{what}: unreachable or failing ({reason}); check --store and AWS_ENDPOINT_URL")
 
 
-def _client(connect_timeout_s: float) -> Any:
+class _Damaged(Exception):
+    """The answer is not what was stored: on the way (the next one is whole), or in the store."""
+
+
+def _is_damaged(error: Exception) -> bool:
+    """By our own stamps, or by the checksums that boto3 asks the server for."""
+    return isinstance(error, _Damaged) or type(error).__name__ == "FlexibleChecksumError"
+
+
+def _client(tries: int, connect_timeout_s: float, read_timeout_s: float) -> Any:
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
     config = Config(
         connect_timeout=connect_timeout_s,
-        read_timeout=60,
-        retries={"total_max_attempts": 1},  # _retry does it: boto3 would repeat a conditional write blindly
+        read_timeout=read_timeout_s,
+        retries={"total_max_attempts": tries, "mode": "standard"},
         max_pool_connections=32,
     )
     try:

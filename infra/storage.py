@@ -68,6 +68,10 @@ class Store(Protocol):
         """Fail fast, with one line, where the store cannot be read and written."""
         ...
 
+    def hurry(self, patience_s: float) -> None:
+        """From now on retry for `patience_s` at most, in every thread: the program is leaving."""
+        ...
+
 
 def open_store(url: str | Path) -> Store:
     """A store from `s3://bucket[/prefix]`, `file:///path` or a plain path (made absolute).
@@ -112,7 +116,8 @@ class FolderStore:
             try:
                 os.link(temporary, target)
             except FileExistsError:
-                return False
+                if os.stat(temporary).st_nlink < 2:
+                    return False  # else a network file system lost its answer to our own link, and asked again
             finally:
                 os.unlink(temporary)
             sync_folder(target.parent)
@@ -187,6 +192,9 @@ class FolderStore:
         self.put(probe, b"recua", durable=False)
         self.delete(probe)
 
+    def hurry(self, patience_s: float) -> None:
+        pass  # a folder is not retried
+
     def _path(self, key: str) -> Path:
         return self.root.joinpath(*checked_key(key))
 
@@ -203,11 +211,15 @@ class FolderStore:
         except FileNotFoundError:  # somebody removed the folder that we remembered
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            if durable:
-                os.fsync(stream.fileno())
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                if durable:
+                    os.fsync(stream.fileno())
+        except BaseException:  # a full disk should not keep the half that fitted
+            temporary.unlink(missing_ok=True)
+            raise
         return temporary
 
     @contextlib.contextmanager
