@@ -22,7 +22,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from infra.errors import NonDeterminismError, RecuaError, UserError
@@ -31,12 +31,14 @@ from workflows.artifacts import ArtifactSource
 from workflows.channel import Listener
 from workflows.config import RunSettings
 from workflows.events import Event
+from workflows.fanout import Fanout, fan_out
 from workflows.graph import Step, StepOptions, edges_of, resolve_edges
 from workflows.journal import GroupCommit, Heartbeat, Journal, fenced
 from workflows.known import Known, ReuseIndex, inputs_digest, shown_arguments
 from workflows.outcome import describe, of_ray_error, rebuild
 from workflows.placement import Placement
 from workflows.status import StatusFile
+from workflows.taken import PathTaken
 from workflows.values import decode, encode
 
 Record = dict[str, Any]
@@ -48,13 +50,17 @@ CANCEL_DEADLINE_S = 10.0
 
 @dataclass
 class Call:
-    """One call of one step, from its making to its end."""
+    """One call of one step, from its making to its end. A map is one too: it has a `fanout`, makes its `children` when
+    its list is there, and ends when they have; `of`: how many items the map has that this call belongs to."""
 
     id: str
     step: Step[..., Any]
     options: StepOptions
     arguments: Any
     needs: tuple[str, ...]
+    fanout: Fanout | None = None
+    children: list["Call"] | None = None
+    of: int | None = None
     waiting: int = 0
     dependents: list["Call"] = field(default_factory=list)
     key: str = ""
@@ -87,6 +93,7 @@ class Executor:
         self._faults = faults
         self._emit = emit
         self._source = ArtifactSource(journal.store.url, settings.cache)
+        self._path = PathTaken(journal.state)
         self._earlier = {call: len(starts) for call, starts in journal.state.starts.items()}
         self._placement = Placement(settings, journal.store)
         self._listener: Listener | None = None
@@ -118,9 +125,16 @@ class Executor:
         self._raise_fatal()
         needs: list[str] = []
         tree = encode(arguments, f"{call_id}: argument", edges_of(self, needs))
-        call = Call(call_id, step, options, tree, tuple(dict.fromkeys(needs)))
+        self._add(Call(call_id, step, options, tree, tuple(dict.fromkeys(needs))))
+
+    def map(self, call_id: str, step: Step[..., Any], options: StepOptions, items: Any, arguments: Any) -> None:
+        self._raise_fatal()
+        fanout = fan_out(self, call_id, items, arguments)
+        self._add(Call(call_id, step, options, None, fanout.waits_for, fanout))
+
+    def _add(self, call: Call) -> None:
         with self._changed:
-            self._calls[call_id] = call
+            self._calls[call.id] = call
             self._open += 1
         self._inbox.put(lambda: self._on_call(call))
 
@@ -152,6 +166,7 @@ class Executor:
         self._wait(lambda: not self._open)
         self._raise_fatal()
         self._raise_unseen_failure()
+        self._path.check(lambda text: self._emit(Event("warning", data={"message": text})))
         return self._resolve(encode(value, "the workflow's result", edges_of(self, [])))
 
     def close(self, end: Record | None) -> None:
@@ -252,9 +267,13 @@ class Executor:
         """All inputs are committed: resume, reuse, or run."""
         if call.ended or self._fatal is not None:
             return
+        if call.fanout is not None:
+            self._on_map(call, call.fanout)
+            return
         call.arguments = self._resolve(call.arguments)
         try:
             record = self._known.committed(call.id, call.step, call.options, call.arguments)
+            self._path.made(call.id, record)
             if record is not None:
                 self._emit_call("resumed", call, seconds=record["seconds"])
                 self._succeed(call, record["result"])
@@ -272,6 +291,35 @@ class Executor:
             self._on_looked_up(call, self._known.reusable(call.key))
         else:
             self._lookups.submit(self._look_up, call)
+
+    def _on_map(self, call: Call, fanout: Fanout) -> None:
+        """Its list is there: one call per item. Later all of them have ended: their results, and they are forgotten."""
+        if call.children is None:
+            try:
+                items = self._resolve(fanout.items) if fanout.waits_for else fanout.items
+                children = fanout.children(call.id, call.step.short_name, items)
+            except UserError as error:
+                self._fail(call, error)
+                return
+            self._path.check_map(call.id, len(children))
+            call.children = [
+                Call(child.call_id, call.step, call.options, child.arguments, child.needs, of=len(children))
+                for child in children
+            ]
+            call.fanout, call.waiting = replace(fanout, items=None), len(children)
+            for child in call.children:
+                child.dependents.append(call)
+                self._add(child)
+        if call.waiting:
+            return
+        failed = next((child.error for child in call.children if child.error is not None), None)
+        if failed is not None:
+            self._fail(call, failed)
+        else:
+            self._succeed(call, [child.result for child in call.children])
+        for child in call.children:
+            del self._calls[child.id]
+        call.children = []
 
     def _look_up(self, call: Call) -> None:
         try:
@@ -420,6 +468,7 @@ class Executor:
             "arguments": shown_arguments(call.arguments),
             "result": result,
             **_needs(call),
+            **({} if call.of is None else {"of": call.of}),
             **extra,
         }
         self._commits.commit(record, lambda: self._inbox.put(lambda: self._on_committed(call, record)))
@@ -428,6 +477,8 @@ class Executor:
         kind = "reused" if "reused_from" in record else "committed"
         shown = {name: record[name] for name in ("seconds", "node", "attempt")}
         self._emit_call(kind, call, **shown, reused_from=record.get("reused_from"))
+        if call.options.may_fail:
+            self._path.succeeded(call.id)
         if call.options.reuse:
             self._index.add(self.journal.run_id, record)
         self._succeed(call, record["result"])
@@ -438,9 +489,12 @@ class Executor:
     def _succeed(self, call: Call, result: Any) -> None:
         call.result = result
         for dependent in self._end(call):
-            dependent.waiting -= 1
-            if not dependent.waiting:  # through the inbox: a resumed chain may be longer than the stack
-                self._inbox.put(functools.partial(self._on_inputs, dependent))
+            self._on_input(dependent)
+
+    def _on_input(self, call: Call) -> None:
+        call.waiting -= 1
+        if not call.waiting:  # through the inbox: a resumed chain may be longer than the stack
+            self._inbox.put(functools.partial(self._on_inputs, call))
 
     def _fail(self, call: Call, error: BaseException) -> None:
         if call.ended:
@@ -448,9 +502,13 @@ class Executor:
         call.error = error
         self._failed.append(call)
         traceback = getattr(error, "user_traceback", "")
-        self._emit_call("failed", call, error=str(error), error_type=type(error).__name__, traceback=traceback)
+        if not call.children:  # of a map its calls have told it
+            self._emit_call("failed", call, error=str(error), error_type=type(error).__name__, traceback=traceback)
         for dependent in self._end(call):
-            self._inbox.put(functools.partial(self._fail, dependent, error))
+            if dependent.children is not None:  # a map ends when all of its calls have
+                self._on_input(dependent)
+            else:
+                self._inbox.put(functools.partial(self._fail, dependent, error))
 
     def _end(self, call: Call) -> list[Call]:
         with self._changed:

@@ -11,15 +11,21 @@
 
 Calling a step inside a workflow gives a Future; a Future passed as (or inside) an argument is an edge. A call's id is
 its parent, the step's name, and `name=` or its ordinal: `train[0]`, `train[final]`, `round[1]/train[0]`.
+
+    scores = score.map(split(corpus), models[0])            # one call per item, also of a list that is still to come
+    report(scores)                                          # the list of results, in the items' order
+
+A map's calls are `score.map[0]/score[3]`. Waiting for people and for the outside world: workflows.waits.
 """
 
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from infra.errors import ConfigError, UserError
@@ -79,6 +85,8 @@ class StepOptions:
 class Future(Generic[R]):
     """A call's result, there or to come. Pass it to other steps; `result()` waits for it."""
 
+    __slots__ = ("__weakref__", "_runtime", "call_id")
+
     def __init__(self, runtime: "Runtime", call_id: str) -> None:
         self._runtime = runtime
         self.call_id = call_id
@@ -131,6 +139,8 @@ class Runtime(Protocol):
 
     def call(self, call_id: str, step: "Step[..., Any]", options: StepOptions, arguments: dict[str, Any]) -> None: ...
 
+    def map(self, call_id: str, step: "Step[..., Any]", options: StepOptions, items: Any, arguments: Any) -> None: ...
+
     def result(self, call_id: str) -> Any: ...
 
     def done(self, call_id: str) -> bool: ...
@@ -140,25 +150,38 @@ class Runtime(Protocol):
 
 @dataclass
 class _Scope:
-    """Where calls are made: the runtime, the parent call, and the ordinals used so far."""
+    """Where calls are made: the runtime, the parent call, how many ordinals each step has used, and the names given
+    with `name=` (ordinals need no memory: they cannot come twice)."""
 
     runtime: Runtime
     parent: str = ""
     ordinals: Counter[str] = field(default_factory=Counter)
-    names: set[str] = field(default_factory=set)
+    names: set[tuple[str, str]] = field(default_factory=set)
 
     def call_id(self, step_name: str, name: str | None) -> str:
         if name is None:
             name = str(self.ordinals[step_name])
             self.ordinals[step_name] += 1
+            taken = bool(self.names) and (step_name, name) in self.names
+        else:
+            taken = (step_name, name) in self.names or (name.isdecimal() and int(name) < self.ordinals[step_name])
+            self.names.add((step_name, name))
         call_id = f"{self.parent}/{step_name}[{name}]".lstrip("/")
-        if call_id in self.names:
+        if taken:
             raise UserError(f"two calls are named {call_id}: give each its own name=")
-        self.names.add(call_id)
         return call_id
 
 
 _scope: ContextVar[_Scope] = ContextVar("recua_scope")
+
+
+class Each(Enum):
+    """Stands for the item in the arguments of a map."""
+
+    ITEM = "item"
+
+
+EACH = Each.ITEM
 
 
 class Step(Generic[P, R]):
@@ -177,7 +200,30 @@ class Step(Generic[P, R]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Future[R]:
         """Call it durably; any argument, or part of one, may be a Future or a field of one."""
-        return self._submit(self.default, args, kwargs)
+        return self.submit(self.default, args, kwargs)
+
+    def map(self, items: Any, *args: Any, **kwargs: Any) -> Future[list[R]]:
+        """One call per item, which becomes the step's first argument; the other arguments are the same for all.
+
+        `items`: a list, or a Future (or field of one) whose result is a list; the calls are made once it is there, and
+        this returns at once. The result is the list of results in the items' order. A failed call fails the map (with
+        `may_fail=True` once all calls have ended, with the first failure in the items' order).
+
+        Raises:
+            UserError: `items` is no list.
+        """
+        if not isinstance(items, (list, tuple, range, Future, Part)):
+            hint = "; write list(...) around it" if isinstance(items, Iterable) else ""
+            raise UserError(
+                f"{self.short_name}.map: the items must be a list or the Future of one, not a "
+                f"{type(items).__name__}{hint}"
+            )
+        scope = self._scope()
+        arguments = self._bind((EACH, *args), kwargs)
+        call_id = scope.call_id(f"{self.short_name}.map", self.default.name)
+        items = list(items) if isinstance(items, (tuple, range)) else items
+        scope.runtime.map(call_id, self, replace(self.default, name=None), items, arguments)
+        return Future(scope.runtime, call_id)
 
     def options(
         self,
@@ -189,31 +235,33 @@ class Step(Generic[P, R]):
         timeout: float | None = None,
         name: str | None = None,
         may_fail: bool | None = None,
-    ) -> Callable[..., Future[R]]:
-        """The step with other options for one call: `train.options(num_gpus=8, name="final")(corpus)`."""
+    ) -> "Step[P, R]":
+        """The step with other options: `train.options(num_gpus=8, name="final")(corpus)`, and so for `map`."""
         given = {"num_cpus": num_cpus, "num_gpus": num_gpus, "retries": retries, "timeout": timeout, "name": name}
         given |= {"may_fail": may_fail, "memory": None if memory is None else parse_memory(memory)}
         changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        options = replace(self.default, **changes)
+        return type(self)(self.fn, replace(self.default, **changes))
 
-        def call(*args: Any, **kwargs: Any) -> Future[R]:
-            return self._submit(options, args, kwargs)
+    def submit(self, options: StepOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[R]:
+        """Call it with these options; what `__call__` does."""
+        scope = self._scope()
+        arguments = self._bind(args, kwargs)
+        call_id = scope.call_id(self.short_name, options.name)
+        scope.runtime.call(call_id, self, options, arguments)
+        return Future(scope.runtime, call_id)
 
-        return call
-
-    def _submit(self, options: StepOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[R]:
+    def _scope(self) -> _Scope:
         try:
-            scope = _scope.get()
+            return _scope.get()
         except LookupError:
             raise UserError(
                 f"step {self.short_name} was called outside a @workflow; for a plain call use {self.short_name}.fn(...)"
             ) from None
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         bound = inspect.signature(self.fn).bind(*args, **kwargs)
         bound.apply_defaults()
-        arguments = {"args": list(bound.args), "kwargs": dict(bound.kwargs)}
-        call_id = scope.call_id(self.short_name, options.name)
-        scope.runtime.call(call_id, self, options, arguments)
-        return Future(scope.runtime, call_id)
+        return {"args": list(bound.args), "kwargs": dict(bound.kwargs)}
 
 
 class Workflow(Generic[P, R]):

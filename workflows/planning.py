@@ -14,17 +14,19 @@ from typing import Any
 from infra.storage import Store, open_store
 from workflows.artifacts import Artifact, ArtifactSource, read_manifest
 from workflows.config import RunSettings
+from workflows.fanout import fan_out
 from workflows.graph import Step, StepOptions, Workflow, edges_of, resolve_edges, running
 from workflows.journal import read_journal
 from workflows.known import Known
 from workflows.session import check_same_recipe, find_run
+from workflows.taken import PathTaken
 from workflows.values import artifact_records, decode, encode
 
 
 @dataclass(frozen=True)
 class PlannedCall:
-    """One call. `status`: committed (in this run), reusable (`reused_from` another run), would run. `seconds`: what it
-    took then."""
+    """One call. `status`: committed (in this run), reusable (`reused_from` another run), would run, would wait (for a
+    person or an event); of a map "N calls", which follow it, or "a list to come". `seconds`: what it took then."""
 
     call_id: str
     step: str
@@ -70,7 +72,7 @@ def plan(workflow: Workflow[..., Any], *args: Any, settings: RunSettings | None 
     warnings: list[str] = []
     reuse = settings.reuse and not settings.new
     known = Known(store, state.commits, reuse, settings.rerun, lambda _, message: warnings.append(message))
-    planner = Planner(run_id, store, known, ArtifactSource(store.url, settings.cache))
+    planner = Planner(run_id, store, known, ArtifactSource(store.url, settings.cache), PathTaken(state))
     unknown: str | None = None
     with running(planner):
         try:
@@ -92,17 +94,23 @@ class _Unknown(BaseException):
 class Planner:
     """The Runtime that runs nothing."""
 
-    def __init__(self, run_id: str, store: Store, known: Known, source: ArtifactSource) -> None:
+    def __init__(self, run_id: str, store: Store, known: Known, source: ArtifactSource, path: PathTaken) -> None:
         self.run_id = run_id
         self.calls: list[PlannedCall] = []
         self._store = store
         self._known = known
         self._source = source
+        self._path = path
         self._results: dict[str, Any] = {}
 
     def call(self, call_id: str, step: Step[..., Any], options: StepOptions, arguments: dict[str, Any]) -> None:
         needs: list[str] = []
         tree = encode(arguments, f"{call_id}: argument", edges_of(self, needs))
+        self._plan(call_id, step, options, tree, tuple(needs))
+
+    def _plan(
+        self, call_id: str, step: Step[..., Any], options: StepOptions, tree: Any, needs: tuple[str, ...]
+    ) -> None:
         record = None
         if all(need in self._results for need in needs):
             record = self._look_up(call_id, step, options, tree)
@@ -112,7 +120,24 @@ class Planner:
         status = "would run" if record is None else "committed" if call_id in self._known.commits else "reusable"
         resources = (options.num_cpus, options.num_gpus, options.memory, options.timeout)
         seconds = None if record is None else record["seconds"]
-        self.calls.append(PlannedCall(call_id, step.name, status, *resources, tuple(needs), seconds, origin))
+        self.calls.append(PlannedCall(call_id, step.name, status, *resources, needs, seconds, origin))
+
+    def map(self, call_id: str, step: Step[..., Any], options: StepOptions, items: Any, arguments: Any) -> None:
+        fanout = fan_out(self, call_id, items, arguments)
+        if any(need not in self._results for need in fanout.waits_for):
+            nothing = (options.num_cpus, options.num_gpus, options.memory, options.timeout)
+            needs = tuple(dict.fromkeys([*fanout.waits_for, *fanout.shared]))
+            self.calls.append(PlannedCall(call_id, step.name, "a list to come", *nothing, needs, None, None))
+            return
+        known = resolve_edges(fanout.items, self._results.__getitem__) if fanout.waits_for else fanout.items
+        children = fanout.children(call_id, step.short_name, known)
+        self._path.check_map(call_id, len(children))
+        status = f"{len(children)} calls"
+        self.calls.append(PlannedCall(call_id, step.name, status, 0, 0, None, None, fanout.waits_for, None, None))
+        for child in children:
+            self._plan(child.call_id, step, options, child.arguments, child.needs)
+        if all(child.call_id in self._results for child in children):
+            self._results[call_id] = [self._results[child.call_id] for child in children]
 
     def result(self, call_id: str) -> Any:
         if call_id not in self._results:
