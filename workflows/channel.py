@@ -9,6 +9,7 @@ import contextlib
 import hmac
 import json
 import secrets
+import select
 import selectors
 import socket
 import threading
@@ -117,13 +118,34 @@ class Sender:
             if self._dead:
                 return
             try:
-                if self._socket is None:
-                    host, port, token = self._address
-                    self._socket = socket.create_connection((host, port), timeout=2)
-                    self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    self._socket.sendall(token.encode() + b"\n")
-                self._socket.sendall(json.dumps(message, default=str).encode() + b"\n")
+                self._connected().sendall(json.dumps(message, default=str).encode() + b"\n")
             except OSError:
-                self._dead = True
-                if self._socket is not None:
-                    self._socket.close()
+                self._give_up()
+
+    def open(self) -> bool:
+        """Whether the driver's end is open: it has not ended, though it may be stopped. No message is needed."""
+        with self._lock:
+            if self._dead:
+                return False
+            try:
+                waiting = select.poll()
+                waiting.register(self._connected(), select.POLLIN)
+                if not waiting.poll(0):  # the driver sends nothing: what can be read is its end
+                    return True
+            except OSError:
+                pass
+            self._give_up()
+            return False
+
+    def _connected(self) -> socket.socket:
+        if self._socket is None:
+            host, port, token = self._address
+            self._socket = socket.create_connection((host, port), timeout=2)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._socket.sendall(token.encode() + b"\n")
+        return self._socket
+
+    def _give_up(self) -> None:
+        self._dead = True
+        if self._socket is not None:
+            self._socket.close()

@@ -46,6 +46,7 @@ ClusterCheck = Callable[[list[dict[str, float]]], None]
 LONGEST_PAUSE_S = 30.0
 TIMEOUT_GRACE_S = 15.0
 CANCEL_DEADLINE_S = 10.0
+LEAVING_PATIENCE_S = 5.0
 
 
 @dataclass
@@ -170,7 +171,15 @@ class Executor:
         return self._resolve(encode(value, "the workflow's result", edges_of(self, [])))
 
     def close(self, end: Record | None) -> None:
-        """Cancel what still runs, write `end` (unless the run is no longer ours), call the hooks, leave Ray."""
+        """Cancel what still runs, write `end` (unless the run is no longer ours), call the hooks, leave Ray.
+
+        Raises:
+            StoreError, FencedError: the run is finished but for its `end`, which could not be written: running again
+                goes on from there. Of any other end there is an error to tell already.
+        """
+        finished = end is not None and end["status"] == "finished"
+        if not finished:
+            self.journal.store.hurry(LEAVING_PATIENCE_S)
         self._inbox.put(self._cancel_all)
         deadline = time.monotonic() + CANCEL_DEADLINE_S
         with self._changed:
@@ -196,6 +205,8 @@ class Executor:
         if self._listener is not None:
             self._listener.close()
         self._placement.close()
+        if finished and self._commits.failure is not None:
+            raise self._commits.failure
 
     def abort(self, error: BaseException) -> None:
         """Stop the run with `error`, from any thread: every waiting `result()` raises it."""
@@ -419,6 +430,8 @@ class Executor:
             return
         if text is not None:
             outcome = json.loads(text)
+            if "warning" in outcome:
+                self._emit_call("warning", call, message=outcome["warning"])
             if outcome["ok"]:
                 self._faults.reach("executor.before-commit")
                 times = {name: outcome[name] for name in ("started", "seconds", "node")}

@@ -268,8 +268,8 @@ class GroupCommit:
     """One thread that writes records in batches, in the order in which they came.
 
     `commit(record, then)`: written as soon as possible, then `then()` is called on the writer's thread.
-    `note(record)`: goes with the next slot, or alone after `idle_s`. The first failure is given to `on_error`, and
-    nothing is written after it.
+    `note(record)`: goes with the next slot, or alone after `idle_s`. The first failure is kept in `failure` and given
+    to `on_error`, and nothing is written after it: where an answer was lost for good, the slot may be there.
     """
 
     def __init__(
@@ -286,7 +286,7 @@ class GroupCommit:
         self._idle_s = idle_s
         self._written = written
         self._queue: queue.SimpleQueue[tuple[Record | None, Callable[[], None] | None]] = queue.SimpleQueue()
-        self._failed = False
+        self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="recua-journal", daemon=True)
         self._thread.start()
 
@@ -305,12 +305,12 @@ class GroupCommit:
         closing = False
         while not closing:
             batch, closing = self._gather()
-            if not batch or self._failed:
+            if not batch or self.failure is not None:
                 continue
             try:
                 self._journal.append([record for record, _ in batch])
             except BaseException as error:
-                self._failed = True
+                self.failure = error
                 self._on_error(error)
                 continue
             if any(then is not None for _, then in batch):

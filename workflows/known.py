@@ -90,7 +90,10 @@ class Known:
         raw = self.store.get(index_key(key))
         if raw is None:
             return None
-        record: Record = json.loads(raw)
+        try:
+            record: Record = json.loads(raw)
+        except ValueError:  # entries are not flushed: a power cut may leave half of one, which is as good as none
+            return None
         if record.get("format") != FORMAT:
             return None
         for entry in artifact_records(record["result"]):

@@ -23,14 +23,9 @@ class Reaper:
     """The worker's handle on its reaper process."""
 
     def __init__(self) -> None:
-        marker = uuid.uuid4().hex
-        os.environ[MARKER] = marker
-        environment = {key: value for key, value in os.environ.items() if key != MARKER}
-        command = [sys.executable, "-I", "-S", os.path.abspath(__file__), marker, str(os.getpid())]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, start_new_session=True
-        )
+        self._marker = os.environ[MARKER] = uuid.uuid4().hex
         self._lock = threading.Lock()
+        self._process = self._start()
 
     def begin(self, timeout_s: float | None, scratch: str) -> None:
         self._tell(f"begin {timeout_s or 0} {scratch}\n")
@@ -38,11 +33,30 @@ class Reaper:
     def end(self) -> None:
         self._tell("end\n")
 
+    def _start(self) -> "subprocess.Popen[bytes]":
+        environment = {key: value for key, value in os.environ.items() if key != MARKER}
+        command = [sys.executable, "-I", "-S", os.path.abspath(__file__), self._marker, str(os.getpid())]
+        return subprocess.Popen(
+            command,
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+
     def _tell(self, line: str) -> None:
-        assert self._process.stdin is not None
         with self._lock:
-            self._process.stdin.write(line.encode())
-            self._process.stdin.flush()
+            try:
+                self._write(line)
+            except OSError:  # somebody killed it, the machine's out-of-memory killer perhaps
+                self._process.wait()
+                self._process = self._start()
+                self._write(line)
+
+    def _write(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line.encode())
 
 
 def marked(marker: str) -> list[int]:

@@ -1,5 +1,6 @@
 """Runs as they lie in the store: listed, shown and cancelled without Ray and without the recipe's code."""
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -143,8 +144,11 @@ def run_status(store: Store, run_id: str, state: JournalState) -> str:
         return str(state.end["status"])
     if state.lease is None or driver_is_gone(state.lease):
         return "interrupted"
-    beat = store.get(lease_key(run_id, state.lease_slot))
-    beaten = json.loads(beat)["time"] if beat else state.lease["time"]
+    beaten = state.lease["time"]
+    with contextlib.suppress(
+        ValueError, TypeError, KeyError
+    ):  # beats are not flushed: a power cut may leave half of one
+        beaten = json.loads(store.get(lease_key(run_id, state.lease_slot)) or b"")["time"]
     return "running" if time.time() - beaten < 2 * state.lease["ttl_s"] else "interrupted"
 
 

@@ -173,8 +173,13 @@ def _drive(
             with _uninterrupted():
                 if end is not None:
                     end = {"type": "end", "status": status, "time": time.time(), **end}
-                executor.close(end)
-            emit(Event("run-ended", data={"status": status, "seconds": time.monotonic() - began}))
+                try:
+                    executor.close(end)
+                except StoreError as error:
+                    status = "fenced" if isinstance(error, FencedError) else "failed"
+                    raise
+                finally:
+                    emit(Event("run-ended", data={"status": status, "seconds": time.monotonic() - began}))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from infra import faults
-from infra.errors import FencedError
+from infra.errors import FencedError, StoreError, SystemFault
 from infra.storage import Store, open_store
 from workflows.artifacts import ArtifactSource
 from workflows.channel import Sender
@@ -32,25 +32,22 @@ from workflows.reaper import Reaper
 from workflows.values import decode, encode
 
 Payload = dict[str, Any]
+LOG = ".log.txt"
 
 
 def run_attempt(text: str) -> str:
     """Run one attempt. Returns `{"ok": true, "result": ...}` or `{"ok": false, "error": ...}`, with times and node."""
     task: Payload = json.loads(text)
-    store = _store(task["store"])
-    scratch = Path(tempfile.mkdtemp(prefix="recua-"))
-    reaper = _reaper()
-    reaper.begin(task["timeout"], str(scratch))
     outcome: dict[str, Any] = {"node": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
     clock = time.perf_counter()
     try:
-        with _log(store, task, scratch):
-            outcome |= _body(task, store, scratch)
-    except Exception as error:  # the log or the lease: ours, not the user's
+        store = _store(task["store"])
+        with _scratch(task) as scratch:
+            with _log(store, task, scratch):
+                outcome |= _body(task, store, scratch)
+            outcome |= _keep_log(store, task, scratch)
+    except Exception as error:  # the log, the lease, this machine: ours, not the user's
         outcome |= {"ok": False, "error": describe(error)}
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        reaper.end()
     outcome["seconds"] = time.perf_counter() - clock
     return json.dumps(outcome)
 
@@ -75,7 +72,7 @@ def _body(task: Payload, store: Store, scratch: Path) -> dict[str, Any]:
         tell,
         functools.partial(_fault, task, "artifact.upload"),
     )
-    _check_lease(task, store)
+    _check_lease(task, store, _sender(*task["channel"]))
     tell({"kind": "started", "node": socket.gethostname(), "pid": os.getpid(), "time": time.time()})
     leave = enter(step_context)
     try:
@@ -93,9 +90,12 @@ def _body(task: Payload, store: Store, scratch: Path) -> dict[str, Any]:
         leave()
 
 
-def _check_lease(task: Payload, store: Store) -> None:
-    """No attempt begins for a driver that another one may have replaced: a task can wait in a queue for long."""
-    if time.time() > task["lease_until"] and latest_lease(store, task["run"]) != task["lease_slot"]:
+def _check_lease(task: Payload, store: Store, driver: Sender) -> None:
+    """No attempt begins for a driver that another one may have replaced: a task can wait in a queue for long. A lease
+    that still runs is not enough: where its driver has ended, the next one need not wait for it."""
+    if time.time() <= task["lease_until"] and driver.open():
+        return
+    if latest_lease(store, task["run"]) != task["lease_slot"]:
         error: FencedError = fenced(task["run"])
         raise error
 
@@ -108,13 +108,38 @@ def _fault(task: Payload, point: str) -> None:
 
 
 @contextlib.contextmanager
+def _scratch(task: Payload) -> Iterator[Path]:
+    """A folder for one attempt: removed when the body ends, by the reaper where this process dies first."""
+    with _machine_trouble():
+        scratch = Path(tempfile.mkdtemp(prefix="recua-"))
+        _reaper().begin(task["timeout"], str(scratch))
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        _reaper().end()
+
+
+@contextlib.contextmanager
+def _machine_trouble() -> Iterator[None]:
+    """A full disk or too many open files before a body begins is no fault of the body."""
+    try:
+        yield
+    except OSError as error:
+        raise SystemFault(f"{socket.gethostname()} cannot begin a step: {error}") from error
+
+
+def _log_key(task: Payload) -> str:
+    return f"runs/{task['run']}/attempts/{task['attempt_id']}/log.txt"
+
+
+@contextlib.contextmanager
 def _log(store: Store, task: Payload, scratch: Path) -> Iterator[None]:
     """Send file descriptors 1 and 2 to the attempt's log while the body runs."""
-    key = f"runs/{task['run']}/attempts/{task['attempt_id']}/log.txt"
-    local = store.local_path(key)
-    file = local or scratch / ".log.txt"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    file = store.local_path(_log_key(task)) or scratch / LOG
+    with _machine_trouble():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     saved = [os.dup(1), os.dup(2)]
     _flush()
     os.dup2(log, 1)
@@ -127,8 +152,18 @@ def _log(store: Store, task: Payload, scratch: Path) -> Iterator[None]:
             os.dup2(descriptor, number)
             os.close(descriptor)
         os.close(log)
-        if local is None and file.stat().st_size:
-            store.upload_file(key, file)
+
+
+def _keep_log(store: Store, task: Payload, scratch: Path) -> dict[str, Any]:
+    """Upload the log where the store is no folder. A body's end, good or bad, stands even where its log is lost: what
+    there is to say of that, as a `warning`."""
+    file = scratch / LOG
+    try:
+        if file.exists() and file.stat().st_size:
+            store.upload_file(_log_key(task), file)
+    except StoreError as error:
+        return {"warning": f"the log of attempt {task['attempt']} could not be kept: {error}"}
+    return {}
 
 
 def _flush() -> None:
