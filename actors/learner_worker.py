@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from actors.batches import Row
 from actors.objectives import OBJECTIVES, SCORES
-from actors.process_group import naming_lost_peers
+from actors.process_group import process_groups
 from cluster.worker import Worker
 from engines.base import StepOutput, WeightUpdate
 from engines.config import LearnerSettings
 from engines.hf_folder import Head
+from engines.process_groups import ProcessGroups
 
 
 class LearnerWorker(Worker):
@@ -23,6 +25,7 @@ class LearnerWorker(Worker):
 
     def __init__(self) -> None:
         self._learners: dict[str, Any] = {}
+        self._groups: ProcessGroups | None = None
         self._sender: Any = None
 
     def open(self, role: str, folder: str, settings: LearnerSettings, head: Head, frozen: bool) -> None:
@@ -31,22 +34,19 @@ class LearnerWorker(Worker):
 
         assert self.seat is not None, "open() before join()"
         self.close([role])
-        self._learners[role] = build(
-            Path(folder),
-            settings,
-            rank=self.seat.rank,
-            world_size=self.seat.world_size,
-            address=f"{self.seat.master_address}:{self.seat.master_port}",
-            head=head,
-            frozen=frozen,
-        )
+        if self._groups is None:
+            device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+            self._groups = process_groups(self.seat, device or torch.device("cpu"), settings.timeout)
+            self._groups.form(lambda: None)
+        rank, world_size = self.seat.rank, self.seat.world_size
+        self._learners[role] = build(Path(folder), settings, rank=rank, world_size=world_size, head=head, frozen=frozen)
 
     def train_step(self, role: str, kind: str, micro_batches: list[list[Row]], params: dict[str, Any]) -> StepOutput:
         """(collective) One optimizer step of objective `kind` over this rank's micro-batches of rows."""
         objective = OBJECTIVES[kind]
         batches = [objective.collate(rows) for rows in micro_batches]
-        assert self.seat is not None, "train_step() before join()"
-        with naming_lost_peers(self.seat):
+        assert self._groups is not None, "train_step() before open()"
+        with self._groups.naming_lost_peers():
             return self._learners[role].train_step(batches, objective.loss(params))
 
     def score(self, role: str, kind: str, micro_batches: list[list[Row]]) -> list[list[np.ndarray]]:

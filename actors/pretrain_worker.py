@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from actors.config import PretrainSettings
-from actors.process_group import naming_lost_peers, open_process_group
+from actors.process_group import process_groups
 from cluster.worker import Seat, Worker
 from data.config import BatchSettings
 from data.loader import DataLoader
@@ -58,13 +58,13 @@ class PretrainWorker(Worker):
     def join(self, seat: Seat) -> None:
         """(collective) Also opens the process group and the mesh."""
         super().join(seat)
-        open_process_group(seat, self.device, self.settings.optimizer.timeout)
-        self.ranks = Ranks.over_all(self.settings.tensor_parallel, self.device)
+        self.groups = process_groups(seat, self.device, self.settings.optimizer.timeout)
+        self.ranks = self.groups.form(lambda: Ranks.over_all(self.settings.tensor_parallel, self.device))
 
     def train(self, job: PretrainJob, resume: Path | None) -> Iterator[dict[str, Any]]:
         """(collective) Train to the end from a state or from scratch, save the model. Rank 0 yields a row per step."""
         assert self.seat is not None, "train() before join()"
-        with naming_lost_peers(self.seat):
+        with self.groups.naming_lost_peers():
             yield from self._train(job, resume)
 
     def _train(self, job: PretrainJob, resume: Path | None) -> Iterator[dict[str, Any]]:

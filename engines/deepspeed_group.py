@@ -2,16 +2,20 @@
 
 DeepSpeed keeps the group in module globals (`deepspeed.comm.comm.cdb`, `deepspeed.utils.groups`). `leave` resets them,
 so that survivors of a failure join a new group without starting their process again: under a second instead of ten.
+The torch groups below are those of `engines.process_groups`: form them there where a control thread has to abort them.
 """
 
+import importlib.util
 import logging
 import os
 import warnings
-from datetime import timedelta
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from engines.process_groups import ProcessGroups, Rendezvous, StoreAddress
 
 
 def join(
@@ -26,7 +30,7 @@ def join(
         ValueError: several ranks without an address, or this process sits in a group of another size.
     """
     if not dist.is_initialized():
-        _init_torch(rank, world_size, address, store, timeout)
+        _form(rank, world_size, address, store, timeout)
     if (dist.get_rank(), dist.get_world_size()) != (rank, world_size):
         raise ValueError(
             f"rank {rank} of {world_size} asked for, but this process is rank {dist.get_rank()} of "
@@ -40,12 +44,11 @@ def join(
 
 def leave() -> None:
     """Leave the group, broken or not; learners must have been closed. The process can `join` another afterwards."""
-    comm = load_deepspeed().comm
-    if comm.is_initialized():
-        comm.destroy_process_group()
+    deepspeed = load_deepspeed()
     if dist.is_initialized():
         dist.destroy_process_group()
-    comm.comm.cdb = None
+    deepspeed.comm.comm.cdb = None
+    _forget_groups(deepspeed)
 
 
 def load_deepspeed() -> Any:
@@ -68,21 +71,35 @@ def load_deepspeed() -> Any:
     return deepspeed
 
 
-def _init_torch(rank: int, world_size: int, address: str | None, store: dist.Store | None, timeout: float) -> None:
-    cuda = torch.cuda.is_available()
-    options: dict[str, Any] = {
-        "backend": "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        "rank": rank,
-        "world_size": world_size,
-        "timeout": timedelta(seconds=timeout),
-    }
-    if cuda:
-        options["device_id"] = torch.device("cuda", torch.cuda.current_device())
-    if store is None and address is None and world_size > 1:
-        raise ValueError(f"a group of {world_size} ranks needs an address (host:port) or a store")
-    if store is None and address is None:
-        store = dist.HashStore()
+def _forget_groups(deepspeed: Any) -> None:
+    """Give `deepspeed.utils.groups` the values it is imported with: its caches name groups and sizes of the past."""
+    module = deepspeed.utils.groups
+    fresh = importlib.util.module_from_spec(module.__spec__)
+    module.__spec__.loader.exec_module(fresh)
+    for name, value in vars(fresh).items():
+        if not name.startswith("__") and not callable(value) and not isinstance(value, ModuleType):
+            setattr(module, name, value)
+
+
+def _form(rank: int, world_size: int, address: str | None, store: dist.Store | None, timeout: float) -> None:
+    place: Rendezvous | dist.Store
     if store is not None:
-        dist.init_process_group(store=store, **options)
+        place = store
+    elif address is not None:
+        host, _, port = address.rpartition(":")
+        place = Rendezvous(StoreAddress(host, int(port)), hosts=rank == 0, timeout_s=timeout)
+    elif world_size == 1:
+        place = dist.HashStore()
     else:
-        dist.init_process_group(init_method=f"tcp://{address}", **options)
+        raise ValueError(f"a group of {world_size} ranks needs an address (host:port) or a store")
+    cuda = torch.cuda.is_available()
+    groups = ProcessGroups(
+        0,
+        rank,
+        world_size,
+        place,
+        device=torch.device("cuda", torch.cuda.current_device()) if cuda else None,
+        timeout_s=timeout,
+        form_timeout_s=timeout,
+    )
+    groups.form(lambda: None)

@@ -1,0 +1,288 @@
+"""The process groups of one rank under one generation, which another thread can abort.
+
+Who waits for whom: the training thread waits in collectives for its peers. A control thread may call `abort` at any
+time, also while the groups are being formed; the training thread then gets `NodeLost` within tens of milliseconds,
+calls `leave`, and forms the groups of the next generation in the same process, with any world size.
+
+The rendezvous store is hosted by nobody who can be lost with a rank: `host_store` runs in a node agent (or in rank 0 of
+a group that ends when any rank does).
+
+gloo has no abort that wakes a rank blocked on a live peer (torch 2.13). What does is shutting its connections down.
+They are told from everything else that the process has open: each rank publishes the ports that its gloo devices
+listen on, and only sockets that were opened while the groups were formed, and that end in one of these ports, are
+taken. The listeners are left alone: gloo's loop thread throws when one fails, and takes the process with it.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from infra.errors import NodeLost, RecuaError
+
+T = TypeVar("T")
+
+LOST_PEER = re.compile(
+    r"connection (closed|reset|refused|was likely closed)|broken pipe|socket (timeout|closed|is closed)"
+    r"|failed to (recv|send)|connectfullmesh|nccl communicator was aborted|communicator is in .*error state",
+    re.IGNORECASE,
+)
+"""What torch.distributed says when the other side of a collective or of the store is gone."""
+
+
+@dataclass(frozen=True)
+class StoreAddress:
+    """Where a rendezvous store listens, e.g. 10.0.0.4:38211."""
+
+    host: str
+    port: int
+
+
+def host_store(host: str = "127.0.0.1", port: int = 0) -> tuple[dist.TCPStore, StoreAddress]:
+    """Serve a rendezvous store from this process for as long as the first value is kept; port 0 takes a free one."""
+    store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
+    return store, StoreAddress(host, store.port)
+
+
+class Rendezvous:
+    """This process's connection to a rendezvous store, used by one generation after the other.
+
+    It is kept because connecting may be slow: torch looks up the name of the other side, and a name server that does
+    not answer costs 5 s.
+
+    Args:
+        address: of the store.
+        hosts: serve it from this process; for rank 0 of a group that ends when any rank does.
+        timeout_s: until it must have answered.
+    """
+
+    def __init__(self, address: StoreAddress, *, hosts: bool = False, timeout_s: float = 60.0) -> None:
+        self.address, self._hosts, self._timeout_s = address, hosts, timeout_s
+        self._store: dist.TCPStore | None = None
+        self._connections: set[Socket] = set()
+
+    def store(self) -> dist.TCPStore:
+        """Connected (again, after `cut`)."""
+        if self._store is None:
+            timeout = timedelta(seconds=self._timeout_s)
+            host, port = self.address.host, self.address.port
+            before = open_sockets()
+            store = dist.TCPStore(host, port, is_master=self._hosts, wait_for_workers=False, timeout=timeout)
+            opened = open_sockets() - before
+            self._connections = {entry for entry in opened if entry.remote is not None and entry.remote[1] == port}
+            self._store = store
+        return self._store
+
+    def cut(self) -> None:
+        """Wake a thread of this process that waits for a key; callable from any thread."""
+        for entry in self._connections:
+            entry.shut_down()
+        self._store, self._connections = None, set()
+
+
+class ProcessGroups:
+    """The default group of one generation and all groups that are made inside `form`.
+
+    Args:
+        generation: one that no earlier groups over the same store had.
+        rank, world_size: this process's place in it.
+        rendezvous: where the ranks meet; a store object for a single rank.
+        device: cuda adds NCCL for CUDA tensors to gloo for host tensors.
+        timeout_s: after which a collective on a live but silent peer fails.
+        form_timeout_s: after which forming fails because a peer did not come.
+    """
+
+    def __init__(
+        self,
+        generation: int,
+        rank: int,
+        world_size: int,
+        rendezvous: Rendezvous | dist.Store,
+        *,
+        device: torch.device | None = None,
+        timeout_s: float = 600.0,
+        form_timeout_s: float = 60.0,
+    ) -> None:
+        self.generation, self.rank, self.world_size = generation, rank, world_size
+        self.device = device or torch.device("cpu")
+        self.timeout_s, self.form_timeout_s = timeout_s, form_timeout_s
+        self._rendezvous = rendezvous
+        self._lock = threading.Lock()
+        self._aborted = False
+        self._before: set[Socket] | None = None  # while forming: what was open already
+        self._connections: set[Socket] = set()  # once formed: gloo's connections and the store's
+
+    @property
+    def aborted(self) -> bool:
+        return self._aborted
+
+    def form(self, build: Callable[[], T]) -> T:
+        """(collective) Make the default group, then what `build` makes (meshes, subgroups); returns what it returns.
+
+        Raises:
+            NodeLost: a peer did not come within `form_timeout_s`, was lost meanwhile, or `abort` was called.
+        """
+        with self._lock:
+            if self._aborted:
+                raise NodeLost(f"{self} was aborted before it was formed")
+            self._before = open_sockets()
+        with self.naming_lost_peers(forming=True):
+            meeting = self._rendezvous
+            shared = meeting.store() if isinstance(meeting, Rendezvous) else meeting
+            store = dist.PrefixStore(f"generation-{self.generation}", shared)
+            self._init_default(store)
+            built = build()
+            connections = self._find_connections(store)
+            for group in _groups():
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_s), group)
+        with self._lock:
+            self._connections, self._before = connections, None
+            if self._aborted:
+                raise NodeLost(f"{self} was aborted while it was formed")
+        return built
+
+    def abort(self, deadline_s: float = 5.0) -> bool:
+        """Wake this process's training thread wherever it waits for a peer; callable from any thread, more than once.
+
+        Returns False when NCCL did not let go within `deadline_s`: the process should then be killed.
+        """
+        with self._lock:
+            self._aborted = True
+            forming = self._before is not None
+            victims = self._connections if self._before is None else open_sockets() - self._before
+            if forming and isinstance(self._rendezvous, Rendezvous):
+                self._rendezvous.cut()
+            for victim in victims:
+                if victim.remote is not None:
+                    victim.shut_down()
+        if self.device.type != "cuda" or not dist.is_initialized():
+            return True
+        # Every communicator's abort sits between one group start and end, or they would wait for each other.
+        aborting = threading.Thread(target=dist.distributed_c10d._abort_process_group, daemon=True)
+        aborting.start()
+        aborting.join(deadline_s)
+        return not aborting.is_alive()
+
+    def leave(self) -> None:
+        """Free the groups, broken or not; whatever used them (models, meshes) should have been dropped."""
+        with self._lock:
+            self._connections, self._before = set(), None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        gc.collect()  # meshes and wrapped modules hold groups in cycles; their sockets and threads go with them
+
+    @contextlib.contextmanager
+    def naming_lost_peers(self, forming: bool = False) -> Iterator[None]:
+        """A collective that failed because the other side is gone, or because of `abort`, raises NodeLost."""
+        try:
+            yield
+        except RecuaError:
+            raise
+        except RuntimeError as error:
+            late = forming and isinstance(error, dist.DistError)
+            if not (self._aborted or late or LOST_PEER.search(str(error))):
+                raise
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            why = "was aborted" if self._aborted else "lost a peer"
+            raise NodeLost(f"{self} {why}: {lines[0]}") from error
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.world_size}, generation {self.generation},"
+
+    def _init_default(self, store: dist.Store) -> None:
+        options: dict[str, Any] = {}
+        if self.device.type == "cuda":
+            # Not torch's watchdog but the control thread decides when a communicator is given up.
+            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+            os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
+            nccl = dist.ProcessGroupNCCL.Options()
+            nccl.config.blocking = 0  # an abort gets through to a communicator that is still connecting
+            options = {"device_id": self.device, "pg_options": nccl}
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+            store=store,
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timedelta(seconds=self.form_timeout_s),
+            **options,
+        )
+
+    def _find_connections(self, store: dist.Store) -> set["Socket"]:
+        """(collective) Of the sockets opened since `form` began, those of gloo and of this generation's store."""
+        assert self._before is not None
+        opened = open_sockets() - self._before
+        listening = [entry.local for entry in opened if entry.listens]
+        store.set(f"listens/{self.rank}", json.dumps(listening))
+        keys = [f"listens/{rank}" for rank in range(self.world_size)]
+        theirs = {tuple(address) for value in store.multi_get(keys) for address in json.loads(value)}
+        return {
+            entry
+            for entry in opened
+            if entry.remote is not None and (entry.local in listening or entry.remote in theirs)
+        }
+
+
+@dataclass(frozen=True)
+class Socket:
+    """One open TCP socket of this process; the inode tells it from a later one under the same descriptor."""
+
+    descriptor: int
+    inode: int
+    local: tuple[str, int]
+    remote: tuple[str, int] | None
+    listens: bool
+
+    def shut_down(self) -> None:
+        with contextlib.suppress(OSError):
+            if os.fstat(self.descriptor).st_ino != self.inode:
+                return
+            with _borrowed(self.descriptor) as connection:
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def open_sockets() -> set[Socket]:
+    """All TCP sockets that this process has open."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        descriptor = int(name)
+        with contextlib.suppress(OSError):
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            inode = os.fstat(descriptor).st_ino
+            with _borrowed(descriptor) as entry:
+                if entry.family not in (socket.AF_INET, socket.AF_INET6) or entry.type != socket.SOCK_STREAM:
+                    continue
+                listens = bool(entry.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+                try:
+                    remote = entry.getpeername()[:2]
+                except OSError:
+                    remote = None
+                found.add(Socket(descriptor, inode, entry.getsockname()[:2], remote, listens))
+    return found
+
+
+@contextlib.contextmanager
+def _borrowed(descriptor: int) -> Iterator[socket.socket]:
+    """A socket object on somebody else's descriptor, through a duplicate that is closed again."""
+    duplicate = os.dup(descriptor)
+    try:
+        entry = socket.socket(fileno=duplicate)
+    except OSError:
+        os.close(duplicate)
+        raise
+    with entry:
+        yield entry
+
+
+def _groups() -> list[Any]:
+    return list(dist.distributed_c10d._world.pg_map)

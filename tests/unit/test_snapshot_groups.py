@@ -1,0 +1,131 @@
+"""Process groups that are aborted, left and formed again, by real processes over a store that none of them hosts."""
+
+import gc
+import os
+import socket
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from engines.process_groups import ProcessGroups, Rendezvous, StoreAddress, host_store, open_sockets
+from engines.ranks import Ranks
+from infra.errors import NodeLost
+
+CYCLES = 100
+DEADLINE = 60.0
+
+
+def leaks() -> tuple[int, int, int]:
+    return len(open_sockets()), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def all_reduce(value: float) -> float:
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor)
+    return float(tensor)
+
+
+def cycle(generation: int, rank: int, rendezvous: Rendezvous) -> None:
+    """Worlds of 4 (dp2 x tp2) and 3; in every other pair of generations the ranks above 0 wait for a silent rank 0."""
+    world_size = 4 if generation % 2 == 0 else 3
+    if rank >= world_size:
+        return
+    groups = ProcessGroups(generation, rank, world_size, rendezvous)
+    ranks = groups.form(lambda: Ranks.over_all(2 if world_size == 4 else 1))
+    assert ranks.mesh is not None and ranks.data_size == (2 if world_size == 4 else 3)
+    assert all_reduce(1.0) == world_size
+    if generation % 4 < 2 and rank > 0:
+        control = threading.Timer(0.005, groups.abort)
+        control.start()
+        with pytest.raises(NodeLost, match=rf"rank {rank} of {world_size}, generation {generation}"):  # noqa: SIM117
+            with groups.naming_lost_peers():
+                all_reduce(1.0)
+        control.join()
+    elif generation % 4 >= 2:
+        ranks.barrier()
+    groups.leave()
+
+
+def cycles(rank: int, address: StoreAddress) -> None:
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    rendezvous = Rendezvous(address)
+    for generation in range(8):
+        cycle(generation, rank, rendezvous)
+    before = leaks()
+    for generation in range(8, CYCLES + 8):
+        cycle(generation, rank, rendezvous)
+    after = leaks()
+    assert all(now <= then + 2 for now, then in zip(after, before, strict=True)), (before, after)
+
+
+def test_a_hundred_generations_in_one_process_leak_nothing() -> None:
+    store, address = host_store()
+    mp.start_processes(cycles, (address,), nprocs=4, start_method="fork")
+    del store
+
+
+def test_abort_leaves_foreign_connections_and_listeners_alone() -> None:
+    """One that was opened while the groups were formed included."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def build() -> tuple[socket.socket, socket.socket]:
+        dist.new_group([0])
+        client = socket.create_connection(listener.getsockname())
+        return client, listener.accept()[0]
+
+    store, address = host_store()
+    groups = ProcessGroups(0, 0, 1, Rendezvous(address))
+    with listener:
+        client, server = groups.form(build)
+        with client, server:
+            assert groups.abort()
+            client.sendall(b"still here")
+            assert server.recv(10) == b"still here"
+            socket.create_connection(listener.getsockname()).close()
+    with pytest.raises(NodeLost):
+        groups.form(build)
+    groups.leave()
+    del store
+
+
+def never_answered(rank: int, address: StoreAddress, found: Any) -> None:
+    """Rank 1 of 2 forms alone; its peer never comes."""
+    rendezvous = Rendezvous(address)
+    groups = ProcessGroups(3, 1, 2, rendezvous, form_timeout_s=600)
+    threading.Timer(0.3, groups.abort).start()
+    started = time.monotonic()
+    with pytest.raises(NodeLost, match="was aborted"):
+        groups.form(lambda: Ranks.over_all())
+    groups.leave()
+    again = ProcessGroups(4, 0, 1, rendezvous)  # and this process goes on alone
+    again.form(lambda: Ranks.over_all())
+    assert all_reduce(2.0) == 2.0
+    again.leave()
+    found.put(time.monotonic() - started)
+
+
+def test_abort_wakes_a_rank_that_waits_for_a_peer_to_come() -> None:
+    store, address = host_store()
+    found = mp.get_context("fork").SimpleQueue()
+    mp.start_processes(never_answered, (address, found), nprocs=1, start_method="fork")
+    assert found.get() < DEADLINE, "it waited for the forming to time out instead"
+    del store
+
+
+def test_a_missing_store_and_a_missing_peer_are_named() -> None:
+    store, address = host_store()
+    with pytest.raises(NodeLost, match="rank 0 of 2, generation 7, lost a peer"):
+        ProcessGroups(7, 0, 2, Rendezvous(address), form_timeout_s=0.5).form(lambda: None)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(NodeLost, match="lost a peer"):
+        ProcessGroups(8, 0, 2, Rendezvous(StoreAddress("127.0.0.1", port), timeout_s=0.5)).form(lambda: None)
+    assert not dist.is_initialized()
+    del store
