@@ -91,11 +91,15 @@ class S3Store:
         return self._retry(key, attempt)
 
     def list(self, prefix: str) -> Iterator[str]:
+        for key, _ in self.sizes(prefix):
+            yield key
+
+    def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
         start = self._folder(prefix)
         cut = len(self.prefix) + 1 if self.prefix else 0
         for page in self._pages(prefix, Prefix=start):
             for entry in page.get("Contents", []):
-                yield entry["Key"][cut:]
+                yield entry["Key"][cut:], entry["Size"]
 
     def folders(self, prefix: str) -> Iterator[str]:
         start = self._folder(prefix)

@@ -44,6 +44,10 @@ class Store(Protocol):
         """All keys that start with the folder `prefix` (no partial names), sorted."""
         ...
 
+    def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """(key, bytes) of everything that `list` gives."""
+        ...
+
     def folders(self, prefix: str) -> Iterator[str]:
         """Names of the folders directly under the folder `prefix`, sorted, without walking into them."""
         ...
@@ -149,6 +153,11 @@ class FolderStore:
                 for name in sorted(files):
                     if not name.startswith(TEMPORARY_PREFIX):
                         yield str((Path(folder) / name).relative_to(self.root))
+
+    def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
+        for key in self.list(prefix):
+            with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                yield key, os.stat(self._path(key)).st_size
 
     def folders(self, prefix: str) -> Iterator[str]:
         with self._errors(prefix):

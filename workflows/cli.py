@@ -26,6 +26,14 @@ Examples:
   recua run FILE --recipe R --store s3://bucket/runs --address auto
 """
 
+GC_EXAMPLES = """
+\b
+Examples:
+  recua gc                                 what could go, and what stays; changes nothing
+  recua gc --keep-runs 20 --yes            the newest 20 runs and all that they need stay
+  recua gc --explain 3f2a91c0              who needs this artifact
+"""
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="recua", message="recua %(version)s")
@@ -158,6 +166,49 @@ def cancel(run_id: str, store: str | None) -> None:
     click.echo(f"run {run_id} is {status}")
     if status == "running":
         sys.exit(1)
+
+
+@main_group.command(epilog=GC_EXAMPLES)
+@store_option
+@click.option("--keep-runs", type=click.IntRange(min=0), metavar="N", help="Remove ended runs but the newest N.")
+@click.option("--keep-days", type=click.FloatRange(min=0), metavar="D", help="Remove runs that ended over D days ago.")
+@click.option("--run", "runs", multiple=True, metavar="RUN", help="Remove this run; repeatable.")
+@click.option("--grace", "grace_s", default=3600.0, metavar="SECONDS", help="From mark to deletion  [default: 3600].")
+@click.option("--yes", is_flag=True, help="Do it; without it only a plan is shown.")
+@click.option("--dry-run", is_flag=True, help="Show the plan (the default).")
+@click.option("--explain", "digest", metavar="DIGEST", help="Say who needs the artifact with this digest.")
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def gc(
+    store: str | None,
+    keep_runs: int | None,
+    keep_days: float | None,
+    runs: tuple[str, ...],
+    grace_s: float,
+    yes: bool,
+    dry_run: bool,
+    digest: str | None,
+    as_json: bool,
+) -> None:
+    """Remove what no run needs: attempts that lost, old runs by your policy, what is left of them.
+
+    Artifacts that another run reuses stay. What goes is marked first and deleted by a later `recua gc --yes`, when the
+    grace period is over.
+    """
+    from workflows import gc as collector
+    from workflows import housekeeping
+
+    if yes and dry_run:
+        raise click.UsageError("--yes and --dry-run contradict each other")
+    opened = _open(_settings(store=store))
+    if digest is not None:
+        for line in collector.explain(opened, digest):
+            click.echo(line)
+        return
+    policy = collector.Policy(runs, keep_runs, keep_days, grace_s)
+    if yes:
+        housekeeping.show_result(collector.collect(opened, policy), policy, as_json)
+    else:
+        housekeeping.show_plan(collector.plan_gc(opened, policy), policy, as_json)
 
 
 @main_group.command()

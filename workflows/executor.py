@@ -115,7 +115,7 @@ class Executor:
         self._index = ReuseIndex(journal.store, self.abort)
         self._commits = GroupCommit(journal, self.abort, 0.01 if remote else 0.0, written=self._after_write)
         self._status = StatusFile(journal)
-        self._heartbeat = Heartbeat(journal, self._on_cancel, self.abort, self._status.write)
+        self._heartbeat = Heartbeat(journal, self._on_cancel, self.abort, self._status.write, known.marks.acknowledge)
         self._thread = threading.Thread(target=self._loop, name="recua-loop", daemon=True)
         self._thread.start()
 
@@ -298,7 +298,9 @@ class Executor:
             return
         if not self._known.may_reuse(call.id, call.step, call.options):
             self._enqueue(call)
-        elif self._lookups is None:
+            return
+        self._known.marks.begin(call.id)
+        if self._lookups is None:
             self._on_looked_up(call, self._known.reusable(call.key))
         else:
             self._lookups.submit(self._look_up, call)
@@ -342,6 +344,7 @@ class Executor:
 
     def _on_looked_up(self, call: Call, record: Record | None) -> None:
         if record is None:
+            self._known.marks.end(call.id)
             self._enqueue(call)
             return
         now = time.time()
@@ -487,6 +490,7 @@ class Executor:
         self._commits.commit(record, lambda: self._inbox.put(lambda: self._on_committed(call, record)))
 
     def _on_committed(self, call: Call, record: Record) -> None:
+        self._known.marks.end(call.id)
         kind = "reused" if "reused_from" in record else "committed"
         shown = {name: record[name] for name in ("seconds", "node", "attempt")}
         self._emit_call(kind, call, **shown, reused_from=record.get("reused_from"))

@@ -140,12 +140,12 @@ class Journal:
         self._next = state.slot + 1
 
     @classmethod
-    def acquire(cls, store: Store, run_id: str, ttl_s: float = 15.0) -> "Journal":
+    def acquire(cls, store: Store, run_id: str, ttl_s: float = 15.0, of_removed: bool = False) -> "Journal":
         """Take the lease: at once where the last driver ended or is known dead, else when its heartbeat has stood
-        still for the lease's time.
+        still for the lease's time. `of_removed`: of a run that is being removed, too, so that nobody else has it.
 
         Raises:
-            UserError: another driver is alive.
+            UserError: another driver is alive, or the run was removed.
             StoreError: the store fails.
         """
         owner = uuid.uuid4().hex
@@ -157,6 +157,8 @@ class Journal:
             lease: Record = {"type": "lease", "owner": owner, "host": socket.gethostname(), "machine": this_machine()}
             lease |= {"pid": pid, "process_start": process_start(pid), "time": time.time(), "ttl_s": ttl_s}
             if store.put_if_absent(slot_key(run_id, state.slot + 1), _slot(owner, [lease])):
+                if not of_removed and store.exists(removed_key(run_id)):
+                    raise removed(run_id)
                 state.apply(state.slot + 1, [lease])
                 return cls(store, run_id, owner, state, ttl_s)
 
@@ -172,6 +174,15 @@ class Journal:
         for watch in self.watchers:
             watch(self._next, records)
         self._next += 1
+
+
+def removed_key(run_id: str) -> str:
+    """The object that says that a run was removed: its id is never used again."""
+    return f"gc/removed/{run_id}.json"
+
+
+def removed(run_id: str) -> UserError:
+    return UserError(f"run {run_id} was removed by `recua gc`; give another --run, or `recua import` it")
 
 
 def fenced(run_id: str) -> FencedError:
@@ -203,6 +214,7 @@ class Heartbeat:
     """Keeps a lease alive, and notices a cancel request or a successor even while nothing is committed.
 
     `on_cancel()` and `on_error(error)` are called from its thread, once; `on_beat()` after every beat.
+    `acknowledge()` is what a beat says of the marks of `recua gc` (workflows.marks).
     `valid_until()` is the wall-clock time up to which no other driver can have taken over: an attempt that begins later
     must ask the store first.
     """
@@ -213,11 +225,13 @@ class Heartbeat:
         on_cancel: Callable[[], None],
         on_error: Callable[[BaseException], None],
         on_beat: Callable[[], None] = lambda: None,
+        acknowledge: Callable[[], int] = lambda: 0,
     ) -> None:
         self._journal = journal
         self._on_cancel = on_cancel
         self._on_error = on_error
         self._on_beat = on_beat
+        self._acknowledge = acknowledge
         self._stop = threading.Event()
         self._valid_until = 0.0
         self._beat(0)
@@ -234,7 +248,7 @@ class Heartbeat:
     def _beat(self, number: int) -> None:
         journal = self._journal
         began = time.time()
-        beat = json.dumps({"beat": number, "time": began}).encode()
+        beat = json.dumps({"beat": number, "time": began, "marks": self._acknowledge()}).encode()
         journal.store.put(lease_key(journal.run_id, journal.lease_slot), beat, durable=False)
         self._valid_until = began + 0.8 * journal.ttl_s
         self._on_beat()

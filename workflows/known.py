@@ -17,6 +17,7 @@ from infra.storage import Store
 from workflows.artifacts import Artifact, read_manifest
 from workflows.fingerprint import Fingerprint, Fingerprinter
 from workflows.graph import Step, StepOptions
+from workflows.marks import KnownMarks
 from workflows.values import artifact_records, brief, canonical, differences, identity, named_arguments
 
 FORMAT = 1
@@ -36,6 +37,7 @@ class Known:
         warn: Callable[[str, str], None],
     ) -> None:
         self.store = store
+        self.marks = KnownMarks(store)
         self.commits = dict(commits)
         self._reuse = reuse
         self._rerun = rerun
@@ -86,7 +88,7 @@ class Known:
         return self._reuse and options.reuse and step.short_name not in self._rerun and call_id not in self._rerun
 
     def reusable(self, key: str) -> Record | None:
-        """A commit record of an equal call in any run, if all its artifacts are still in the store."""
+        """A commit record of an equal call in any run, if all its artifacts are in the store and are to stay there."""
         raw = self.store.get(index_key(key))
         if raw is None:
             return None
@@ -94,7 +96,7 @@ class Known:
             record: Record = json.loads(raw)
         except ValueError:  # entries are not flushed: a power cut may leave half of one, which is as good as none
             return None
-        if record.get("format") != FORMAT:
+        if record.get("format") != FORMAT or not self.marks.allow(record["result"]):
             return None
         for entry in artifact_records(record["result"]):
             artifact = Artifact.from_record(entry, None)

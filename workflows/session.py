@@ -20,7 +20,7 @@ from workflows.events import Event
 from workflows.executor import Cancelled, ClusterCheck, Executor, failure_record
 from workflows.graph import Workflow, running
 from workflows.history import Recorder
-from workflows.journal import Journal, read_journal
+from workflows.journal import Journal, read_journal, removed, removed_key
 from workflows.known import Known
 from workflows.values import canonical, decode, differences, digest, encode, identity, named_arguments
 
@@ -91,12 +91,20 @@ def recipe_hash(workflow: Workflow[..., Any], arguments: Any) -> str:
 def find_run(store: Store, workflow: Workflow[..., Any], arguments: Any, fresh: bool) -> str:
     """The newest run id of this workflow and recipe, or the next one where `fresh`."""
     base = f"{workflow.short_name}-{recipe_hash(workflow, arguments)}"
-    taken = [0]
-    for name in store.folders("runs"):
-        if match := re.fullmatch(re.escape(base) + r"(?:-(\d+))?", name):
-            taken.append(int(match.group(1) or 1))
-    number = max(taken) + 1 if fresh else max(max(taken), 1)
+    taken, gone = [0], [0]
+    for names, numbers in ((store.folders("runs"), taken), (removed_runs(store), gone)):
+        for name in names:
+            if match := re.fullmatch(re.escape(base) + r"(?:-(\d+))?", name):
+                numbers.append(int(match.group(1) or 1))
+    newest = max(*taken, *gone)
+    number = newest + 1 if fresh or newest in gone else newest
     return base if number == 1 else f"{base}-{number}"
+
+
+def removed_runs(store: Store) -> Iterator[str]:
+    """Ids of the runs that `recua gc` removed."""
+    for key in store.list("gc/removed"):
+        yield key.rpartition("/")[2].removesuffix(".json")
 
 
 def _open_run(
@@ -108,6 +116,8 @@ def _open_run(
     run_id = settings.run_id or find_run(store, workflow, tree, fresh)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", run_id):
         raise UserError(f"run id {run_id!r}: use letters, digits, dot, dash and underscore")
+    if store.exists(removed_key(run_id)):
+        raise removed(run_id)
     mine: Record = {
         "format": FORMAT,
         "run_id": run_id,
