@@ -7,6 +7,7 @@ RecuaError
 │   ├── CheckpointError        weights or a manifest that do not fit
 │   ├── ResourceError          a request that this cluster can never meet
 │   └── NonDeterminismError    a resumed workflow body took another path
+├── Denied                     somebody said no where a workflow asked for an approval
 ├── StoreError                 the store is unreachable, refuses, or returned damaged data
 │   └── FencedError            another driver holds this run's lease: stop
 ├── StepError                  a step's own code raised; carries the user's traceback
@@ -44,6 +45,10 @@ class ResourceError(UserError):
 
 class NonDeterminismError(UserError):
     """A resumed workflow body called another step, or the same one with other inputs."""
+
+
+class Denied(RecuaError):
+    """Somebody was asked for an approval and said no; the message has who, and why."""
 
 
 class StoreError(RecuaError):

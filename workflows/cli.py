@@ -133,9 +133,10 @@ def show(run_id: str, step: str | None, store: str | None, as_json: bool) -> Non
     from workflows.listing import show_run, show_step
     from workflows.runs import find_steps, load_run
 
-    view = load_run(_open(_settings(store=store)), run_id)
+    opened = _open(_settings(store=store))
+    view = load_run(opened, run_id)
     if step is None:
-        show_run(view, as_json)
+        show_run(view, opened.url, as_json)
     else:
         for found in find_steps(view, step):
             show_step(found, as_json)
@@ -209,6 +210,44 @@ def gc(
         housekeeping.show_result(collector.collect(opened, policy), policy, as_json)
     else:
         housekeeping.show_plan(collector.plan_gc(opened, policy), policy, as_json)
+
+
+@main_group.command()
+@click.argument("run_id", metavar="RUN")
+@click.argument("step")
+@click.option("--deny", is_flag=True, help="Say no: the workflow gets a Denied.")
+@click.option("--comment", default="", metavar="TEXT", help="Kept with the answer.")
+@store_option
+def approve(run_id: str, step: str, deny: bool, comment: str, store: str | None) -> None:
+    """Answer RUN's approval STEP (its name or call id; `recua show RUN` has what waits). The first answer counts."""
+    from workflows.runs import load_run
+    from workflows.waits import me, reply
+
+    opened = _open(_settings(store=store))
+    load_run(opened, run_id)
+    click.echo(reply(opened, run_id, step, "approval", {"approve": not deny, "comment": comment}, me()))
+
+
+@main_group.command()
+@click.argument("run_id", metavar="RUN")
+@click.argument("step")
+@click.argument("value", metavar="JSON")
+@store_option
+def send(run_id: str, step: str, value: str, store: str | None) -> None:
+    """Send JSON to RUN's event STEP (its name or call id; `recua show RUN` has what waits). The first one counts."""
+    import json
+
+    from infra.errors import ConfigError
+    from workflows.runs import load_run
+    from workflows.waits import me, reply
+
+    try:
+        tree = json.loads(value)
+    except ValueError as error:
+        raise ConfigError(f"JSON {value!r}: {error}; text needs its own quotes: '\"text\"'") from None
+    opened = _open(_settings(store=store))
+    load_run(opened, run_id)
+    click.echo(reply(opened, run_id, step, "event", tree, me()))
 
 
 @main_group.command()

@@ -17,6 +17,8 @@ class Event:
     committed       seconds, node, attempt
     reused          seconds (what it took then), reused_from (run id)
     resumed         seconds (what it took then)
+    waiting         message, deadline (seconds since the epoch or None), command (what to type): it waits for a person
+                    or an event
     retry           error, error_type, seconds (until the next attempt)
     failed          error, error_type, traceback
     warning         message

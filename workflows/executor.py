@@ -40,6 +40,7 @@ from workflows.placement import Placement
 from workflows.status import StatusFile
 from workflows.taken import PathTaken
 from workflows.values import decode, encode
+from workflows.waits import Poller, Wait, answer, check_question, command, wait_record
 
 Record = dict[str, Any]
 ClusterCheck = Callable[[list[dict[str, float]]], None]
@@ -96,6 +97,13 @@ class Executor:
         self._source = ArtifactSource(journal.store.url, settings.cache)
         self._path = PathTaken(journal.state)
         self._earlier = {call: len(starts) for call, starts in journal.state.starts.items()}
+        self._asked: dict[str, Record] = {}
+        self._poller = Poller(
+            journal.store,
+            journal.run_id,
+            lambda call_id, signal: self._inbox.put(lambda: self._on_signal(call_id, signal)),
+            self.abort,
+        )
         self._placement = Placement(settings, journal.store)
         self._listener: Listener | None = None
         self._calls: dict[str, Call] = {}
@@ -184,6 +192,7 @@ class Executor:
         deadline = time.monotonic() + CANCEL_DEADLINE_S
         with self._changed:
             self._changed.wait_for(lambda: not self._running, timeout=max(0.0, deadline - time.monotonic()))
+        self._poller.close()
         self._inbox.put(None)
         self._thread.join()
         if self._lookups is not None:
@@ -356,6 +365,9 @@ class Executor:
     def _enqueue(self, call: Call) -> None:
         if self._fatal is not None:
             return
+        if isinstance(call.step, Wait):
+            self._wait_outside(call)
+            return
         if self._listener is None:
             host = self._placement.start()
             if not self._settings.wait_for_nodes:
@@ -470,6 +482,35 @@ class Executor:
         pause = min(LONGEST_PAUSE_S, self._settings.backoff_s * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
         self._emit_call("retry", call, error=record["message"], error_type=record["type"], seconds=pause)
         self._later(pause, lambda: self._enqueue(call))
+
+    # --- waits for people and events ---
+
+    def _wait_outside(self, call: Call) -> None:
+        inputs = inputs_digest(call.arguments)
+        record = self.journal.state.waits.get(call.id)
+        if record is None:
+            record = {**wait_record(call.id, call.step.name, call.options, call.arguments, inputs), **_needs(call)}
+            self._commits.note(record)
+        check_question(record, inputs, call.arguments["args"][0])
+        self._asked[call.id] = record
+        what = command(self.run_id, call.id, call.step.name, self.journal.store.url)
+        self._emit_call("waiting", call, message=record["message"], deadline=record["deadline"], command=what)
+        self._poller.add(call.id, record["deadline"], final=call.options.may_fail)
+
+    def _on_signal(self, call_id: str, signal: Record) -> None:
+        call, record = self._calls[call_id], self._asked.pop(call_id)
+        if call.ended or self._fatal is not None:
+            return
+        now = time.time()
+        try:
+            result = encode(answer(record, signal), f"{call_id}: the answer")
+        except RecuaError as error:
+            failed = {"type": "attempt-failed", "call": call_id, "step": call.step.name, "attempt": 0}
+            self._commits.note({**failed, "attempt_id": "", "error": describe(error), "final": True, "time": now})
+            self._fail(call, error)
+            return
+        times = {"started": record["time"], "ended": now, "seconds": now - record["time"], "node": "", "attempt": 0}
+        self._commit(call, result, {**times, "by": signal["who"]})
 
     # --- ends of calls ---
 

@@ -22,6 +22,7 @@ from workflows.planning import Plan
 from workflows.progress import show_seconds
 from workflows.runs import RunSummary, RunView, StepView, artifacts_of, find_steps, load_run, read_log
 from workflows.values import artifact_records
+from workflows.waits import command
 
 STYLES = {"finished": "green", "committed": "green", "reused": "green", "running": "bold", "failed": "red"}
 
@@ -38,8 +39,8 @@ def show_runs(runs: Iterable[RunSummary]) -> None:
     _print_table(["run", "status", "started", "took", "steps done"], rows, styled=1)
 
 
-def show_run(view: RunView, as_json: bool = False) -> None:
-    """A run's head and its steps."""
+def show_run(view: RunView, store_url: str, as_json: bool = False) -> None:
+    """A run's head, its steps, and what to type where one waits for somebody."""
     if as_json:
         click.echo(redact(json.dumps(asdict(view), indent=2)))
         return
@@ -52,8 +53,15 @@ def show_run(view: RunView, as_json: bool = False) -> None:
         error = (step.error or {}).get("message", "").partition("\n")[0]
         error = error if len(error) <= 60 else f"{error[:57]}..."  # whole in `recua show RUN STEP`
         seconds = "" if step.seconds is None else show_seconds(step.seconds)
+        if step.status.startswith("waiting-for"):
+            made = step.message
         rows.append([step.call_id, step.status, seconds, str(len(step.attempts)), redact(error) if error else made])
     _print_table(["step", "status", "took", "attempts", "artifacts"], rows, styled=1)
+    for step in view.steps:
+        if step.status.startswith("waiting-for"):
+            click.echo(
+                f"{step.call_id} waits for an answer: {command(view.run_id, step.call_id, step.step, store_url)}"
+            )
     if view.error:
         click.echo(redact(f"error: {view.error.get('message', '')}"))
 

@@ -21,6 +21,7 @@ from workflows.known import Known
 from workflows.session import check_same_recipe, find_run
 from workflows.taken import PathTaken
 from workflows.values import artifact_records, decode, encode
+from workflows.waits import Wait
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ class Planner:
         if record is not None:
             self._results[call_id] = record["result"]
         origin = None if record is None else record.get("run") or record.get("reused_from")
-        status = "would run" if record is None else "committed" if call_id in self._known.commits else "reusable"
+        pending = "would wait" if isinstance(step, Wait) else "would run"
+        status = pending if record is None else "committed" if call_id in self._known.commits else "reusable"
         resources = (options.num_cpus, options.num_gpus, options.memory, options.timeout)
         seconds = None if record is None else record["seconds"]
         self.calls.append(PlannedCall(call_id, step.name, status, *resources, needs, seconds, origin))

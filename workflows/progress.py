@@ -85,6 +85,13 @@ class Display:
             view.status, view.note = "waiting", f"again in {delay_s:.1f} s: {_first_line(reason)}"
             self._changed(view, "retrying")
 
+    def waiting(self, call: str, message: str, command: str) -> None:
+        """`call` waits for somebody to type `command`."""
+        with self._lock:
+            view = self.steps[call] = StepView(call, "waiting", began=self._clock())
+            view.note = f"{_first_line(message)}{': ' if message else ''}{command}"
+            self._changed(view, "waiting")
+
     def finished(self, call: str, status: str, note: str = "") -> None:
         """`call` is committed (now, or "resumed": by an earlier driver), reused or failed."""
         with self._lock:
@@ -107,6 +114,8 @@ class Display:
             self.progressed(call, data["done"], data["total"], data["metrics"])
         elif event.kind == "retry":
             self.retrying(call, f"{data['error_type']}: {data['error']}", data["seconds"])
+        elif event.kind == "waiting":
+            self.waiting(call, data["message"], data["command"])
         elif event.kind in ("committed", "reused", "resumed"):
             self.finished(call, event.kind, f"from {data['reused_from']}" if event.kind == "reused" else "")
         elif event.kind == "failed":
@@ -164,6 +173,8 @@ class PlainDisplay(Display):
             text = f"{view.name} started{f' ({view.note})' if view.note else ''}"
         elif what == "retrying":
             text = f"{view.name} {view.note}"
+        elif what == "waiting":
+            text = f"{view.name} waits: {view.note}"
         else:
             took = "" if view.status in KNOWN else f" in {show_seconds(view.seconds or 0.0)}"
             tail = view.note or show_metrics(view.metrics)
@@ -202,6 +213,8 @@ class LiveDisplay(Display):
             self._console.print(line)
         elif what == "retrying":
             self._console.print(Text(redact(f"↻ {view.name} {view.note}"), "yellow"))
+        elif what == "waiting":
+            self._console.print(Text(redact(f"{MARKS['waiting']} {view.name} waits: {view.note}"), "yellow"))
 
     def _print(self, line: str) -> None:
         self._console.print(Text(line))
