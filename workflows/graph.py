@@ -85,10 +85,11 @@ class StepOptions:
 class Future(Generic[R]):
     """A call's result, there or to come. Pass it to other steps; `result()` waits for it."""
 
-    __slots__ = ("__weakref__", "_runtime", "call_id")
+    __slots__ = ("__weakref__", "_kept", "_runtime", "call_id")
 
-    def __init__(self, runtime: "Runtime", call_id: str) -> None:
+    def __init__(self, runtime: "Runtime", call_id: str, kept: object) -> None:
         self._runtime = runtime
+        self._kept = kept
         self.call_id = call_id
 
     def result(self) -> R:
@@ -137,9 +138,11 @@ class Runtime(Protocol):
     @property
     def run_id(self) -> str: ...
 
-    def call(self, call_id: str, step: "Step[..., Any]", options: StepOptions, arguments: dict[str, Any]) -> None: ...
+    def call(self, call_id: str, step: "Step[..., Any]", options: StepOptions, arguments: dict[str, Any]) -> object:
+        """Begin a call; what is returned must be kept as long as anybody may ask for its result."""
+        ...
 
-    def map(self, call_id: str, step: "Step[..., Any]", options: StepOptions, items: Any, arguments: Any) -> None: ...
+    def map(self, call_id: str, step: "Step[..., Any]", options: StepOptions, items: Any, arguments: Any) -> object: ...
 
     def result(self, call_id: str) -> Any: ...
 
@@ -222,8 +225,8 @@ class Step(Generic[P, R]):
         arguments = self._bind((EACH, *args), kwargs)
         call_id = scope.call_id(f"{self.short_name}.map", self.default.name)
         items = list(items) if isinstance(items, (tuple, range)) else items
-        scope.runtime.map(call_id, self, replace(self.default, name=None), items, arguments)
-        return Future(scope.runtime, call_id)
+        kept = scope.runtime.map(call_id, self, replace(self.default, name=None), items, arguments)
+        return Future(scope.runtime, call_id, kept)
 
     def options(
         self,
@@ -247,8 +250,8 @@ class Step(Generic[P, R]):
         scope = self._scope()
         arguments = self._bind(args, kwargs)
         call_id = scope.call_id(self.short_name, options.name)
-        scope.runtime.call(call_id, self, options, arguments)
-        return Future(scope.runtime, call_id)
+        kept = scope.runtime.call(call_id, self, options, arguments)
+        return Future(scope.runtime, call_id, kept)
 
     def _scope(self) -> _Scope:
         try:
@@ -259,9 +262,14 @@ class Step(Generic[P, R]):
             ) from None
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        bound = inspect.signature(self.fn).bind(*args, **kwargs)
+        bound = _signature(self.fn).bind(*args, **kwargs)
         bound.apply_defaults()
         return {"args": list(bound.args), "kwargs": dict(bound.kwargs)}
+
+
+@functools.cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 class Workflow(Generic[P, R]):

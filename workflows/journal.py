@@ -47,6 +47,10 @@ class JournalState:
     end: Record | None = None
     drivers: int = 0
 
+    def forget(self) -> None:
+        """Let go of what single calls did: a driver's memory must not grow with what was done before it."""
+        self.commits, self.starts, self.failures = {}, {}, {}
+
     def apply(self, slot: int, records: Iterable[Record]) -> None:
         self.slot = slot
         for record in records:
@@ -170,7 +174,6 @@ class Journal:
         """
         if not self.store.put_if_absent(slot_key(self.run_id, self._next), _slot(self.owner, records)):
             raise fenced(self.run_id)
-        self.state.apply(self._next, records)
         for watch in self.watchers:
             watch(self._next, records)
         self._next += 1
@@ -281,7 +284,8 @@ def cancel_key(run_id: str, lease_slot: int) -> str:
 class GroupCommit:
     """One thread that writes records in batches, in the order in which they came.
 
-    `commit(record, then)`: written as soon as possible, then `then()` is called on the writer's thread.
+    `commit(record, then)`: written as soon as possible, then `then()` is called on the writer's thread. "As soon as
+    possible" is `gather()` seconds after the first record of a batch.
     `note(record)`: goes with the next slot, or alone after `idle_s`. The first failure is kept in `failure` and given
     to `on_error`, and nothing is written after it: where an answer was lost for good, the slot may be there.
     """
@@ -290,13 +294,13 @@ class GroupCommit:
         self,
         journal: Journal,
         on_error: Callable[[BaseException], None],
-        window_s: float = 0.0,
+        gather: Callable[[], float] = lambda: 0.0,
         idle_s: float = 0.5,
         written: Callable[[], None] = lambda: None,
     ) -> None:
         self._journal = journal
         self._on_error = on_error
-        self._window_s = window_s
+        self._gather_s = gather
         self._idle_s = idle_s
         self._written = written
         self._queue: queue.SimpleQueue[tuple[Record | None, Callable[[], None] | None]] = queue.SimpleQueue()
@@ -349,6 +353,6 @@ class GroupCommit:
                 return batch, True
             batch.append((record, then))
             if then is not None:
-                deadline = min(deadline or float("inf"), time.monotonic() + self._window_s)
+                deadline = min(deadline or float("inf"), time.monotonic() + self._gather_s())
             elif deadline is None:
                 deadline = time.monotonic() + self._idle_s

@@ -43,10 +43,14 @@ class Known:
         self._rerun = rerun
         self._warn = warn
         self._fingerprinter = Fingerprinter()
+        self._fingerprints: dict[tuple[object, tuple[str, ...]], Fingerprint] = {}
         self._saved: set[str] = set()
 
     def fingerprint(self, step: Step[..., Any], options: StepOptions) -> Fingerprint:
-        found = self._fingerprinter.of(step.fn, options.libraries)
+        name = (step.fn, options.libraries)
+        if name in self._fingerprints:
+            return self._fingerprints[name]
+        found = self._fingerprints[name] = self._fingerprinter.of(step.fn, options.libraries)
         if found.code not in self._saved:
             self._saved.add(found.code)
             self.store.put_if_absent(f"code/{found.code}.json", json.dumps(found.parts).encode())
@@ -77,12 +81,21 @@ class Known:
             self._warn(call_id, f"{call_id} keeps its committed result although {changed} changed since (--rerun)")
         return record
 
-    def key(self, step: Step[..., Any], options: StepOptions, arguments: Any) -> str:
-        """The content key of a call whose inputs are all known."""
+    def forget(self, call_id: str) -> None:
+        """The commit record was taken over: nobody asks for it again."""
+        self.commits.pop(call_id, None)
+
+    def identify(self, step: Step[..., Any], options: StepOptions, arguments: Any) -> tuple[str, str, str]:
+        """(digest of the inputs, fingerprint of the code, content key) of a call whose inputs are all known."""
         fingerprint = self.fingerprint(step, options)
         libraries = sorted(fingerprint.libraries.items())
-        parts = [FORMAT, step.name, inputs_digest(arguments), fingerprint.code, libraries]
-        return hashlib.sha256(canonical(parts)).hexdigest()
+        inputs = inputs_digest(arguments)
+        parts = [FORMAT, step.name, inputs, fingerprint.code, libraries]
+        return inputs, fingerprint.code, hashlib.sha256(canonical(parts)).hexdigest()
+
+    def key(self, step: Step[..., Any], options: StepOptions, arguments: Any) -> str:
+        """The content key alone."""
+        return self.identify(step, options, arguments)[2]
 
     def may_reuse(self, call_id: str, step: Step[..., Any], options: StepOptions) -> bool:
         return self._reuse and options.reuse and step.short_name not in self._rerun and call_id not in self._rerun

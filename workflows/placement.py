@@ -22,7 +22,7 @@ from workflows.names import import_roots
 from workflows.worker import bootstrap
 
 NODES_AGE_S = 5.0
-Done = Callable[[str | None, BaseException | None], None]
+Done = Callable[[bytes | None, BaseException | None], None]
 
 
 class Placement:
@@ -35,7 +35,7 @@ class Placement:
         self._session: RaySession | None = None
         self._nodes: list[dict[str, float]] = []
         self._nodes_at = float("-inf")
-        self._roots = import_roots()
+        self._body: Callable[[bytes], bytes] | None = None
 
     def start(self) -> str:
         """Connect (once), refuse a store that other nodes cannot see, and return this driver's address for workers.
@@ -53,6 +53,10 @@ class Placement:
             self._ray = ray
             self._check_visible()
         return str(self._ray.util.get_node_ip_address())
+
+    def prepare(self, run: str) -> None:
+        """Say what all attempts of this run share: a JSON object."""
+        self._body = bootstrap(import_roots(), run)
 
     def check(self, call_id: str, options: StepOptions) -> None:
         """Refuse what no node of this cluster can ever give.
@@ -79,10 +83,10 @@ class Placement:
             f"memory={_shown('memory', wanted['memory'])}, and no single node has all of them"
         )
 
-    def submit(self, call_id: str, options: StepOptions, payload: str, done: Done) -> Any:
+    def submit(self, call_id: str, options: StepOptions, payload: bytes, done: Done) -> Any:
         """Start one attempt. `done(outcome, error)` is called once, on one of Ray's threads."""
         task = self._task(options.num_cpus, options.num_gpus, options.memory)
-        reference = task.options(name=call_id).remote(self._roots, payload)
+        reference = task.options(name=call_id).remote(payload)
 
         def ended(future: Any) -> None:
             error = future.exception()
@@ -101,12 +105,9 @@ class Placement:
         if self._session is not None:
             self._session.close()
 
-    @functools.cached_property
-    def _body(self) -> Callable[[list[str], str], str]:
-        return bootstrap()
-
     @functools.cache  # noqa: B019 - one Placement per run
     def _task(self, num_cpus: float, num_gpus: float, memory: int | None) -> Any:
+        assert self._body is not None, "prepare() comes first"
         resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
         if memory is not None:
             resources["memory"] = memory

@@ -67,6 +67,7 @@ def run(
     state = read_journal(store, run_id)
     if state.end is not None and state.end["status"] == "finished":
         return RunResult(run_id, store.url, decode(state.end["result"], source), True)
+    del state  # of a long run it is large
     journal = Journal.acquire(store, run_id, settings.lease_s)
     with closing(Recorder(store, run_id, journal.lease_slot)) as recorder:
         emit = _emitter([*observers, recorder])

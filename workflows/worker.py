@@ -35,9 +35,12 @@ Payload = dict[str, Any]
 LOG = ".log.txt"
 
 
-def run_attempt(text: str) -> str:
-    """Run one attempt. Returns `{"ok": true, "result": ...}` or `{"ok": false, "error": ...}`, with times and node."""
-    task: Payload = json.loads(text)
+def run_attempt(run: str, attempt: bytes) -> bytes:
+    """Run one attempt. `run`: what all attempts of a run share, `attempt`: this one's part, both JSON objects.
+
+    Returns `{"ok": true, "result": ...}` or `{"ok": false, "error": ...}`, with times and node.
+    """
+    task: Payload = {**_parsed(run), "faults": {}, **json.loads(attempt)}
     outcome: dict[str, Any] = {"node": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
     clock = time.perf_counter()
     try:
@@ -49,7 +52,7 @@ def run_attempt(text: str) -> str:
     except Exception as error:  # the log, the lease, this machine: ours, not the user's
         outcome |= {"ok": False, "error": describe(error)}
     outcome["seconds"] = time.perf_counter() - clock
-    return json.dumps(outcome)
+    return json.dumps(outcome).encode()
 
 
 def _body(task: Payload, store: Store, scratch: Path) -> dict[str, Any]:
@@ -179,6 +182,12 @@ def _reaper() -> Reaper:
 
 
 @functools.cache
+def _parsed(run: str) -> Payload:
+    parsed: Payload = json.loads(run)
+    return parsed
+
+
+@functools.cache
 def _store(url: str) -> Store:
     return open_store(url)
 
@@ -188,10 +197,11 @@ def _sender(host: str, port: int, token: str) -> Sender:
     return Sender((host, port, token))
 
 
-def bootstrap() -> Callable[[list[str], str], str]:
-    """The function that Ray ships: nested, so that it travels by value and can first make our modules importable."""
+def bootstrap(roots: list[str], run: str) -> Callable[[bytes], bytes]:
+    """The function that Ray ships, once per run: nested, so that it travels by value and can first make our modules
+    importable. `run`: what all attempts of the run share."""
 
-    def recua_step(roots: list[str], payload: str) -> str:
+    def recua_step(attempt: bytes) -> bytes:
         import os
         import sys
 
@@ -200,6 +210,6 @@ def bootstrap() -> Callable[[list[str], str], str]:
                 sys.path.append(root)
         from workflows.worker import run_attempt
 
-        return run_attempt(payload)
+        return run_attempt(run, attempt)
 
     return recua_step

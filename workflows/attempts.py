@@ -1,0 +1,279 @@
+"""Attempts of calls: started on Ray as far as `max_in_flight` allows, watched, and repeated when they may be.
+
+Everything here happens on the loop's thread. A call holds its place from the start of an attempt until its commit is
+written: where the store is slow or stands still, no more bodies are begun than it can take results of.
+"""
+
+import json
+import os
+import random
+import threading
+import time
+import uuid
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from infra.errors import UserError
+from infra.faults import FaultSchedule
+from workflows.artifacts import ArtifactSource
+from workflows.channel import Listener
+from workflows.config import RunSettings
+from workflows.events import Event
+from workflows.fanout import Fanout
+from workflows.graph import Step, StepOptions
+from workflows.journal import Heartbeat, Journal, fenced
+from workflows.loop import Loop
+from workflows.outcome import of_ray_error, rebuild
+from workflows.placement import Placement
+
+Record = dict[str, Any]
+ClusterCheck = Callable[[list[dict[str, float]]], None]
+LONGEST_PAUSE_S = 30.0
+TIMEOUT_GRACE_S = 15.0
+CROWD = 32
+"""With so many attempts in flight a few milliseconds of waiting cost no time: Ray has work for longer than that."""
+
+
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class Call:
+    """One call of one step, from its making to its end. A map is one too: it has a `fanout`, makes its `children` when
+    its list is there, and ends when they have; `of`: how many items the map has that this call belongs to.
+
+    `upstream`: the calls of `needs`, until their results are taken. `waiting`: how many of them have not ended.
+    `awaited`: how many threads wait for its end."""
+
+    id: str
+    step: Step[..., Any]
+    options: StepOptions
+    arguments: Any
+    needs: tuple[str, ...]
+    upstream: dict[str, "Call"]
+    fanout: Fanout | None = None
+    children: list["Call"] | None = None
+    of: int | None = None
+    waiting: int = 0
+    dependents: list["Call"] = field(default_factory=list)
+    inputs: str = ""
+    key: str = ""
+    code: str = ""
+    attempt: int = 0
+    attempt_id: str = ""
+    started: float | None = None
+    user_failures: int = 0
+    system_failures: int = 0
+    result: Any = None
+    error: BaseException | None = None
+    ended: bool = False
+    seen: bool = False
+    awaited: int = 0
+
+
+def call_record(kind: str, call: Call) -> Record:
+    """How every journal record of a call begins. `needs`: the calls whose results it takes, where there are any."""
+    record: Record = {"type": kind, "call": call.id, "step": call.step.name}
+    return {**record, "needs": list(call.needs)} if call.needs else record
+
+
+class Attempts:
+    """`on_result(call, outcome)`: a body ended well; its place is held until `settled(call)`. `on_failure(call,
+    error)`: it failed for good. `on_error(error)`: the run cannot go on."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        settings: RunSettings,
+        faults: FaultSchedule,
+        heartbeat: Heartbeat,
+        loop: Loop,
+        note: Callable[[Record], None],
+        emit: Callable[[Event], None],
+        on_result: Callable[[Call, Record], None],
+        on_failure: Callable[[Call, BaseException], None],
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        self._journal = journal
+        self._settings = settings
+        self._faults = faults
+        self._heartbeat = heartbeat
+        self._loop = loop
+        self._note = note
+        self._emit = emit
+        self._on_result = on_result
+        self._on_failure = on_failure
+        self._on_error = on_error
+        self._placement = Placement(settings, journal.store)
+        self._source = ArtifactSource(journal.store.url, settings.cache)
+        self._listener: Listener | None = None
+        self._cluster_checks: list[ClusterCheck] = []
+        self._earlier = {call: len(starts) for call, starts in journal.state.starts.items()}
+        self._ready: deque[Call] = deque()
+        self._running: dict[str, tuple[Call, Any]] = {}
+        self._unsettled: set[str] = set()
+        self._stopped = False
+        self._changed = threading.Condition()
+
+    def on_cluster(self, check: ClusterCheck) -> None:
+        """Call `check(nodes)` once, before the first attempt: each node's resources by Ray's names. Not where an
+        autoscaler may bring other nodes."""
+        self._cluster_checks.append(check)
+
+    def crowded(self) -> bool:
+        """Whether so much is in flight that a few milliseconds of waiting cost no time."""
+        return len(self._running) >= CROWD
+
+    def enqueue(self, call: Call) -> None:
+        """Start an attempt as soon as there is a place."""
+        if self._stopped:
+            return
+        if self._listener is None:
+            self._connect()
+        self._ready.append(call)
+        self._pump()
+
+    def settled(self, call: Call) -> None:
+        """The call's result is committed: its place is free."""
+        self._unsettled.discard(call.id)
+        self._pump()
+
+    def cancel_all(self) -> None:
+        """Start nothing more and kill what runs."""
+        self._stopped = True
+        self._ready.clear()
+        for _, reference in self._running.values():
+            self._placement.cancel(reference)
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait_until_none_runs(self, seconds: float) -> None:
+        """For the thread that closes the run."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running, timeout=max(0.0, seconds))
+
+    def close(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        self._placement.close()
+
+    def _connect(self) -> None:
+        host = self._placement.start()
+        if not self._settings.wait_for_nodes:
+            for check in self._cluster_checks:
+                check(self._placement.nodes())
+        self._listener = Listener(host, lambda message: self._loop.post(self._on_message, message))
+        run = {
+            "run": self._journal.run_id,
+            "lease_slot": self._journal.lease_slot,
+            "store": self._source.store_url,
+            "cache": self._source.cache,
+            "channel": self._listener.address,
+            "driver_pid": os.getpid(),
+        }
+        self._placement.prepare(json.dumps(run))
+
+    def _pump(self) -> None:
+        most = self._settings.max_in_flight
+        while self._ready and len(self._running) + len(self._unsettled) < most and not self._stopped:
+            call = self._ready.popleft()
+            try:
+                self._placement.check(call.id, call.options)
+            except UserError as error:
+                self._on_failure(call, error)
+            else:
+                self._start(call)
+
+    def _start(self, call: Call) -> None:
+        call.attempt = max(call.attempt, self._earlier.pop(call.id, 0)) + 1
+        call.attempt_id, call.started = uuid.uuid4().hex, None
+        payload = {
+            "call": call.id,
+            "step": call.step.name,
+            "arguments": call.arguments,
+            "attempt": call.attempt,
+            "attempt_id": call.attempt_id,
+            "timeout": call.options.timeout,
+            "lease_until": self._heartbeat.valid_until(),
+        }
+        due = {point: self._faults.take(point) for point in ("executor.body", "artifact.upload")}
+        if any(due.values()):
+            payload["faults"] = {point: action for point, action in due.items() if action}
+        start = {"attempt": call.attempt, "attempt_id": call.attempt_id, "time": time.time()}
+        self._note({**call_record("start", call), **start})
+        attempt_id = call.attempt_id
+
+        def done(outcome: bytes | None, error: BaseException | None) -> None:
+            self._loop.post(self._on_done, call, attempt_id, outcome, error)
+
+        reference = self._placement.submit(call.id, call.options, json.dumps(payload).encode(), done)
+        self._running[call.id] = (call, reference)
+
+    def _on_message(self, message: Record) -> None:
+        call, _ = self._running.get(message.get("call", ""), (None, None))
+        if call is None or message.get("attempt_id") != call.attempt_id:
+            return
+        kind = message["kind"]
+        if kind == "started":
+            call.started = time.monotonic()
+            self._tell("started", call, node=message["node"], pid=message["pid"], attempt=call.attempt)
+            if call.options.timeout is not None:
+                overdue = call.options.timeout + TIMEOUT_GRACE_S
+                self._loop.later(overdue, self._on_overdue, weakref.ref(call), call.attempt_id)
+        elif kind in ("progress", "log"):
+            data = {key: value for key, value in message.items() if key not in ("kind", "call", "attempt_id")}
+            self._tell(kind, call, **data)
+
+    def _on_overdue(self, late: "weakref.ref[Call]", attempt_id: str) -> None:
+        """The reaper beside the worker should have killed it by now; the whole node may be stuck."""
+        call = late()
+        if call is not None and call.attempt_id == attempt_id and call.id in self._running:
+            self._placement.cancel(self._running[call.id][1])
+
+    def _on_done(self, call: Call, attempt_id: str, text: bytes | None, error: BaseException | None) -> None:
+        if call.attempt_id != attempt_id or self._running.pop(call.id, None) is None:
+            return
+        if self._stopped:
+            with self._changed:
+                self._changed.notify_all()
+            return
+        if text is not None:
+            outcome = json.loads(text)
+            if "warning" in outcome:
+                self._tell("warning", call, message=outcome["warning"])
+            if outcome["ok"]:
+                self._faults.reach("executor.before-commit")
+                self._unsettled.add(call.id)
+                self._on_result(call, outcome)
+            else:
+                self._on_attempt_failed(call, outcome["error"])
+        else:
+            assert error is not None
+            ran = None if call.started is None else time.monotonic() - call.started
+            self._on_attempt_failed(call, of_ray_error(error, ran, call.options.timeout))
+        self._pump()
+
+    def _on_attempt_failed(self, call: Call, record: Record) -> None:
+        if record["type"] == "FencedError":
+            self._on_error(fenced(self._journal.run_id))
+            return
+        system = record["kind"] == "system"
+        if system:
+            call.system_failures += 1
+            final = call.system_failures > self._settings.system_retries
+        else:
+            call.user_failures += 1
+            final = record["kind"] == "refused" or call.user_failures > call.options.retries
+        attempt = {"attempt": call.attempt, "attempt_id": call.attempt_id}
+        facts = {"error": record, "final": final, "time": time.time()}
+        self._note({"type": "attempt-failed", "call": call.id, "step": call.step.name, **attempt, **facts})
+        if final:
+            self._on_failure(call, rebuild(call.id, record))
+            return
+        failures = call.system_failures if system else call.user_failures
+        pause = min(LONGEST_PAUSE_S, self._settings.backoff_s * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
+        self._tell("retry", call, error=record["message"], error_type=record["type"], seconds=pause)
+        self._loop.later(pause, self.enqueue, call)
+
+    def _tell(self, kind: str, call: Call, **data: Any) -> None:
+        self._emit(Event(kind, call.id, call.step.short_name, data))
