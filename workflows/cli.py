@@ -127,15 +127,22 @@ def runs(store: str | None) -> None:
 @click.argument("run_id", metavar="RUN")
 @click.argument("step", required=False)
 @store_option
+@click.option("--why", metavar="STEP", help="Why this step (a name or a call id) ran, was reused, or would run again.")
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
-def show(run_id: str, step: str | None, store: str | None, as_json: bool) -> None:
+def show(run_id: str, step: str | None, store: str | None, why: str | None, as_json: bool) -> None:
     """Show RUN's steps, or one STEP (a step's name or a call id) with its result and error."""
-    from workflows.listing import show_run, show_step
+    from workflows.listing import show_run, show_step, show_why
     from workflows.runs import find_steps, load_run
 
     opened = _open(_settings(store=store))
     view = load_run(opened, run_id)
-    if step is None:
+    if why is not None:
+        from workflows.launch import import_code
+        from workflows.why import Reasons
+
+        reasons = Reasons(opened, run_id, import_code)
+        show_why([reasons.of(found) for found in find_steps(view, why)], as_json)
+    elif step is None:
         show_run(view, opened.url, as_json)
     else:
         for found in find_steps(view, step):

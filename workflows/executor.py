@@ -362,6 +362,7 @@ class Executor:
             **call_record("commit", call),
             "key": call.key,
             "code": call.code,
+            "libraries": self._known.libraries_of(call.code),
             "inputs": call.inputs,
             "arguments": shown_arguments(call.arguments),
             "result": result,

@@ -44,17 +44,23 @@ class Known:
         self._warn = warn
         self._fingerprinter = Fingerprinter()
         self._fingerprints: dict[tuple[object, tuple[str, ...]], Fingerprint] = {}
-        self._saved: set[str] = set()
+        self._saved: dict[str, str] = {}
 
     def fingerprint(self, step: Step[..., Any], options: StepOptions) -> Fingerprint:
+        """A step's fingerprint. What it is made of is kept in the store, for `recua show --why`."""
         name = (step.fn, options.libraries)
         if name in self._fingerprints:
             return self._fingerprints[name]
         found = self._fingerprints[name] = self._fingerprinter.of(step.fn, options.libraries)
         if found.code not in self._saved:
-            self._saved.add(found.code)
-            self.store.put_if_absent(f"code/{found.code}.json", json.dumps(found.parts).encode())
+            self._saved[found.code] = libraries_id(found.libraries)
+            self.store.put_if_absent(code_key(found.code), json.dumps(found.parts).encode())
+            self.store.put_if_absent(code_key(self._saved[found.code]), json.dumps(found.libraries).encode())
         return found
+
+    def libraries_of(self, code: str) -> str:
+        """Under which id the library versions of a fingerprint are kept; empty for code that was not asked for."""
+        return self._saved.get(code, "")
 
     def committed(self, call_id: str, step: Step[..., Any], options: StepOptions, arguments: Any) -> Record | None:
         """This run's own commit record of a call.
@@ -88,10 +94,8 @@ class Known:
     def identify(self, step: Step[..., Any], options: StepOptions, arguments: Any) -> tuple[str, str, str]:
         """(digest of the inputs, fingerprint of the code, content key) of a call whose inputs are all known."""
         fingerprint = self.fingerprint(step, options)
-        libraries = sorted(fingerprint.libraries.items())
         inputs = inputs_digest(arguments)
-        parts = [FORMAT, step.name, inputs, fingerprint.code, libraries]
-        return inputs, fingerprint.code, hashlib.sha256(canonical(parts)).hexdigest()
+        return inputs, fingerprint.code, content_key(step.name, inputs, fingerprint)
 
     def key(self, step: Step[..., Any], options: StepOptions, arguments: Any) -> str:
         """The content key alone."""
@@ -119,7 +123,7 @@ class Known:
         return record
 
     def _changes(self, code: str, parts: dict[str, str]) -> list[str]:
-        raw = self.store.get(f"code/{code}.json")
+        raw = self.store.get(code_key(code))
         before = json.loads(raw) if raw is not None else parts
         names = sorted(name for name in before.keys() | parts.keys() if before.get(name) != parts.get(name))
         return names[:5] + (["..."] if len(names) > 5 else [])
@@ -149,6 +153,21 @@ class ReuseIndex:
                 self._store.put(index_key(entry["key"]), json.dumps(entry).encode(), durable=False)
         except BaseException as error:
             self._on_error(error)
+
+
+def content_key(step_name: str, inputs: str, fingerprint: Fingerprint) -> str:
+    """What makes two calls equal across runs."""
+    parts = [FORMAT, step_name, inputs, fingerprint.code, sorted(fingerprint.libraries.items())]
+    return hashlib.sha256(canonical(parts)).hexdigest()
+
+
+def code_key(name: str) -> str:
+    """Where the parts of a fingerprint, or its library versions, are kept."""
+    return f"code/{name}.json"
+
+
+def libraries_id(libraries: dict[str, str]) -> str:
+    return f"libraries-{hashlib.sha256(canonical(libraries)).hexdigest()[:16]}"
 
 
 def index_key(key: str) -> str:

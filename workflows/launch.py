@@ -181,6 +181,16 @@ def resume(store: Store, run_id: str, settings: RunSettings, reports: Path) -> P
     return run(launch, settings.model_copy(update={"run_id": run_id}), reports)
 
 
+def import_code(name: str) -> Any:
+    """The object behind `module:name`, as a command that was given no file finds it: from the working folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    _import_from(Path.cwd(), None)
+    return load_name(name)
+
+
 def _keywords(workflow: Workflow[..., Any], tree: dict[str, Any], source: str) -> dict[str, Any]:
     parameters = inspect.signature(workflow.fn).parameters
     for key in tree:

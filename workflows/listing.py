@@ -23,6 +23,7 @@ from workflows.progress import show_seconds
 from workflows.runs import RunSummary, RunView, StepView, artifacts_of, find_steps, load_run, read_log
 from workflows.values import artifact_records
 from workflows.waits import command
+from workflows.why import Why
 
 STYLES = {"finished": "green", "committed": "green", "reused": "green", "running": "bold", "failed": "red"}
 
@@ -85,6 +86,16 @@ def show_step(step: StepView, as_json: bool = False) -> None:
         click.echo(redact(step.error.get("traceback") or step.error.get("message", "")))
     if step.result is not None:
         click.echo(redact(json.dumps(step.result, indent=2)))
+
+
+def show_why(answers: Iterable[Why], as_json: bool = False) -> None:
+    """Why calls ran, were reused, or would run again."""
+    if as_json:
+        click.echo(redact(json.dumps([asdict(answer) for answer in answers], indent=2)))
+        return
+    for answer in answers:
+        for line in answer.sentences():
+            click.echo(redact(line))
 
 
 def show_logs(store: Store, run_id: str, steps: Iterable[StepView]) -> None:

@@ -125,5 +125,6 @@ def _count(found: Survey, run: StoredRun) -> None:
     for record, reference in references_of(run):
         found.references.setdefault(record["location"], []).append(reference)
         found.attempts.add(record["location"].rpartition("/")[0])
-    found.codes |= {commit["code"] for commit in run.state.commits.values() if commit.get("code")}
+    for commit in run.state.commits.values():
+        found.codes |= {commit.get("code", ""), commit.get("libraries", "")}
     found.packages |= packages_of(run)
