@@ -8,7 +8,6 @@ itself is that of the running Python version.
 
 import ast
 import hashlib
-import importlib
 import inspect
 import re
 import sysconfig
@@ -22,6 +21,7 @@ from data.config import CorpusSettings
 from data.tasks.problem import Split, side_of
 from data.tasks.stdlib import MODULES, public_names
 from infra.errors import DataError
+from infra.imports import import_standard
 
 _SKIPPED_FOLDERS = (
     *("test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3"),
@@ -199,7 +199,7 @@ def _is_compiled(value: type) -> bool:
 def _public_objects() -> Iterator[tuple[str, Any]]:
     for module_name in MODULES.split():
         try:
-            module = importlib.import_module(module_name)
+            module = import_standard(module_name)
         except ImportError:
             continue
         for name, _ in public_names(module):

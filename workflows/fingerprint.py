@@ -106,9 +106,13 @@ class _Walk:
             self.parts[key] = self._text_of(module, statements)
             for statement in statements:
                 self._follow(module, statement)
+            for target in module.imports.get(name, ()):  # try: import it; except ImportError: define it
+                self._target(target, [])
         elif name in module.imports:
-            self.parts[key] = repr(module.imports[name])
-            self._target(module.imports[name], [])
+            targets = module.imports[name]
+            self.parts[key] = repr(targets[0] if len(targets) == 1 else targets)
+            for target in targets:
+                self._target(target, [])
         elif self._index.module(f"{module_name}.{name}") is not None:
             self.whole(f"{module_name}.{name}")
         elif any(self._index.module(star) is not None for star in module.star_imports):
@@ -148,7 +152,7 @@ class _Walk:
             for target in module.imported_modules:
                 if self._index.module(target) is not None:
                     self._enter(target)
-            for alias in module.imports.values():
+            for alias in (each for targets in module.imports.values() for each in targets):
                 if alias.name and self._index.module(f"{alias.module}.{alias.name}") is not None:
                     self._enter(f"{alias.module}.{alias.name}")
         return module
@@ -164,14 +168,16 @@ class _Walk:
             if head in BLINDING:
                 self.whole(module.name)
             elif head in imports:
-                self._target(imports[head], rest)
+                for target in imports[head]:
+                    self._target(target, rest)
             elif head in module.imports and head not in module.bindings:
-                self._target(module.imports[head], rest)
+                for target in module.imports[head]:
+                    self._target(target, rest)
             elif head in module.bindings or module.star_imports:
                 self.reach(module.name, head)
         if reading.blind_imports:
             self._whole_package(module)
-        for target in imports.values():
+        for target in (each for targets in imports.values() for each in targets):
             self._enter(target.module)
             if target.name and self._index.module(f"{target.module}.{target.name}") is not None:
                 self._enter(f"{target.module}.{target.name}")

@@ -29,13 +29,14 @@ class Import:
 
 @dataclass
 class Module:
-    """One source file: statements that bind each top-level name, imports, and statements with effects."""
+    """One source file: statements that bind each top-level name, imports (several of one name where conditions choose
+    among them), and statements with effects."""
 
     name: str
     file: Path
     tree: ast.Module
     bindings: dict[str, list[ast.stmt]] = field(default_factory=dict)
-    imports: dict[str, Import] = field(default_factory=dict)
+    imports: dict[str, list[Import]] = field(default_factory=dict)
     star_imports: list[str] = field(default_factory=list)
     imported_modules: list[str] = field(default_factory=list)
     effects: list[ast.stmt] = field(default_factory=list)
@@ -49,7 +50,7 @@ class Reading:
     text: str
     chains: tuple[tuple[str, ...], ...]
     constants: tuple[str, ...]
-    imports: dict[str, Import]
+    imports: dict[str, list[Import]]
     blind_imports: bool
 
 
@@ -110,22 +111,25 @@ def resolve_import(module: Module, node: ast.ImportFrom) -> str:
     return importlib.util.resolve_name("." * node.level + (node.module or ""), package)
 
 
-def local_imports(module: Module, node: ast.AST) -> dict[str, Import]:
-    """What import statements inside `node` bind: local name -> target."""
-    found: dict[str, Import] = {}
+def local_imports(module: Module, node: ast.AST) -> dict[str, list[Import]]:
+    """What import statements inside `node` bind: local name -> every target that it may have."""
+    found: dict[str, list[Import]] = {}
     for child in ast.walk(node):
         if isinstance(child, ast.Import):
             for alias in child.names:
-                if alias.asname:
-                    found[alias.asname] = Import(alias.name, None)
-                else:
-                    found[alias.name.partition(".")[0]] = Import(alias.name.partition(".")[0], None)
+                name = alias.asname or alias.name.partition(".")[0]
+                _add(found, name, Import(alias.name if alias.asname else name, None))
         elif isinstance(child, ast.ImportFrom):
             target = resolve_import(module, child)
             for alias in child.names:
                 if alias.name != "*":
-                    found[alias.asname or alias.name] = Import(target, alias.name)
+                    _add(found, alias.asname or alias.name, Import(target, alias.name))
     return found
+
+
+def _add(found: dict[str, list[Import]], name: str, target: Import) -> None:
+    if target not in found.setdefault(name, []):
+        found[name].append(target)
 
 
 def strip(node: ast.AST) -> ast.AST:
@@ -234,7 +238,9 @@ def _index(module: Module, statement: ast.stmt) -> None:
                 module.bindings.setdefault(child.name, []).append(statement)
             elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
                 module.bindings.setdefault(child.id, []).append(statement)
-        module.imports.update(local_imports(module, statement))
+        for name, found in local_imports(module, statement).items():
+            for imported in found:
+                _add(module.imports, name, imported)
 
 
 def _never_imported(statement: ast.stmt) -> bool:

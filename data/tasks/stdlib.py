@@ -4,13 +4,13 @@ All listed modules exist in Python 3.11 to 3.13. Which side a name falls on depe
 only one version has moves no other.
 """
 
-import importlib
 import inspect
 from random import Random
 from types import ModuleType
 
 from data.config import TaskSettings
 from data.tasks.problem import Draw, TaskKind
+from infra.imports import import_standard
 
 MODULES = """
 ast base64 bisect calendar cmath codecs collections configparser contextlib copy csv datetime decimal difflib dis
@@ -49,7 +49,7 @@ def _sorted_names() -> dict[str, list[str]]:
     owners: dict[str, list[tuple[str, str]]] = {}
     for module_name in MODULES.split():
         try:
-            module = importlib.import_module(module_name)
+            module = import_standard(module_name)
         except ImportError:  # this Python was built without it (sqlite3 on some machines)
             continue
         for name, kind in public_names(module):
