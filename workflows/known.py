@@ -6,6 +6,7 @@ value (an artifact by its digest), so when a step is run again and gives the sam
 """
 
 import hashlib
+import inspect
 import json
 import queue
 import threading
@@ -56,6 +57,8 @@ class Known:
             self._saved[found.code] = libraries_id(found.libraries)
             self.store.put_if_absent(code_key(found.code), json.dumps(found.parts).encode())
             self.store.put_if_absent(code_key(self._saved[found.code]), json.dumps(found.libraries).encode())
+        names = json.dumps(list(inspect.signature(step.fn).parameters)).encode()
+        self.store.put(parameters_key(found.code, step.name), names, durable=False)
         return found
 
     def libraries_of(self, code: str) -> str:
@@ -164,6 +167,11 @@ def content_key(step_name: str, inputs: str, fingerprint: Fingerprint) -> str:
 def code_key(name: str) -> str:
     """Where the parts of a fingerprint, or its library versions, are kept."""
     return f"code/{name}.json"
+
+
+def parameters_key(code: str, step_name: str) -> str:
+    """Where the names of a step's parameters are kept, for those who show its arguments without its code."""
+    return code_key(f"{code}.{step_name.rpartition(':')[2]}")
 
 
 def libraries_id(libraries: dict[str, str]) -> str:

@@ -117,10 +117,7 @@ def load_run(store: Store, run_id: str) -> RunView:
     Raises:
         UserError: there is no such run; the nearest name is in the message.
     """
-    raw = store.get(f"runs/{run_id}/run.json") if run_id and "/" not in run_id else None
-    if raw is None:
-        raise UserError(f"no run {run_id!r} in {store.url}{_nearest(run_id, store.folders('runs'))}")
-    metadata = json.loads(raw)
+    metadata = load_metadata(store, run_id)
     state = read_journal(store, run_id)
     status = run_status(store, run_id, state)
     return RunView(
@@ -136,6 +133,19 @@ def load_run(store: Store, run_id: str) -> RunView:
         result=state.end.get("result") if state.end else None,
         error=state.end.get("error") if state.end else None,
     )
+
+
+def load_metadata(store: Store, run_id: str) -> Record:
+    """What a run was started with: `workflow`, `recipe`, `created`, ...
+
+    Raises:
+        UserError: there is no such run; the nearest name is in the message.
+    """
+    raw = store.get(f"runs/{run_id}/run.json") if run_id and "/" not in run_id else None
+    if raw is None:
+        raise UserError(f"no run {run_id!r} in {store.url}{nearest(run_id, store.folders('runs'))}")
+    metadata: Record = json.loads(raw)
+    return metadata
 
 
 def run_status(store: Store, run_id: str, state: JournalState) -> str:
@@ -161,7 +171,7 @@ def find_steps(view: RunView, text: str) -> list[StepView]:
     exact = [step for step in view.steps if step.call_id == text]
     found = exact or [step for step in view.steps if step.step.rpartition(":")[2] == text]
     if not found:
-        raise UserError(f"run {view.run_id} has no step {text!r}{_nearest(text, (s.call_id for s in view.steps))}")
+        raise UserError(f"run {view.run_id} has no step {text!r}{nearest(text, (s.call_id for s in view.steps))}")
     return found
 
 
@@ -250,7 +260,8 @@ def _committed(commit: Record, attempts: tuple[str, ...], message: str) -> StepV
     )
 
 
-def _nearest(text: str, known: Iterable[str]) -> str:
+def nearest(text: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known one that is meant, or what there is."""
     import difflib
 
     names = list(known)

@@ -1,98 +1,209 @@
-"""What the page and the command line see of a store, as JSON-able dictionaries. No Ray, no HTTP."""
+"""What the service says of runs, as JSON-able dictionaries read from the store: no Ray, no web framework.
 
+    cache = RunCache()
+    runs(store)                       the list
+    run(cache, store, id)             one run: summary, counts, recipe, error, result
+    steps(cache, store, id, after)    its calls, only those that changed since version `after`
+    step(cache, store, id, call)      one call with everything that is known of it
+    log(cache, store, id, call, ...)  what an attempt printed, from an offset on
+    metrics(cache, store, id, ...)    curves: live from the history, after the end from the results
+    lineage(cache, store, id, digest) who made an artifact, from what (workflows.service.lineage)
+
+Texts pass through `infra.telemetry.redact`. Errors are UserError (no such run, no such step) and StoreError.
+"""
+
+from pathlib import Path
 from typing import Any
 
-from infra.errors import UserError
+from infra.errors import StoreError, UserError
 from infra.storage import Store
 from infra.telemetry import redact
-from workflows.history import read_history
-from workflows.runs import RunView, StepView, artifacts_of, find_steps, list_runs, load_run
-from workflows.values import brief
+from workflows.artifacts import Artifact, read_manifest
+from workflows.journal import Record
+from workflows.runs import list_runs, nearest
+from workflows.service.calls import attempts_of, call_arguments, code_of, error_of, origin_of
+from workflows.service.curves import metrics
+from workflows.service.lineage import lineage
+from workflows.service.replay import Replay, RunCache, open_run
+from workflows.service.shown import name_artifacts, shown, shown_parameters
+from workflows.values import artifact_records
+
+__all__ = ["RunCache", "lineage", "log", "metrics", "run", "runs", "step", "steps"]
 
 Json = dict[str, Any]
-CHUNK = 256 << 10
-
-
-class RunCache:
-    """What was read of runs, kept between calls."""
-
-    def __init__(self) -> None:
-        self.steps: dict[str, dict[str, tuple[int, Json]]] = {}
+LOG_CHUNK = 256 << 10
+MOST_FILES = 200
 
 
 def runs(store: Store) -> list[Json]:
-    """Every run, newest first."""
-    names = ("run_id", "workflow", "status", "created", "ended", "counts", "driver")
-    return [{name: getattr(view, name) for name in names} for view in list_runs(store)]
+    """Every run, newest first: {run_id, workflow, status, created, ended, counts, driver}."""
+    return [
+        {
+            "run_id": view.run_id,
+            "workflow": view.workflow,
+            "status": view.status,
+            "created": view.created,
+            "ended": view.ended,
+            "counts": view.counts,
+            "driver": view.driver,
+        }
+        for view in list_runs(store)
+    ]
 
 
 def run(cache: RunCache, store: Store, run_id: str) -> Json:
-    """One run: head, recipe, result and error."""
-    view = load_run(store, run_id)
-    return {**_head(view), "recipe": view.recipe, "error": view.error, "result": brief(view.result)}
+    """One run's summary. `can` says which buttons make sense."""
+    metadata, replay = open_run(cache, store, run_id)
+    head = replay.head
+    end, lease = head.end or {}, head.lease
+    return {
+        "run_id": run_id,
+        "workflow": metadata["workflow"],
+        "status": replay.status,
+        "created": metadata["created"],
+        "ended": end.get("time"),
+        "counts": replay.counts(),
+        "driver": f"process {lease['pid']} on {lease['host']}" if lease else "",
+        "drivers": head.drivers,
+        "store": redact(store.url),
+        "recipe": shown_parameters(metadata["recipe"], []),
+        "error": error_of(end.get("error")),
+        "result": shown(end.get("result")),
+        "artifacts": [_artifact(entry) for entry in artifact_records(end.get("result"))],
+        "can": {"cancel": replay.live, "resume": replay.status in ("interrupted", "failed", "cancelled")},
+    }
 
 
 def steps(cache: RunCache, store: Store, run_id: str, after: int = 0) -> Json:
-    """The steps that changed since version `after`, and the version now."""
-    known = cache.steps.setdefault(run_id, {})
-    version = max((changed for changed, _ in known.values()), default=0)
-    for view in load_run(store, run_id).steps:
-        now = _step(view)
-        if view.call_id not in known or known[view.call_id][1] != now:
-            known[view.call_id] = (version + 1, now)
-    version = max((changed for changed, _ in known.values()), default=0)
-    return {"version": version, "steps": [each for changed, each in known.values() if changed > after]}
+    """The calls that changed after version `after` (0: all), and the version to ask for next.
+
+    {"version", "status", "live", "reset", "steps": [{id, step, status, and where known: started, ended, seconds,
+    attempts, node, needs, reused_from, message}]}. `reset`: forget what you had. Between two versions the driver may
+    have died without a word: where `live` is false, what was running is interrupted.
+    """
+    _, replay = open_run(cache, store, run_id)
+    reset = after <= 0 or after > replay.head.slot
+    version = replay.head.slot
+    rows = replay.since(0 if reset else after)
+    return {"version": version, "status": replay.status, "live": replay.live, "reset": reset, "steps": rows}
 
 
 def step(cache: RunCache, store: Store, run_id: str, call_id: str) -> Json:
-    """One call with everything that is known of it."""
-    view = find_steps(load_run(store, run_id), call_id)[0]
-    result = None if view.result is None else brief(view.result)
-    return {**_step(view), "result": result, "error": view.error, "artifacts": artifacts_of(view)}
+    """One call: its row, arguments by name, result, attempts with their errors, code, artifacts with their files.
+
+    Raises:
+        UserError: the run has no such call.
+    """
+    _, replay = open_run(cache, store, run_id)
+    row = _row(replay, call_id)
+    records = replay.records(call_id)
+    commit = next((record for record in records if record["type"] == "commit"), None)
+    attempts = attempts_of(records, commit, replay.live)
+    origin = None if commit is None else origin_of(cache, store, run_id, commit)
+    last = next((attempt["error"] for attempt in reversed(attempts) if attempt.get("error")), None)
+    waits = next((record for record in records if record["type"] == "wait"), None)
+    found = commit or {}
+    return {
+        **replay.shown(row),
+        "step": row["step"],
+        "arguments": None if commit is None else name_artifacts(call_arguments(cache, store, commit), replay.names),
+        "result": shown(found.get("result")),
+        "error": None if commit else last,
+        "tries": attempts,
+        "key": found.get("key"),
+        "code": code_of(cache, store, found.get("code")),
+        "origin": None if origin is None else {"run_id": origin[0], "id": origin[1]["call"]},
+        "wait": None if waits is None else {"message": redact(waits.get("message") or ""), "since": waits["time"]},
+        "artifacts": [
+            _artifact(entry) | _files(cache, store, entry) for entry in artifact_records(found.get("result"))
+        ],
+    }
 
 
 def log(cache: RunCache, store: Store, run_id: str, call_id: str = "", attempt: str = "", offset: int = 0) -> Json:
-    """A piece of what an attempt (default: the last one) printed, from byte `offset`; a negative one counts from the
-    end. Without a call: what the run's last driver printed."""
-    attempts: tuple[str, ...] = ()
-    if call_id:
-        attempts = find_steps(load_run(store, run_id), call_id)[0].attempts
-        chosen = attempt or (attempts[-1] if attempts else "")
-        raw = store.get(f"runs/{run_id}/attempts/{chosen}/log.txt") or b""
-    else:
-        logs = list(store.list(f"runs/{run_id}/driver"))
-        raw = (store.get(logs[-1]) if logs else None) or b""
-    start = max(0, len(raw) + offset) if offset < 0 else offset
-    piece = raw[start : start + CHUNK]
-    text = redact(piece.decode(errors="replace"))
-    return {"text": text, "start": start, "offset": start + len(piece), "attempts": list(attempts)}
+    """What an attempt (default: the last one) printed, from byte `offset` on; a negative one counts from the end.
+    Without a call: what the run's last driver printed.
+
+    {"text", "start", "offset", "attempt", "attempts", "ended"}: ask again from `offset`; `ended` says that no more will
+    come. Only whole lines are given while the attempt runs. A reused call has the log of the run that made it.
+
+    Raises:
+        UserError: no such run, call or attempt.
+    """
+    _, replay = open_run(cache, store, run_id)
+    if not call_id:
+        names = list(store.list(f"runs/{run_id}/driver"))
+        return _piece(store, names[-1] if names else None, offset, over=not replay.live)
+    running = replay.shown(_row(replay, call_id))["status"] == "running"
+    where, records = run_id, replay.records(call_id)
+    commit = next((record for record in records if record["type"] == "commit"), None)
+    if commit is not None and (origin := origin_of(cache, store, run_id, commit)) is not None:
+        where, commit = origin[0], origin[1]
+        records = open_run(cache, store, where)[1].records(commit["call"])
+    attempts = [entry["id"] for entry in attempts_of(records, commit, replay.live)]
+    if attempt and attempt not in attempts:
+        raise UserError(f"{call_id} has no attempt {attempt!r}")
+    chosen = attempt or (attempts[-1] if attempts else "")
+    key = f"runs/{where}/attempts/{chosen}/log.txt" if chosen else None
+    over = not running or chosen != attempts[-1]
+    return {**_piece(store, key, offset, over), "attempt": chosen, "attempts": attempts}
 
 
-def metrics(cache: RunCache, store: Store, run_id: str, call_id: str = "", after: str = "") -> Json:
-    """Progress and metrics since the cursor `after`, of one call or (empty) of all."""
-    events, cursor = read_history(store, run_id, after)
-    return {"version": cursor, "events": [event for event in events if call_id in ("", event["call"])]}
+def _piece(store: Store, key: str | None, offset: int, over: bool) -> Json:
+    """A part of a log as text; whole lines while more may come."""
+    start, data = _tail(store, key, offset) if key else (0, b"")
+    full = len(data) == LOG_CHUNK
+    if full or not over:
+        data = data[: data.rfind(b"\n") + 1] or (data if full else b"")
+    text = redact(data.decode(errors="replace"))
+    return {"text": text, "start": start, "offset": start + len(data), "ended": over and not full}
 
 
-def lineage(cache: RunCache, store: Store, run_id: str, digest: str) -> Json:
-    """Which call of the run made an artifact."""
-    for view in load_run(store, run_id).steps:
-        for entry in artifacts_of(view):
-            if entry["digest"].startswith(digest):
-                return {"digest": entry["digest"], "call": _step(view)}
-    raise UserError(f"run {run_id} has no artifact {digest!r}")
+def _row(replay: Replay, call_id: str) -> Json:
+    row = replay.rows.get(call_id)
+    if row is None:
+        raise UserError(f"run {replay.run_id} has no step {call_id!r}{nearest(call_id, replay.rows)}")
+    return row
 
 
-def _head(view: RunView) -> Json:
-    counts: dict[str, int] = {}
-    for each in view.steps:
-        counts[each.status] = counts.get(each.status, 0) + 1
-    head = {"run_id": view.run_id, "workflow": view.workflow, "status": view.status, "created": view.created}
-    return {**head, "ended": view.ended, "counts": counts, "driver": view.driver}
+def _artifact(entry: Record) -> Json:
+    return {
+        "digest": entry["digest"],
+        "name": entry["name"],
+        "location": entry["location"],
+        "meta": shown(entry["meta"]),
+    }
 
 
-def _step(view: StepView) -> Json:
-    names = ("status", "started", "ended", "seconds", "node", "reused_from")
-    message = str(view.error["message"]) if view.error else getattr(view, "message", "")
-    head = {"id": view.call_id, "step": view.step, **{name: getattr(view, name) for name in names}}
-    return {**head, "attempts": len(view.attempts), "needs": list(getattr(view, "needs", ())), "message": message}
+def _files(cache: RunCache, store: Store, entry: Record) -> Json:
+    """What is in an artifact: {"files": [{path, size}], "bytes", "count"}; {} where it is no longer in the store."""
+
+    def read() -> Json:
+        try:
+            files = read_manifest(store, Artifact.from_record(entry, None))
+        except StoreError:
+            return {}
+        first = [{"path": file.path, "size": file.size} for file in files[:MOST_FILES]]
+        return {"files": first, "count": len(files), "bytes": sum(file.size for file in files)}
+
+    found: Json = cache.fact(f"{store.url} files {entry['location']}", read)
+    return found
+
+
+def _tail(store: Store, key: str, offset: int) -> tuple[int, bytes]:
+    """(where it starts, up to LOG_CHUNK bytes) of an object; a folder's file is read in place."""
+    local: Path | None = store.local_path(key)
+    if local is None:
+        whole = store.get(key) or b""
+        start = min(len(whole), offset if offset >= 0 else max(0, len(whole) + offset))
+        return start, whole[start : start + LOG_CHUNK]
+    try:
+        with local.open("rb") as stream:
+            size = stream.seek(0, 2)
+            start = min(size, offset if offset >= 0 else max(0, size + offset))
+            stream.seek(start)
+            return start, stream.read(LOG_CHUNK)
+    except FileNotFoundError:
+        return 0, b""
+    except OSError as error:
+        raise StoreError(f"--store {store.url}: cannot use {key}: {error.strerror}") from error
