@@ -42,16 +42,40 @@ def read_tree(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[st
     Raises:
         ConfigError: the file is missing or is no TOML, or an override is malformed.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            tree = tomllib.loads(Path(path).read_text())
-        except FileNotFoundError:
-            raise ConfigError(f"recipe {path}: no such file") from None
-        except OSError as error:
-            raise ConfigError(f"recipe {path}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"recipe {path}: not valid TOML: {error}") from None
+    return parse_tree("" if path is None else read_text(path), str(path), overrides)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a recipe file.
+
+    Raises:
+        ConfigError: the file is missing or is no text.
+    """
+    try:
+        return Path(path).read_text()
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"recipe {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"recipe {path}: not valid TOML: {error}") from None
+
+
+def parse_tree(text: str, source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe's text as a tree, overrides applied, not validated; errors call it `source`."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {source}: not valid TOML: {error}") from None
+    return override_tree(tree, overrides)
+
+
+def override_tree(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply `--set section.key=value` to a tree, in place.
+
+    Raises:
+        ConfigError: an override is malformed.
+    """
     for override in overrides:
         _apply_override(tree, override)
     return tree

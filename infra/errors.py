@@ -6,6 +6,7 @@ RecuaError
 │   ├── DataError              a malformed input file: file and line
 │   ├── CheckpointError        weights or a manifest that do not fit
 │   ├── ResourceError          a request that this cluster can never meet
+│   ├── RunBusy                another driver works on this run
 │   └── NonDeterminismError    a resumed workflow body took another path
 ├── Denied                     somebody said no where a workflow asked for an approval
 ├── StoreError                 the store is unreachable, refuses, or returned damaged data
@@ -41,6 +42,10 @@ class CheckpointError(UserError):
 
 class ResourceError(UserError):
     """A request for CPUs, GPUs, memory, disk or a port that can never be met here."""
+
+
+class RunBusy(UserError):
+    """Another driver, alive, works on this run."""
 
 
 class NonDeterminismError(UserError):

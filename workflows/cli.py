@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from workflows.service import commands as service_commands
+
 if TYPE_CHECKING:
     from infra.storage import Store
     from workflows.config import RunSettings
@@ -24,6 +26,7 @@ Examples:
   recua run FILE --recipe R --plan                 what would run, what is reused; runs nothing
   recua run FILE --recipe R --rerun build_corpus   a new run that reuses everything else
   recua run FILE --recipe R --store s3://bucket/runs --address auto
+  recua run FILE --recipe R --detach               hand it to the service that `recua up` started
 """
 
 GC_EXAMPLES = """
@@ -84,6 +87,8 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--reports", default="runs", metavar="DIR", help="Where DIR/RUN/report.html goes  [default: runs]."
         ),
+        click.option("--detach", is_flag=True, help="Hand it to the service (`recua up`) and return."),
+        service_commands.service_options,
     ]
     for option in reversed(options):
         command = option(command)
@@ -170,7 +175,9 @@ def cancel(run_id: str, store: str | None) -> None:
     """Ask RUN's driver to stop and wait for it; the run can be resumed."""
     from workflows.runs import cancel_run
 
-    status = cancel_run(_open(_settings(store=store)), run_id)
+    opened = _open(_settings(store=store))
+    service_commands.withdraw(opened, run_id)
+    status = cancel_run(opened, run_id)
     click.echo(f"run {run_id} is {status}")
     if status == "running":
         sys.exit(1)
@@ -325,9 +332,13 @@ def chat(
     chat_loop(address, token, authority, system, max_tokens, temperature, say=_say)
 
 
+for command in (service_commands.up, service_commands.down, service_commands.watch):
+    main_group.add_command(command)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The console script: runs a command and exits with its code."""
-    sys.exit(_guarded(lambda: main_group(arguments, prog_name="recua", standalone_mode=False)))
+    sys.exit(guarded(lambda: main_group(arguments, prog_name="recua", standalone_mode=False)))
 
 
 def run_script(file: str) -> None:
@@ -341,7 +352,7 @@ def run_script(file: str) -> None:
         epilog=RUN_EXAMPLES,
         context_settings=main_group.context_settings,
     )
-    sys.exit(_guarded(lambda: command(prog_name=path.name, standalone_mode=False)))
+    sys.exit(guarded(lambda: command(prog_name=path.name, standalone_mode=False)))
 
 
 def _run(
@@ -355,9 +366,16 @@ def _run(
     new: bool,
     rerun: tuple[str, ...],
     address: str | None,
+    detach: bool,
+    service: str | None,
+    token_file: str | None,
 ) -> None:
     from workflows import launch
 
+    if detach and not only_plan:
+        options = {"store": store, "run_id": run_id, "new": new, "rerun": list(rerun)}
+        service_commands.detach(file, recipe, overrides, service, token_file, **options)
+        return
     settings = _settings(store=store, run_id=run_id, new=new, rerun=rerun, ray_address=address)
     prepared = launch.prepare(file, recipe, overrides)
     if only_plan:
@@ -369,7 +387,7 @@ def _run(
     launch.run(prepared, settings, Path(reports))
 
 
-def _guarded(command: Callable[[], Any]) -> int:
+def guarded(command: Callable[[], Any]) -> int:
     """Run a command; every expected error becomes one clear line per problem on stderr, and the exit code."""
     from infra.errors import RecuaError
 

@@ -34,7 +34,7 @@ class RunSettings(Settings):
     """Cluster to join; default: RAY_ADDRESS, else a fresh local Ray."""
 
     ray_options: dict[str, Any] = Field(default_factory=dict)
-    """More arguments for ray.init of a local Ray (num_cpus, resources, ...)."""
+    """More arguments for ray.init: of a local Ray (num_cpus, resources, ...), of any (runtime_env, namespace)."""
 
     max_in_flight: int = Field(default=256, ge=1)
     """Most step attempts that Ray holds at once."""

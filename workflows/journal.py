@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infra.errors import FencedError, StoreError, UserError
+from infra.errors import FencedError, RunBusy, StoreError, UserError
 from infra.storage import Store
 
 FORMAT = 1
@@ -149,7 +149,8 @@ class Journal:
         still for the lease's time. `of_removed`: of a run that is being removed, too, so that nobody else has it.
 
         Raises:
-            UserError: another driver is alive, or the run was removed.
+            RunBusy: another driver is alive.
+            UserError: the run was removed.
             StoreError: the store fails.
         """
         owner = uuid.uuid4().hex
@@ -205,7 +206,7 @@ def _wait_for_silence(store: Store, run_id: str, lease: Record, slot: int) -> No
     while time.monotonic() < deadline:
         time.sleep(min(0.2, lease["ttl_s"] / 10))
         if store.get(lease_key(run_id, slot)) != seen:
-            raise UserError(
+            raise RunBusy(
                 f"run {run_id} is being driven by process {lease['pid']} on {lease['host']}; wait for it, "
                 f"`recua cancel {run_id}`, or start another run with --new"
             )

@@ -15,12 +15,13 @@ import importlib
 import inspect
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from infra.config import Settings, load, read_tree
+from infra.config import Settings, read_tree, validate
 from infra.errors import ConfigError, UserError
 from infra.machine import local_resources
 from infra.storage import Store, open_store
@@ -75,21 +76,33 @@ def load_workflow_file(file: Path) -> ModuleType:
     return module
 
 
-def prepare(file: Path, recipe: str | None, overrides: tuple[str, ...]) -> Launch:
+def prepare(file: Path, recipe: str | None, overrides: Sequence[str]) -> Launch:
     """Load the file, find its workflow, validate the recipe.
 
     Raises:
         UserError: what is wrong, naming file or setting.
     """
     module = load_workflow_file(file)
-    workflow = find_workflow(module, file)
     if recipe is None and (default := getattr(module, "RECIPE_FILE", None)):
         recipe = str(module_of_file(file)[1] / default)
+    return with_recipe(module, file, read_tree(recipe, overrides), recipe or "recipe", overrides)
+
+
+def with_recipe(
+    module: ModuleType, file: Path, tree: dict[str, Any], source: str, overrides: Sequence[str] = ()
+) -> Launch:
+    """The file's workflow with a recipe that was read from `source`, overrides applied already; validates it.
+
+    Raises:
+        UserError: what is wrong, naming file or setting.
+    """
+    workflow = find_workflow(module, file)
     schema = getattr(module, "RECIPE", None)
-    if schema is not None:
-        assert isinstance(schema, type) and issubclass(schema, Settings), "RECIPE must be a class of settings"
-        return Launch(module, workflow, (load(recipe, schema, overrides),), {})
-    return Launch(module, workflow, (), _keywords(workflow, read_tree(recipe, overrides), recipe or "recipe"))
+    if schema is None:
+        return Launch(module, workflow, (), _keywords(workflow, tree, source))
+    assert isinstance(schema, type) and issubclass(schema, Settings), "RECIPE must be a class of settings"
+    overridden = {override.partition("=")[0] for override in overrides}
+    return Launch(module, workflow, (validate(tree, schema, source, overridden),), {})
 
 
 def find_workflow(module: ModuleType, file: Path) -> Workflow[..., Any]:

@@ -22,6 +22,8 @@ from workflows.names import import_roots
 from workflows.worker import bootstrap
 
 NODES_AGE_S = 5.0
+JOINING = ("namespace", "runtime_env")
+"""Arguments of ray.init that concern the job; the others are the cluster's."""
 Done = Callable[[bytes | None, BaseException | None], None]
 
 
@@ -118,7 +120,10 @@ class Placement:
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         try:
             if address:
-                ray.init(address=address, **quiet)
+                options = {
+                    name: self._settings.ray_options[name] for name in JOINING if name in self._settings.ray_options
+                }
+                ray.init(address=address, **quiet, **options)
             else:
                 options = {"include_dashboard": False, **quiet, **self._settings.ray_options}
                 ray.init(address="local", **options)

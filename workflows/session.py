@@ -62,7 +62,7 @@ def run(
     settings = settings or RunSettings()
     store = open_store(settings.store)
     store.check()
-    run_id, metadata = _open_run(store, workflow, {"args": list(args), "kwargs": kwargs}, settings)
+    run_id, metadata = open_run(store, workflow, {"args": list(args), "kwargs": kwargs}, settings)
     source = ArtifactSource(store.url, settings.cache)
     state = read_journal(store, run_id)
     if state.end is not None and state.end["status"] == "finished":
@@ -108,7 +108,7 @@ def removed_runs(store: Store) -> Iterator[str]:
         yield key.rpartition("/")[2].removesuffix(".json")
 
 
-def _open_run(
+def open_run(
     store: Store, workflow: Workflow[..., Any], arguments: Record, settings: RunSettings
 ) -> tuple[str, Record]:
     """The run's id and metadata; the metadata is written where the run is new."""

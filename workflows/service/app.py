@@ -53,7 +53,7 @@ def create_app(store: Store, control: Control, digests: Collection[str], hosts: 
     def healthz() -> Any:
         return {"status": "ok", "token_required": bool(digests)}
 
-    app.include_router(_reading(store), prefix="/api/v1", dependencies=[Depends(authorized)])
+    app.include_router(_reading(store, control), prefix="/api/v1", dependencies=[Depends(authorized)])
     app.include_router(_acting(store, control), prefix="/api/v1", dependencies=[Depends(authorized)])
     app.mount("/assets", StaticFiles(directory=PAGE, check_dir=False))
 
@@ -64,7 +64,7 @@ def create_app(store: Store, control: Control, digests: Collection[str], hosts: 
     return app
 
 
-def _reading(store: Store) -> APIRouter:
+def _reading(store: Store, control: Control) -> APIRouter:
     """Routes that only read."""
     router = APIRouter(tags=["runs"])
     cache = views.RunCache()
@@ -72,12 +72,12 @@ def _reading(store: Store) -> APIRouter:
     @router.get("/runs", response_model=list[models.RunHead])
     def runs() -> Any:
         """Every run of the store, newest first."""
-        return _json(views.runs(store))
+        return _json([{**each, "active": control.is_active(each["run_id"])} for each in views.runs(store)])
 
     @router.get("/runs/{run}", response_model=models.Run)
     def run(run: str) -> Any:
         """One run with its recipe, result and error."""
-        return _json(views.run(cache, store, run))
+        return _json({**views.run(cache, store, run), "active": control.is_active(run)})
 
     @router.get("/runs/{run}/steps", response_model=models.Steps)
     def steps(run: str, after: int = 0) -> Any:
@@ -110,6 +110,11 @@ def _reading(store: Store) -> APIRouter:
 def _acting(store: Store, control: Control) -> APIRouter:
     """Routes that start, stop and answer."""
     router = APIRouter(tags=["actions"])
+
+    @router.get("/service", response_model=models.Service)
+    def service() -> Any:
+        """Which store it works on, and the runs that it drives."""
+        return {"store": redact(store.url), "active": control.active()}
 
     @router.get("/packages/{sha256}", response_model=models.PackageState)
     def has_package(sha256: str) -> Any:

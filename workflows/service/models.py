@@ -16,17 +16,25 @@ class Health(Answer):
     token_required: bool
 
 
+class Service(Answer):
+    store: str
+    active: list[str]
+    """Runs that it drives to their ends."""
+
+
 class RunHead(Answer):
     run_id: str
     workflow: str
     status: str
-    """submitted, running, interrupted (no driver), finished, failed, cancelled."""
+    """running, interrupted (no driver), finished, failed, cancelled."""
     created: float
     """Seconds since the epoch, as all times."""
     ended: float | None
     counts: dict[str, int]
     """Calls by status."""
     driver: str
+    active: bool
+    """The service drives it to its end: without a driver now, it will have one soon."""
 
 
 class Run(RunHead):

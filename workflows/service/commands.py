@@ -1,0 +1,137 @@
+"""The commands of the service: up, down, watch. Only click is imported here, as in workflows.cli."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where a client finds the service, and its token."""
+    url = click.option(
+        "--service", envvar="RECUA_SERVICE", metavar="URL", help="The service  [default: what `recua up` started]."
+    )
+    return url(token_option(command))
+
+
+def token_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--token-file."""
+    text = "File with the token  [default: RECUA_TOKEN, else ~/.recua/token]."
+    return click.option("--token-file", type=click.Path(), metavar="FILE", help=text)(command)
+
+
+@click.command()
+@click.option("--address", metavar="HOST:PORT", help="Ray cluster  [default: RAY_ADDRESS, else one is started here].")
+@click.option("--store", envvar="RECUA_STORE", metavar="URL", help="Where runs are kept  [default: ~/.recua/store].")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Interface that the service listens on.")
+@click.option("--port", default=8266, show_default=True, help="Port of the service.")
+@click.option("--no-auth", is_flag=True, help="Ask for no token; on this machine only.")
+@click.option("--allow-host", multiple=True, metavar="NAME", help="A name that clients call it by; repeatable.")
+@token_option
+def up(address: str | None, store: str | None, no_auth: bool, allow_host: tuple[str, ...], **given: Any) -> None:
+    """Start the graph service on a Ray cluster, or show where it is. It goes on with unfinished runs in the store."""
+    from infra.storage import default_store
+    from workflows.service.up import UpOptions
+    from workflows.service.up import up as bring_up
+
+    options = UpOptions(address=address, store=store or default_store(), auth=not no_auth, hosts=allow_host, **given)
+    bring_up(options, click.echo)
+
+
+@click.command()
+def down() -> None:
+    """Stop the service, and the Ray head if `recua up` started it. Unfinished runs go on with the next `recua up`."""
+    from workflows.service.up import down as take_down
+
+    take_down(click.echo)
+
+
+@click.command()
+@click.argument("run_id", metavar="RUN")
+@click.option("--store", envvar="RECUA_STORE", metavar="URL", help="Look into this store, without a service.")
+@service_options
+def watch(run_id: str, store: str | None, service: str | None, token_file: str | None) -> None:
+    """Follow RUN until it ends, wherever it is driven. Ctrl-C ends the watching, not the run; the exit code says how
+    the run ended."""
+    from workflows.progress import open_display
+    from workflows.service import watch as watching
+
+    source = _source(run_id, store, service, token_file)
+    try:
+        with open_display() as display:
+            run = watching.watch(source, display)
+    except KeyboardInterrupt:
+        click.echo(f"stopped watching; the run goes on (`recua watch {run_id}`, `recua cancel {run_id}`)", err=True)
+        sys.exit(130)
+    if error := run.get("error"):
+        _explain(error)
+    if run["status"] == "interrupted":
+        click.echo(f"run {run_id} has no driver: `recua resume {run_id}` goes on with it", err=True)
+    sys.exit(watching.exit_code(run))
+
+
+def detach(
+    file: Path,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    service: str | None,
+    token_file: str | None,
+    **given: Any,
+) -> None:
+    """`recua run --detach`."""
+    from workflows.service import places
+    from workflows.service.client import Client
+    from workflows.service.submit import submit
+
+    client = Client(places.service_url(service), places.read_token(token_file))
+    answer = submit(client, file, recipe, overrides, **given)
+    run_id, package = answer["run_id"], answer["package"]
+    for name in package.left_out:
+        click.echo(f"note: {name} is a link that leaves the working folder; it was not sent", err=True)
+    if answer["status"] == "finished":
+        click.echo(f"run {run_id} has finished already; nothing ran (--new starts another)")
+    elif answer["status"] == "running":
+        click.echo(f"run {run_id} is running already")
+    else:
+        click.echo(f"run {run_id} is submitted: {package.files} files of code, sha256 {package.sha256[:12]}")
+    click.echo(f"recua watch {run_id}")
+
+
+def withdraw(store: Any, run_id: str) -> None:
+    """Before `recua cancel`: no service shall go on with the run."""
+    from workflows.service import records
+
+    records.deactivate(store, run_id)
+
+
+def _source(run_id: str, store: str | None, service: str | None, token_file: str | None) -> Any:
+    """The service where one answers; the store where none is known, or --store was given."""
+    from infra.storage import default_store, open_store
+    from workflows.service import places
+    from workflows.service.client import Client, Unreachable
+    from workflows.service.watch import ServiceSource, StoreSource
+
+    place = places.read_place()
+    if service is not None or (place is not None and store in (None, place["store"])):
+        client = Client(places.service_url(service), places.read_token(token_file))
+        try:
+            client.get("/service")
+        except Unreachable:
+            if service is not None or place is None:
+                raise
+            store = store or place["store"]
+        else:
+            return ServiceSource(client, run_id)
+    return StoreSource(open_store(store or default_store()), run_id)
+
+
+def _explain(error: dict[str, Any]) -> None:
+    """The error that ended a run, as `recua run` prints it."""
+    from infra.telemetry import redact
+
+    if error.get("kind") == "user" and error.get("traceback"):
+        click.echo(redact(str(error["traceback"]).rstrip()), err=True)
+    for line in redact(str(error.get("message", ""))).splitlines():
+        click.echo(f"recua: error: {line}", err=True)

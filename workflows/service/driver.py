@@ -1,0 +1,152 @@
+"""The process that drives one submitted run; and the one that checks a submission before it is accepted.
+
+    python -m workflows.service.driver check|run FOLDER
+
+FOLDER has `task.json` and the unpacked package in `code/`, which is the working folder and first on sys.path: the
+package's own code is used everywhere. What became of it is written to `outcome.json`.
+
+A driver ends by itself, without an `end` record, when its cluster is gone: the run is continued on the next one.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from infra.config import override_tree, parse_tree
+from infra.errors import RecuaError, RunBusy, StoreError, UserError
+from infra.storage import open_store, write_text
+from workflows import launch, session
+from workflows.cli import guarded
+from workflows.config import RunSettings
+from workflows.launch import Launch
+from workflows.progress import PlainDisplay
+
+CLUSTER_GONE = 75
+WATCH_PERIOD_S = 2.0
+GCS_PATIENCE_S = 60.0
+"""How long the cluster's head service may be away: one that keeps its state elsewhere comes back."""
+Record = dict[str, Any]
+
+
+def main(command: str, folder: Path) -> int:
+    task: Record = json.loads((folder / "task.json").read_text())
+    outcome: Record = {}
+
+    def work() -> None:
+        try:
+            outcome.update(check(task) if command == "check" else run(task, folder))
+        except BaseException as error:
+            outcome.update(describe(error))
+            raise
+
+    code = guarded(work)
+    write_text(folder / "outcome.json", json.dumps({**outcome, "code": code}))
+    return code
+
+
+def describe(error: BaseException) -> Record:
+    """`error`: what a client is told; `kind`: user, busy (another driver has the run), store, or fault."""
+    if isinstance(error, RecuaError):
+        kinds = ((RunBusy, "busy"), (UserError, "user"), (StoreError, "store"))
+        return {"error": str(error), "kind": next((kind for each, kind in kinds if isinstance(error, each)), "fault")}
+    frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
+    where = "" if frame is None else f" ({Path(frame.filename).name}:{frame.lineno})"
+    return {"error": f"{type(error).__name__}: {error}{where}", "kind": "fault"}
+
+
+def prepare(submission: Record) -> Launch:
+    """The submitted workflow with its recipe, as `recua run` in the package's folder would have it."""
+    file, recipe, overrides = Path(submission["workflow_file"]), submission["recipe"], submission["overrides"]
+    if recipe is None:
+        return launch.prepare(file, None, overrides)
+    module, source = launch.load_workflow_file(file), submission["recipe_name"]
+    tree = parse_tree(recipe, source, overrides) if isinstance(recipe, str) else override_tree(recipe, overrides)
+    return launch.with_recipe(module, file, tree, source, overrides)
+
+
+def check(task: Record) -> Record:
+    """Refuse what `recua run` would refuse; else make the run and say which it is."""
+    submission = task["submission"]
+    names = ("run_id", "new", "rerun")
+    settings = RunSettings(store=task["store"], **{name: submission[name] for name in names})
+    prepared = prepare(submission)
+    store = open_store(settings.store)
+    if not launch.is_finished(prepared, store, settings):
+        prepared.preflight()
+        prepared.check_cluster(task["nodes"])
+    arguments = {"args": list(prepared.args), "kwargs": prepared.kwargs}
+    return {"run_id": session.open_run(store, prepared.workflow, arguments, settings)[0]}
+
+
+def run(task: Record, folder: Path) -> Record:
+    """Drive the run to its end."""
+    Watch(task["address"]).start()
+    options = {"runtime_env": {"working_dir": str(folder / "package.zip")}}
+    settings = RunSettings(store=task["store"], run_id=task["run_id"], ray_address=task["address"], ray_options=options)
+    reports = open_store(settings.store).local_path("runs") or folder / "reports"  # the store has them in either case
+    launch.run(prepare(task["submission"]), settings, reports, PlainDisplay(sys.stdout))
+    return {"run_id": task["run_id"]}
+
+
+class Watch:
+    """Ends this process when its Ray cluster is gone: this node's raylet at once, the head service after a while."""
+
+    def __init__(self, address: str, end: Callable[[int], None] = os._exit) -> None:
+        parts = urlsplit(f"//{address.rpartition('://')[2]}")
+        self._head = (parts.hostname or "", parts.port or 0)
+        self._raylet: str | None = None
+        self._end = end
+
+    def start(self) -> None:
+        threading.Thread(target=self.watch, name="recua-cluster", daemon=True).start()
+
+    def watch(self) -> None:
+        seen = time.monotonic()
+        while True:
+            time.sleep(WATCH_PERIOD_S)
+            self._raylet = self._raylet or raylet_socket()
+            if self._raylet and not answers(socket.AF_UNIX, self._raylet):
+                return self._gone("this node's raylet")
+            if answers(socket.AF_INET, self._head):
+                seen = time.monotonic()
+            elif time.monotonic() - seen > GCS_PATIENCE_S:
+                return self._gone(f"the cluster at {self._head[0]}:{self._head[1]}")
+
+    def _gone(self, what: str) -> None:
+        print(f"recua: {what} is gone; this driver ends, and the run goes on with the next `recua up`", flush=True)
+        self._end(CLUSTER_GONE)
+
+
+def raylet_socket() -> str | None:
+    """The socket of the raylet that this process is connected to, None before it is."""
+    import ray
+
+    if not ray.is_initialized():
+        return None
+    with contextlib.suppress(Exception):  # between connecting and connected
+        node: Any = ray._private.worker.global_worker.node
+        return str(node.raylet_socket_name)
+    return None
+
+
+def answers(family: socket.AddressFamily, address: Any) -> bool:
+    with socket.socket(family) as probe:
+        probe.settimeout(10)
+        try:
+            probe.connect(address)
+        except OSError:
+            return False
+        return True
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))

@@ -1,0 +1,91 @@
+"""What `recua up` leaves in ~/.recua for the other commands: where the service is, and the token.
+
+~/.recua/token          mode 0600, the bearer token
+~/.recua/service.json   {"url", "store", "address", "head": null or {"pid", "start", "mark", "folder"}}
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from infra.errors import ConfigError, UserError
+from infra.storage import appear, write_text
+
+Record = dict[str, Any]
+
+
+def home() -> Path:
+    return Path.home() / ".recua"
+
+
+def read_place() -> Record | None:
+    """What the last `recua up` of this user left, None where nothing is up."""
+    try:
+        place: Record = json.loads((home() / "service.json").read_text())
+        return place
+    except (OSError, ValueError):
+        return None
+
+
+def write_place(place: Record) -> None:
+    write_text(home() / "service.json", json.dumps(place, indent=2) + "\n")
+
+
+def forget_place() -> None:
+    with contextlib.suppress(FileNotFoundError):
+        (home() / "service.json").unlink()
+
+
+def service_url(given: str | None) -> str:
+    """--service, RECUA_SERVICE, or what `recua up` left.
+
+    Raises:
+        UserError: none of them.
+    """
+    place = read_place()
+    found = given or (place or {}).get("url")
+    if not found:
+        raise UserError("no service is known here: start one with `recua up`, or give --service URL (RECUA_SERVICE)")
+    return str(found).rstrip("/")
+
+
+def read_token(token_file: str | Path | None) -> str | None:
+    """--token-file, RECUA_TOKEN, or ~/.recua/token; None where there is none.
+
+    Raises:
+        ConfigError: the named file cannot be read or is empty.
+    """
+    if token_file is not None:
+        try:
+            token = Path(token_file).expanduser().read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--token-file {token_file}: {getattr(error, 'strerror', None) or error}") from None
+        if not token:
+            raise ConfigError(f"--token-file {token_file}: the file is empty")
+        return token
+    if token := os.environ.get("RECUA_TOKEN", "").strip():
+        return token
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return (home() / "token").read_text().strip() or None
+    return None
+
+
+def make_token(token_file: str | Path | None) -> str:
+    """The token as above, made and kept in ~/.recua/token where there is none."""
+    token = read_token(token_file)
+    if token is None:
+        token = secrets.token_urlsafe(32)
+        with appear(home() / "token") as temporary:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as stream:
+                stream.write(token + "\n")
+    return token
+
+
+def digest(token: str) -> str:
+    """All that the service knows of a token."""
+    return hashlib.sha256(token.encode()).hexdigest()

@@ -1,0 +1,42 @@
+"""`recua run --detach`: everything a run needs goes to the service, and nothing stays with the submitter."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from infra.config import read_text
+from infra.errors import ConfigError, UserError
+from workflows.service import packages
+from workflows.service.client import Client
+
+Json = dict[str, Any]
+
+
+def submit(client: Client, file: Path, recipe: str | None, overrides: tuple[str, ...], **given: Any) -> Json:
+    """Package the working folder, send it, submit. {"run_id", "status", "package"}; `given`: run_id, new, rerun, store.
+
+    Raises:
+        UserError: what `recua run` would refuse too.
+        ConfigError: the folder is too large, the service keeps runs elsewhere, or there is none.
+    """
+    if not file.is_file() or file.suffix != ".py":
+        raise UserError(f"workflow {file}: no such Python file")
+    text = None if recipe is None else read_text(recipe)
+    service = client.get("/service")
+    store = given.pop("store")
+    if store is not None and str(store).rstrip("/") != service["store"]:
+        raise ConfigError(f"--store {store}: the service keeps its runs in {service['store']}; leave --store out")
+    root = packages.working_folder(file)
+    with tempfile.TemporaryDirectory(prefix="recua-") as folder:
+        package = packages.build(root, Path(folder) / "package.zip")
+        client.send_package(package.file, package.sha256)
+    body = {
+        "package": package.sha256,
+        "workflow_file": file.resolve().relative_to(root).as_posix(),
+        "recipe": text,
+        "recipe_name": recipe or "recipe",
+        "overrides": list(overrides),
+        **given,
+    }
+    answer: Json = client.post("/runs", body)
+    return {**answer, "package": package}
