@@ -313,9 +313,9 @@ class Supervisor:
     def _forget(self, driven: Driven) -> None:
         if driven.log is not None:
             driven.log.send(final=True)
+        shutil.rmtree(self._folder / driven.run_id, ignore_errors=True)
         records.deactivate(self.store, driven.run_id)
         self._runs.pop(driven.run_id, None)
-        shutil.rmtree(self._folder / driven.run_id, ignore_errors=True)
 
     def _adopted(self, run_id: str, after: int) -> Driven:
         """A run as it is found: with the driver that an earlier service of this machine started, where it lives."""
