@@ -16,7 +16,7 @@ from typing import Any
 
 from actors.config import PretrainSettings
 from actors.pretrain_worker import METRICS, PretrainJob, PretrainWorker, read_metrics
-from cluster.failure_policy import decide
+from cluster.policies.failure import decide_restart
 from cluster.worker_group import WorkerGroup
 from engines import state_folder
 from engines.torch_learner import LlamaConfig
@@ -91,7 +91,7 @@ def pretrain(
             _run_generation(job, generation, newest[1] if newest else None, report, on_event)
             break
         except SystemFault as fault:
-            decision = decide(fault, generation, settings.max_restarts, "pretrain.max_restarts")
+            decision = decide_restart(fault, generation, settings.max_restarts, "pretrain.max_restarts")
             log.warning("%s", decision)
             on_event({"event": "lost", "generation": generation, "fault": str(fault), "decision": str(decision)})
             if decision.action == "raise":

@@ -1,0 +1,111 @@
+"""Settings of elastic training. Every decision of cluster.policies names one of these keys. No torch, no ray."""
+
+from pydantic import Field, model_validator
+
+from infra.config import Settings
+
+
+class ElasticSettings(Settings):
+    """How a worker group shrinks, grows, recovers and gives up. Seconds everywhere."""
+
+    min_workers: int = Field(default=1, ge=1)
+    """Fewest ranks that go on training; below it the run waits for capacity. A whole number of blocks."""
+    max_workers: int = Field(default=2, ge=1)
+    """Ranks of the full group. A whole number of blocks."""
+    spares: int = Field(default=0, ge=0)
+    """Warm workers kept on standby beyond `max_workers`; they take a lost rank's place within the same pause."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Ranks that share one layer's matrices."""
+    pipeline_parallel: int = Field(default=1, ge=1)
+    """Stages of the pipeline. tensor_parallel x pipeline_parallel ranks are one block, the unit of capacity."""
+
+    max_faults_without_progress: int = Field(default=8, ge=0)
+    """Faults in a row without one new committed step, before the run fails."""
+    capacity_wait_s: float = Field(default=3600, gt=0)
+    """How long a run with fewer than `min_workers` waits for workers before it fails."""
+    start_timeout_s: float = Field(default=300, gt=0)
+    """How long the first generation waits for all `max_workers`; after that it starts with what is there."""
+    respawn_backoff_s: float = Field(default=10, gt=0)
+    """Pause before workers are ordered again after the platform refused some."""
+    abort_timeout_s: float = Field(default=2, gt=0)
+    """A worker that has not left its collectives by then is killed by its node agent."""
+    join_timeout_s: float = Field(default=60, gt=0)
+    """Longest re-forming (rendezvous, process groups, restore) before the generation is given up and tried again."""
+    boundary_timeout_s: float = Field(default=120, gt=0)
+    """Longest wait for a step boundary that was asked for; after that the step is abandoned."""
+    adopt_timeout_s: float = Field(default=5, gt=0)
+    """How long a restarted controller waits for node agents to name their living workers."""
+    growth_must_pay: bool = True
+    """Grow only if the ranks gained, over the time until the next expected re-forming, outweigh the pause of all."""
+
+    node_timeout_s: float = Field(default=2.5, gt=0)
+    """A node without a beat for this long is lost."""
+    pulse_timeout_s: float = Field(default=1.0, gt=0)
+    """A process whose beacon pulse stands still for this long is stopped or locked."""
+    hang_factor: float = Field(default=5, gt=1)
+    """No progress for this many of the run's own median step times is a hang."""
+    hang_floor_s: float = Field(default=2, gt=0)
+    """Never call a hang sooner than this, however short the steps."""
+    first_step_grace_s: float = Field(default=120, gt=0)
+    """A generation's first step (compilation, lazy set-up) may take this long before it counts as a hang."""
+
+    straggler_ratio: float = Field(default=1.25, gt=1)
+    """A rank whose own computing time exceeds the median rank's by this factor is slow."""
+    straggler_window: int = Field(default=16, ge=3)
+    """Steps over which a rank's median computing time is taken."""
+    straggler_evict_after: int = Field(default=3, ge=1)
+    """Windows in a row in which a rank is slow before it is evicted; it is reported after the first."""
+    straggler_evict: bool = True
+    """Evict slow ranks; otherwise they are only reported."""
+
+    nonfinite_patience: int = Field(default=2, ge=1)
+    """NaN or Inf steps in a row (none is applied) before rolling back."""
+    spike_window: int = Field(default=64, ge=8)
+    """Past losses that define what is normal."""
+    spike_sigmas: float = Field(default=8, gt=0)
+    """A loss this many robust standard deviations (1.4826 x MAD) above the window's median is a spike."""
+    spike_patience: int = Field(default=3, ge=1)
+    """Spiking steps in a row before rolling back; fewer pass as noise."""
+    max_rollbacks: int = Field(default=10, ge=0)
+    """Rollbacks for NaN, spikes and corruption in one run before it fails."""
+
+    snapshot_every: int = Field(default=1, ge=1)
+    """Steps between snapshots into host memory: what an infrastructure fault can cost at most."""
+    snapshot_replicas: int = Field(default=1, ge=0)
+    """Copies of each shard in other nodes' memory; 0 keeps it only on its own node."""
+    drain_margin_s: float = Field(default=2, ge=0)
+    """How long before a preemption deadline the drained ranks must have left, on top of the measured pause."""
+
+    quarantine_faults: int = Field(default=3, ge=1)
+    """Faults of one node within `quarantine_window_s` that take it out of use."""
+    quarantine_window_s: float = Field(default=24 * 3600, gt=0)
+    """How long a node's fault is remembered."""
+    burn_in_speed_ratio: float = Field(default=0.7, gt=0, le=1)
+    """A node whose compute speed is below this share of the fleet's median fails its burn-in."""
+    burn_in_bandwidth_ratio: float = Field(default=0.5, gt=0, le=1)
+    """The same for memory, loopback and peer bandwidth."""
+    predicted_risk: float = Field(default=0.5, gt=0, le=1)
+    """A node whose predicted risk of failing reaches this is drained before it fails."""
+
+    @property
+    def block(self) -> int:
+        """Ranks of one model-parallel block."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def min_blocks(self) -> int:
+        return self.min_workers // self.block
+
+    @property
+    def max_blocks(self) -> int:
+        return self.max_workers // self.block
+
+    @model_validator(mode="after")
+    def _whole_blocks(self) -> "ElasticSettings":
+        for name in ("min_workers", "max_workers"):
+            if getattr(self, name) % self.block:
+                blocks = f"tensor_parallel x pipeline_parallel = {self.block}"
+                raise ValueError(f"{name} {getattr(self, name)} must be a multiple of {blocks}")
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"min_workers {self.min_workers} exceeds max_workers {self.max_workers}")
+        return self

@@ -1,0 +1,73 @@
+"""Which worker sits where: whole model-parallel blocks out of survivors and spares. The smallest change wins."""
+
+from collections.abc import Collection, Iterable, Mapping
+
+Block = tuple[str, ...]
+"""Workers of one block in rank order (tensor-parallel ranks are neighbours), e.g. ("w4", "w5") for tp2."""
+
+
+def mend(
+    blocks: Iterable[Block],
+    gone: Collection[str],
+    pool: Collection[str],
+    node_of: Mapping[str, str],
+    block_size: int,
+    most: int,
+) -> tuple[Block, ...]:
+    """The whole blocks that can be made now, at most `most`.
+
+    1. Untouched blocks stay as they are, in their order. 2. Damaged blocks are filled from `pool`, those with the
+    fewest holes first; a hole prefers a worker of the node that it is on, then of the block's nodes. 3. Blocks that
+    cannot be filled are dissolved, and their survivors with the rest of the pool make new blocks, node by node.
+
+    Args:
+        blocks: of the last generation. gone: workers that may not be used (dead, leaving).
+        pool: usable workers outside `blocks`. node_of: worker -> node.
+    """
+    gone, pool = set(gone), set(pool)
+    slots: list[Block | None] = []
+    damaged: list[tuple[int, Block]] = []
+    for block in blocks:
+        if gone.isdisjoint(block):
+            slots.append(block)
+        else:
+            damaged.append((len(slots), block))
+            slots.append(None)
+    damaged.sort(key=lambda item: sum(worker in gone for worker in item[1]))
+    for place, block in damaged:
+        holes = sum(worker in gone for worker in block)
+        if holes <= len(pool):
+            slots[place] = _fill(block, gone, pool, node_of)
+        else:
+            pool.update(worker for worker in block if worker not in gone)
+    whole = [block for block in slots if block is not None][:most]
+    rest = sorted(pool, key=lambda worker: (node_of[worker], worker))
+    while len(whole) < most and len(rest) >= block_size:
+        chosen = _whole_nodes_first(rest, node_of, block_size)
+        whole.append(chosen)
+        taken = set(chosen)
+        rest = [worker for worker in rest if worker not in taken]
+    return tuple(whole)
+
+
+def _fill(block: Block, gone: set[str], pool: set[str], node_of: Mapping[str, str]) -> Block:
+    home = {node_of[worker] for worker in block if worker not in gone and worker in node_of}
+    filled = list(block)
+    for index, worker in enumerate(block):
+        if worker in gone:
+            old = node_of.get(worker)
+            best = min(
+                pool, key=lambda spare: (node_of[spare] != old, node_of[spare] not in home, node_of[spare], spare)
+            )
+            pool.discard(best)
+            filled[index] = best
+    return tuple(filled)
+
+
+def _whole_nodes_first(rest: list[str], node_of: Mapping[str, str], block_size: int) -> Block:
+    """The first `block_size` workers, nodes with many free workers first, so that a block spans few nodes."""
+    free: dict[str, int] = {}
+    for worker in rest:
+        free[node_of[worker]] = free.get(node_of[worker], 0) + 1
+    ordered = sorted(rest, key=lambda worker: (-min(free[node_of[worker]], block_size), node_of[worker], worker))
+    return tuple(ordered[:block_size])

@@ -1,0 +1,160 @@
+"""NaN, Inf, loss spikes and corruption: how far back, and which data to leave out.
+
+The batch of step k is number k + skipped_before(k) of the data order (data position is a function of the step). A
+rollback to step s that drops the batches of steps s to b - 1 adds their window to the list.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from cluster.config import ElasticSettings
+from cluster.decision import Decision, key
+
+MAD_TO_SIGMA = 1.4826
+"""A normal distribution's standard deviation over its median absolute deviation."""
+
+
+@dataclass(frozen=True)
+class DataWindow:
+    """Batches `first` to `last`, both included, counted in the data order, that training leaves out."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A state before step `step` that can be loaded; `verified`: its digests agreed across replicas."""
+
+    step: int
+    verified: bool = True
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """`decision.action` is go-on, skip-update, roll-back or fail. `to_step` and `skip` are set for roll-back only."""
+
+    decision: Decision
+    to_step: int | None = None
+    skip: DataWindow | None = None
+
+
+def spike_score(losses: Sequence[float], window: int) -> float:
+    """How many robust standard deviations the last loss lies above the median of up to `window` finite ones before it.
+
+    0 while there are fewer than 8 of them. The deviation has a floor of 0.1% of the median, so that a flat stretch does
+    not turn noise into spikes.
+    """
+    past = [loss for loss in losses[:-1][-window:] if math.isfinite(loss)]
+    if len(past) < 8:
+        return 0.0
+    middle = median(past)
+    deviation = MAD_TO_SIGMA * median(abs(loss - middle) for loss in past)
+    return (losses[-1] - middle) / max(deviation, 1e-3 * abs(middle), 1e-12)
+
+
+def judge_step(
+    losses: Sequence[float],
+    step: int,
+    saved: Sequence[SavedState],
+    skipped: Sequence[DataWindow],
+    rollbacks: int,
+    settings: ElasticSettings,
+) -> Rollback:
+    """What to do after step `step` (0-based) whose loss is `losses[-1]`; NaN stands for a non-finite gradient too.
+
+    Args:
+        losses: of the steps up to `step`, oldest first, without those that a rollback undid.
+        saved: states that can be loaded. skipped: windows left out so far. rollbacks: so far in this run.
+    """
+    if not math.isfinite(losses[-1]):
+        bad, what = _nonfinite_streak(losses), f"step {step}: the loss or gradient is not finite"
+        patience, name, mild = settings.nonfinite_patience, "nonfinite_patience", "skip-update"
+    else:
+        score = spike_score(losses, settings.spike_window)
+        if score <= settings.spike_sigmas:
+            return Rollback(Decision("go-on", f"step {step}: loss {losses[-1]:.4g}", key("spike_sigmas")))
+        bad = _spike_streak(losses, settings)
+        what = f"step {step}: loss {losses[-1]:.4g} is {score:.1f} robust sigmas above the last {settings.spike_window}"
+        patience, name, mild = settings.spike_patience, "spike_patience", "go-on"
+    if bad < patience:
+        return Rollback(Decision(mild, f"{what} ({bad} in a row)", key(name)))
+    first_bad = step - bad + 1
+    return _roll_back(f"{what} ({bad} in a row)", first_bad, step, saved, skipped, rollbacks, name, settings)
+
+
+def after_corruption(
+    step: int,
+    guilty: Sequence[int],
+    saved: Sequence[SavedState],
+    rollbacks: int,
+    settings: ElasticSettings,
+) -> Rollback:
+    """Digests disagree at `step`: back to the newest verified state, no data left out (the data is not at fault)."""
+    ranks = ", ".join(str(rank) for rank in guilty) or "unknown"
+    what = f"step {step}: state digests disagree, guilty ranks: {ranks}"
+    verified = [state for state in saved if state.verified]
+    rolled = _roll_back(what, step + 1, step, verified, (), rollbacks, "snapshot_replicas", settings)
+    return Rollback(rolled.decision, rolled.to_step, None)
+
+
+def leave_out(skipped: Sequence[DataWindow], window: DataWindow) -> tuple[DataWindow, ...]:
+    """The journaled list with one more window: disjoint, in order, touching ones merged."""
+    merged: list[DataWindow] = []
+    for one in sorted((*skipped, window), key=lambda one: one.first):
+        if merged and one.first <= merged[-1].last + 1:
+            merged[-1] = DataWindow(merged[-1].first, max(merged[-1].last, one.last))
+        else:
+            merged.append(one)
+    return tuple(merged)
+
+
+def batch_of(step: int, skipped: Sequence[DataWindow]) -> int:
+    """Number in the data order of the batch that step `step` takes: the step-th one outside the (disjoint) windows."""
+    batch = step
+    for window in sorted(skipped, key=lambda window: window.first):
+        if window.first <= batch:
+            batch += window.last - window.first + 1
+    return batch
+
+
+def _roll_back(
+    what: str,
+    first_bad: int,
+    step: int,
+    saved: Sequence[SavedState],
+    skipped: Sequence[DataWindow],
+    rollbacks: int,
+    name: str,
+    settings: ElasticSettings,
+) -> Rollback:
+    if rollbacks >= settings.max_rollbacks:
+        return Rollback(Decision("fail", f"{what}, and {rollbacks} rollbacks are used up", key("max_rollbacks")))
+    good = [state.step for state in saved if state.step <= first_bad]
+    if not good:
+        text = f"{what}, and no state from before step {first_bad} is left"
+        return Rollback(Decision("fail", text, key("snapshot_every")))
+    target = max(good)
+    window = DataWindow(batch_of(min(first_bad, step), skipped), batch_of(step, skipped))
+    text = f"{what}: back {step + 1 - target} steps to {target}"
+    return Rollback(Decision("roll-back", text, key(name)), target, window)
+
+
+def _nonfinite_streak(losses: Sequence[float]) -> int:
+    count = 0
+    while count < len(losses) and not math.isfinite(losses[-1 - count]):
+        count += 1
+    return count
+
+
+def _spike_streak(losses: Sequence[float], settings: ElasticSettings) -> int:
+    """Spiking steps in a row up to the last one, each judged by the losses before it."""
+    count = 1
+    while count < len(losses):
+        earlier = losses[: len(losses) - count]
+        if not math.isfinite(earlier[-1]) or spike_score(earlier, settings.spike_window) <= settings.spike_sigmas:
+            break
+        count += 1
+    return count

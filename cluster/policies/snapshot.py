@@ -1,0 +1,146 @@
+"""Where the state comes from after a fault: the newest snapshot of which every shard survives, else storage.
+
+`SnapshotBook` keeps who holds which shard; `choose` is the policy. Only node agents hold snapshots (in shared memory),
+so a dead process loses none; a dead node loses all of its own.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from cluster.decision import Decision, key
+
+KEPT = 2
+"""Snapshots kept whole in host memory: k and k-1."""
+
+
+@dataclass
+class Snapshot:
+    """One snapshot's acknowledged copies; shards are the ranks of the group that took it."""
+
+    step: int
+    world_size: int
+    generation: int
+    on: dict[str, set[int]] = field(default_factory=dict)
+    """Node -> shards whose checksummed copy it holds."""
+    copies: Counter[int] = field(default_factory=Counter)
+    """Shard -> living copies; 0 where the last one went."""
+    lost: set[int] = field(default_factory=set)
+    """Shards that were acknowledged once and have no copy left."""
+
+    @property
+    def whole(self) -> bool:
+        """Every shard was acknowledged, and each still has a copy."""
+        return self.missing == 0
+
+    @property
+    def missing(self) -> int:
+        return self.world_size - len(self.copies) + len(self.lost)
+
+    def add(self, node: str, shards: Iterable[int]) -> None:
+        mine = self.on.setdefault(node, set())
+        new = set(shards).difference(mine)
+        mine |= new
+        self.copies.update(new)
+        self.lost -= new
+
+    def drop(self, node: str, shards: Iterable[int]) -> None:
+        mine = self.on.get(node, set())
+        for shard in mine.intersection(shards):
+            mine.discard(shard)
+            self.copies[shard] -= 1
+            if self.copies[shard] == 0:
+                self.lost.add(shard)
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Load step `step` from `source`: "memory", "storage", or "start" (fresh parameters, step 0).
+
+    For "memory", `on` says which node holds which of the `world_size` shards.
+    """
+
+    step: int
+    source: str
+    world_size: int = 0
+    on: Mapping[str, Iterable[int]] = field(default_factory=dict, compare=False, repr=False)
+
+    def sources(self, node: str) -> dict[int, tuple[str, ...]]:
+        """Where a reader on `node` tries to get each shard, in order: "own", then "peer:NODE", at last "storage".
+
+        A copy may prove damaged when it is read; the next source is then taken. Empty unless `source` is "memory".
+        """
+        if self.source != "memory":
+            return {}
+        found: dict[int, list[str]] = {shard: [] for shard in range(self.world_size)}
+        for holder in sorted(self.on, key=lambda holder: (holder != node, holder)):
+            for shard in self.on[holder]:
+                found[shard].append("own" if holder == node else f"peer:{holder}")
+        return {shard: (*places, "storage") for shard, places in found.items()}
+
+
+class SnapshotBook:
+    """Snapshots of this run's present trajectory, by step."""
+
+    def __init__(self) -> None:
+        self.snapshots: dict[int, Snapshot] = {}
+        self.flushed: set[int] = set()
+        """Steps whose state is whole in storage (manifest written)."""
+
+    def held(self, step: int, world_size: int, generation: int, shards_on: Mapping[str, Iterable[int]]) -> None:
+        """Node agents acknowledge checksummed copies: {node: shards}. Of two generations' copies the newer count."""
+        snapshot = self.snapshots.get(step)
+        if snapshot is None or snapshot.generation < generation:
+            snapshot = self.snapshots[step] = Snapshot(step, world_size, generation)
+        elif snapshot.generation > generation:
+            return
+        for node, shards in shards_on.items():
+            snapshot.add(node, shards)
+        whole = sorted(step for step, one in self.snapshots.items() if one.whole)
+        for old in [step for step in self.snapshots if len(whole) >= KEPT and step < whole[-KEPT]]:
+            del self.snapshots[old]
+
+    def drop_nodes(self, nodes: Iterable[str]) -> None:
+        """Their memory is gone."""
+        for node in nodes:
+            for snapshot in self.snapshots.values():
+                snapshot.drop(node, snapshot.on.get(node, ()))
+                snapshot.on.pop(node, None)
+
+    def refuse(self, step: int, shard: int, node: str) -> None:
+        """A reader found this copy damaged (checksum): it counts as gone."""
+        if step in self.snapshots:
+            self.snapshots[step].drop(node, (shard,))
+
+    def truncate(self, step: int) -> None:
+        """Training goes back to `step`: what is newer belongs to a discarded future."""
+        self.snapshots = {one: snapshot for one, snapshot in self.snapshots.items() if one <= step}
+        self.flushed = {one for one in self.flushed if one <= step}
+
+
+def choose(book: SnapshotBook, newest_trusted: int | None = None) -> tuple[Restore | None, Decision]:
+    """The newest restorable step, and why. None: nothing is left although training had progressed.
+
+    A snapshot counts if every shard was acknowledged by a node that still lives; shards without a living copy are
+    allowed where storage has the same step. `newest_trusted` excludes later steps (a rollback).
+    """
+    why: list[str] = []
+    best_stored = max((s for s in book.flushed if newest_trusted is None or s <= newest_trusted), default=None)
+    for step in sorted(book.snapshots, reverse=True):
+        snapshot = book.snapshots[step]
+        if newest_trusted is not None and step > newest_trusted:
+            continue
+        if best_stored is not None and step < best_stored:
+            break
+        if snapshot.whole or step in book.flushed:
+            restore = Restore(step, "memory", snapshot.world_size, snapshot.on)
+            return restore, Decision("memory", _join(why, f"snapshot {step} is whole"), key("snapshot_replicas"))
+        why.append(f"snapshot {step} lacks {snapshot.missing} of {snapshot.world_size} shards")
+    if best_stored is not None:
+        text = _join(why, f"storage has step {best_stored}")
+        return Restore(best_stored, "storage"), Decision("storage", text, key("snapshot_replicas"))
+    return None, Decision("none", _join(why, "no step was saved"), key("snapshot_replicas"))
+
+
+def _join(why: list[str], last: str) -> str:
+    return ", ".join([*why, last])
