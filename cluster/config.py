@@ -34,7 +34,7 @@ class ElasticSettings(Settings):
     boundary_timeout_s: float = Field(default=120, gt=0)
     """Longest wait for a step boundary that was asked for; after that the step is abandoned."""
     adopt_timeout_s: float = Field(default=5, gt=0)
-    """How long a restarted controller waits for node agents to name their living workers."""
+    """How long a restarted controller waits for node agents to name their living workers before it asks again."""
     growth_must_pay: bool = True
     """Grow only if the ranks gained, over the time until the next expected re-forming, outweigh the pause of all."""
 

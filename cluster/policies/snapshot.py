@@ -5,13 +5,29 @@ so a dead process loses none; a dead node loses all of its own.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.decision import Decision, key
 
 KEPT = 2
 """Snapshots kept whole in host memory: k and k-1."""
+
+
+def place_replicas(nodes: Sequence[str], replicas: int) -> dict[str, set[int]]:
+    """{node: shards it shall hold}: each rank's shard on its own node and on the next `replicas` other nodes.
+
+    `nodes[r]` is the node of rank r; the ring of nodes goes in the order of their first ranks, so that copies spread
+    evenly. Fewer nodes than copies: as many as there are.
+    """
+    ring = list(dict.fromkeys(nodes))
+    placed: dict[str, set[int]] = {node: set() for node in ring}
+    position = {node: place for place, node in enumerate(ring)}
+    copies = min(replicas, len(ring) - 1)
+    for shard, node in enumerate(nodes):
+        for distance in range(copies + 1):
+            placed[ring[(position[node] + distance) % len(ring)]].add(shard)
+    return placed
 
 
 @dataclass
@@ -63,6 +79,8 @@ class Restore:
     step: int
     source: str
     world_size: int = 0
+    generation: int = 0
+    """Which generation took it: node agents keep snapshots by (generation, step)."""
     on: Mapping[str, Iterable[int]] = field(default_factory=dict, compare=False, repr=False)
 
     def sources(self, node: str) -> dict[int, tuple[str, ...]]:
@@ -133,7 +151,7 @@ def choose(book: SnapshotBook, newest_trusted: int | None = None) -> tuple[Resto
         if best_stored is not None and step < best_stored:
             break
         if snapshot.whole or step in book.flushed:
-            restore = Restore(step, "memory", snapshot.world_size, snapshot.on)
+            restore = Restore(step, "memory", snapshot.world_size, snapshot.generation, snapshot.on)
             return restore, Decision("memory", _join(why, f"snapshot {step} is whole"), key("snapshot_replicas"))
         why.append(f"snapshot {step} lacks {snapshot.missing} of {snapshot.world_size} shards")
     if best_stored is not None:

@@ -22,7 +22,7 @@ from cluster.policies.rollback import (
     spike_score,
 )
 from cluster.policies.scaling import GrowthView, decide_growth, workers_to_order
-from cluster.policies.snapshot import SnapshotBook, choose
+from cluster.policies.snapshot import SnapshotBook, choose, place_replicas
 from cluster.policies.straggler import SlowRank, decide_straggler, slow_ranks
 from infra.config import validate
 from infra.errors import ConfigError, NodeLost
@@ -294,3 +294,10 @@ def test_a_damaged_copy_and_a_discarded_future_do_not_count() -> None:
     book.held(6, 3, 2, ring(3))
     book.held(6, 4, 1, ring(4))
     assert book.snapshots[6].world_size == 3, "a late word of the older generation is ignored"
+
+
+def test_copies_lie_on_other_nodes_evenly() -> None:
+    nodes = ["a", "a", "b", "b", "c", "c"]
+    assert place_replicas(nodes, 1) == {"a": {0, 1, 4, 5}, "b": {0, 1, 2, 3}, "c": {2, 3, 4, 5}}
+    assert place_replicas(["a", "b"], 3) == {"a": {0, 1}, "b": {0, 1}}
+    assert place_replicas(["a", "a"], 1) == {"a": {0, 1}}

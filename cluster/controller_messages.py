@@ -1,0 +1,301 @@
+"""What the controller core hears and says. Workers are named by the core ("w17"); nodes by whoever reports them.
+
+Messages about a generation carry it, and the core drops those of another one. Batches are welcome: one node agent
+acknowledges for all its workers in one message.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from cluster.decision import Decision
+from cluster.policies.layout import Block
+from cluster.policies.snapshot import Restore
+
+# ---- events: what happened
+
+
+@dataclass(frozen=True)
+class WorkersReady:
+    """Ordered workers are on standby: process up, imports done, burn-in passed. {worker: node}"""
+
+    nodes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class WorkersRefused:
+    """Ordered workers will not come (no capacity, start failed)."""
+
+    workers: Collection[str]
+    reason: str
+
+
+@dataclass(frozen=True)
+class BurnInFailed:
+    """An ordered worker started, and its node is not fit (see cluster.policies.quarantine)."""
+
+    worker: str
+    node: str
+    decision: Decision
+
+
+@dataclass(frozen=True)
+class WorkersLost:
+    """Processes died."""
+
+    workers: Collection[str]
+    reason: str
+
+
+@dataclass(frozen=True)
+class NodesLost:
+    """Nodes died with all their processes and their memory."""
+
+    nodes: Collection[str]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Suspected:
+    """A generation hangs or misbehaves; `workers` are to blame (none: the fabric) and will be killed."""
+
+    generation: int
+    workers: Collection[str]
+    reason: str
+
+
+@dataclass(frozen=True)
+class AbortAcked:
+    """Workers have left their collectives and dropped their process groups."""
+
+    generation: int
+    workers: Collection[str]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Workers have formed their groups and hold the restored state."""
+
+    generation: int
+    workers: Collection[str]
+
+
+@dataclass(frozen=True)
+class JoinFailed:
+    """A living worker could not join (rendezvous, restore)."""
+
+    generation: int
+    workers: Collection[str]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """All ranks have committed `step` steps; `step_s` is their own recent median step time."""
+
+    generation: int
+    step: int
+    step_s: float
+
+
+@dataclass(frozen=True)
+class BoundaryReached:
+    """Workers stopped after `step` committed steps, as asked, and left their process groups."""
+
+    generation: int
+    step: int
+    workers: Collection[str]
+
+
+@dataclass(frozen=True)
+class SnapshotHeld:
+    """Node agents hold verified copies of shards of the snapshot of `step`. {node: shards}"""
+
+    generation: int
+    step: int
+    world_size: int
+    shards_on: Mapping[str, Iterable[int]]
+
+
+@dataclass(frozen=True)
+class SnapshotRefused:
+    """A reader found this copy damaged."""
+
+    step: int
+    shard: int
+    node: str
+
+
+@dataclass(frozen=True)
+class SnapshotFlushed:
+    """The snapshot of `step` is whole in storage, manifest written."""
+
+    generation: int
+    step: int
+
+
+@dataclass(frozen=True)
+class NodesDraining:
+    """Preemption or maintenance notices: {node: deadline in the core's clock}."""
+
+    deadlines: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class NodesCleared:
+    """Repaired nodes, or lost ones that came back under their old name, may be used again."""
+
+    nodes: Collection[str]
+
+
+@dataclass(frozen=True)
+class Evict:
+    """A policy (straggler, prediction) wants workers out at the next boundary; `unfit` also takes their nodes out."""
+
+    workers: Collection[str]
+    decision: Decision
+    unfit: bool = True
+
+
+@dataclass(frozen=True)
+class RollBack:
+    """A policy (cluster.policies.rollback) sends training back to `to_step`; `guilty` workers are replaced."""
+
+    generation: int
+    to_step: int
+    decision: Decision
+    guilty: Collection[str] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """One living worker as its node agent knows it; `state`: standby, joining, joined or aborted."""
+
+    worker: str
+    node: str
+    state: str
+    generation: int = 0
+    rank: int = 0
+    world_size: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Answer to `Enquire`; `last` marks the final one: all known nodes have answered or are lost."""
+
+    found: Collection[Found]
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last step is committed."""
+
+    generation: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed; due at `Controller.next_deadline`."""
+
+
+Event = (
+    WorkersReady | WorkersRefused | BurnInFailed | WorkersLost | NodesLost | Suspected | AbortAcked | Joined
+    | JoinFailed | Progress | BoundaryReached | SnapshotHeld | SnapshotRefused | SnapshotFlushed | NodesDraining
+    | NodesCleared | Evict | RollBack | Inventory | Finished | Tick
+)  # fmt: skip
+
+# ---- commands: what to do
+
+
+@dataclass(frozen=True)
+class Spawn:
+    """Start these workers, on any node but those of `avoid`; answer WorkersReady, WorkersRefused or BurnInFailed."""
+
+    workers: tuple[str, ...]
+    avoid: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Leave the collectives of this generation and of any older one; whoever has not by `deadline` will be killed."""
+
+    generation: int
+    workers: frozenset[str]
+    deadline: float
+
+
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL by the node agent; the core already counts them as dead."""
+
+    workers: frozenset[str]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dismiss:
+    """End politely; the core has forgotten them. Their node keeps its snapshots until it goes."""
+
+    workers: frozenset[str]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Join:
+    """Form process groups under this generation, load `restore`, go on training.
+
+    Rank r is worker r of the concatenated `blocks`. Everyone loads the same step, survivors included.
+    """
+
+    generation: int
+    blocks: tuple[Block, ...]
+    restore: Restore
+    deadline: float
+
+    def ranks(self) -> dict[str, int]:
+        """Worker -> rank."""
+        return {worker: rank for rank, worker in enumerate(worker for block in self.blocks for worker in block)}
+
+
+@dataclass(frozen=True)
+class StopAtBoundary:
+    """All ranks stop after the same step (agreed by the commit vote), snapshot it, and say BoundaryReached."""
+
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Enquire:
+    """Ask every node agent for its living workers and held snapshots (Inventory, SnapshotHeld, SnapshotFlushed)."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A decision for the log."""
+
+    decision: Decision
+
+
+@dataclass(frozen=True)
+class End:
+    """The run is over."""
+
+    succeeded: bool
+    decision: Decision
+
+
+Command = Spawn | Abort | Kill | Dismiss | Join | StopAtBoundary | Enquire | Report | End
+Commands = list[Command]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a worker is in its life: spawned, standby, joined (with generation and rank), aborted, or gone."""
+
+    state: str
+    generation: int | None = None
+    rank: int | None = None
+    node: str | None = field(default=None, compare=False)

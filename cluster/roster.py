@@ -1,0 +1,77 @@
+"""Who is where: the workers of a run as disjoint sets, one per state of a worker's life.
+
+spawned -> standby -> joined (generation, rank) -> aborted -> standby | dead | quarantined. A dead or dismissed worker
+is in no set any more, and its late messages are ignored; a quarantined node keeps its name here.
+"""
+
+from collections.abc import Collection, Iterable
+
+
+class Roster:
+    """Sets of worker names; everything costs as much as what changes."""
+
+    def __init__(self, prefix: str) -> None:
+        self.ordered: set[str] = set()
+        self.standby: set[str] = set()
+        self.joined: set[str] = set()
+        self.aborted: set[str] = set()
+        self.leaving: dict[str, str] = {}
+        """Joined or aborted workers that the next generation leaves out, and why."""
+        self.node_of: dict[str, str] = {}
+        self.unfit: set[str] = set()
+        """Quarantined nodes."""
+        self.draining: dict[str, float] = {}
+        """Nodes that will go, with their deadlines."""
+        self._on_node: dict[str, set[str]] = {}
+        self._prefix, self._count = prefix, 0
+
+    @property
+    def alive(self) -> int:
+        """Usable workers: on standby or in a generation, less those that leave."""
+        return len(self.standby) + len(self.joined) + len(self.aborted) - len(self.leaving)
+
+    def order(self, count: int) -> tuple[str, ...]:
+        """Names for `count` new workers."""
+        names = tuple(f"{self._prefix}{self._count + index}" for index in range(count))
+        self._count += count
+        self.ordered.update(names)
+        return names
+
+    def place(self, worker: str, node: str) -> None:
+        self.node_of[worker] = node
+        self._on_node.setdefault(node, set()).add(worker)
+
+    def on(self, nodes: Iterable[str]) -> set[str]:
+        return {worker for node in nodes for worker in self._on_node.get(node, ())}
+
+    def usable(self, node: str) -> bool:
+        return node not in self.unfit and node not in self.draining
+
+    def usable_outside(self, node: str) -> int:
+        """Workers that would be left without `node`."""
+        inside = self.on([node]) - self.leaving.keys()
+        return self.alive - len(inside)
+
+    def forget(self, workers: Collection[str]) -> set[str]:
+        """Remove workers from everywhere; returns those that were known."""
+        known = {worker for worker in workers if worker in self.node_of or worker in self.ordered}
+        for group in (self.ordered, self.standby, self.joined, self.aborted):
+            group -= known
+        for worker in known:
+            self.leaving.pop(worker, None)
+            node = self.node_of.pop(worker, None)
+            if node is not None:
+                self._on_node[node].discard(worker)
+                if not self._on_node[node]:
+                    del self._on_node[node]
+        return known
+
+    def leave(self, workers: Iterable[str], why: str) -> set[str]:
+        """Mark members of a generation; returns those of `workers` on standby, which can be dismissed at once."""
+        idle = set()
+        for worker in workers:
+            if worker in self.standby:
+                idle.add(worker)
+            elif worker in self.joined or worker in self.aborted:
+                self.leaving.setdefault(worker, why)
+        return idle
