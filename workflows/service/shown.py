@@ -19,8 +19,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 def shown(tree: Any) -> Any:
     """One value, cut where it is very long."""
-    plain = _plain(tree)
-    return plain if len(json.dumps(plain)) <= MOST_LETTERS else _plain(brief(tree))
+    return _plain(tree if len(json.dumps(tree)) <= MOST_LETTERS else brief(tree))
 
 
 def shown_parameters(arguments: Any, names: list[str]) -> list[dict[str, Any]]:

@@ -153,6 +153,9 @@ def _piece(store: Store, key: str | None, offset: int, over: bool) -> Json:
     """A part of a log as text; whole lines while more may come."""
     start, data = _tail(store, key, offset) if key else (0, b"")
     full = len(data) == LOG_CHUNK
+    if offset < 0 and start > 0:  # from the middle of a line a secret would not be known as one
+        cut = data.find(b"\n") + 1
+        start, data = start + cut, data[cut:]
     if full or not over:
         data = data[: data.rfind(b"\n") + 1] or (data if full else b"")
     text = redact(data.decode(errors="replace"))

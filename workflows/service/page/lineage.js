@@ -114,8 +114,14 @@ export class LineagePage {
     return h("div.body", {}, h("dl.facts", {}, h("dt", {}, "File"), h("dd", {}, fact.name), h("dt", {}, "Content"), h("dd", {}, h("code", {}, fact.digest.slice(0, 16)), copyButton(fact.digest, "the digest"))), section("Read by", this.links(users)));
   }
 
+  /** Several artifacts may have one name: who made this one. */
+  maker(fact) {
+    const [from] = fact.kind === "artifact" ? this.edges.find(([, to]) => to === fact.id) ?? [] : [];
+    return from ? h("span.quiet", {}, ` by ${words(this.nodes.get(from)).title}`) : null;
+  }
+
   links(facts) {
-    return h("ul.links", {}, facts.map((fact) => h("li", {}, h("button.link", { type: "button", onclick: () => { this.pick(fact.id); this.scene.reveal(fact.id); } }, h("span", { "aria-hidden": "true" }, `${LOOKS[fact.kind].sign} `), words(fact).title))));
+    return h("ul.links", {}, facts.map((fact) => h("li", {}, h("button.link", { type: "button", onclick: () => { this.pick(fact.id); this.scene.reveal(fact.id); } }, h("span", { "aria-hidden": "true" }, `${LOOKS[fact.kind].sign} `), words(fact).title), this.maker(fact))));
   }
 }
 

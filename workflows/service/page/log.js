@@ -50,7 +50,6 @@ export class LogBox {
 
   add({ text: piece, start, offset, attempts = [], attempt, ended }) {
     const first = this.offset === null;
-    if (first && start > 0) piece = piece.slice(piece.indexOf("\n") + 1);
     if (first) this.older.hidden = start === 0;
     else if (start === 0) this.older.hidden = true;
     Object.assign(this, { offset, ended });

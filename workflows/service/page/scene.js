@@ -72,7 +72,7 @@ export class Scene {
     const { left, top, right, bottom } = this.box;
     const [width, height] = [this.width || 800, this.height || 500];
     const whole = Math.min((width - 48) / (right - left || 1), (height - 48) / (bottom - top || 1), 1.15);
-    const k = everything ? Math.max(SMALLEST, whole) : Math.max(whole, 0.72);
+    const k = everything ? Math.max(SMALLEST, whole) : whole > 0.58 ? whole : 0.72;
     const node = everything ? null : this.byId.get(this.anchor);
     const place = (low, high, size, wanted) => {
       if ((high - low) * k <= size - 40) return (size - (low + high) * k) / 2;
