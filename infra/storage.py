@@ -8,6 +8,7 @@ PUT (`If-None-Match: *`).
 
 import contextlib
 import hashlib
+import itertools
 import os
 import shutil
 import uuid
@@ -111,12 +112,15 @@ class FolderStore:
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
         self.url = str(self.root)
-        self._made: set[Path] = set()
+        self._made: set[str] = set()
+        self._mine = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        self._numbers = itertools.count()
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        target = self._path(key)
+        target = self._where(key)
+        folder = os.path.dirname(target)
         with self._errors(key):
-            temporary = self._write_temporary(target.parent, data, durable=True)
+            temporary = self._write_temporary(folder, data, durable=True)
             try:
                 os.link(temporary, target)
             except FileExistsError:
@@ -124,35 +128,38 @@ class FolderStore:
                     return False  # else a network file system lost its answer to our own link, and asked again
             finally:
                 os.unlink(temporary)
-            sync_folder(target.parent)
+            sync_folder(folder)
             return True
 
     def put(self, key: str, data: bytes, durable: bool = True) -> None:
-        target = self._path(key)
+        target = self._where(key)
+        folder = os.path.dirname(target)
         with self._errors(key):
-            os.replace(self._write_temporary(target.parent, data, durable), target)
+            os.replace(self._write_temporary(folder, data, durable), target)
             if durable:
-                sync_folder(target.parent)
+                sync_folder(folder)
 
     def get(self, key: str) -> bytes | None:
         with self._errors(key):
             try:
-                return self._path(key).read_bytes()
+                with open(self._where(key), "rb", buffering=0) as stream:
+                    return stream.readall()
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
     def exists(self, key: str) -> bool:
         with self._errors(key):
-            return self._path(key).is_file()
+            return os.path.isfile(self._where(key))
 
     def list(self, prefix: str) -> Iterator[str]:
         base = self._path(prefix)
         with self._errors(prefix):
             for folder, folders, files in os.walk(base):
                 folders.sort()
+                start = os.path.relpath(folder, self.root)
                 for name in sorted(files):
                     if not name.startswith(TEMPORARY_PREFIX):
-                        yield str((Path(folder) / name).relative_to(self.root))
+                        yield name if start == "." else f"{start}/{name}"
 
     def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
         for key in self.list(prefix):
@@ -174,7 +181,7 @@ class FolderStore:
     def upload_file(self, key: str, source: Path) -> None:
         target = self._path(key)
         with self._errors(key):
-            self._make(target.parent)
+            self._make(str(target.parent))
             temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
             try:
                 shutil.copyfile(source, temporary)
@@ -207,28 +214,35 @@ class FolderStore:
     def _path(self, key: str) -> Path:
         return self.root.joinpath(*checked_key(key))
 
-    def _make(self, folder: Path) -> None:
+    def _where(self, key: str) -> str:
+        """`_path` for the paths that thousands of small objects take."""
+        checked_key(key)
+        return f"{self.url}/{key}"
+
+    def _make(self, folder: str) -> None:
         if folder not in self._made:
-            folder.mkdir(parents=True, exist_ok=True)
+            os.makedirs(folder, exist_ok=True)
             self._made.add(folder)
 
-    def _write_temporary(self, folder: Path, data: bytes, durable: bool) -> Path:
+    def _write_temporary(self, folder: str, data: bytes, durable: bool) -> str:
         self._make(folder)
-        temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        temporary = f"{folder}/{self._mine}-{os.getpid()}-{next(self._numbers)}"
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileNotFoundError:  # somebody removed the folder that we remembered
-            folder.mkdir(parents=True, exist_ok=True)
+            os.makedirs(folder, exist_ok=True)
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                if durable:
-                    os.fsync(stream.fileno())
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            if durable:
+                os.fsync(descriptor)
         except BaseException:  # a full disk should not keep the half that fitted
-            temporary.unlink(missing_ok=True)
+            os.unlink(temporary)
             raise
+        finally:
+            os.close(descriptor)
         return temporary
 
     @contextlib.contextmanager
@@ -253,7 +267,7 @@ def check_sha256(path: Path, expected: str | None, url: str, key: str) -> None:
         raise StoreError(f"--store {url}: {key} is damaged: sha256 {found[:12]}, its manifest says {expected[:12]}")
 
 
-def sync_file(path: Path) -> None:
+def sync_file(path: Path | str) -> None:
     """Flush a finished file to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -262,7 +276,7 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path | str) -> None:
     """Flush a folder's list of names to the disk."""
     with contextlib.suppress(OSError):  # some network file systems refuse fsync on a folder
         sync_file(folder)

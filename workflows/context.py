@@ -19,14 +19,14 @@ _step: ContextVar["StepContext"] = ContextVar("recua_step")
 
 @dataclass
 class StepContext:
-    """One attempt of one call. `scratch` is a local folder that is removed when the body ends."""
+    """One attempt of one call. `scratch_path` is a local folder that is made when `scratch` is first asked for."""
 
     run_id: str
     call_id: str
     attempt: int
     attempt_id: str
     store_url: str
-    scratch: Path
+    scratch_path: Path
     store: Store
     source: ArtifactSource
     send: Callable[[dict[str, Any]], None]
@@ -34,13 +34,19 @@ class StepContext:
     _last_progress: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def scratch(self) -> Path:
+        """A local folder of this attempt's own, removed when the body ends."""
+        self.scratch_path.mkdir(mode=0o700, exist_ok=True)
+        return self.scratch_path
+
     def artifact(self, name: str) -> ArtifactWriter:
         """A new folder to write into (`.path`), sealed into an Artifact by `.seal(**meta)`."""
         if not name or "/" in name or name.startswith("."):
             raise UserError(f"artifact name {name!r}: use a plain file name")
         location = f"runs/{self.run_id}/attempts/{self.attempt_id}/{name}"
         try:
-            return ArtifactWriter(self.store, self.source, location, self.scratch, self.on_file)
+            return ArtifactWriter(self.store, self.source, location, self.scratch_path, self.on_file)
         except FileExistsError:
             raise UserError(f"{self.call_id} writes two artifacts named {name!r}") from None
 

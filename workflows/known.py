@@ -10,19 +10,23 @@ import inspect
 import json
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
-from infra.errors import NonDeterminismError
+from infra.errors import NonDeterminismError, StoreError
 from infra.storage import Store
 from workflows.artifacts import Artifact, read_manifest
 from workflows.fingerprint import Fingerprint, Fingerprinter
 from workflows.graph import Step, StepOptions
+from workflows.indexer import Indexer
 from workflows.marks import KnownMarks
 from workflows.values import artifact_records, brief, canonical, differences, identity, named_arguments
 
 FORMAT = 1
 SHOWN_ARGUMENTS = 32 << 10
+INDEX_PAUSE_S = 0.02
+"""Entries of the reuse index gather for so long: one message for all of them."""
 Record = dict[str, Any]
 
 
@@ -133,18 +137,23 @@ class Known:
 
 
 class ReuseIndex:
-    """Publishes commit records by content key, on its own thread: an index entry may come late, never wrong."""
+    """Publishes commit records by content key, off the driver's way: an index entry may come late, never wrong.
+
+    Whoever waits: one thread takes what has come and hands it on, to a process (a folder) or to the store (S3).
+    """
 
     def __init__(self, store: Store, on_error: Callable[[BaseException], None]) -> None:
         self._store = store
         self._on_error = on_error
-        self._queue: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
+        self._indexer: Indexer | None = None
         self._thread = threading.Thread(target=self._run, name="recua-index", daemon=True)
         self._thread.start()
 
     def add(self, run_id: str, record: Record) -> None:
         entry = {name: record[name] for name in ("key", "call", "step", "result", "seconds")}
-        self._queue.put({"format": FORMAT, "run": record.get("reused_from") or run_id, **entry})
+        entry = {"format": FORMAT, "run": record.get("reused_from") or run_id, **entry}
+        self._queue.put((index_key(record["key"]), json.dumps(entry)))
 
     def close(self) -> None:
         self._queue.put(None)
@@ -152,10 +161,29 @@ class ReuseIndex:
 
     def _run(self) -> None:
         try:
-            while (entry := self._queue.get()) is not None:
-                self._store.put(index_key(entry["key"]), json.dumps(entry).encode(), durable=False)
+            closing = False
+            while not closing:
+                batch = [self._queue.get()]
+                while not self._queue.empty():
+                    batch.append(self._queue.get())
+                closing = batch[-1] is None
+                self._write([entry for entry in batch if entry is not None])
+                if not closing:
+                    time.sleep(INDEX_PAUSE_S)
+            if self._indexer is not None:
+                self._indexer.close()
+        except OSError as error:
+            self._on_error(StoreError(f"--store {self._store.url}: {error}"))
         except BaseException as error:
             self._on_error(error)
+
+    def _write(self, entries: list[tuple[str, str]]) -> None:
+        if entries and (folder := self._store.local_path("index")) is not None:
+            self._indexer = self._indexer or Indexer()
+            self._indexer.put([(str(folder.parent / key), text) for key, text in entries])
+            return
+        for key, text in entries:
+            self._store.put(key, text.encode(), durable=False)
 
 
 def content_key(step_name: str, inputs: str, fingerprint: Fingerprint) -> str:

@@ -1,9 +1,13 @@
 """A small process beside each step worker that ends what the worker leaves behind.
 
-Started as a script, standard library only. It reads lines from its worker: `begin SECONDS SCRATCH` (0: no limit) and
-`end`. When the time of a body is up it kills the worker and everything the worker started; when the pipe closes because
-the worker is gone (killed, crashed, or finished with its life) it does the same for what is left. What belongs to the
-worker is found by a marker in the environment, which children inherit even when they move to another session.
+Started as a script, standard library only. It reads lines from its worker: `begin SECONDS` and `end`, around bodies
+with a timeout. When the time of a body is up it kills the worker and everything the worker started; when the pipe
+closes because the worker is gone (killed, crashed, or finished with its life) it does the same for what is left. What
+belongs to the worker is found by a marker in the environment, which children inherit even when they move to another
+session.
+
+What an attempt leaves behind stands in memory that both share (no message per attempt): its scratch folder, which goes,
+and what it printed, which is kept as its log where the worker could not do that itself any more.
 """
 
 import os
@@ -25,22 +29,38 @@ class Reaper:
     def __init__(self) -> None:
         self._marker = os.environ[MARKER] = uuid.uuid4().hex
         self._lock = threading.Lock()
+        self._memory = os.memfd_create("recua-attempt")
+        self._limited = False
         self._process = self._start()
 
-    def begin(self, timeout_s: float | None, scratch: str) -> None:
-        self._tell(f"begin {timeout_s or 0} {scratch}\n")
+    def begin(self, timeout_s: float | None, scratch: str, printed: str, log: str) -> None:
+        """An attempt begins. `scratch`: a folder to remove; `printed`: the file that takes what it prints, `log`: where
+        that is to be linked unless it is empty, "" for nowhere."""
+        self._remember(scratch, printed, log)
+        if timeout_s:
+            self._limited = True
+            self._tell(f"begin {timeout_s}\n")
 
-    def end(self) -> None:
-        self._tell("end\n")
+    def end(self, printed: str) -> None:
+        """It has ended; `printed`: the file that the next one will print to."""
+        self._remember("", printed, "")
+        if self._limited:
+            self._limited = False
+            self._tell("end\n")
+
+    def _remember(self, *paths: str) -> None:
+        text = "\n".join(paths).encode()
+        os.pwrite(self._memory, len(text).to_bytes(4, "big") + text, 0)
 
     def _start(self) -> "subprocess.Popen[bytes]":
         environment = {key: value for key, value in os.environ.items() if key != MARKER}
-        command = [sys.executable, "-I", "-S", os.path.abspath(__file__), self._marker, str(os.getpid())]
+        arguments = [self._marker, str(os.getpid()), str(self._memory)]
         return subprocess.Popen(
-            command,
+            [sys.executable, "-I", "-S", os.path.abspath(__file__), *arguments],
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
+            pass_fds=[self._memory],
             env=environment,
             start_new_session=True,
         )
@@ -91,9 +111,26 @@ def kill_all(marker: str, worker: int | None) -> None:
         time.sleep(0.02)
 
 
-def main(marker: str, worker: int) -> None:
+def clean_up(memory: int) -> None:
+    """Keep what the last attempt printed, remove what it left. Paths: see `Reaper.begin`."""
+    length = int.from_bytes(os.pread(memory, 4, 0), "big")
+    scratch, printed, log = (os.pread(memory, length, 4).decode() or "\n\n").split("\n")
+    try:
+        if log and os.stat(printed).st_size:
+            os.makedirs(os.path.dirname(log), exist_ok=True)
+            os.link(printed, log)
+    except OSError:
+        pass  # the log is there already, or its disk is not
+    for path in (printed, scratch):
+        try:
+            os.unlink(path)
+        except OSError:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def main(marker: str, worker: int, memory: int) -> None:
     deadline: float | None = None
-    scratch, buffer = "", b""
+    buffer = b""
     while True:
         wait = None if deadline is None else max(0.0, deadline - time.monotonic())
         ready, _, _ = select.select([0], [], [], wait)
@@ -106,15 +143,12 @@ def main(marker: str, worker: int) -> None:
             break
         *lines, buffer = (buffer + data).split(b"\n")
         for line in lines:
-            word, _, rest = line.decode().partition(" ")
-            seconds, _, scratch = rest.partition(" ")
-            limit = float(seconds) if word == "begin" else 0.0
-            deadline = time.monotonic() + limit if limit else None
-    if scratch:
-        shutil.rmtree(scratch, ignore_errors=True)
+            word, _, seconds = line.decode().partition(" ")
+            deadline = time.monotonic() + float(seconds) if word == "begin" else None
+    clean_up(memory)
 
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -6,7 +6,6 @@ break the driver; standard output and error go to the attempt's log, children's 
 
 import contextlib
 import functools
-import io
 import json
 import os
 import shutil
@@ -19,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from infra import faults
-from infra.errors import FencedError, StoreError, SystemFault
+from infra.errors import FencedError, SystemFault
 from infra.storage import Store, open_store
+from workflows.alarm import Alarm
 from workflows.artifacts import ArtifactSource
 from workflows.channel import Sender
 from workflows.context import StepContext, enter
@@ -28,11 +28,13 @@ from workflows.graph import Step
 from workflows.journal import fenced, latest_lease
 from workflows.names import load_name
 from workflows.outcome import describe
+from workflows.output import Output
 from workflows.reaper import Reaper
 from workflows.values import decode, encode
 
 Payload = dict[str, Any]
-LOG = ".log.txt"
+SHORT_S = 0.1
+"""Nothing is said of a body that takes less than this, but its end."""
 
 
 def run_attempt(run: str, attempt: bytes) -> bytes:
@@ -45,22 +47,50 @@ def run_attempt(run: str, attempt: bytes) -> bytes:
     clock = time.perf_counter()
     try:
         store = _store(task["store"])
-        with _scratch(task) as scratch:
-            with _log(store, task, scratch):
-                outcome |= _body(task, store, scratch)
-            outcome |= _keep_log(store, task, scratch)
+        scratch = Path(f"{tempfile.gettempdir()}/recua-{task['attempt_id']}")
+        with _output(task, store, scratch) as said:
+            outcome |= _body(task, store, scratch)
+        if said:
+            outcome["warning"] = f"attempt {task['attempt']}: {said[0]}"
     except Exception as error:  # the log, the lease, this machine: ours, not the user's
         outcome |= {"ok": False, "error": describe(error)}
     outcome["seconds"] = time.perf_counter() - clock
     return json.dumps(outcome).encode()
 
 
+@contextlib.contextmanager
+def _output(task: Payload, store: Store, scratch: Path) -> Iterator[list[str]]:
+    """Catch what the body prints and remove its scratch folder; the reaper does both where this process dies first.
+    What could not be kept is said in the list that this gives."""
+    output, reaper = _catcher(), _reaper()
+    said: list[str] = []
+    try:
+        log = output.prepare(store, f"runs/{task['run']}/attempts/{task['attempt_id']}/log.txt")
+        reaper.begin(task["timeout"], str(scratch), output.printed, log)
+        output.begin()
+    except OSError as error:  # a full disk or too many open files: no fault of the body
+        raise SystemFault(f"{socket.gethostname()} cannot begin a step: {error}") from error
+    try:
+        yield said
+    finally:
+        if warning := output.end():
+            said.append(warning)
+        shutil.rmtree(scratch, ignore_errors=True)
+        reaper.end(output.printed)
+
+
 def _body(task: Payload, store: Store, scratch: Path) -> dict[str, Any]:
-    send = _sender(*task["channel"]).send
+    sender, alarm, output = _sender(*task["channel"]), _alarm(), _catcher()
     who = {"call": task["call"], "attempt_id": task["attempt_id"]}
 
     def tell(message: dict[str, Any]) -> None:
-        send({**message, **who})
+        alarm.now()
+        sender.send({**message, **who})
+
+    def show() -> None:
+        sender.send({"kind": "started", "node": socket.gethostname(), "pid": os.getpid(), "time": time.time(), **who})
+        with contextlib.suppress(OSError):
+            output.show()
 
     source = ArtifactSource(task["store"], task["cache"])
     step_context = StepContext(
@@ -75,12 +105,13 @@ def _body(task: Payload, store: Store, scratch: Path) -> dict[str, Any]:
         tell,
         functools.partial(_fault, task, "artifact.upload"),
     )
-    _check_lease(task, store, _sender(*task["channel"]))
-    tell({"kind": "started", "node": socket.gethostname(), "pid": os.getpid(), "time": time.time()})
+    _check_lease(task, store, sender)
+    alarm.set(show)
+    if task["timeout"] is not None:
+        alarm.now()  # the driver has a clock to start
     leave = enter(step_context)
     try:
-        step = load_name(task["step"])
-        assert isinstance(step, Step), f"{task['step']} is no step"
+        step = _step(task["step"])
         arguments = decode(task["arguments"], source)
         _fault(task, "executor.body")
         value = step.fn(*arguments["args"], **arguments["kwargs"])
@@ -91,6 +122,7 @@ def _body(task: Payload, store: Store, scratch: Path) -> dict[str, Any]:
         return {"ok": False, "error": record}
     finally:
         leave()
+        alarm.clear()
 
 
 def _check_lease(task: Payload, store: Store, driver: Sender) -> None:
@@ -110,75 +142,27 @@ def _fault(task: Payload, point: str) -> None:
         time.sleep(30)  # the driver is dying, and this process with it
 
 
-@contextlib.contextmanager
-def _scratch(task: Payload) -> Iterator[Path]:
-    """A folder for one attempt: removed when the body ends, by the reaper where this process dies first."""
-    with _machine_trouble():
-        scratch = Path(tempfile.mkdtemp(prefix="recua-"))
-        _reaper().begin(task["timeout"], str(scratch))
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        _reaper().end()
-
-
-@contextlib.contextmanager
-def _machine_trouble() -> Iterator[None]:
-    """A full disk or too many open files before a body begins is no fault of the body."""
-    try:
-        yield
-    except OSError as error:
-        raise SystemFault(f"{socket.gethostname()} cannot begin a step: {error}") from error
-
-
-def _log_key(task: Payload) -> str:
-    return f"runs/{task['run']}/attempts/{task['attempt_id']}/log.txt"
-
-
-@contextlib.contextmanager
-def _log(store: Store, task: Payload, scratch: Path) -> Iterator[None]:
-    """Send file descriptors 1 and 2 to the attempt's log while the body runs."""
-    file = store.local_path(_log_key(task)) or scratch / LOG
-    with _machine_trouble():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    saved = [os.dup(1), os.dup(2)]
-    _flush()
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    try:
-        yield
-    finally:
-        _flush()
-        for number, descriptor in zip((1, 2), saved, strict=True):
-            os.dup2(descriptor, number)
-            os.close(descriptor)
-        os.close(log)
-
-
-def _keep_log(store: Store, task: Payload, scratch: Path) -> dict[str, Any]:
-    """Upload the log where the store is no folder. A body's end, good or bad, stands even where its log is lost: what
-    there is to say of that, as a `warning`."""
-    file = scratch / LOG
-    try:
-        if file.exists() and file.stat().st_size:
-            store.upload_file(_log_key(task), file)
-    except StoreError as error:
-        return {"warning": f"the log of attempt {task['attempt']} could not be kept: {error}"}
-    return {}
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(ValueError, OSError, io.UnsupportedOperation):
-            stream.flush()
-
-
 # One of each per worker process, made at its first step: processes, connections and clients are reused across steps.
 @functools.cache
 def _reaper() -> Reaper:
     return Reaper()
+
+
+@functools.cache
+def _catcher() -> Output:
+    return Output()
+
+
+@functools.cache
+def _alarm() -> Alarm:
+    return Alarm(SHORT_S)
+
+
+@functools.cache
+def _step(name: str) -> Step[..., Any]:
+    step = load_name(name)
+    assert isinstance(step, Step), f"{name} is no step"
+    return step
 
 
 @functools.cache

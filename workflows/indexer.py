@@ -1,0 +1,70 @@
+"""A process beside the driver that writes the entries of the reuse index into a folder store.
+
+Started as a script, standard library only. Each line that it reads is `PATH<tab>TEXT`: the file at PATH is to hold
+TEXT, whole or not at all. A file costs four system calls, and in the driver every one of them would pass the
+interpreter's lock between threads that all want it: with short steps a fifth of the driver's time. When the pipe closes
+(also because the driver died) what was sent is written, and the process ends.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+
+CHUNK = 1 << 16
+
+
+class Indexer:
+    """The driver's handle: `put` gives files, `close` waits until they are written. Both raise OSError where the
+    process could not write (its reason was printed)."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", os.path.abspath(__file__)],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def put(self, files: list[tuple[str, str]]) -> None:
+        """(path, text) of each; neither may hold a newline."""
+        assert self._process.stdin is not None
+        data = memoryview("".join(f"{path}\t{text}\n" for path, text in files).encode())
+        while data:
+            data = data[self._process.stdin.write(data) :]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        if code := self._process.wait():
+            raise OSError(f"the reuse index could not be written (exit code {code})")
+
+
+def write(path: str, text: bytes) -> None:
+    temporary = f"{os.path.dirname(path)}/.tmp-{os.getpid()}-{os.path.basename(path)}"
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        os.write(descriptor, text)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    rest = b""
+    while data := os.read(0, CHUNK):
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            path, _, text = line.partition(b"\t")
+            write(path.decode(), text)
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    main()

@@ -1,0 +1,99 @@
+"""What step bodies print, children included: caught per attempt, at next to no cost where nothing is printed.
+
+While a body runs, file descriptors 1 and 2 of its process lead to a file without an owner. Only when something was
+printed does that file become the attempt's log (a link, or an upload where the store is no folder) and the next attempt
+gets another one; an attempt that prints nothing leaves nothing. Where the body goes on for longer its log is there from
+then on. Where the process dies in the middle its reaper makes the link.
+"""
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+from infra.errors import StoreError
+from infra.storage import TEMPORARY_PREFIX, Store
+
+
+class Output:
+    """The catcher of one worker process, for one attempt at a time."""
+
+    def __init__(self) -> None:
+        self.printed = ""
+        """The file that takes what is printed now."""
+        self._file = -1
+        self._saved: list[int] = []
+        self._store: Store | None = None
+        self._key = ""
+        self._shown = False
+
+    def prepare(self, store: Store, key: str) -> str:
+        """Have a file ready for an attempt whose log is `key`; where on this machine the log will lie, "" on S3."""
+        log = store.local_path(key)
+        folder = str(log.parent.parent) if log is not None else tempfile.gettempdir()
+        if self._file >= 0 and (os.path.dirname(self.printed) != folder or os.fstat(self._file).st_size):
+            self._publish()  # of another run; or printed since, by what the attempt before has left behind
+        self._store, self._key, self._shown = store, key, False
+        if self._file < 0:
+            os.makedirs(folder, exist_ok=True)
+            self.printed = f"{folder}/{TEMPORARY_PREFIX}log-{uuid.uuid4().hex}"
+            self._file = os.open(self.printed, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        return "" if log is None else str(log)
+
+    def begin(self) -> None:
+        _flush()
+        self._saved = [os.dup(1), os.dup(2)]
+        os.dup2(self._file, 1)
+        os.dup2(self._file, 2)
+
+    def show(self) -> None:
+        """Let the log be read while the body goes on."""
+        assert self._store is not None
+        log = self._store.local_path(self._key)
+        if log is not None and not self._shown:
+            self._link(log)
+
+    def end(self) -> str:
+        """What to say where the log could not be kept, else ""."""
+        _flush()
+        for number, descriptor in zip((1, 2), self._saved, strict=True):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        if not self._shown and not os.fstat(self._file).st_size:
+            return ""
+        try:
+            self._publish()
+        except (StoreError, OSError) as error:
+            return f"its log could not be kept: {error}"
+        return ""
+
+    def _publish(self) -> None:
+        """What was printed becomes the log of the attempt that was last; the next one needs a new file."""
+        store, size = self._store, os.fstat(self._file).st_size
+        assert store is not None
+        try:
+            log = store.local_path(self._key)
+            if log is None and size:
+                store.upload_file(self._key, Path(self.printed))
+            elif log is not None and size and not self._shown:
+                self._link(log)
+        finally:
+            os.close(self._file)
+            self._file = -1
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.printed)
+
+    def _link(self, log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.link(self.printed, log)
+        self._shown = True
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(ValueError, OSError, io.UnsupportedOperation):
+            stream.flush()
