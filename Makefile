@@ -10,10 +10,10 @@ TESTS       := $(wildcard tests/unit tests/ray tests/chaos tests/gpu)
 ARGS        ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo test graph-chaos lint clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
 
 venv: $(VENV)/.installed ## create .venv with every pinned dependency (once; again when they change)
 
@@ -27,6 +27,9 @@ test: lint ## lint, types, import rules, then every test; the last line is pytes
 	@$(VENV)/bin/lint-imports
 	@echo "==> tests: $(TESTS)"
 	@$(PY) -m pytest $(TESTS) $(ARGS)
+
+graph-chaos: $(VENV)/.installed ## random faults on a 50-step graph; ARGS="--runs 200"; SEED=n replays one run
+	@$(PY) -m tests.chaos.campaign $(ARGS)
 
 lint: $(VENV)/.installed ## ruff: rules and formatting
 	@echo "==> lint (ruff)"

@@ -4,7 +4,7 @@ Started as a script, standard library only. It reads lines from its worker: `beg
 with a timeout. When the time of a body is up it kills the worker and everything the worker started; when the pipe
 closes because the worker is gone (killed, crashed, or finished with its life) it does the same for what is left. What
 belongs to the worker is found by a marker in the environment, which children inherit even when they move to another
-session.
+session. The reaper itself is no child of its worker, because a Ray worker that is told to end kills its children first.
 
 What an attempt leaves behind stands in memory that both share (no message per attempt): its scratch folder, which goes,
 and what it printed, which is kept as its log where the worker could not do that itself any more.
@@ -21,6 +21,7 @@ import time
 import uuid
 
 MARKER = "RECUA_STEP_WORKER"
+ORPHAN = 'exec 3<&0; "$@" <&3 3<&- &'  # a shell that starts it and ends
 
 
 class Reaper:
@@ -40,6 +41,8 @@ class Reaper:
         if timeout_s:
             self._limited = True
             self._tell(f"begin {timeout_s}\n")
+        elif self._gone():
+            self._process = self._start()
 
     def end(self, printed: str) -> None:
         """It has ended; `printed`: the file that the next one will print to."""
@@ -55,8 +58,9 @@ class Reaper:
     def _start(self) -> "subprocess.Popen[bytes]":
         environment = {key: value for key, value in os.environ.items() if key != MARKER}
         arguments = [self._marker, str(os.getpid()), str(self._memory)]
-        return subprocess.Popen(
-            [sys.executable, "-I", "-S", os.path.abspath(__file__), *arguments],
+        reaper = [sys.executable, "-I", "-S", os.path.abspath(__file__), *arguments]
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", ORPHAN, "recua", *reaper],
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -64,13 +68,21 @@ class Reaper:
             env=environment,
             start_new_session=True,
         )
+        process.wait()
+        return process
+
+    def _gone(self) -> bool:
+        """Whether somebody killed it, the machine's out-of-memory killer perhaps: nobody reads the pipe any more."""
+        assert self._process.stdin is not None
+        pipe = select.poll()
+        pipe.register(self._process.stdin, 0)
+        return bool(pipe.poll(0))
 
     def _tell(self, line: str) -> None:
         with self._lock:
             try:
                 self._write(line)
-            except OSError:  # somebody killed it, the machine's out-of-memory killer perhaps
-                self._process.wait()
+            except OSError:
                 self._process = self._start()
                 self._write(line)
 

@@ -2,9 +2,9 @@
 
 Prints its own port. `POST /__faults__` with {"seed", "rates": {kind: probability}, "script": [kind or null, ...],
 "match": text, "stall_s"} sets what happens from then on to requests whose "METHOD /path" contains `match`: the script
-first, one entry for each, then the rates. It clears the records. `GET /__faults__` gives {"counts": {kind: n},
-"written": {path: [before, after]}}: when journal slots and heartbeats were first written upstream, seconds since the
-epoch.
+first, one entry for each, then the rates. It clears the records unless "keep" is true. `GET /__faults__` gives
+{"counts": {kind: n}, "written": {path: [before, after]}}: when journal slots and heartbeats were first written
+upstream, in seconds since the epoch.
 
 Kinds. Not applied upstream: `error-500`, `error-503`, `slow-down`, `reset-before`. Applied, and the answer is lost:
 `reset-after`, `late-error`. Applied later than the client's next try: `zombie` (writes only). Answers: `latency`,
@@ -164,7 +164,9 @@ class Proxy:
 
     def _control(self, request: Request) -> Answer:
         if request.method == "POST":
-            self.faults = Faults.of(json.loads(request.body))
+            settings = json.loads(request.body)
+            kept = {"counts": self.faults.counts, "written": self.faults.written} if settings.pop("keep", False) else {}
+            self.faults = Faults.of({**settings, **kept})
         body = json.dumps({"counts": self.faults.counts, "written": self.faults.written}).encode()
         return Answer(200, [b"HTTP/1.1 200 OK"], len(body), body)
 
