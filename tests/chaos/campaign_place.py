@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +34,6 @@ class Place:
         self._server = server
         self._proxy = proxy
         self._cluster = cluster
-        self._joining: list[threading.Thread] = []
 
     @property
     def address(self) -> str:
@@ -66,7 +64,7 @@ class Place:
             os.environ["AWS_ENDPOINT_URL"] = before
 
     def kill_node(self, chance: random.Random) -> None:
-        """SIGKILL a node other than the head, its workers first or left to notice; another one joins meanwhile."""
+        """SIGKILL a node other than the head, its workers first or left to notice; another one joins."""
         self.settle()
         node = next(iter(self._cluster.worker_nodes))
         if chance.random() < 0.5:
@@ -75,15 +73,11 @@ class Place:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         self._cluster.remove_node(node, allow_graceful=False)
-        thread = threading.Thread(target=lambda: self._cluster.add_node(**NODE), daemon=True)
-        thread.start()
-        self._joining.append(thread)
+        self._cluster.add_node(wait=False, **NODE)
 
     def settle(self) -> None:
-        """Wait for nodes that are joining."""
-        while self._joining:
-            self._joining.pop().join(timeout=120)
-        assert len(self._cluster.worker_nodes) == NODES - 1, "a node did not come back"
+        """Wait for nodes that are joining or leaving."""
+        self._cluster.wait_for_nodes(timeout=120)
 
     def actors(self) -> list[str]:
         """Names of actors that are not dead."""

@@ -34,7 +34,7 @@ POINTS = (
 )
 STORE_KINDS = ("latency", "error-500", "error-503", "slow-down", "reset-before", "reset-after", "late-error", "zombie")
 STORE_KINDS += ("truncated", "short")
-EXPECTED = ("FencedError", "StoreError", "UserError: run r is being driven", "SystemFault: Ray did not start")
+EXPECTED = ("FencedError", "StoreError", "RunBusy: run r is being driven", "SystemFault: Ray did not start")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,180 @@
+"""What the core does where the store, a helper process or another driver gets in its way."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.errors import FencedError, StoreError
+from infra.storage import FolderStore
+from workflows import journal, session
+from workflows.channel import Listener, Sender
+from workflows.config import RunSettings
+from workflows.graph import workflow
+from workflows.journal import read_journal, slot_key
+from workflows.known import Known, index_key
+from workflows.runs import load_run
+from workflows.values import encode
+
+HERE = Path(__file__).parent
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+@workflow
+def stepless(store: str, trouble: str) -> str:
+    """No step, so no Ray: only the lease and the end are written."""
+    if trouble == "fenced":
+        FolderStore(Path(store)).put_if_absent(slot_key("r", 2), b"{}")
+    return "done"
+
+
+def test_a_run_whose_end_another_driver_took_is_not_reported_as_finished(tmp_path: Path) -> None:
+    settings = RunSettings(store=str(tmp_path), run_id="r")
+    with pytest.raises(FencedError, match="another driver has taken over"):
+        session.run(stepless, str(tmp_path), "fenced", settings=settings)
+
+
+def test_a_run_whose_end_could_not_be_written_is_not_finished_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = RunSettings(store=str(tmp_path), run_id="r")
+    put = FolderStore.put_if_absent
+
+    def full(store: FolderStore, key: str, data: bytes) -> bool:
+        if b'"end"' in data:
+            raise StoreError(f"--store {store.url}: cannot use {key}: No space left on device")
+        return put(store, key, data)
+
+    monkeypatch.setattr(FolderStore, "put_if_absent", full)
+    with pytest.raises(StoreError, match="No space left"):
+        session.run(stepless, str(tmp_path), "", settings=settings)
+    assert read_journal(FolderStore(tmp_path), "r").end is None
+    monkeypatch.setattr(FolderStore, "put_if_absent", put)
+    monkeypatch.setattr(journal, "driver_is_gone", lambda lease: True)  # it was this process
+    result = session.run(stepless, str(tmp_path), "", settings=settings)
+    assert result.value == "done" and not result.already_finished
+    assert load_run(FolderStore(tmp_path), "r").status == "finished"
+
+
+def test_half_an_index_entry_is_as_good_as_none(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    known = Known(store, {}, True, (), lambda *_: None)
+    for left in (b"", b'{"format": 1, "run": "r", "resu'):
+        store.put(index_key("ab12"), left)
+        assert known.reusable("ab12") is None
+
+
+def test_half_a_heartbeat_is_no_error(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    session.run(stepless, str(tmp_path), "", settings=RunSettings(store=str(tmp_path), run_id="r"))
+    store.delete(slot_key("r", 2))  # its end
+    store.put(journal.lease_key("r", 1), b"")
+    assert load_run(store, "r").status == "running", "by the time in the lease itself"
+
+
+def test_a_worker_knows_that_its_driver_has_ended() -> None:
+    listener = Listener("127.0.0.1", lambda message: None)
+    sender, late = Sender(listener.address), Sender(listener.address)
+    assert sender.open() and sender.open()
+    listener.close()
+    wait_for(lambda: not sender.open(), "the closed connection was not noticed")
+    assert not late.open()
+    late.send({"kind": "log"})
+
+
+def test_the_reaper_does_its_work_although_it_was_killed_or_its_worker_ends_its_children(tmp_path: Path) -> None:
+    """A Ray worker that is told to end kills its direct children first, the reaper was one of them."""
+    program = """
+import os, subprocess, sys, time
+from workflows.reaper import Reaper
+reaper = Reaper()
+reaper.begin(None, sys.argv[1])
+os.mkdir(sys.argv[1])
+child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+print(child.pid, flush=True)
+sys.stdin.readline()
+reaper.begin(None, sys.argv[1])
+print("again", flush=True)
+time.sleep(600)
+"""
+    scratch = tmp_path / "scratch"
+    command = [sys.executable, "-c", program, str(scratch)]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent.parent)}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as worker:
+        assert worker.stdin is not None and worker.stdout is not None
+        child = int(worker.stdout.readline())
+        wait_for(lambda: reapers(worker.pid), "the reaper did not start")
+        (first,) = reapers(worker.pid)
+        assert Path(f"/proc/{first}/stat").read_text().rpartition(")")[2].split()[1] != str(worker.pid)
+        os.kill(first, signal.SIGKILL)
+        wait_for(lambda: not reapers(worker.pid), "the reaper did not die")
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+        assert worker.stdout.readline() == "again\n"
+        worker.kill()
+    wait_for(lambda: not scratch.exists(), "the scratch folder was left")
+    wait_for(lambda: journal.process_start(child) is None, "the child was left")
+
+
+def reapers(worker: int) -> list[int]:
+    """Reaper processes of a worker."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if len(command) > 2 and command[-2] == str(worker).encode() and any(b"reaper.py" in part for part in command):
+            found.append(int(folder.name))
+    return [pid for pid in found if journal.process_start(pid) is not None]
+
+
+def test_a_lost_log_leaves_the_bodys_end_as_it_was(s3_url: str, tmp_path: Path) -> None:
+    """Good or bad: neither a result nor the user's error is replaced by the trouble with the log."""
+    program = """
+import sys
+from infra.errors import StoreError
+from workflows import worker
+
+def fail(key, source):
+    raise StoreError(f"--store: {key}: unreachable")
+
+store = worker._store(sys.argv[1])
+store.upload_file = fail
+for task in sys.argv[2:]:
+    print(worker.run_attempt("{}", task.encode()).decode())
+"""
+    tasks = [payload(s3_url, tmp_path, step, number) for number, step in enumerate(("says", "says_and_fails"))]
+    root = HERE.parent.parent
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{HERE}"}
+    command = [sys.executable, "-c", program, s3_url, *tasks]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    good, bad = (json.loads(line) for line in done.stdout.splitlines())
+    assert good["ok"] and good["result"] == 7 and "log.txt: unreachable" in good["warning"]
+    assert not bad["ok"] and bad["error"]["type"] == "ValueError" and bad["error"]["kind"] == "user"
+
+
+def payload(store: str, tmp_path: Path, step: str, number: int) -> str:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+    task = {"run": "r", "call": f"{step}[0]", "step": f"chaos_steps:{step}", "attempt": 1, "attempt_id": f"a{number}"}
+    task |= {"arguments": encode({"args": [], "kwargs": {}}, "arguments"), "timeout": None, "store": store}
+    task |= {"cache": str(tmp_path), "channel": ["127.0.0.1", port, "token"], "faults": {}, "driver_pid": os.getpid()}
+    return json.dumps({**task, "lease_until": 0.0, "lease_slot": 0})
