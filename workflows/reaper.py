@@ -21,7 +21,6 @@ import time
 import uuid
 
 MARKER = "RECUA_STEP_WORKER"
-ORPHAN = 'exec 3<&0; "$@" <&3 3<&- &'  # a shell that starts it and ends
 
 
 class Reaper:
@@ -58,9 +57,8 @@ class Reaper:
     def _start(self) -> "subprocess.Popen[bytes]":
         environment = {key: value for key, value in os.environ.items() if key != MARKER}
         arguments = [self._marker, str(os.getpid()), str(self._memory)]
-        reaper = [sys.executable, "-I", "-S", os.path.abspath(__file__), *arguments]
         process = subprocess.Popen(
-            ["/bin/sh", "-c", ORPHAN, "recua", *reaper],
+            [sys.executable, "-I", "-S", os.path.abspath(__file__), *arguments],
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -68,7 +66,7 @@ class Reaper:
             env=environment,
             start_new_session=True,
         )
-        process.wait()
+        process.wait()  # it goes on as a child of nobody
         return process
 
     def _gone(self) -> bool:
@@ -163,4 +161,6 @@ def main(marker: str, worker: int, memory: int) -> None:
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    if os.fork():
+        os._exit(0)
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

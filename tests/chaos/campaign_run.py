@@ -251,7 +251,11 @@ class Run:
             else:
                 for process in psutil.process_iter(["cmdline"]):
                     command = process.info["cmdline"] or []
-                    if command and command[-1] == str(pid) and any(part.endswith("reaper.py") for part in command):
+                    if (
+                        len(command) > 2
+                        and command[-2] == str(pid)
+                        and any(part.endswith("reaper.py") for part in command)
+                    ):
                         process.kill()
         return True
 

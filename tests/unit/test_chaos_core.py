@@ -102,12 +102,12 @@ def test_the_reaper_does_its_work_although_it_was_killed_or_its_worker_ends_its_
 import os, subprocess, sys, time
 from workflows.reaper import Reaper
 reaper = Reaper()
-reaper.begin(None, sys.argv[1])
+reaper.begin(None, sys.argv[1], "", "")
 os.mkdir(sys.argv[1])
 child = subprocess.Popen(["sleep", "600"], start_new_session=True)
 print(child.pid, flush=True)
 sys.stdin.readline()
-reaper.begin(None, sys.argv[1])
+reaper.begin(None, sys.argv[1], "", "")
 print("again", flush=True)
 time.sleep(600)
 """
@@ -139,7 +139,7 @@ def reapers(worker: int) -> list[int]:
             command = (folder / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if len(command) > 2 and command[-2] == str(worker).encode() and any(b"reaper.py" in part for part in command):
+        if len(command) > 3 and command[-3] == str(worker).encode() and any(b"reaper.py" in part for part in command):
             found.append(int(folder.name))
     return [pid for pid in found if journal.process_start(pid) is not None]
 
