@@ -282,6 +282,30 @@ def report(run_id: str, store: str | None, output: str) -> None:
 
 
 @main_group.command()
+@click.argument("run_id", metavar="RUN")
+@store_option
+@click.option("--json", "as_json", is_flag=True, help="As one JSON list, an object per elastic group.")
+def goodput(run_id: str, store: str | None, as_json: bool) -> None:
+    """Show where the time of RUN's ranks went: useful computing and every kind of loss, its pauses, and what its
+    records do not say."""
+    import json
+
+    from cluster.goodput_records import read_run
+    from infra.errors import UserError
+    from workflows.runs import load_metadata
+
+    opened = _open(_settings(store=store))
+    load_metadata(opened, run_id)
+    reports = read_run(opened, run_id)
+    if not reports:
+        raise UserError(f"run {run_id!r} has no elastic group: only elastic training keeps accounts of its ranks' time")
+    if as_json:
+        click.echo(json.dumps([report.to_json() for report in reports]))
+    else:
+        click.echo("\n\n".join(report.to_text() for report in reports))
+
+
+@main_group.command()
 @click.argument("artifact")
 @store_option
 @click.option("--grpc-port", type=int, help="Port of the gRPC gateway; 0: any free one.")

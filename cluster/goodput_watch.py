@@ -1,0 +1,80 @@
+"""The controller's part of the ledger, read off its own state machine: for a real group and a simulated one alike."""
+
+from collections.abc import Iterable
+
+from cluster import controller_messages as m
+from cluster.controller_state import ENDED, Controller
+from cluster.decision import Decision
+from cluster.goodput_records import GroupAccount, NodeLife, Pause
+
+
+class GroupWatch:
+    """Call `saw` after every `handle` of the core; `account` is what to write.
+
+    Args:
+        group: its name in the store, e.g. "pretrain". before: the account that an earlier controller left; it goes on.
+    """
+
+    def __init__(self, group: str, core: Controller, now: float, before: GroupAccount | None = None) -> None:
+        asked = core.settings.max_workers + core.settings.spares
+        self._core = core
+        self._group, self._started = group, now if before is None else before.started
+        self.capacity = [(now, asked)] if before is None else list(before.capacity)
+        self.nodes = {} if before is None else dict(before.nodes)
+        self.pauses = [] if before is None else list(before.pauses)
+        if self.capacity[-1][1] != asked:
+            self.capacity.append((now, asked))
+        self._step = core.step
+        self._since: float | None = None if core.phase == "adopting" else now
+        self._why = Decision("start", core.reason, "elastic.start_timeout_s")
+        self._lost = 0
+        self._rolled_back = False
+
+    def saw(self, event: m.Event, commands: Iterable[m.Command], now: float) -> Pause | None:
+        """Returns the pause that has just ended, if one has."""
+        core = self._core
+        self._note_nodes(event, now)
+        if isinstance(event, m.RollBack):
+            self._rolled_back = event.generation == core.generation
+        for command in commands:
+            if isinstance(command, m.Report):
+                self._why = command.decision
+            elif isinstance(command, m.Join):
+                self._lost += max(0, self._step - command.restore.step)
+                self._step = command.restore.step
+        self._step = max(self._step, core.step)
+        if core.phase in ("running", *ENDED):
+            return self._resumed(now) if self._since is not None else None
+        if self._since is None:
+            self._since = now
+        return None
+
+    def account(self, now: float) -> GroupAccount:
+        """Everything so far."""
+        ended = self._core.phase in ENDED
+        nodes, pauses = dict(self.nodes), tuple(self.pauses)
+        return GroupAccount(self._group, self._started, now, ended, tuple(self.capacity), nodes, pauses)
+
+    def _note_nodes(self, event: m.Event, now: float) -> None:
+        if isinstance(event, m.WorkersReady):
+            for node in set(event.nodes.values()):
+                known = self.nodes.get(node)
+                here = len(self._core.roster.on([node]))
+                since, most = (now, 0) if known is None else (known.since, known.ranks)
+                self.nodes[node] = NodeLife(since, None, max(most, here))
+        elif isinstance(event, m.NodesLost):
+            for node in event.nodes:
+                if node in self.nodes:
+                    known = self.nodes[node]
+                    self.nodes[node] = NodeLife(known.since, now, known.ranks)
+
+    def _resumed(self, now: float) -> Pause:
+        assert self._since is not None
+        why, ranks = self._why, len(self._core.roster.joined)
+        generation = self._core.generation
+        pause = Pause(
+            self._since, now, generation, why.action, why.reason, why.key, ranks, self._lost, self._rolled_back
+        )
+        self.pauses.append(pause)
+        self._since, self._lost, self._rolled_back = None, 0, False
+        return pause

@@ -1,0 +1,143 @@
+"""A rank's account of its own time, kept where it outlives the rank: in memory that its node agent shares.
+
+Who waits for whom: nobody. The rank's training thread writes; the node agent reads at any time, also when the rank has
+been killed in the middle of a write: two copies are written in turn, and the number that says which one counts comes
+last (one aligned 8-byte store).
+"""
+
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from cluster.goodput import BUCKETS, Ledger
+
+COPY = struct.Struct(f"<4d{len(BUCKETS)}d")
+"""born, since, open bucket (-1: none), computing done before the step under way; seconds by bucket."""
+WRITTEN = struct.Struct("<Q")
+MEMORY_BYTES = WRITTEN.size + 2 * COPY.size
+COMPUTE, RECOMPUTED, DETECTION = (BUCKETS.index(name) for name in ("compute", "recomputed", "detection"))
+NONE = -1
+
+
+class Stopwatch:
+    """`enter("compute")` closes the bucket before it. A few microseconds each; used by one thread.
+
+    Before the first `enter` and after `leave` time counts as unattributed.
+
+    Args:
+        clock: seconds; the same for the node agent (CLOCK_MONOTONIC is shared by the processes of a machine).
+        born: reading of `clock` at which the rank's life began, if that was before now (imports, actor start).
+        memory: MEMORY_BYTES that outlive the process; None keeps the account in the process.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        born: float | None = None,
+        memory: memoryview | bytearray | None = None,
+    ) -> None:
+        self._clock = clock
+        self._memory = bytearray(MEMORY_BYTES) if memory is None else memory
+        self._writes = 0
+        self._since = clock()
+        self._born = self._since if born is None else born
+        self._open = NONE
+        self._seconds = [0.0] * len(BUCKETS)
+        self._recomputing = False
+        self._at_step = 0.0
+        self._write()
+
+    def enter(self, bucket: str) -> None:
+        """From now on time belongs to `bucket`. ValueError for an unknown one."""
+        index = _index(bucket)
+        self._close()
+        self._open = RECOMPUTED if self._recomputing and index == COMPUTE else index
+        self._write()
+
+    def leave(self) -> None:
+        """From now on time is unattributed."""
+        self._close()
+        self._open = NONE
+        self._write()
+
+    @contextmanager
+    def during(self, bucket: str) -> Iterator[None]:
+        """`enter(bucket)`, and afterwards back to the bucket of before."""
+        before = self._open
+        self.enter(bucket)
+        try:
+            yield
+        finally:
+            self._close()
+            self._open = before
+            self._write()
+
+    def begin_step(self, recomputing: bool = False) -> None:
+        """A step starts; `recomputing`: it had been committed before a fault undid it."""
+        self._close()
+        self._recomputing = recomputing
+        self._open = RECOMPUTED if recomputing else COMPUTE
+        self._at_step = self._seconds[COMPUTE]
+        self._write()
+
+    def step_lost(self, since_fault_s: float = 0.0) -> None:
+        """The step under way will not count: the last `since_fault_s` of it were spent until the fault was known
+        (detection), the rest will be computed again. Time now goes to re-forming."""
+        self.enter("re_forming")
+        lost = self._seconds[COMPUTE] - self._at_step
+        unnoticed = min(since_fault_s, lost)
+        self._seconds[COMPUTE] -= lost
+        self._seconds[DETECTION] += unnoticed
+        self._seconds[RECOMPUTED] += lost - unnoticed
+        self._write()
+
+    def reattribute(self, source: str, target: str, seconds: float) -> None:
+        """Move measured seconds, e.g. what a trace shows as exposed communication within compute."""
+        origin, place = _index(source), _index(target)
+        moved = min(seconds, self._seconds[origin])
+        self._seconds[origin] -= moved
+        self._seconds[place] += moved
+        self._write()
+
+    def ledger(self) -> Ledger:
+        """The account up to now."""
+        return read_account(self._memory, self._clock())
+
+    def _close(self) -> None:
+        now = self._clock()
+        if self._open != NONE:
+            self._seconds[self._open] += now - self._since
+        self._since = now
+
+    def _write(self) -> None:
+        self._writes += 1
+        place = WRITTEN.size + self._writes % 2 * COPY.size
+        COPY.pack_into(self._memory, place, self._born, self._since, self._open, self._at_step, *self._seconds)
+        WRITTEN.pack_into(self._memory, 0, self._writes)
+
+
+def _index(bucket: str) -> int:
+    if bucket not in BUCKETS:
+        raise ValueError(f"no such ledger bucket: {bucket}; known: {', '.join(BUCKETS)}")
+    return BUCKETS.index(bucket)
+
+
+def read_account(memory: memoryview | bytearray | bytes, until: float, died: bool = False) -> Ledger:
+    """The account of the rank that writes (or wrote) into `memory`, up to `until` on its clock.
+
+    died: the rank ended at `until` in the middle of a step, whose computing is therefore computed again by others.
+    An account that was never written is empty.
+    """
+    (written,) = WRITTEN.unpack_from(memory, 0)
+    if written == 0:
+        return Ledger(0.0)
+    born, since, opened, at_step, *seconds = COPY.unpack_from(memory, WRITTEN.size + written % 2 * COPY.size)
+    until = max(until, since)
+    if opened != NONE:
+        seconds[int(opened)] += until - since
+    if died and int(opened) == COMPUTE:
+        lost = seconds[COMPUTE] - at_step
+        seconds[COMPUTE] -= lost
+        seconds[RECOMPUTED] += lost
+    return Ledger(until - born, dict(zip(BUCKETS, seconds, strict=True)))
