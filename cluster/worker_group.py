@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.faults import name_fault
 from cluster.worker import Seat, Worker, WorkerInfo
+from infra.bundles import show_bundle, unplaceable
 from infra.errors import ResourceError, StepTimeout, SystemFault
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ class WorkerGroup:
         name: prefix of the actors' and the placement group's names. They are unique among live groups; a placement
             group of the same name and an older owner is removed first, so that a restarted owner gets its resources.
         generation: counts the lives of this group under one owner.
+        placement: a placement group to live in (a step's `context().placement_group()`), which its owner removes; else
+            the ranks get one of their own.
         start_timeout_s: until the placement group is ready, and again until all workers have answered.
 
     Use it as a context manager, or call `start` and `shutdown`.
@@ -56,6 +59,7 @@ class WorkerGroup:
         env: Mapping[str, str] | None = None,
         name: str = "group",
         generation: int = 0,
+        placement: PlacementGroup | None = None,
         start_timeout_s: float = 120.0,
         actor_args: Sequence[Any] = (),
         actor_kwargs: Mapping[str, Any] | None = None,
@@ -70,6 +74,7 @@ class WorkerGroup:
         self.bundle = {resource: amount for resource, amount in self.bundle.items() if amount > 0}
         self.workers: list[Any] = []
         self.infos: list[WorkerInfo] = []
+        self._given = placement
         self._placement: PlacementGroup | None = None
 
     def __enter__(self) -> "WorkerGroup":
@@ -87,8 +92,11 @@ class WorkerGroup:
             SystemFault: a worker died while starting. A user's error in the constructor raises as StepError.
         """
         try:
-            self._placement = self._reserve()
-            self.workers = [self._spawn(self._placement, index) for index in range(self.world_size)]
+            if self._given is None:
+                self._placement = self._reserve()
+            home, bundles = self._placement or self._given, range(self.world_size)
+            assert home is not None
+            self.workers = [self._spawn(home, index, index if self._placement else -1) for index in bundles]
             self.infos = self._gather("describe", [() for _ in self.workers], timeout_s=self.start_timeout_s)
             self._order_by_node()
             port = self.run_on(0, "reserve_port")
@@ -231,16 +239,14 @@ class WorkerGroup:
         return reserved
 
     def _refuse_impossible(self) -> None:
-        total = ray.cluster_resources()
-        for resource, amount in self.bundle.items():
-            if amount * self.world_size > total.get(resource, 0.0):
-                raise ResourceError(
-                    f"group {self.name} asks for {self.world_size} ranks x {amount:g} {resource}, "
-                    f"this cluster has {total.get(resource, 0.0):g} {resource} in all"
-                )
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if why := unplaceable([self.bundle] * self.world_size, self.strategy, nodes):
+            asked = f"{self.world_size} ranks x ({show_bundle(self.bundle)}), {self.strategy}"
+            raise ResourceError(f"group {self.name} asks for {asked}, but {why}")
 
-    def _spawn(self, placement: PlacementGroup, index: int) -> Any:
-        scheduling = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=index)
+    def _spawn(self, placement: PlacementGroup, index: int, bundle: int) -> Any:
+        """Rank `index` in one bundle, or in any of them (-1)."""
+        scheduling = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle)
         remote_class = ray.remote(self.actor_class).options(
             num_cpus=self.bundle.get("CPU", 0),
             num_gpus=self.bundle.get("GPU", 0),

@@ -32,6 +32,7 @@ from workflows.placement import Placement
 Record = dict[str, Any]
 ClusterCheck = Callable[[list[dict[str, float]]], None]
 LONGEST_PAUSE_S = 30.0
+GANG_PATIENCE_S = 2.0
 TIMEOUT_GRACE_S = 15.0
 CROWD = 32
 """With so many attempts in flight a few milliseconds of waiting cost no time: Ray has work for longer than that."""
@@ -208,6 +209,8 @@ class Attempts:
 
         reference = self._placement.submit(call.id, call.options, json.dumps(payload).encode(), done)
         self._running[call.id] = (call, reference)
+        if call.options.gang is not None:
+            self._loop.later(GANG_PATIENCE_S, self._on_no_gang_yet, weakref.ref(call), attempt_id)
 
     def _on_message(self, message: Record) -> None:
         call, _ = self._running.get(message.get("call", ""), (None, None))
@@ -223,6 +226,12 @@ class Attempts:
         elif kind in ("progress", "log"):
             data = {key: value for key, value in message.items() if key not in ("kind", "call", "attempt_id")}
             self._tell(kind, call, **data)
+
+    def _on_no_gang_yet(self, waiting: "weakref.ref[Call]", attempt_id: str) -> None:
+        """All of a gang's bundles must be free at once, which may take long: say so."""
+        call = waiting()
+        if call is not None and call.attempt_id == attempt_id and call.id in self._running and call.started is None:
+            self._tell("pending", call, message=f"waiting for resources: {call.options.whole_gang()}")
 
     def _on_overdue(self, late: "weakref.ref[Call]", attempt_id: str) -> None:
         """The reaper beside the worker should have killed it by now; the whole node may be stuck."""

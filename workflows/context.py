@@ -66,6 +66,21 @@ class StepContext:
         print(message, flush=True)
         self.send({"kind": "log", "message": message})
 
+    def placement_group(self) -> Any:
+        """The Ray placement group of this attempt (`@step(gang=...)`). The body runs in its bundle 0; what it starts
+        goes into the group by itself, or into one bundle with Ray's PlacementGroupSchedulingStrategy.
+
+        Raises:
+            UserError: the step asked for no gang.
+        """
+        import ray
+        from ray.util.placement_group import get_current_placement_group
+
+        group = get_current_placement_group() if ray.is_initialized() else None  # asking would start a Ray
+        if group is None:
+            raise UserError(f"{self.call_id} has no placement group: ask for one with @step(gang=...)")
+        return group
+
 
 def context() -> StepContext:
     """The context of the step body that is running.

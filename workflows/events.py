@@ -19,6 +19,7 @@ class Event:
     resumed         seconds (what it took then)
     waiting         message, deadline (seconds since the epoch or None), command (what to type): it waits for a person
                     or an event
+    pending         message: an attempt waits for resources that others hold
     retry           error, error_type, seconds (until the next attempt)
     failed          error, error_type, traceback
     warning         message

@@ -23,9 +23,10 @@ from workflows.source import Import, Module, SourceIndex, is_text
 FORMAT = 1
 PLATFORM = {
     "alarm", "artifacts", "attempts", "channel", "cli", "config", "context", "events", "executor", "fanout",
-    "fingerprint", "gc", "graph", "history", "housekeeping", "indexer", "journal", "known", "launch", "listing",
-    "loop", "marks", "names", "outcome", "output", "placement", "planning", "progress", "reaper", "report",
-    "report_page", "runs", "session", "source", "status", "survey", "taken", "values", "waits", "why", "worker",
+    "fingerprint", "gangs", "gc", "graph", "history", "housekeeping", "indexer", "journal", "known", "launch",
+    "listing", "loop", "marks", "names", "outcome", "output", "placement", "planning", "progress", "reaper",
+    "report", "report_page", "runs", "session", "source", "status", "survey", "taken", "values", "waits", "why",
+    "worker",
 }  # fmt: skip
 """Modules of `workflows` that carry, show and keep results. What remains are recipes and their steps."""
 BLINDING = {"exec", "eval", "globals", "__import__"}

@@ -31,6 +31,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 from infra.errors import ConfigError, UserError
 from workflows.artifacts import Artifact, ArtifactWriter
 from workflows.context import StepContext, context
+from workflows.gangs import Gang, resolve_gang
 from workflows.names import canonical_name
 from workflows.values import field_of
 
@@ -38,6 +39,7 @@ __all__ = [
     "Artifact",
     "ArtifactWriter",
     "Future",
+    "Gang",
     "Part",
     "Step",
     "StepContext",
@@ -60,7 +62,8 @@ class StepOptions:
     """What a call asks for. `memory` bytes and `timeout` seconds, None: no limit. `retries`: for the user's own errors
     and timeouts. `reuse=False`: never take the result from another run (deployments, measurements). `may_fail=True`:
     the workflow handles this call's failure itself, at `.result()`. `libraries`: distributions that results depend on
-    beside those that the code imports."""
+    beside those that the code imports. `gang`: several bundles of resources, all or none (workflows.gangs); a number is
+    so many times what the step itself asks for."""
 
     num_cpus: float = 1
     num_gpus: float = 0
@@ -71,6 +74,7 @@ class StepOptions:
     may_fail: bool = False
     reuse: bool = True
     libraries: tuple[str, ...] = ()
+    gang: Gang | int | None = None
 
     def __post_init__(self) -> None:
         for setting, value in (("num_cpus", self.num_cpus), ("num_gpus", self.num_gpus), ("retries", self.retries)):
@@ -80,6 +84,18 @@ class StepOptions:
             raise ConfigError(f"timeout={self.timeout}: must be positive seconds, or None")
         if self.name is not None and (not self.name or any(letter in self.name for letter in "/[]")):
             raise ConfigError(f"name={self.name!r}: must be non-empty and without / [ ]")
+        if self.gang is not None:
+            resolve_gang(self.gang, self.request)
+
+    @property
+    def request(self) -> dict[str, float]:
+        """What the body itself asks for, by Ray's names."""
+        asked = {"CPU": float(self.num_cpus), "GPU": float(self.num_gpus), "memory": float(self.memory or 0)}
+        return {name: amount for name, amount in asked.items() if amount}
+
+    def whole_gang(self) -> Gang | None:
+        """`gang` in full."""
+        return None if self.gang is None else resolve_gang(self.gang, self.request)
 
 
 class Future(Generic[R]):
@@ -238,11 +254,18 @@ class Step(Generic[P, R]):
         timeout: float | None = None,
         name: str | None = None,
         may_fail: bool | None = None,
+        gang: Gang | int | None = None,
     ) -> "Step[P, R]":
         """The step with other options: `train.options(num_gpus=8, name="final")(corpus)`, and so for `map`."""
-        given = {"num_cpus": num_cpus, "num_gpus": num_gpus, "retries": retries, "timeout": timeout, "name": name}
-        given |= {"may_fail": may_fail, "memory": None if memory is None else parse_memory(memory)}
-        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        given: dict[str, Any] = {
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
+            "retries": retries,
+            "timeout": timeout,
+            "name": name,
+        }
+        given |= {"gang": gang, "may_fail": may_fail, "memory": None if memory is None else parse_memory(memory)}
+        changes = {key: value for key, value in given.items() if value is not None}
         return type(self)(self.fn, replace(self.default, **changes))
 
     def submit(self, options: StepOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[R]:
@@ -312,6 +335,7 @@ def step(
     timeout: float | None = None,
     reuse: bool = True,
     libraries: tuple[str, ...] = (),
+    gang: Gang | int | None = None,
 ) -> Callable[[Callable[P, R]], Step[P, R]]: ...
 
 

@@ -117,6 +117,7 @@ def show_plan(plan: Plan) -> None:
             show_size(call.memory) if call.memory else "",
             f"limit {show_seconds(call.timeout)}" if call.timeout else "",
         ]
+        asks += [f"gang of {call.gang}" if call.gang else ""]
         took = "" if call.seconds is None else show_seconds(call.seconds)
         after = " ".join(number[need] for need in dict.fromkeys(call.needs))
         rows.append([number[call.call_id], call.call_id, call.status, took, ", ".join(filter(None, asks)), after])

@@ -14,9 +14,11 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from infra.bundles import unplaceable
 from infra.errors import ConfigError, ResourceError, StoreError, SystemFault
 from infra.storage import Store
 from workflows.config import RunSettings
+from workflows.gangs import GangAttempt, Gangs
 from workflows.graph import StepOptions
 from workflows.names import import_roots
 from workflows.worker import bootstrap
@@ -38,6 +40,7 @@ class Placement:
         self._nodes: list[dict[str, float]] = []
         self._nodes_at = float("-inf")
         self._body: Callable[[bytes], bytes] | None = None
+        self._gangs: Gangs | None = None
 
     def start(self) -> str:
         """Connect (once), refuse a store that other nodes cannot see, and return this driver's address for workers.
@@ -68,6 +71,10 @@ class Placement:
         """
         if self._settings.wait_for_nodes:
             return
+        if (gang := options.whole_gang()) is not None:
+            if why := unplaceable(gang.bundles, gang.strategy, self.nodes()):
+                raise ResourceError(f"{call_id} asks for gang={gang}, but {why}: ask for less, or add nodes")
+            return
         wanted = {"CPU": options.num_cpus, "GPU": options.num_gpus, "memory": float(options.memory or 0)}
         nodes = self.nodes()
         if any(all(node.get(name, 0.0) >= amount for name, amount in wanted.items()) for node in nodes):
@@ -88,6 +95,10 @@ class Placement:
     def submit(self, call_id: str, options: StepOptions, payload: bytes, done: Done) -> Any:
         """Start one attempt. `done(outcome, error)` is called once, on one of Ray's threads."""
         task = self._task(options.num_cpus, options.num_gpus, options.memory)
+        if (gang := options.whole_gang()) is not None:
+            if self._gangs is None:
+                self._gangs = Gangs(self._ray)
+            return self._gangs.submit(call_id, gang, task, (payload,), done)
         reference = task.options(name=call_id).remote(payload)
 
         def ended(future: Any) -> None:
@@ -99,11 +110,16 @@ class Placement:
 
     def cancel(self, reference: Any) -> None:
         """Kill the attempt's worker process (its reaper ends what it started)."""
+        if isinstance(reference, GangAttempt):
+            reference.cancel()
+            return
         with contextlib.suppress(Exception):  # it may have ended by itself
             self._ray.cancel(reference, force=True, recursive=True)
 
     def close(self) -> None:
         """Leave the cluster; a local one that this run started is shut down."""
+        if self._gangs is not None:
+            self._gangs.close()
         if self._session is not None:
             self._session.close()
 

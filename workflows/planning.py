@@ -39,6 +39,7 @@ class PlannedCall:
     needs: tuple[str, ...]
     seconds: float | None
     reused_from: str | None
+    gang: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class Planner:
         status = pending if record is None else "committed" if call_id in self._known.commits else "reusable"
         resources = (options.num_cpus, options.num_gpus, options.memory, options.timeout)
         seconds = None if record is None else record["seconds"]
-        self.calls.append(PlannedCall(call_id, step.name, status, *resources, needs, seconds, origin))
+        gang = "" if options.gang is None else str(options.whole_gang())
+        self.calls.append(PlannedCall(call_id, step.name, status, *resources, needs, seconds, origin, gang))
 
     def map(self, call_id: str, step: Step[..., Any], options: StepOptions, items: Any, arguments: Any) -> None:
         fanout = fan_out(self, call_id, items, arguments)

@@ -55,10 +55,11 @@ def show_metrics(metrics: Mapping[str, float], most: int = 4) -> str:
 
 
 class Display:
-    """Receives what happens in a run. This base keeps the state of every call; subclasses show it."""
+    """Receives what happens in a run. This base keeps the state of every call that goes on; subclasses show it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.steps: dict[str, StepView] = {}
+        self.done = 0
         self._clock = clock
         self._began = clock()
         self._lock = threading.RLock()
@@ -85,6 +86,12 @@ class Display:
             view.status, view.note = "waiting", f"again in {delay_s:.1f} s: {_first_line(reason)}"
             self._changed(view, "retrying")
 
+    def pending(self, call: str, message: str) -> None:
+        """An attempt of `call` waits for resources."""
+        with self._lock:
+            view = self.steps[call] = StepView(call, "waiting", began=self._clock(), note=message)
+            self._changed(view, "pending")
+
     def waiting(self, call: str, message: str, command: str) -> None:
         """`call` waits for somebody to type `command`."""
         with self._lock:
@@ -95,8 +102,9 @@ class Display:
     def finished(self, call: str, status: str, note: str = "") -> None:
         """`call` is committed (now, or "resumed": by an earlier driver), reused or failed."""
         with self._lock:
-            view = self.steps.setdefault(call, StepView(call, began=self._clock()))
+            view = self.steps.pop(call, None) or StepView(call, began=self._clock())
             view.status, view.note = status, _first_line(note)
+            self.done += status in ("committed", "reused", "resumed")
             view.seconds = self._clock() - view.began
             self._changed(view, "finished")
 
@@ -114,6 +122,8 @@ class Display:
             self.progressed(call, data["done"], data["total"], data["metrics"])
         elif event.kind == "retry":
             self.retrying(call, f"{data['error_type']}: {data['error']}", data["seconds"])
+        elif event.kind == "pending":
+            self.pending(call, data["message"])
         elif event.kind == "waiting":
             self.waiting(call, data["message"], data["command"])
         elif event.kind in ("committed", "reused", "resumed"):
@@ -171,7 +181,7 @@ class PlainDisplay(Display):
             text = f"{view.name} {share} {show_metrics(view.metrics)}"
         elif what == "started":
             text = f"{view.name} started{f' ({view.note})' if view.note else ''}"
-        elif what == "retrying":
+        elif what in ("retrying", "pending"):
             text = f"{view.name} {view.note}"
         elif what == "waiting":
             text = f"{view.name} waits: {view.note}"
@@ -213,6 +223,8 @@ class LiveDisplay(Display):
             self._console.print(line)
         elif what == "retrying":
             self._console.print(Text(redact(f"↻ {view.name} {view.note}"), "yellow"))
+        elif what == "pending":
+            self._console.print(Text(redact(f"{MARKS['waiting']} {view.name} {view.note}"), "yellow"))
         elif what == "waiting":
             self._console.print(Text(redact(f"{MARKS['waiting']} {view.name} waits: {view.note}"), "yellow"))
 
@@ -223,7 +235,7 @@ class LiveDisplay(Display):
         table = Table.grid(padding=(0, 1))
         with self._lock:
             now = self._clock()
-            active = [view for view in self.steps.values() if view.status in ("running", "waiting")]
+            active = list(self.steps.values())
             for view in active[: max(3, self._console.height - 4)]:
                 bar = ProgressBar(view.total or 1.0, min(view.done, view.total or 0.0), width=24, pulse=not view.total)
                 table.add_row(
@@ -233,8 +245,7 @@ class LiveDisplay(Display):
                     Text(show_seconds(now - view.began)),
                     Text(redact(" ".join(filter(None, [show_metrics(view.metrics), view.note]))), "dim"),
                 )
-            finished = sum(view.status in ("committed", "reused", "resumed") for view in self.steps.values())
-            table.add_row("", Text(f"{finished} done, {len(active)} running", "dim"), "", show_seconds(self.elapsed()))
+            table.add_row("", Text(f"{self.done} done, {len(active)} running", "dim"), "", show_seconds(self.elapsed()))
         return table
 
 

@@ -1,18 +1,28 @@
 """Steps and workflows for the tests of dynamic graphs; as a script it drives one of them:
 `python dynamic_program.py SETTINGS_JSON WORKFLOW ARGUMENTS_JSON`."""
 
+import gc
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 from infra.errors import RecuaError
 from workflows import session
+from workflows.attempts import Call
 from workflows.config import RunSettings
-from workflows.graph import step, workflow
+from workflows.graph import Future, Gang, _Scope, context, step, workflow
+
+SLEEP = "import time; time.sleep(600)"
+KEPT: list[Any] = []
+"""What bodies hold on to until their process ends."""
+MEMORY: list[tuple[int, int]] = []
+"""(calls, futures and scopes; bytes) at every hundredth round of `looping`, while tracemalloc is on."""
 
 
 def trace(folder: str, text: str) -> int:
@@ -129,6 +139,115 @@ def changing(folder: str) -> Any:
     parts: Any = square.map(items) if branch == "square" else [square.options(name="elsewhere")(7)]
     add_all.options(name=branch)(parts).result()
     return picky(7, [7], folder)
+
+
+@step(gang=3, retries=1)
+def together(folder: str) -> list[str]:
+    """The group's id as the body and its children see it; the first attempt fails."""
+    import ray
+
+    from cluster.worker import Worker
+    from cluster.worker_group import WorkerGroup
+
+    def group_of_this_process() -> str:  # nested: it travels by value
+        import ray
+
+        return str(ray.get_runtime_context().get_placement_group_id())
+
+    group = context().placement_group()
+    child = ray.remote(group_of_this_process)
+    seen = [group.id.hex(), *ray.get([child.remote(), child.remote()])]
+    with WorkerGroup(Worker, 2, placement=group, name=f"inside-{group.id.hex()}") as ranks:
+        seen += ray.get([each.__ray_call__.remote(lambda _: group_of_this_process()) for each in ranks.workers])
+    if trace(folder, "together") == 1:
+        trace(folder, f"first {group.id.hex()}")
+        raise ValueError("once")
+    return seen
+
+
+@step(gang=Gang([{"CPU": 1}, {"CPU": 2}]))
+def hold(folder: str, me: str, until: str) -> str:
+    """Ends when the file `until` is there; leaves behind all that a body can: see `household`."""
+    household(Path(folder) / me)
+    while not (Path(folder) / until).exists():
+        time.sleep(0.02)
+    return me
+
+
+def household(file: Path) -> None:
+    """Start a child, an actor, the actor's child and the actor's actor; write their process ids to `file`."""
+    import ray
+
+    @ray.remote(num_cpus=0)
+    class Member:
+        def __init__(self, depth: int) -> None:
+            self.child = subprocess.Popen([sys.executable, "-c", SLEEP], start_new_session=True)
+            self.member = Member.remote(depth - 1) if depth else None
+
+        def pids(self) -> list[int]:
+            mine = [os.getpid(), self.child.pid]
+            return mine + (ray.get(self.member.pids.remote()) if self.member else [])
+
+    member = Member.remote(1)
+    child = subprocess.Popen([sys.executable, "-c", SLEEP], start_new_session=True)
+    pids = [os.getpid(), child.pid, *ray.get(member.pids.remote())]
+    member.__ray_call__.remote(lambda self: time.sleep(600))
+    part = file.with_suffix(".part")
+    part.write_text(" ".join(map(str, pids)))
+    part.rename(file)
+    KEPT.append(member)
+
+
+@workflow
+def gathering(folder: str) -> Any:
+    return together(folder)
+
+
+@workflow
+def holding(folder: str) -> Any:
+    return [hold.options(name=me)(folder, me, "go") for me in ("a", "b")]
+
+
+@workflow
+def holding_one(folder: str, timeout: float) -> Any:
+    return hold.options(timeout=timeout)(folder, "a", "go")
+
+
+@workflow
+def too_much(bundles: int) -> Any:
+    return hold.options(gang=Gang([{"CPU": 1}] * bundles, "SPREAD"))("", "", "")
+
+
+@workflow
+def inner_round(x: int) -> int:
+    return add_all(square.map([x % 5, 1])).result()
+
+
+@workflow
+def looping(rounds: int) -> int:
+    """Takes another branch by what the rounds before it gave; notes what the driver holds at every hundredth."""
+    x = 1
+    for index in range(rounds):
+        x = (inner_round(x) if x % 3 == 0 else square(x % 100, plus=index).result()) % 1000
+        if index % 100 == 99:
+            note_memory()
+    return x
+
+
+def looped(rounds: int) -> int:
+    """The same in plain Python."""
+    x = 1
+    for index in range(rounds):
+        x = ((x % 5) ** 2 + 1 if x % 3 == 0 else (x % 100) ** 2 + index) % 1000
+    return x
+
+
+def note_memory() -> None:
+    if not tracemalloc.is_tracing():
+        return
+    gc.collect()
+    kept = sum(isinstance(each, (Call, Future, _Scope)) for each in gc.get_objects())
+    MEMORY.append((kept, tracemalloc.get_traced_memory()[0]))
 
 
 def main(settings: str, name: str, arguments: str) -> None:

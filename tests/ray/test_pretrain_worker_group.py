@@ -172,7 +172,9 @@ def test_a_new_owner_takes_over_the_resources_of_a_dead_one() -> None:
 
 
 def test_a_request_that_can_never_be_met_is_named_at_once() -> None:
-    with pytest.raises(ResourceError, match=r"3 ranks x 2 CPU, this cluster has 4 CPU"):
+    with pytest.raises(
+        ResourceError, match=r"3 ranks x \(CPU=2\), PACK, but that is CPU=6 in all, and this cluster has CPU=4"
+    ):
         WorkerGroup(Probe, 3, num_cpus=2, name="huge").start()
     with pytest.raises(ResourceError, match="GPU"):
         WorkerGroup(Probe, 1, num_gpus=1, name="gpu").start()
