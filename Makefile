@@ -10,7 +10,7 @@ TESTS       := $(wildcard tests/unit tests/ray tests/chaos tests/gpu)
 ARGS        ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test graph-chaos lint clean
+.PHONY: help venv demo test graph-chaos bench-graph lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -35,6 +35,9 @@ lint: $(VENV)/.installed ## ruff: rules and formatting
 	@echo "==> lint (ruff)"
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
+
+bench-graph: $(VENV)/.installed ## 10,000 durable steps beside bare Ray and Prefect; ARGS="--peers none" leaves Prefect out
+	@$(PY) -m bench.graph $(ARGS)
 
 clean: ## remove caches and build outputs; keeps .venv and runs/
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

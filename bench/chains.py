@@ -1,19 +1,18 @@
 """What `bench.graph` measures, in a process of its own: chains of steps on recua, or of bare Ray tasks.
 
-    python -m bench.chains recua|ray --address HOST:PORT --store FOLDER --chains 100 --length 100 [--die]
+    python -m bench.chains ray|recua|resume --chains 100 --length 100 [--address HOST:PORT] [--store FOLDER]
 
-The last line of standard output is one JSON object: wall seconds, CPU seconds of this driver, resident memory (MiB) and
-the result's checksum. `--die`: end by SIGKILL with every step committed and no end on record.
+`ray` and `recua` join the Ray at HOST:PORT. `resume` runs finished chains in FOLDER again; nothing is left to be done,
+so it needs no Ray. Standard output: one JSON object; times in seconds, memory in MiB.
 """
 
 import argparse
 import json
 import logging
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from workflows import session
@@ -22,7 +21,7 @@ from workflows.graph import step, workflow
 
 SPREAD = 1_000_000
 """Between the chains' first numbers: no two calls are equal, so none can be reused."""
-WARM_UP = 8
+WARM_UP = (8, 4)
 
 
 def add(number: int) -> int:
@@ -35,7 +34,7 @@ def link(number: int) -> int:
 
 
 @workflow
-def chains(number: int, length: int, die: bool = False) -> int:
+def chains(number: int, length: int) -> int:
     """The sum of the ends of `number` chains of `length` steps, each step taking the result of the one before."""
     ends = []
     for index in range(number):
@@ -43,26 +42,26 @@ def chains(number: int, length: int, die: bool = False) -> int:
         for _ in range(length):
             value = link(value)
         ends.append(value)
-    total = sum(end.result() for end in ends)
-    if die:
-        _report({"total": total})
-        os.kill(os.getpid(), signal.SIGKILL)
-    return total
+    return sum(end.result() for end in ends)
 
 
-def measure_recua(number: int, length: int, store: str, die: bool = False) -> dict[str, Any]:
-    """Run (or resume) the chains in `store`."""
-    settings = RunSettings(store=store, run_id=f"bench-{number}-{length}")
+def run_id(number: int, length: int) -> str:
+    return f"chains-{number}-{length}"
+
+
+def recua(number: int, length: int, store: str) -> dict[str, float]:
+    """Run the chains, or go on with them; the memory is this driver's when every step is done."""
+    settings = RunSettings(store=store, run_id=run_id(number, length))
     memory: dict[str, float] = {}
 
     def run() -> int:
-        result = session.run(chains, number, length, settings=settings)
+        result = session.run(chains, number, length, settings=settings, on_end=[lambda: memory.update(_memory())])
         return int(result.value)
 
-    return {**_measured(run), **memory}
+    return {**_timed(run, number, length), **memory}
 
 
-def measure_ray(number: int, length: int) -> dict[str, Any]:
+def ray_tasks(number: int, length: int) -> dict[str, float]:
     """The floor: the same chains as Ray tasks that nobody keeps."""
     import ray
 
@@ -77,40 +76,42 @@ def measure_ray(number: int, length: int) -> dict[str, Any]:
             ends.append(value)
         return sum(ray.get(ends))
 
-    return _measured(run)
+    return _timed(run, number, length)
 
 
-def _measured(run: Callable[[], int]) -> dict[str, Any]:
+def _timed(run: Callable[[], int], number: int, length: int) -> dict[str, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     total = run()
-    return {"seconds": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu, "total": total}
+    seconds, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
+    assert total == sum(index * SPREAD + length for index in range(number)), f"wrong result {total}"
+    return {"seconds": seconds, "cpu_s": cpu_s}
 
 
-def _report(values: dict[str, Any]) -> None:
-    with open("/proc/self/status") as stream:
-        status = dict(line.split(":", 1) for line in stream)
-    memory = {name: int(status[field].split()[0]) / 1024 for name, field in (("rss_mb", "VmRSS"), ("peak_mb", "VmHWM"))}
-    print(json.dumps({**values, **memory}), flush=True)
+def _memory() -> dict[str, float]:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(status[row].split()[0]) / 1024 for name, row in (("rss_mb", "VmRSS"), ("peak_mb", "VmHWM"))}
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["recua", "ray"])
-    parser.add_argument("--address", required=True)
+    parser.add_argument("what", choices=["ray", "recua", "resume"])
+    parser.add_argument("--chains", type=int, required=True)
+    parser.add_argument("--length", type=int, required=True)
+    parser.add_argument("--address")
     parser.add_argument("--store")
-    parser.add_argument("--chains", type=int, default=100)
-    parser.add_argument("--length", type=int, default=100)
-    parser.add_argument("--die", action="store_true")
     given = parser.parse_args(arguments)
+    if given.what == "resume":
+        print(json.dumps(recua(given.chains, given.length, given.store)))
+        return
     import ray
 
     ray.init(address=given.address, log_to_driver=False, logging_level=logging.ERROR)
     if given.what == "ray":
-        measure_ray(WARM_UP, 4)
-        _report(measure_ray(given.chains, given.length))
+        ray_tasks(*WARM_UP)
+        print(json.dumps(ray_tasks(given.chains, given.length)))
     else:
-        measure_recua(WARM_UP, 4, given.store)
-        _report(measure_recua(given.chains, given.length, given.store, given.die))
+        recua(*WARM_UP, f"{given.store}-warm")
+        print(json.dumps(recua(given.chains, given.length, given.store)))
 
 
 if __name__ == "__main__":
