@@ -4,6 +4,7 @@ Everything here happens on the loop's thread. A call holds its place from the st
 written: where the store is slow or stands still, no more bodies are begun than it can take results of.
 """
 
+import functools
 import json
 import os
 import random
@@ -173,6 +174,8 @@ class Attempts:
             "driver_pid": os.getpid(),
         }
         self._placement.prepare(json.dumps(run))
+        if self._journal.state.replaced:
+            self._loop.later(self._journal.ttl_s, self._free_workers, frozenset())
 
     def _pump(self) -> None:
         most = self._settings.max_in_flight
@@ -232,6 +235,18 @@ class Attempts:
         call = waiting()
         if call is not None and call.attempt_id == attempt_id and call.id in self._running and call.started is None:
             self._tell("pending", call, message=f"waiting for resources: {call.options.whole_gang()}")
+
+    def _free_workers(self, waiting: frozenset[str]) -> None:
+        """Where an attempt of those that were `waiting` a while ago still is, drivers before this one may hold what it
+        needs: see workflows.takeover."""
+        now = frozenset(call.attempt_id for call, _ in self._running.values() if call.started is None)
+        if now & waiting:
+            self._placement.kill_stopped(self._journal.state.replaced, functools.partial(self._loop.post, self._killed))
+        self._loop.later(self._journal.ttl_s, self._free_workers, now)
+
+    def _killed(self, pid: int) -> None:
+        message = f"process {pid}, a stopped driver of this run, held workers of the cluster: it was killed"
+        self._emit(Event("warning", data={"message": message}))
 
     def _on_overdue(self, late: "weakref.ref[Call]", attempt_id: str) -> None:
         """The reaper beside the worker should have killed it by now; the whole node may be stuck."""

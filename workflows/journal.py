@@ -46,6 +46,8 @@ class JournalState:
     waits: dict[str, Record] = field(default_factory=dict)
     end: Record | None = None
     drivers: int = 0
+    replaced: list[Record] = field(default_factory=list)
+    """Leases of drivers that others took over from, oldest first."""
 
     def forget(self) -> None:
         """Let go of what single calls did: a driver's memory must not grow with what was done before it."""
@@ -56,6 +58,8 @@ class JournalState:
         for record in records:
             kind = record["type"]
             if kind == "lease":
+                if self.lease is not None and self.end is None:
+                    self.replaced.append(self.lease)
                 self.lease, self.lease_slot, self.end = record, slot, None
                 self.drivers += 1
             elif kind == "commit":

@@ -21,6 +21,7 @@ from workflows.config import RunSettings
 from workflows.gangs import GangAttempt, Gangs
 from workflows.graph import StepOptions
 from workflows.names import import_roots
+from workflows.takeover import kill_stopped_everywhere
 from workflows.worker import bootstrap
 
 NODES_AGE_S = 5.0
@@ -115,6 +116,10 @@ class Placement:
             return
         with contextlib.suppress(Exception):  # it may have ended by itself
             self._ray.cancel(reference, force=True, recursive=True)
+
+    def kill_stopped(self, leases: list[dict[str, Any]], done: Callable[[int], None]) -> None:
+        """See workflows.takeover."""
+        kill_stopped_everywhere(self._ray, leases, done)
 
     def close(self) -> None:
         """Leave the cluster; a local one that this run started is shut down."""

@@ -66,10 +66,17 @@ def waiting(folder: str) -> Any:
     return wait_for(folder)
 
 
+@workflow
+def waiting_twice(folder: str) -> Any:
+    return [wait_for(folder), wait_for(folder)]
+
+
 def main(settings: str, folder: str) -> None:
-    options = RunSettings(**json.loads(settings))
+    given = json.loads(settings)
+    bodies = waiting_twice if given.pop("twice", False) else waiting
+    options = RunSettings(**given)
     try:
-        result = session.run(waiting, folder, settings=options) if folder else session.run(graph, settings=options)
+        result = session.run(bodies, folder, settings=options) if folder else session.run(graph, settings=options)
     except RecuaError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         raise SystemExit(3) from None

@@ -180,6 +180,22 @@ def test_a_driver_that_slept_past_its_lease_is_fenced(start: Start, tmp_path: Pa
     assert load_run(open_store(url), "r").status == "finished"
 
 
+def test_a_stopped_driver_does_not_keep_the_clusters_workers_from_its_successor(
+    start: Start, tmp_path: Path, cluster: str
+) -> None:
+    url = str(tmp_path / "store")
+    sleeper = start(url, str(tmp_path), ray_address=cluster, lease_s=2, twice=True)
+    begun = tmp_path / "begun"
+    wait_for(lambda: begun.exists() and len(begun.read_text().split()) == 2, "the first driver did not begin")
+    os.kill(sleeper.pid, signal.SIGSTOP)
+    (tmp_path / "go").touch()
+    successor = start(url, str(tmp_path), ray_address=cluster, lease_s=2, twice=True)
+    output, _ = successor.communicate(timeout=120)
+    assert successor.returncode == 0, output
+    sleeper.communicate(timeout=60)
+    assert sleeper.returncode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_no_process_and_goes_on(
     start: Start, tmp_path: Path, mark: str, number: signal.Signals
