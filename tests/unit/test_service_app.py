@@ -194,6 +194,25 @@ def test_service_takes_packages_and_submissions(store: Store) -> None:
     assert control.asked == [b"zip", sent]
 
 
+def test_service_passes_answers_on_to_waiting_calls(client: TestClient, store: Store) -> None:
+    journal = Journal.acquire(store, "r")
+    wait = {"type": "wait", "message": "Ship it?", "time": 1.0, "deadline": None, "inputs": "i", "show": None}
+    journal.append([{**wait, "call": "approval[ship]", "step": "workflows.waits:approval"}])
+    journal.append([{**wait, "call": "event[labels]", "step": "workflows.waits:event"}])
+    yes = {"id": "ship", "approve": True, "comment": "good"}
+    answer = client.post("/api/v1/runs/r/approve", json=yes)
+    assert answer.status_code == 200 and "approval[ship] is approved" in answer.json()["message"]
+    again = client.post("/api/v1/runs/r/approve", json={**yes, "approve": False})
+    assert again.status_code == 422 and "approved by the service" in again.json()["error"]
+    sent = client.post("/api/v1/runs/r/send", json={"id": "event[labels]", "value": {"rows": [1]}})
+    assert sent.status_code == 200
+    signals = [json.loads(store.get(key) or b"") for key in store.list("runs/r/signals")]
+    values = [signal["value"] for signal in signals]
+    assert {"rows": [1]} in values and {"approve": True, "comment": "good"} in values
+    wrong = client.post("/api/v1/runs/r/approve", json={**yes, "id": "shop"})
+    assert wrong.status_code == 422 and "did you mean" in wrong.json()["error"]
+
+
 def test_service_page_is_served_without_a_token(store: Store) -> None:
     client = TestClient(create_app(store, Refusing(), [places.digest(TOKEN)]), base_url="http://localhost")
     assert client.get("/assets/../app.py").status_code == 404

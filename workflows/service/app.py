@@ -25,6 +25,7 @@ from infra.errors import RecuaError, StoreError, UserError
 from infra.storage import Store
 from infra.telemetry import redact
 from serving.auth import TokenAuthority
+from workflows import waits
 from workflows.service import models, views
 from workflows.service.control import Control
 
@@ -33,6 +34,8 @@ NO_TOKEN = (
     "a valid bearer token is required; `recua up` made it: ~/.recua/token on the machine where it ran "
     "(give it with --token-file or RECUA_TOKEN)"
 )
+ASKED_OVER = "the service"
+"""Who answered: whoever has the token."""
 POLICY = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
 
 
@@ -136,6 +139,17 @@ def _acting(store: Store, control: Control) -> APIRouter:
     def cancel(run: str) -> Any:
         """Ask the run to stop; it can be resumed."""
         return {"run_id": run, "status": control.cancel(run)}
+
+    @router.post("/runs/{run}/approve", response_model=models.Said)
+    def approve(run: str, answer: models.Approval) -> Any:
+        """Answer an approval that the run waits for. The first answer counts."""
+        value = {"approve": answer.approve, "comment": answer.comment}
+        return {"message": waits.reply(store, run, answer.id, "approval", value, ASKED_OVER)}
+
+    @router.post("/runs/{run}/send", response_model=models.Said)
+    def send(run: str, message: models.Message) -> Any:
+        """Send the value of an event that the run waits for. The first one counts."""
+        return {"message": waits.reply(store, run, message.id, "event", message.value, ASKED_OVER)}
 
     @router.post("/runs/{run}/resume", response_model=models.RunState, status_code=202)
     def resume(run: str) -> Any:

@@ -118,3 +118,28 @@ class RunState(BaseModel):
 
 class Submitted(RunState):
     """`status` is finished where the run had finished before: nothing runs again."""
+
+
+class Approval(BaseModel):
+    """The answer to an approval."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    id: str
+    """The call, or the name that the workflow gave it."""
+    approve: bool
+    comment: str = ""
+
+
+class Message(BaseModel):
+    """The value of an event."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    id: str
+    """The call, or the name that the workflow gave it."""
+    value: Any
+
+
+class Said(BaseModel):
+    message: str
