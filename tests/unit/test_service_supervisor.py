@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +14,12 @@ import pytest
 
 from infra.errors import UserError
 from infra.storage import open_store
-from workflows.journal import Journal, lease_key, read_journal
+from workflows.journal import Journal, lease_key, process_start, read_journal
 from workflows.runs import load_run
-from workflows.service import packages, records, supervisor
+from workflows.service import driver, packages, records, supervisor
 from workflows.service.driver import CLUSTER_GONE, Watch
 from workflows.service.models import Submission
+from workflows.service.processes import Process
 from workflows.service.supervisor import Supervisor
 
 FLOW = """
@@ -221,33 +224,27 @@ def test_service_never_doubles_a_driver_of_another_machine(service: Service, mon
     assert begun == [1] and read_journal(store, "r").drivers == 1
 
 
-def test_service_driver_ends_when_its_cluster_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import socket
-
-    from workflows.service import driver
-
+def test_service_driver_ends_when_its_cluster_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "WATCH_PERIOD_S", 0.01)
     monkeypatch.setattr(driver, "GCS_PATIENCE_S", 0.2)
     head = socket.create_server(("127.0.0.1", 0))
     address = f"127.0.0.1:{head.getsockname()[1]}"
     ends: list[int] = []
-    raylet = socket.socket(socket.AF_UNIX)
-    raylet.bind(str(tmp_path / "raylet"))
-    raylet.listen()
-    monkeypatch.setattr(driver, "raylet_socket", lambda: str(tmp_path / "raylet"))
-    watch = Watch(address, end=ends.append)
-    watch.start()
+    raylet = subprocess.Popen(["sleep", "600"])
+    found = Process(raylet.pid, process_start(raylet.pid) or "")
+    monkeypatch.setattr(driver, "own_raylet", lambda: found)
+    Watch(address, end=ends.append).start()
     time.sleep(0.3)
-    assert not ends, "both answer"
-    raylet.close()
+    assert not ends, "both are there"
+    raylet.kill()
+    raylet.wait()
     deadline = time.monotonic() + 60
     while not ends:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert ends == [CLUSTER_GONE]
-    monkeypatch.setattr(driver, "raylet_socket", lambda: None)
-    lonely = Watch(address, end=ends.append)
-    lonely.start()
+    monkeypatch.setattr(driver, "own_raylet", lambda: None)
+    Watch(address, end=ends.append).start()
     time.sleep(0.3)
     assert len(ends) == 1, "the head answers"
     head.close()

@@ -27,8 +27,10 @@ from infra.storage import open_store, write_text
 from workflows import launch, session
 from workflows.cli import guarded
 from workflows.config import RunSettings
+from workflows.journal import process_start
 from workflows.launch import Launch
 from workflows.progress import PlainDisplay
+from workflows.service.processes import Process
 
 CLUSTER_GONE = 75
 WATCH_PERIOD_S = 2.0
@@ -103,20 +105,20 @@ class Watch:
     def __init__(self, address: str, end: Callable[[int], None] = os._exit) -> None:
         parts = urlsplit(f"//{address.rpartition('://')[2]}")
         self._head = (parts.hostname or "", parts.port or 0)
-        self._raylet: str | None = None
         self._end = end
 
     def start(self) -> None:
         threading.Thread(target=self.watch, name="recua-cluster", daemon=True).start()
 
     def watch(self) -> None:
+        raylet: Process | None = None
         seen = time.monotonic()
         while True:
             time.sleep(WATCH_PERIOD_S)
-            self._raylet = self._raylet or raylet_socket()
-            if self._raylet and not answers(socket.AF_UNIX, self._raylet):
+            raylet = raylet or own_raylet()
+            if raylet is not None and not raylet.alive():
                 return self._gone("this node's raylet")
-            if answers(socket.AF_INET, self._head):
+            if answers(self._head):
                 seen = time.monotonic()
             elif time.monotonic() - seen > GCS_PATIENCE_S:
                 return self._gone(f"the cluster at {self._head[0]}:{self._head[1]}")
@@ -126,26 +128,28 @@ class Watch:
         self._end(CLUSTER_GONE)
 
 
-def raylet_socket() -> str | None:
-    """The socket of the raylet that this process is connected to, None before it is."""
+def own_raylet() -> Process | None:
+    """The raylet that this process is connected to; None before it is."""
     import ray
 
-    if not ray.is_initialized():
+    node: Any = ray._private.worker.global_worker.node
+    name = getattr(node, "raylet_socket_name", None)
+    if not ray.is_initialized() or name is None:
         return None
-    with contextlib.suppress(Exception):  # between connecting and connected
-        node: Any = ray._private.worker.global_worker.node
-        return str(node.raylet_socket_name)
+    wanted = f"--raylet_socket_name={name}".encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if wanted in (entry / "cmdline").read_bytes().split(b"\0"):
+                return Process(int(entry.name), process_start(int(entry.name)) or "")
     return None
 
 
-def answers(family: socket.AddressFamily, address: Any) -> bool:
-    with socket.socket(family) as probe:
-        probe.settimeout(10)
-        try:
-            probe.connect(address)
-        except OSError:
-            return False
-        return True
+def answers(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=10).close()
+    except OSError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

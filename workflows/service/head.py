@@ -5,6 +5,7 @@ Everything that it starts carries a mark in its environment, so that nothing is 
 """
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -18,7 +19,7 @@ from typing import Any
 
 from infra.errors import SystemFault
 from workflows.journal import process_start
-from workflows.service.places import home
+from workflows.service.places import home, write_secret
 
 MARK = "RECUA_HEAD"
 START_TIMEOUT_S = 120.0
@@ -35,10 +36,12 @@ def start() -> tuple[str, Record]:
     """
     mark = uuid.uuid4().hex
     folder = Path(tempfile.mkdtemp(prefix="recua-ray-", dir="/tmp"))  # sockets lie under it: their paths must be short
-    port, dashboard_agent = _free_ports(2)
+    port, dashboard_agent, client = _free_ports(3)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += ["--node-ip-address", "127.0.0.1", "--port", str(port), "--include-dashboard", "false"]
-    command += ["--dashboard-agent-listen-port", str(dashboard_agent), "--temp-dir", str(folder)]
+    command += ["--dashboard-agent-listen-port", str(dashboard_agent), "--ray-client-server-port", str(client)]
+    command += ["--temp-dir", str(folder)]
+    use_ray_token()
     environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
     home().mkdir(parents=True, exist_ok=True)
     log = home() / "head.log"
@@ -59,6 +62,16 @@ def start() -> tuple[str, Record]:
             raise SystemFault(f"Ray's head did not start; see {log}, or give --address of a cluster")
         time.sleep(0.1)
     return f"127.0.0.1:{port}", record
+
+
+def use_ray_token() -> None:
+    """Ray itself asks for a token, too: without one, whoever reaches its ports could run code. Call it before Ray is
+    imported; another choice in the environment is left alone."""
+    file = Path.home() / ".ray" / "auth_token"
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
+        return
+    if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or file.exists()):
+        write_secret(file, secrets.token_hex(32))
 
 
 def is_alive(record: Record) -> bool:

@@ -79,11 +79,16 @@ def make_token(token_file: str | Path | None) -> str:
     token = read_token(token_file)
     if token is None:
         token = secrets.token_urlsafe(32)
-        with appear(home() / "token") as temporary:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as stream:
-                stream.write(token + "\n")
+        write_secret(home() / "token", token + "\n")
     return token
+
+
+def write_secret(file: Path, text: str) -> None:
+    """A file that only this user can read, from its first moment on."""
+    with appear(file) as temporary:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(text)
 
 
 def digest(token: str) -> str:

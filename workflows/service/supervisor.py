@@ -19,7 +19,7 @@ from pathlib import Path
 from infra.errors import RecuaError, RunBusy, StoreError, UserError
 from infra.storage import Store
 from infra.telemetry import redact
-from workflows.journal import Journal, driver_is_gone, lease_key, read_journal, this_machine
+from workflows.journal import Journal, JournalState, driver_is_gone, lease_key, read_journal, this_machine
 from workflows.runs import run_status
 from workflows.service import packages, processes, records
 from workflows.service.logs import DriverLog
@@ -92,8 +92,11 @@ class Supervisor:
         self._stop.set()
         self._thread.join(timeout=30)
         with self._lock:
-            for driven in self._runs.values():
-                if driven.process is not None:
+            for driven in list(self._runs.values()):
+                if self._has_ended(driven, read_journal(self.store, driven.run_id)):
+                    records.deactivate(self.store, driven.run_id)  # its driver may still write the report
+                    del self._runs[driven.run_id]
+                elif driven.process is not None:
                     driven.process.kill()
                 if driven.log is not None:
                     driven.log.send(final=True)
@@ -218,7 +221,7 @@ class Supervisor:
             return
         state = read_journal(self.store, driven.run_id)
         lease = state.lease if state.end is None else None
-        if state.end is not None and (state.end["status"] == "finished" or state.lease_slot > driven.after):
+        if self._has_ended(driven, state):
             self._forget(driven)
         elif lease is not None and not driver_is_gone(lease):
             self._watch_other(driven, lease, state.lease_slot)
@@ -228,6 +231,10 @@ class Supervisor:
             self._died(driven, len(state.commits))
         elif driven.leaving is None or not driven.leaving.alive() or now - driven.started > LEAVING_S:
             self._start(driven, len(state.commits))
+
+    def _has_ended(self, driven: Driven, state: JournalState) -> bool:
+        """Not so where the end is an older one, which is to be overcome."""
+        return state.end is not None and (state.end["status"] == "finished" or state.lease_slot > driven.after)
 
     def _start(self, driven: Driven, committed: int) -> None:
         run_id, folder = driven.run_id, self._folder / driven.run_id

@@ -50,7 +50,7 @@ def up(options: UpOptions, say: Say) -> None:
     token = places.make_token(options.token_file) if options.auth else None
     address, record = _cluster(options, say)
     try:
-        with connected(address) as ray:
+        with connected(address, record) as ray:
             described, started = _service(ray, options, store.url, token)
     except BaseException:
         if record is not None and places.read_place() is None:
@@ -74,7 +74,7 @@ def down(say: Say) -> None:
     own = (place or {}).get("head")
     left: list[str] = []
     if own is None or head.is_alive(own):
-        with connected(address) as ray:
+        with connected(address, own) as ray:
             service = actor.find(ray)
             if service is not None:
                 with contextlib.suppress(ray.exceptions.RayError):  # it may be dying
@@ -90,12 +90,14 @@ def down(say: Say) -> None:
 
 
 @contextlib.contextmanager
-def connected(address: str) -> Iterator[Any]:
-    """Ray, connected to a cluster.
+def connected(address: str, own: Record | None) -> Iterator[Any]:
+    """Ray, connected to a cluster; `own`: the head that `up` started, if it is that.
 
     Raises:
         ConfigError: there is none at the address.
     """
+    if own is not None:
+        head.use_ray_token()
     import ray
 
     try:
