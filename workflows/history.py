@@ -63,7 +63,8 @@ class Curve:
 
 
 class Recorder:
-    """An observer of one run. `close` writes what is left. A store that fails costs points, never the run."""
+    """An observer of one run. `flush` writes what is new at once, `close` what is left. A store that fails costs
+    points, never the run."""
 
     def __init__(self, store: Store, run_id: str, lease_slot: int, period_s: float = PERIOD_S) -> None:
         self._store = store
@@ -71,6 +72,7 @@ class Recorder:
         self._slot = lease_slot
         self._period_s = period_s
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
         self._number = 0
         self._points = 0
         self._curves: dict[str, Curve] = {}
@@ -96,6 +98,9 @@ class Recorder:
                 text = [self._number, event.time, event.kind, event.call_id, str(data["message"])[:TEXT_LENGTH]]
                 self._texts.append(text)
                 self._fresh_texts.append(text)
+
+    def flush(self) -> None:
+        self._save(everything=False)
 
     def close(self) -> None:
         self._stop.set()
@@ -124,11 +129,14 @@ class Recorder:
         over = False
         while not over:
             over = self._stop.wait(self._period_s)
-            with contextlib.suppress(StoreError):  # what was not written goes with the next file of everything
-                everything = over or self._behind or len(self._keys) >= BATCHES
-                self._behind = True
-                self._write(everything)
-                self._behind = False
+            self._save(over)
+
+    def _save(self, everything: bool) -> None:
+        with contextlib.suppress(StoreError), self._writing:
+            everything = everything or self._behind or len(self._keys) >= BATCHES
+            self._behind = True  # what is not written now goes with the next file of everything
+            self._write(everything)
+            self._behind = False
 
     def _write(self, everything: bool) -> None:
         with self._lock:

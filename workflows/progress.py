@@ -64,11 +64,11 @@ class Display:
         self._began = clock()
         self._lock = threading.RLock()
 
-    def started(self, call: str, attempt: int = 1) -> None:
-        """An attempt of `call` began."""
+    def started(self, call: str, attempt: int = 1, ago: float = 0.0) -> None:
+        """An attempt of `call` began, `ago` seconds ago."""
         with self._lock:
             note = f"attempt {attempt}" if attempt > 1 else ""
-            self.steps[call] = StepView(call, began=self._clock(), note=note, said=self._clock())
+            self.steps[call] = StepView(call, began=self._clock() - ago, note=note, said=self._clock())
             self._changed(self.steps[call], "started")
 
     def progressed(self, call: str, done: float, total: float | None, metrics: Mapping[str, float]) -> None:
@@ -79,11 +79,12 @@ class Display:
             view.metrics.update(metrics)
             self._changed(view, "progressed")
 
-    def retrying(self, call: str, reason: str, delay_s: float) -> None:
-        """An attempt failed and another will begin in `delay_s` seconds."""
+    def retrying(self, call: str, reason: str, delay_s: float | None) -> None:
+        """An attempt failed and another will begin in `delay_s` seconds (None: soon)."""
         with self._lock:
             view = self.steps.setdefault(call, StepView(call, began=self._clock()))
-            view.status, view.note = "waiting", f"again in {delay_s:.1f} s: {_first_line(reason)}"
+            again = "soon again" if delay_s is None else f"again in {delay_s:.1f} s"
+            view.status, view.note = "waiting", f"{again}: {_first_line(reason)}"
             self._changed(view, "retrying")
 
     def pending(self, call: str, message: str) -> None:
@@ -99,13 +100,13 @@ class Display:
             view.note = f"{_first_line(message)}{': ' if message else ''}{command}"
             self._changed(view, "waiting")
 
-    def finished(self, call: str, status: str, note: str = "") -> None:
-        """`call` is committed (now, or "resumed": by an earlier driver), reused or failed."""
+    def finished(self, call: str, status: str, note: str = "", seconds: float | None = None) -> None:
+        """`call` is committed (now, or "resumed": by an earlier driver), reused or failed; its body took `seconds`."""
         with self._lock:
             view = self.steps.pop(call, None) or StepView(call, began=self._clock())
             view.status, view.note = status, _first_line(note)
+            view.seconds = self._clock() - view.began if seconds is None else seconds
             self.done += status in ("committed", "reused", "resumed")
-            view.seconds = self._clock() - view.began
             self._changed(view, "finished")
 
     def say(self, line: str) -> None:
@@ -117,7 +118,7 @@ class Display:
         """Show one event of the executor."""
         call, data = event.call_id, event.data
         if event.kind == "started":
-            self.started(call, data["attempt"])
+            self.started(call, data["attempt"], data.get("ago", 0.0))
         elif event.kind == "progress":
             self.progressed(call, data["done"], data["total"], data["metrics"])
         elif event.kind == "retry":
@@ -127,7 +128,8 @@ class Display:
         elif event.kind == "waiting":
             self.waiting(call, data["message"], data["command"])
         elif event.kind in ("committed", "reused", "resumed"):
-            self.finished(call, event.kind, f"from {data['reused_from']}" if event.kind == "reused" else "")
+            note = f"from {data['reused_from']}" if event.kind == "reused" else ""
+            self.finished(call, event.kind, note, data.get("seconds"))
         elif event.kind == "failed":
             error = str(data["error"])
             if error.startswith(f"{call}: "):

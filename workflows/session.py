@@ -80,7 +80,7 @@ def run(
             executor.on_cluster(check)
         data = {"run_id": run_id, "workflow": workflow.name, "store": store.url, "resumed": len(known.commits)}
         emit(Event("run-started", data=data))
-        tree = _drive(executor, workflow, args, kwargs, emit)
+        tree = _drive(executor, workflow, args, kwargs, emit, recorder)
     return RunResult(run_id, store.url, decode(tree, source), False)
 
 
@@ -156,7 +156,12 @@ def check_same_recipe(metadata: Record, workflow: Workflow[..., Any], arguments:
 
 
 def _drive(
-    executor: Executor, workflow: Workflow[..., Any], args: Sequence[Any], kwargs: Record, emit: Observer
+    executor: Executor,
+    workflow: Workflow[..., Any],
+    args: Sequence[Any],
+    kwargs: Record,
+    emit: Observer,
+    recorder: Recorder,
 ) -> Any:
     """Run the workflow function and end the run whatever happens."""
     began = time.monotonic()
@@ -166,6 +171,7 @@ def _drive(
         try:
             with running(executor):
                 tree = executor.finish(workflow.fn(*args, **kwargs))
+            recorder.flush()  # whoever sees the end sees all metrics
             status, end = "finished", {"result": tree}
             return tree
         except (KeyboardInterrupt, Cancelled) as error:

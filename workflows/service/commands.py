@@ -121,9 +121,9 @@ def _source(run_id: str, store: str | None, service: str | None, token_file: str
         except Unreachable:
             if service is not None or place is None:
                 raise
-            store = store or place["store"]
-        else:
-            return ServiceSource(client, run_id)
+            store = store or str(place["store"])
+            return StoreSource(open_store(store), run_id, served=True)
+        return ServiceSource(client, run_id)
     return StoreSource(open_store(store or default_store()), run_id)
 
 

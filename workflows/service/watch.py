@@ -11,12 +11,13 @@ from infra.errors import StoreError
 from infra.storage import Store
 from workflows.events import Event
 from workflows.progress import Display
-from workflows.service import views
+from workflows.service import records, views
 from workflows.service.client import Client, Unreachable, path_of
+from workflows.waits import command
 
 PERIOD_S = 0.5
 PATIENCE_S = 120.0
-"""How long the service or the store may be away: it is being started again, or moves to another head node."""
+"""How long a run may be without a driver, and service or store away: they may be on their way to another head node."""
 DONE = ("committed", "reused")
 OVER = ("finished", "failed", "cancelled")
 Json = dict[str, Any]
@@ -53,15 +54,17 @@ class ServiceSource:
 
 
 class StoreSource:
-    """Straight from the store."""
+    """Straight from the store. `served`: a service works on it, though it does not answer now."""
 
-    def __init__(self, store: Store, run_id: str) -> None:
+    def __init__(self, store: Store, run_id: str, served: bool = False) -> None:
         self._store = store
         self._run_id = run_id
+        self._served = served
         self._cache = views.RunCache()
 
     def run(self) -> Json:
-        return {**views.run(self._cache, self._store, self._run_id), "active": False}
+        active = self._served and records.active_after(self._store, self._run_id) is not None
+        return {**views.run(self._cache, self._store, self._run_id), "active": active}
 
     def steps(self, after: int) -> Json:
         return views.steps(self._cache, self._store, self._run_id, after)
@@ -78,23 +81,29 @@ def watch(source: Source, display: Display, sleep: Callable[[float], None] = tim
         RecuaError: service or store stay away for long.
     """
     follower = Follower(source, display)
-    lost: float | None = None
+    seen = time.monotonic()
+    away = False
     while True:
         try:
             run = follower.look()
         except (Unreachable, StoreError) as error:
-            if follower.run is None:
+            if follower.run is None or time.monotonic() - seen > PATIENCE_S:
                 raise
-            if lost is None:
+            if not away:
                 display.say(f"{error}; waiting for it")
-            lost = lost or time.monotonic()
-            if time.monotonic() - lost > PATIENCE_S:
-                raise
+            away = True
         else:
-            lost = None
-            if run["status"] in OVER or (run["status"] == "interrupted" and not run["active"]):
-                return run
+            away = False
+            if run["status"] == "running":
+                seen = time.monotonic()
+            if is_over(run) or time.monotonic() - seen > PATIENCE_S:
+                return follower.end(run)
         sleep(PERIOD_S)
+
+
+def is_over(run: Json) -> bool:
+    """Whether nobody works on the run any more. One that failed or was cancelled, and is active, is to go on."""
+    return run["status"] == "finished" or not (run["status"] == "running" or run["active"])
 
 
 class Follower:
@@ -109,47 +118,62 @@ class Follower:
         self.run: Json | None = None
 
     def look(self) -> Json:
-        """One look; the run as it is. Asked for first, so that what came before its end has been shown."""
+        """One look; the run as it is. It is asked for first, so that all that came before its end has been shown."""
         run = self._source.run()
         steps = self._source.steps(self._version)
         history = self._source.metrics(self._cursor)
         first = self.run is None
         if first:
             done = sum(step["status"] in DONE for step in steps["steps"])
-            data = {"run_id": run["run_id"], "workflow": run["workflow"], "store": run.get("store", "its store")}
+            data = {"run_id": run["run_id"], "workflow": run["workflow"], "store": run["store"]}
             self._emit("run-started", data={**data, "resumed": done})
-        elif self.run is not None and self.run["status"] != run["status"] and run["status"] == "interrupted":
-            self._display.say(
-                "its driver is gone; the service starts another" if run["active"] else "its driver is gone"
-            )
-        for step in steps["steps"]:
-            self._step(step, first)
+        elif self.run is not None and self.run["status"] != run["status"] == "interrupted":
+            then = "; the service starts another" if run["active"] else ""
+            self._display.say(f"its driver is gone{then}")
+        changed = [step for step in steps["steps"] if self._is_news(step, first)]
+        for step in changed:
+            self._begin(step)
         for event in history["events"]:
             self._history(event, first)
+        for step in changed:
+            self._settle(step, run)
         self._version, self._cursor, self.run = steps["version"], history["version"], run
+        return run
+
+    def end(self, run: Json) -> Json:
+        """Say how it ended, where it did."""
         if run["status"] in OVER:
             seconds = (run["ended"] or time.time()) - run["created"]
             self._emit("run-ended", data={"status": run["status"], "seconds": seconds})
         return run
 
-    def _step(self, step: Json, first: bool) -> None:
+    def _is_news(self, step: Json, first: bool) -> bool:
+        state = (step["status"], step.get("attempts") or 0)
+        if first and step["status"] in DONE:
+            self._shown[step["id"]] = state
+        return self._shown.get(step["id"]) != state
+
+    def _begin(self, step: Json) -> None:
         call, status, attempts = step["id"], step["status"], step.get("attempts") or 0
-        before = self._shown.get(call)
-        self._shown[call] = (status, attempts)
-        if before == (status, attempts) or (first and status in DONE):
-            return
-        if status == "running" or (status in ("committed", "failed") and before is None):
-            self._emit("started", call, {"attempt": max(1, attempts)})
+        if status == "running" or (status in ("committed", "failed") and call not in self._shown):
+            ago = max(0.0, time.time() - (step.get("started") or time.time()))
+            self._emit("started", call, {"attempt": max(1, attempts), "ago": ago})
+            self._shown[call] = ("running", attempts)
+
+    def _settle(self, step: Json, run: Json) -> None:
+        call, status = step["id"], step["status"]
+        message = step.get("message") or ""
+        self._shown[call] = (status, step.get("attempts") or 0)
         if status in DONE:
-            data = {"seconds": step.get("seconds"), "reused_from": step.get("reused_from")}
-            self._emit(status, call, data)
+            self._emit(status, call, {"seconds": step.get("seconds"), "reused_from": step.get("reused_from")})
         elif status == "failed":
-            self._emit("failed", call, {"error": f"{call}: {step.get('message', '')}"})
+            self._emit("failed", call, {"error": f"{call}: {message}"})
         elif status == "waiting":
-            data = {"error": step.get("message", ""), "error_type": "retry", "seconds": 0.0}
-            self._emit("retry", call, data)
+            kind, _, text = message.partition(": ")
+            self._emit("retry", call, {"error": text, "error_type": kind, "seconds": None})
         elif status.startswith("waiting-for"):
-            self._display.say(f"{call} is {status.replace('-', ' ')}: {step.get('message', '')}")
+            what = command(run["run_id"], call, step["step"], run["store"])
+            self._emit("waiting", call, {"message": message, "command": what})
 
     def _history(self, event: Json, first: bool) -> None:
         call = event["call"]
