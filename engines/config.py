@@ -65,6 +65,25 @@ class LearnerSettings(Settings):
         return self
 
 
+class SnapshotSettings(Settings):
+    """Training state in host memory, taken beside the training."""
+
+    every: int = Field(default=1, ge=1)
+    """Steps between snapshots; an infrastructure fault costs at most this many."""
+
+    keep: int = Field(default=2, ge=1)
+    """Whole snapshots kept while the next is written: a rank's host memory is one more than this times its shard."""
+
+    replicas: int = Field(default=1, ge=0)
+    """Copies of every shard on other nodes; 0 survives lost processes but no lost node."""
+
+    flush_every: int = Field(default=0, ge=0)
+    """Steps between snapshots that also go to the store, in the background; 0 sends none."""
+
+    flush_keep: int = Field(default=2, ge=1)
+    """Complete snapshots that stay in the store."""
+
+
 class GeneratorSettings(Settings):
     """One vLLM engine."""
 

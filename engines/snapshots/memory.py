@@ -1,0 +1,221 @@
+"""Snapshots of one rank into host memory while it trains on.
+
+Who waits for whom: `take` returns at once; one thread copies the state while the next step's forward and backward run,
+which read the weights and leave them alone. `settle` waits for that thread: call it before the weights change again,
+and before the ranks agree to commit. So when they do agree, every shard of the snapshot before that step is sealed and
+replicated on every rank: the agreement of step k acknowledges snapshot k, and a fault costs at most step k.
+"""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from engines.snapshots.segments import Segments, Slot
+from engines.snapshots.shard import Layout, Piece, ShardName
+from infra.errors import CheckpointError, StoreError
+
+
+class Holder(Protocol):
+    """Somewhere else that keeps replicas."""
+
+    def put(self, name: ShardName, path: Path) -> None:
+        """Returns when the replica is there, verified. Raises StoreError or CheckpointError when it is not."""
+        ...
+
+    def cut(self) -> None:
+        """Wake a thread that is in `put`; callable from any thread."""
+        ...
+
+
+@dataclass(frozen=True)
+class Acknowledged:
+    """Snapshot `step` is sealed here; `problems` name the replicas that are missing. Times in seconds."""
+
+    step: int
+    data_bytes: int
+    copy_s: float
+    replicate_s: float
+    cpu_s: float
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Job:
+    step: int
+    pieces: Sequence[Piece]
+    progress: dict[str, Any]
+    ready: Any  # a CUDA event after which the pieces are final, or None
+
+
+class Snapshots:
+    """Takes the snapshots of one rank in one generation.
+
+    Args:
+        folder: of this node, see `segments.node_folder`.
+        run, generation, rank, world_size: whose they are.
+        keep: sealed snapshots that stay while the next is written.
+        every: steps between snapshots.
+        holders: who gets a replica of each.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        run: str,
+        generation: int,
+        rank: int,
+        world_size: int,
+        *,
+        keep: int = 2,
+        every: int = 1,
+        holders: Sequence[Holder] = (),
+    ) -> None:
+        self.folder, self.run, self.generation, self.rank, self.world_size = folder, run, generation, rank, world_size
+        self.keep, self.every, self.holders = keep, every, tuple(holders)
+        self.stall_s = 0.0
+        """Seconds that `settle` has waited in all: the checkpoint stall."""
+        self.last: Acknowledged | None = None
+        self.segments: Segments | None = None
+        self._jobs: queue.SimpleQueue[_Job | Callable[[], None] | None] = queue.SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._failure: BaseException | None = None
+        self._copier: _CudaCopier | None = None
+        self._thread = threading.Thread(target=self._work, name=f"snapshots-{generation}", daemon=True)
+        self._thread.start()
+
+    def take(self, step: int, pieces: Sequence[Piece], progress: dict[str, Any]) -> bool:
+        """Begin to copy the state after `step` steps; False where `every` skips it.
+
+        The tensors may be read but not written until `settle` returns. `progress` is JSON.
+        """
+        if step % self.every:
+            return False
+        self.settle()
+        if self.segments is None:
+            layout = Layout.of(self.run, self.generation, self.rank, self.world_size, pieces)
+            self.segments = Segments(self.folder, layout, self.keep)
+        ready = None
+        if any(piece.tensor.is_cuda for piece in pieces):
+            ready = torch.cuda.Event()
+            ready.record()
+        self._idle.clear()
+        self._jobs.put(_Job(step, pieces, progress, ready))
+        return True
+
+    def settle(self) -> Acknowledged | None:
+        """Wait until the snapshot that was begun is sealed and its replicas are acknowledged; returns the newest one.
+
+        Raises:
+            ResourceError: no memory for it.
+        """
+        if not self._idle.is_set():
+            started = time.perf_counter()
+            self._idle.wait()
+            self.stall_s += time.perf_counter() - started
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        return self.last
+
+    def cut(self) -> None:
+        """Give up waiting for replicas: some holder may be gone. Callable from any thread."""
+        for holder in self.holders:
+            holder.cut()
+
+    def reading(self, step: int) -> AbstractContextManager[Path | None]:
+        """See `Segments.reading`."""
+        assert self.segments is not None, "no snapshot was taken yet"
+        return self.segments.reading(step)
+
+    def soon(self, task: Callable[[], None]) -> None:
+        """Run something in the copying thread; its error is raised by the next `settle`."""
+        self._jobs.put(task)
+
+    def close(self, remove: bool = False) -> None:
+        """End the thread after what it is doing. The files stay unless `remove`."""
+        self._jobs.put(None)
+        self._thread.join()
+        if self.segments is not None:
+            if self._copier is not None:
+                self._copier.close()
+            self.segments.remove() if remove else self.segments.close()
+
+    def _work(self) -> None:
+        # The copy competes with the step for the processor: the step goes first.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        while (job := self._jobs.get()) is not None:
+            try:
+                if isinstance(job, _Job):
+                    self.last = self._snapshot(job)
+                else:
+                    job()
+            except BaseException as error:  # raised again in settle()
+                self._failure = error
+            finally:
+                if isinstance(job, _Job):
+                    self._idle.set()
+                del job
+
+    def _snapshot(self, job: _Job) -> Acknowledged:
+        assert self.segments is not None
+        started, cpu = time.perf_counter(), time.thread_time()
+        slot = self.segments.begin(job.step)
+        pieces = [piece for piece in job.pieces if piece.tensor.numel()]
+        if job.ready is not None:
+            self._copier = self._copier or _CudaCopier()
+            self._copier.copy(slot, pieces, job.ready)
+        else:
+            for index, piece in enumerate(pieces):
+                source = piece.tensor.contiguous()
+                slot.writer.write(index, source.data_ptr())
+        path = self.segments.seal(slot, job.step, job.progress)
+        copied = time.perf_counter()
+        problems = []
+        for holder in self.holders:
+            try:
+                holder.put(self.segments.layout.name(job.step), path)
+            except (StoreError, CheckpointError) as error:
+                problems.append(str(error))
+        return Acknowledged(
+            job.step,
+            self.segments.layout.data_bytes,
+            copied - started,
+            time.perf_counter() - copied,
+            time.thread_time() - cpu,
+            tuple(problems),
+        )
+
+
+class _CudaCopier:
+    """Device to host on a stream of its own, into the shared memory itself, which is pinned for it."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+        self._pinned: dict[int, int] = {}
+
+    def copy(self, slot: Slot, pieces: Sequence[Piece], ready: Any) -> None:
+        address, size = slot.writer.data
+        if address not in self._pinned:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, size, 0))
+            self._pinned[address] = size
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            for index, piece in enumerate(pieces):
+                slot.writer.view(index).copy_(piece.tensor.detach(), non_blocking=True)
+        self._stream.synchronize()
+        for index in range(len(pieces)):
+            slot.writer.checksum_in_place(index)
+
+    def close(self) -> None:
+        for address in self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(address)
+        self._pinned.clear()

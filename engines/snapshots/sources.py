@@ -1,0 +1,106 @@
+"""Where shards can be had: this node's memory, peers, a store; and which snapshot is taken from them.
+
+Sources are asked in the order given, nearest first. A copy that fails its checksums is refused and the next one taken;
+when a shard that is needed has no intact copy left, the whole snapshot is given up and the one before it is tried.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from engines.snapshots.catalog import SnapshotName, snapshots
+from engines.snapshots.reader import SnapshotReader
+from engines.snapshots.segments import sealed
+from engines.snapshots.shard import Layout, Shard, ShardName, open_shard, read_layout
+from infra.errors import CheckpointError, StoreError
+
+T = TypeVar("T")
+
+
+class Source(Protocol):
+    """One place with shards. Every method raises StoreError when the place cannot be reached."""
+
+    def names(self) -> list[ShardName]: ...
+
+    def layout(self, name: ShardName) -> Layout:
+        """Raises CheckpointError where the shard is damaged or gone."""
+        ...
+
+    def open(self, name: ShardName) -> Shard:
+        """The shard, verified here. Raises CheckpointError likewise."""
+        ...
+
+
+class FolderSource:
+    """A node's folder in shared memory, or any other local folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def names(self) -> list[ShardName]:
+        return sealed(self.folder)
+
+    def layout(self, name: ShardName) -> Layout:
+        return read_layout(self.folder / str(name))
+
+    def open(self, name: ShardName) -> Shard:
+        return open_shard(self.folder / str(name))
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+
+class Sources:
+    """All places together, as they are now; make a new one for every recovery.
+
+    `refused` collects what was not taken and why, for the log.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.refused: list[str] = []
+        self._places: dict[ShardName, list[Source]] = {}
+        for source in sources:
+            try:
+                names = source.names()
+            except StoreError as error:
+                self.refused.append(f"{source}: {error}")
+                continue
+            for name in names:
+                self._places.setdefault(name, []).append(source)
+
+    def snapshots(self) -> list[SnapshotName]:
+        """Whole snapshots by what the holders claim to have, best first."""
+        return [snapshot for snapshot, _ in snapshots(self._places, self._layout)]
+
+    def reader(self, snapshot: SnapshotName) -> SnapshotReader:
+        """For that snapshot; shards are fetched and verified when they are read."""
+        layouts = {}
+        for name in self._places:
+            if (name.generation, name.step) == (snapshot.generation, snapshot.step):
+                layout = self._layout(name)
+                if layout is not None:
+                    layouts[name] = layout
+        return SnapshotReader(layouts, self._open)
+
+    def _layout(self, name: ShardName) -> Layout | None:
+        return self._first(name, lambda source: source.layout(name))
+
+    def _open(self, name: ShardName) -> Shard:
+        shard = self._first(name, lambda source: _expected(source.open(name), name))
+        if shard is None:
+            raise CheckpointError(f"no intact copy of {name}: {'; '.join(self.refused)}")
+        return shard
+
+    def _first(self, name: ShardName, ask: Callable[[Source], T]) -> T | None:
+        for source in self._places.get(name, ()):
+            try:
+                return ask(source)
+            except (CheckpointError, StoreError) as error:
+                self.refused.append(f"{source}: {error}")
+        return None
+
+
+def _expected(shard: Shard, name: ShardName) -> Shard:
+    if shard.name != name:
+        raise CheckpointError(f"the shard called {name} is {shard.name}")
+    return shard
