@@ -46,9 +46,7 @@ def linear(step: int, total: int, warmup: int = 0, floor: float = 0.0) -> float:
     return 1.0 - (1.0 - floor) * _progress(step, total, warmup)
 
 
-def parameter_groups(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float
-) -> list[dict[str, Any]]:
+def parameter_groups(named_parameters: Iterable[tuple[str, torch.Tensor]], weight_decay: float) -> list[dict[str, Any]]:
     """Two AdamW groups: matrices decay, vectors (norms, biases) do not. Frozen parameters are left out.
 
     The order within a group is that of `named_parameters`, so equal models give equal optimizer states.

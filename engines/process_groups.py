@@ -179,6 +179,7 @@ class ProcessGroups:
             self._connections, self._before = set(), None
         if dist.is_initialized():
             dist.destroy_process_group()
+        forget_meshes()
         gc.collect()  # meshes and wrapped modules hold groups in cycles; their sockets and threads go with them
 
     @contextlib.contextmanager
@@ -230,6 +231,24 @@ class ProcessGroups:
             for entry in opened
             if entry.remote is not None and (entry.local in listening or entry.remote in theirs)
         }
+
+
+def forget_meshes() -> None:
+    """Empty torch's caches of what DTensors on a mesh do (torch 2.13).
+
+    Two meshes count as equal there when their shapes and ranks are, whatever this process's own rank is and whichever
+    groups lie under them: with another rank in an equal mesh the old answers would train on the wrong shards.
+    """
+    from torch.distributed.tensor import DTensor, _collective_utils, _random, _redistribute, _sharding_prop
+
+    propagator: Any = DTensor._op_dispatcher.sharding_propagator
+    fresh = _sharding_prop.LocalLRUCache(propagator.propagate_op_sharding_non_cached)  # for every thread
+    propagator.propagate_op_sharding = fresh
+    type(propagator)._propagate_tensor_meta_cached.cache_clear()
+    torch._C._clear_DTensor_sharding_propagator_cache()  # type: ignore[attr-defined]
+    _redistribute._gen_transform_infos.cache_clear()
+    _collective_utils.MeshTopoInfo.build_from_mesh.cache_clear()
+    _random._rng_tracker = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Sharding is not its business: it sees parameters (plain tensors or DTensors) and
 it saves has the parameters' names and global shapes, so that any other mesh loads it.
 """
 
+import base64
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ from torch.distributed.tensor import DTensor
 from engines import state_folder
 from engines.base import Batch, LossFn, StepOutput
 from engines.config import LearnerSettings
-from engines.optimizer import decayed_groups, learning_rate
+from engines.optimizer import learning_rate
 from engines.ranks import Ranks
+from engines.sharded_adamw import ShardedAdamW
+from engines.snapshots import Piece, SnapshotReader, Snapshots, restore
 from infra.errors import CheckpointError
 from models.hf_format import to_hf_name
 from models.llama import Llama, LlamaConfig
@@ -37,12 +40,13 @@ def build(
     *,
     fsdp: bool,
     compile_blocks: bool = False,
-    seed: int = 0,
+    seed: int | None = 0,
     tokenizer_dir: Path | None = None,
 ) -> "TorchLearner":
     """(collective) A learner of a new network, sharded over `ranks`, with the start values of `seed` on every mesh.
 
-    `fsdp` shards over the replicas, else they stay whole; see `models.parallelize.parallelize` for the rest.
+    `fsdp` shards over the replicas, else they stay whole; see `models.parallelize.parallelize` for the rest. Without a
+    seed the weights are left as memory had them: load a state before the first step.
     """
     with torch.device("meta"):
         model = Llama(config)
@@ -54,7 +58,11 @@ def build(
         compile_blocks=compile_blocks,
         dtype=getattr(torch, settings.dtype),
     )
-    materialize(model, ranks.device, seed)
+    if seed is not None:
+        materialize(model, ranks.device, seed)
+    else:
+        model.to_empty(device=ranks.device)
+        model.tie()
     tokenizer = load_tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
     reduces = fsdp and ranks.mesh is not None
     return TorchLearner(model, settings, ranks, reduces_gradients=reduces, tokenizer=tokenizer)
@@ -87,22 +95,14 @@ class TorchLearner:
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self.step = 0
         """Steps taken, committed or not: the next one's place in schedule and data."""
+        self.snapshots: Snapshots | None = None
+        """Takes this rank's state after every step; see `engines.snapshots`."""
+        self.data_position: dict[str, Any] = {}
+        """What the loop needs beside `step` to find its data again (skipped windows); JSON, kept in snapshots."""
         self._reduces_gradients = reduces_gradients
         self._tokenizer = tokenizer
-        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            decayed_groups(module, settings),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=True,
-        )
-        for parameter in self._parameters.values():
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=ranks.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        self._pieces: list[Piece] | None = None
+        self.optimizer = ShardedAdamW(module, settings, self.world_size)
 
     def learning_rate(self, step: int) -> float:
         """Of step `step` = 0, 1, ...; constant after the warm-up when `total_steps` is 0."""
@@ -120,13 +120,14 @@ class TorchLearner:
         if not self._reduces_gradients:
             self._sum_gradients()
         rate = self.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        grad_norm = self._clip()
+        grad_norm = self.optimizer.clip()
+        if self.snapshots is not None:
+            self.snapshots.settle()  # the weights may change only once they are copied
         if committed := self.ranks.should_commit(grad_norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.update(rate)
+        self.optimizer.clear_gradients()
         self.step += 1
+        self.take_snapshot()
         return StepOutput(grad_norm, rate, committed, metrics)
 
     @torch.no_grad()
@@ -178,36 +179,61 @@ class TorchLearner:
             CheckpointError: the state is damaged, or is of a model with other parameters.
         """
         self._refuse_damaged(folder)
+        if self.snapshots is not None:
+            self.snapshots.settle()
         state = self._state()
         try:
             dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=self.ranks.mesh is None)
         except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"state {folder} does not fit this model: {error}") from error
         self.step = int(state["progress.step"].item())
-        updates = float(state["progress.updates"].item())
-        for parameter in self._parameters.values():
-            self.optimizer.state[parameter]["step"].fill_(updates)
+        self.optimizer.updates = float(state["progress.updates"].item())
+
+    def take_snapshot(self) -> None:
+        """Begin to copy the state before the next step, where `snapshots` is set and wants this step."""
+        if self.snapshots is not None:
+            self.snapshots.take(self.step, self.pieces(), self._progress())
+
+    def load_snapshot(self, reader: SnapshotReader) -> None:
+        """The state of a snapshot, from any mesh to this one, without a collective.
+
+        Raises:
+            CheckpointError: it is of another model, not whole or not intact; the state is then undefined.
+        """
+        restore(self.pieces(), reader)
+        progress = reader.progress(self.rank)
+        self.step, self.data_position = int(progress["step"]), progress["data"]
+        self.optimizer.updates = progress["updates"]
+        if (progress["of_rank"], progress["of_world"]) == (self.rank, self.world_size):
+            _set_random_state(progress["random"], self.ranks.device)
+
+    def pieces(self) -> list[Piece]:
+        """This rank's part of weights and moments: the live tensors, and where each lies in the whole."""
+        if self._pieces is None:
+            self._pieces = [_piece(name, tensor) for name, tensor in self.optimizer.state().items()]
+        return self._pieces
 
     def close(self) -> None:
         """Drop model and optimizer; the process can then build another learner."""
-        self.optimizer.state.clear()
-        self.optimizer.param_groups.clear()
-        self._parameters.clear()
+        self.optimizer.close()
+        self._pieces = None
         del self.module
 
     def _state(self) -> dict[str, torch.Tensor]:
         """Everything needed to go on, by global name. Tensors are the live ones: loading writes into them."""
-        state: dict[str, torch.Tensor] = {}
-        updates = 0.0
-        for name, parameter in self._parameters.items():
-            moments = self.optimizer.state[parameter]
-            state[f"model.{name}"] = parameter.detach()
-            state[f"exp_avg.{name}"] = moments["exp_avg"]
-            state[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
-            updates = float(moments["step"].item())
-        state["progress.step"] = torch.tensor(self.step)
-        state["progress.updates"] = torch.tensor(updates, dtype=torch.float64)
-        return state
+        return {
+            **self.optimizer.state(),
+            "progress.step": torch.tensor(self.step),
+            "progress.updates": torch.tensor(self.optimizer.updates, dtype=torch.float64),
+        }
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "updates": self.optimizer.updates,
+            "data": self.data_position,
+            "random": _random_state(self.ranks.device),
+        }
 
     def _refuse_damaged(self, folder: Path) -> None:
         problem = None
@@ -222,13 +248,10 @@ class TorchLearner:
 
     def _sum_gradients(self) -> None:
         """Sum over the replicas in one all-reduce of one flat buffer."""
-        gradients = []
-        for parameter in self._parameters.values():
+        for parameter in self.optimizer.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            elif isinstance(parameter.grad, DTensor):  # sequence parallelism leaves norms' gradients as partial sums
-                parameter.grad = parameter.grad.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
-            gradients.append(_local(parameter.grad))
+        gradients = self.optimizer.gradients()
         if self.ranks.mesh is None or self.ranks.data_size == 1:
             return
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -236,19 +259,30 @@ class TorchLearner:
         pieces = flat.split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
 
-    def _clip(self) -> float:
-        """Scale the gradient to `max_grad_norm` if it is longer; returns its length before."""
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = _full(norm)
-        if self.settings.max_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self.settings.max_grad_norm, norm)
-        return float(norm.item())
-
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _piece(name: str, tensor: torch.Tensor) -> Piece:
+    if not isinstance(tensor, DTensor):
+        return Piece.whole(name, tensor)
+    chunks = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
+    assert len(chunks) == 1, f"{name} is in {len(chunks)} pieces on one rank"
+    return Piece(name, tensor.to_local(), tuple(tensor.shape), tuple(chunks[0].offsets))
+
+
+def _random_state(device: torch.device) -> dict[str, str]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {kind: base64.b64encode(state.numpy().tobytes()).decode() for kind, state in states.items()}
+
+
+def _set_random_state(states: dict[str, str], device: torch.device) -> None:
+    tensors = {
+        kind: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for kind, text in states.items()
+    }
+    torch.set_rng_state(tensors["cpu"])
+    if device.type == "cuda" and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"], device)
