@@ -1,0 +1,220 @@
+"""One rank of a torch-native model in training that survives the loss of others, in one process.
+
+Who waits for whom: the training thread calls `join` and `train_step`, and waits there for its peers. A control thread
+(the actor's) may call `abort` at any time; the training thread then gets `NodeLost`, and calls `join` again under the
+next generation, with another rank and world size. Nothing is started anew: the groups are formed in-process, the
+network is sharded over the new mesh, and its state is read from host memory. Who is in which generation, and where it
+finds shards, is decided elsewhere.
+"""
+
+import gc
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from engines.base import Batch, LossFn, StepOutput
+from engines.config import LearnerSettings, SnapshotSettings
+from engines.process_groups import ProcessGroups, Rendezvous
+from engines.ranks import Ranks
+from engines.snapshots import FolderSource, Holder, SnapshotName, Snapshots, Source, Sources, forget, node_folder
+from engines.torch_learner import LlamaConfig, TorchLearner, build
+from infra.errors import CheckpointError, NodeLost
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every generation of a run builds again."""
+
+    model: LlamaConfig
+    optimizer: LearnerSettings
+    snapshots: SnapshotSettings = field(default_factory=SnapshotSettings)
+    tensor_parallel: int = 1
+    fsdp: bool = True
+    compile_blocks: bool = False
+    seed: int = 0
+    tokenizer_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Joined:
+    """How a rank came into a generation. `snapshot` is None at the very start; `refused` are copies that were not taken
+    and why; times in seconds."""
+
+    step: int
+    snapshot: SnapshotName | None
+    refused: tuple[str, ...]
+    form_s: float
+    build_s: float
+    load_s: float
+
+
+TINY = LlamaConfig(dim=8, layers=1, heads=2, kv_heads=1, ffn_dim=8, vocab_size=8, context=8)
+
+
+class ElasticLearner:
+    """See the module's docstring.
+
+    Args:
+        run: names the shards; one for all generations.
+        rendezvous: over a store that no rank hosts.
+        device: of this rank.
+        shared: this node's memory file system.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: str,
+        rendezvous: Rendezvous,
+        *,
+        device: torch.device | None = None,
+        shared: Path = Path("/dev/shm"),
+    ) -> None:
+        self.recipe, self.run, self.rendezvous = recipe, run, rendezvous
+        self.device = device or torch.device("cpu")
+        self.folder = node_folder(run, shared)
+        self.groups: ProcessGroups | None = None
+        self.learner: TorchLearner | None = None
+        self.snapshots: Snapshots | None = None
+        self._older_kept = False
+        self._aborted = -1
+
+    def warm_up(self) -> None:
+        """Pay here, on standby, for what only the first step of a process costs: imports, mostly (about 2 s of CPU)."""
+        groups = ProcessGroups(0, 0, 1, dist.HashStore(), device=self.device)
+        ranks = groups.form(lambda: Ranks.over_all(1, self.device))
+        learner = build(TINY, self.recipe.optimizer, ranks, fsdp=self.recipe.fsdp)
+        tokens = torch.zeros(1, TINY.context, dtype=torch.long, device=self.device)
+        learner.train_step([{"input_ids": tokens}], lambda module, batch: (module(batch["input_ids"]).sum(), {}))
+        learner.close()
+        del learner, ranks
+        groups.leave()
+        gc.freeze()  # what was imported stays; collecting what a lost generation left behind then takes no time
+
+    def join(
+        self,
+        generation: int,
+        rank: int,
+        world_size: int,
+        *,
+        sources: Sequence[Source] = (),
+        holders: Sequence[Holder] = (),
+        at_most: int | None = None,
+        fresh: bool = False,
+    ) -> Joined:
+        """(collective) Take a place in a new generation and load the newest snapshot that all its ranks can read.
+
+        Args:
+            sources: where shards may be beside this node's memory (peers, then a store).
+            holders: who keeps replicas of this rank's shards from here on.
+            at_most: ignore snapshots after this step (roll back).
+            fresh: start from the seed's values instead of a snapshot.
+
+        Raises:
+            NodeLost: a peer was lost meanwhile, or `abort` was called: join the next generation.
+            CheckpointError: no snapshot is whole and intact.
+        """
+        self.leave()
+        optimizer = self.recipe.optimizer
+        groups = ProcessGroups(
+            generation, rank, world_size, self.rendezvous, device=self.device, timeout_s=optimizer.timeout
+        )
+        self.groups = groups
+        if generation <= self._aborted:
+            raise NodeLost(f"{groups} was aborted before it was formed")
+        watch = _Watch()
+        with groups.naming_lost_peers():
+            ranks = groups.form(lambda: Ranks.over_all(self.recipe.tensor_parallel, self.device))
+            form_s = watch.lap()
+            learner = build(
+                self.recipe.model,
+                optimizer,
+                ranks,
+                fsdp=self.recipe.fsdp,
+                compile_blocks=self.recipe.compile_blocks,
+                seed=self.recipe.seed if fresh else None,
+                tokenizer_dir=self.recipe.tokenizer_dir,
+            )
+            self.learner = learner
+            build_s = watch.lap()
+            available = Sources([FolderSource(self.folder), *sources])
+            snapshot = None if fresh else self._load(learner, available, at_most)
+            load_s = watch.lap()
+        keep, every = self.recipe.snapshots.keep, self.recipe.snapshots.every
+        self.snapshots = learner.snapshots = Snapshots(
+            self.folder, self.run, generation, rank, world_size, keep=keep, every=every, holders=holders
+        )
+        learner.take_snapshot()  # under the new mesh and on the new holders, while the next step runs
+        self._older_kept = True
+        return Joined(learner.step, snapshot, tuple(available.refused), form_s, build_s, load_s)
+
+    def train_step(self, micro_batches: Sequence[Batch], loss_fn: LossFn) -> StepOutput:
+        """(collective) See `engines.base.Learner`. Raises NodeLost where a peer is gone."""
+        assert self.learner is not None and self.groups is not None and self.snapshots is not None, "join() first"
+        with self.groups.naming_lost_peers():
+            output = self.learner.train_step(micro_batches, loss_fn)
+        if self._older_kept and self.snapshots.last is not None:
+            # The ranks agreed on a step after this generation's first snapshot was sealed on all of them.
+            self._older_kept = False
+            folder, generation = self.folder, self.groups.generation
+            self.snapshots.soon(lambda: forget(folder, before=generation))
+        return output
+
+    def abort(self, generation: int, deadline_s: float = 5.0) -> bool:
+        """Give up `generation`: wake the training thread wherever it waits for others; callable from any thread.
+
+        A later generation is left alone. False: the device did not let go in time, end the process.
+        """
+        self._aborted = max(self._aborted, generation)
+        snapshots, groups = self.snapshots, self.groups
+        if groups is None or groups.generation > generation:
+            return True
+        if snapshots is not None and snapshots.generation <= generation:
+            snapshots.cut()
+        return groups.abort(deadline_s)
+
+    def leave(self) -> None:
+        """Free network and groups. The shards in shared memory stay."""
+        if self.snapshots is not None:
+            self.snapshots.cut()
+            self.snapshots.close()
+            self.snapshots = None
+        if self.learner is not None:
+            self.learner.close()
+            self.learner = None
+        if self.groups is not None:
+            self.groups.leave()
+            self.groups = None
+
+    def _load(self, learner: TorchLearner, sources: Sources, at_most: int | None) -> SnapshotName:
+        """(collective) The best snapshot that every rank can read, read by every rank."""
+        seen = [name for name in sources.snapshots() if at_most is None or name.step <= at_most]
+        common = set.intersection(*(set(names) for names in learner.ranks.gather(seen)))  # type: ignore[call-overload]
+        problems: list[str] = []
+        for snapshot in sorted(common, reverse=True):
+            problem = None
+            try:
+                learner.load_snapshot(sources.reader(snapshot))
+            except CheckpointError as error:
+                problem = f"rank {learner.rank}, {snapshot}: {error}"
+            found = [str(text) for text in learner.ranks.gather(problem) if text is not None]
+            if not found:
+                return snapshot
+            problems += found
+        raise CheckpointError(f"run {self.run}: no snapshot to go on from; {'; '.join(problems) or 'none is whole'}")
+
+
+class _Watch:
+    """A stopwatch with laps, in seconds."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        lap, self._last = now - self._last, now
+        return lap
