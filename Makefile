@@ -6,11 +6,12 @@ VENV        := .venv
 PY          := $(VENV)/bin/python
 INSTALL     := $(PY) -m pip install -qq --disable-pip-version-check
 TORCH       := $(shell sed -n 's/^torch==//p' requirements/$(ACCELERATOR).txt)
-TESTS       := $(wildcard tests/unit tests/ray tests/chaos tests/gpu)
+TESTS       := $(wildcard tests/unit tests/ray tests/chaos tests/page tests/gpu)
 ARGS        ?=
+SUDO        := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test graph-chaos bench-graph lint clean
+.PHONY: help venv demo test page-test graph-chaos bench-graph lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -30,6 +31,11 @@ test: lint ## lint, types, import rules, then every test; the last line is pytes
 
 graph-chaos: $(VENV)/.installed ## random faults on a 50-step graph; ARGS="--runs 200"; SEED=n replays one run
 	@$(PY) -m tests.chaos.campaign $(ARGS)
+
+page-test: $(VENV)/.installed ## the service's page in headless Chromium, which apt installs where it is missing (Debian)
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { echo "==> installing chromium"; $(SUDO) apt-get update -qq && \
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; }
+	@$(PY) -m pytest tests/page $(ARGS)
 
 lint: $(VENV)/.installed ## ruff: rules and formatting
 	@echo "==> lint (ruff)"

@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "tests/gpu/" in item.nodeid and not gpu:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
         if item.get_closest_marker("page") and not browser:
-            item.add_marker(pytest.mark.skip(reason="no headless Chromium here"))
+            item.add_marker(pytest.mark.skip(reason="no headless Chromium here; make page-test installs it"))
 
 
 @pytest.fixture(scope="session")

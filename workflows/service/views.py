@@ -24,6 +24,7 @@ from workflows.runs import list_runs, nearest
 from workflows.service.calls import attempts_of, call_arguments, code_of, error_of, origin_of
 from workflows.service.curves import metrics
 from workflows.service.lineage import lineage
+from workflows.service.records import submission_key
 from workflows.service.replay import Replay, RunCache, open_run
 from workflows.service.shown import name_artifacts, shown, shown_parameters
 from workflows.values import artifact_records
@@ -52,10 +53,11 @@ def runs(store: Store) -> list[Json]:
 
 
 def run(cache: RunCache, store: Store, run_id: str) -> Json:
-    """One run's summary. `can` says which buttons make sense."""
+    """One run's summary. `can`: what a service may be asked to do (it resumes what was submitted to it)."""
     metadata, replay = open_run(cache, store, run_id)
     head = replay.head
     end, lease = head.end or {}, head.lease
+    ended = replay.status in ("interrupted", "failed", "cancelled")
     return {
         "run_id": run_id,
         "workflow": metadata["workflow"],
@@ -70,7 +72,7 @@ def run(cache: RunCache, store: Store, run_id: str) -> Json:
         "error": error_of(end.get("error")),
         "result": shown(end.get("result")),
         "artifacts": [_artifact(entry) for entry in artifact_records(end.get("result"))],
-        "can": {"cancel": replay.live, "resume": replay.status in ("interrupted", "failed", "cancelled")},
+        "can": {"cancel": replay.live, "resume": ended and store.exists(submission_key(run_id))},
     }
 
 
@@ -113,7 +115,7 @@ def step(cache: RunCache, store: Store, run_id: str, call_id: str) -> Json:
         "key": found.get("key"),
         "code": code_of(cache, store, found.get("code")),
         "origin": None if origin is None else {"run_id": origin[0], "id": origin[1]["call"]},
-        "wait": None if waits is None else {"message": redact(waits.get("message") or ""), "since": waits["time"]},
+        "wait": None if waits is None else _question(waits, replay),
         "artifacts": [
             _artifact(entry) | _files(cache, store, entry) for entry in artifact_records(found.get("result"))
         ],
@@ -160,6 +162,12 @@ def _piece(store: Store, key: str | None, offset: int, over: bool) -> Json:
         data = data[: data.rfind(b"\n") + 1] or (data if full else b"")
     text = redact(data.decode(errors="replace"))
     return {"text": text, "start": start, "offset": start + len(data), "ended": over and not full}
+
+
+def _question(record: Record, replay: Replay) -> Json:
+    """What somebody is asked, and what they should see before they answer."""
+    show = name_artifacts(shown(record.get("show")), replay.names)
+    return {"message": redact(record.get("message") or ""), "since": record["time"], "show": show}
 
 
 def _row(replay: Replay, call_id: str) -> Json:

@@ -139,8 +139,8 @@ export class Detail {
         const comment = await confirm({ title: `${yes ? "Approve" : "Deny"} ${facts.id}?`, body: message || "The run goes on with your answer.", action: yes ? "Approve" : "Deny", danger: !yes, comment: "Comment (optional)" });
         if (comment === null) return;
         try {
-          await model.api.post(`${runPath(model.id)}/approve`, { id: facts.id, approve: yes, comment });
-          notice(`${facts.id} is ${yes ? "approved" : "denied"}`, "good");
+          const said = await model.api.post(`${runPath(model.id)}/approve`, { id: facts.id, approve: yes, comment });
+          notice(said?.message ?? `${facts.id} is ${yes ? "approved" : "denied"}`, "good");
           ask.querySelectorAll("button").forEach((button) => { button.disabled = true; });
         } catch (error) {
           notice(`${facts.id}: ${error.message}`, "error");
@@ -202,7 +202,7 @@ export class Detail {
 /** An error with the user's own traceback first. */
 export function problem(error, before = "") {
   return h("div.problem", { role: "group", "aria-label": "Error" },
-    before, h("strong", {}, error.type ? `${error.type}: ` : "", error.message),
+    before, error.message ? h("strong", {}, error.type ? `${error.type}: ` : "", error.message) : null,
     error.traceback ? h("pre.trace", {}, error.traceback) : null,
     error.traceback ? copyButton(error.traceback, "the traceback") : null);
 }

@@ -7,24 +7,30 @@ export const STATUS = {
   reused: { label: "reused", sign: "↺", colour: "--reused" },
   running: { label: "running", sign: "▸", colour: "--busy" },
   waiting: { label: "waiting to retry", sign: "↻", colour: "--wait" },
+  pending: { label: "waiting", sign: "…", colour: "--ask" },
   "waiting-for-approval": { label: "waits for approval", sign: "?", colour: "--ask" },
   "waiting-for-event": { label: "waits for an event", sign: "…", colour: "--ask" },
   failed: { label: "failed", sign: "✗", colour: "--bad" },
   cancelled: { label: "cancelled", sign: "■", colour: "--idle" },
   interrupted: { label: "interrupted", sign: "‖", colour: "--idle" },
-  submitted: { label: "submitted", sign: "·", colour: "--idle" },
+  starting: { label: "starting", sign: "·", colour: "--idle" },
 };
 
 /** What matters most first: the order in counts, groups and bars. */
 export const ORDER = [
-  "failed", "waiting-for-approval", "waiting-for-event", "running", "waiting", "interrupted", "reused", "committed",
+  "failed", "waiting-for-approval", "waiting-for-event", "pending", "running", "waiting", "interrupted", "reused", "committed",
 ];
+
+/** What a run does; "starting" where the service is about to go on with it. */
+export function runStatus({ status: name, active }) {
+  return active && ["interrupted", "failed", "cancelled"].includes(name) ? "starting" : name;
+}
 
 export function status(name) {
   return STATUS[name] ?? { label: String(name), sign: "·", colour: "--idle" };
 }
 
-/** 0.042 -> "42 ms", 4.2 -> "4.2 s", 75 -> "1:15", 3675 -> "1:01:15". */
+/** 0.042 -> "42 ms", 4.2 -> "4.2 s", 75 -> "1:15", 3675 -> "1:01:15", 270000 -> "3 d 3 h". */
 export function seconds(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "";
   if (value < 0) value = 0;
@@ -32,6 +38,7 @@ export function seconds(value) {
   if (value < 60) return `${value.toFixed(1)} s`;
   const whole = Math.floor(value);
   const [hours, minutes, rest] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
+  if (hours >= 48) return `${Math.floor(hours / 24)} d ${hours % 24} h`;
   const two = (number) => String(number).padStart(2, "0");
   return hours ? `${hours}:${two(minutes)}:${two(rest)}` : `${minutes}:${two(rest)}`;
 }

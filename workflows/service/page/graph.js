@@ -8,8 +8,8 @@ import { ordered } from "./model.js";
 import { empty } from "./parts.js";
 import { Scene } from "./scene.js";
 
-const STEP = { w: 196, h: 42 };
-const GROUP = { w: 200, h: 56 };
+const STEP = { w: 216, h: 42 };
+const GROUP = { w: 216, h: 56 };
 
 export class GraphView {
   constructor(model, open) {
@@ -64,6 +64,7 @@ export class GraphView {
       this.touched = true;
       this.opened.add(node.id);
       this.rebuild(true);
+      if (this.scene.focus) this.scene.focus = this.units.find((unit) => unit.members[0] === node.unit.members[0])?.key ?? null;
       this.update();
     }
   }
@@ -77,6 +78,7 @@ export class GraphView {
     const { width, height } = this.scene;
     const made = layout(sized, edgesBetween(this.units), (width || 1200) / (height || 600));
     const nodes = sized.map((node) => Object.assign(node, made.nodes.get(node.id)));
+    this.nodes = new Set(this.model.list.map((step) => step.node).filter(Boolean));
     for (const node of nodes) this.dress(node);
     if (fit) this.scene.moved = false;
     this.scene.show(nodes, made.edges, made.box, made.vertical, this.interesting(nodes));
@@ -94,6 +96,7 @@ export class GraphView {
   }
 
   refresh() {
+    this.nodes = new Set(this.model.list.map((step) => step.node).filter(Boolean));
     for (const node of this.scene.nodes) this.dress(node);
     this.scene.draw();
   }
@@ -107,7 +110,7 @@ export class GraphView {
       const done = (counts.committed ?? 0) + (counts.reused ?? 0);
       const detail = done === unit.members.length ? count(done, "step") : `${done} of ${count(unit.members.length, "step")}`;
       const parts = ordered(counts).reverse().map(([name, value]) => [status(name).colour, value]);
-      Object.assign(node, { title: unit.label, detail, sign: status(worst).sign, colour: status(worst).colour, parts, stacked: true });
+      Object.assign(node, { title: unit.label, detail, sign: status(worst).sign, colour: status(worst).colour, marked: worst !== "committed", parts, stacked: true });
       return;
     }
     const [step] = unit.members;
@@ -115,7 +118,8 @@ export class GraphView {
     const taken = seconds(this.model.secondsOf(step));
     const words = name === "committed" ? "" : status(name).label;
     const tries = step.attempts > 1 ? `${step.attempts} attempts` : "";
-    Object.assign(node, { title: step.id, detail: [words, taken, tries].filter(Boolean).join(" · "), sign: status(name).sign, colour: status(name).colour, parts: null, stacked: false });
+    const where = this.nodes.size > 1 ? step.node : "";
+    Object.assign(node, { title: step.id, detail: [words, taken, tries, where].filter(Boolean).join(" · "), sign: status(name).sign, colour: status(name).colour, marked: name !== "committed", parts: null, stacked: false });
   }
 
   describe(unit) {

@@ -22,10 +22,11 @@ export class LineagePage {
     this.blank = h("div.cover", { hidden: true });
     this.title = h("h1", {}, "Lineage");
     this.panel = h("aside.detail", { "aria-label": "What the chosen node is" });
+    const view = h("section.view.graph", { "aria-label": "Lineage" }, h("div.tools", {}, this.legend(), this.facts), h("div.stage", {}, this.scene.element, this.blank));
+    view.scene = this.scene;
     this.element = h("div.page.run.lineage", {},
       h("header.head", {}, this.title, h("code.digest", {}, digest.slice(0, 16)), copyButton(digest, "the digest")),
-      h("div.workspace", {}, h("section.view.graph", { "aria-label": "Lineage" }, h("div.tools", {}, this.legend(), this.facts), h("div.stage", {}, this.scene.element, this.blank)), this.panel));
-    this.element.scene = this.scene;
+      h("div.workspace", {}, view, this.panel));
   }
 
   legend() {

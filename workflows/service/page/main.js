@@ -38,6 +38,7 @@ function open() {
   breadcrumbs(run, digest);
   if (wanted !== key || !page) {
     page?.close();
+    document.querySelectorAll(".notice.error").forEach((each) => each.remove());
     key = wanted;
     page = !run ? new RunsPage(api, state) : digest ? new LineagePage(api, run, digest) : new RunPage(api, run, state);
     replace(main, page.element);
@@ -87,7 +88,8 @@ async function askForToken() {
   const box = h("dialog.dialog", { "aria-labelledby": "token-title" },
     h("form", { method: "dialog" },
       h("h2", { id: "token-title" }, "Token"),
-      h("p", {}, wrong ? "The service does not accept this token. " : "", "`recua up` prints the page's address with its token, and keeps the token in a file of yours."),
+      wrong ? h("p.wrong", { role: "alert" }, "The service does not accept this token.") : null,
+      h("p", {}, h("code", {}, "recua up"), " prints the page's address with its token, and keeps the token in a file of yours."),
       input, h("label.choice", {}, keep, "remember it in this browser"),
       h("div.buttons", {}, h("button.primary", { type: "submit", value: "yes" }, "Go on"))));
   asking = box;

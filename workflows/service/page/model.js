@@ -25,8 +25,10 @@ export class RunModel {
     this.status = answer.status;
     const changed = turned || answer.steps.length > 0 || answer.reset;
     if (changed) this.revision += 1;
-    if (changed || !this.summary) this.summary = await this.api.get(runPath(this.id));
-    return changed;
+    this.ticks = (this.ticks ?? 0) + 1;
+    const before = JSON.stringify(this.summary);
+    if (changed || !this.summary || (this.summary.active && !this.live) || this.ticks % 5 === 0) this.summary = await this.api.get(runPath(this.id));
+    return changed || before !== JSON.stringify(this.summary);
   }
 
   /** `shape` counts changes of calls and edges, `revision` all changes. */

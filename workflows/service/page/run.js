@@ -3,7 +3,7 @@
 import { Poller, runPath } from "./api.js";
 import { artifactCard, Detail, problem, section } from "./detail.js";
 import { h, replace, text } from "./dom.js";
-import { ago, count, seconds, short, status, when } from "./format.js";
+import { ago, count, runStatus, seconds, short, status, when } from "./format.js";
 import { GraphView } from "./graph.js";
 import { LogBox } from "./log.js";
 import { Curves, MetricsView } from "./metrics.js";
@@ -34,7 +34,7 @@ export class RunPage {
     this.element = h("div.page.run", {},
       h("header.head", {}, h("h1", {}, run), this.state, this.progress, this.facts, h("div.buttons", {}, this.buttons.resume, this.buttons.cancel)),
       this.failed, this.banner, this.tabs, h("div.workspace", {}, this.stage, this.detail.element));
-    this.poller = new Poller(() => this.tick(), () => (this.model.live ? LIVE_MS : STILL_MS), onState);
+    this.poller = new Poller(() => this.tick(), () => (this.model.live || this.model.summary?.active ? LIVE_MS : STILL_MS), onState);
     this.clock = setInterval(() => this.live(), 1000);
   }
 
@@ -117,30 +117,31 @@ export class RunPage {
   head() {
     const { model } = this;
     const { summary } = model;
-    const now = model.status ?? summary.status;
+    const now = runStatus({ ...summary, status: model.status });
     replace(this.state, chip(now));
     const counts = model.counts();
     replace(this.progress, bar(counts), h("small", {}, progressWords(counts)));
-    const can = summary.can ?? {};
-    const why = { resume: `a run that is ${status(now).label} cannot be resumed`, cancel: "nothing is running" };
+    const can = { cancel: summary.can?.cancel || summary.active, resume: summary.can?.resume && !summary.active };
+    const stopped = ["interrupted", "failed", "cancelled"].includes(now);
+    const why = { resume: stopped ? "it was not submitted to this service: go on with recua resume" : `a run that is ${status(now).label} cannot be resumed`, cancel: "nothing is running" };
     for (const [name, button] of Object.entries(this.buttons)) {
       button.disabled = !can[name];
       button.title = can[name] ? "" : why[name];
     }
     this.times();
-    this.failed.hidden = !summary.error || now === "running" || summary.error.kind === "cancelled";
+    this.failed.hidden = !summary.error || now !== "failed" || summary.error.kind === "cancelled";
     if (!this.failed.hidden) replace(this.failed, this.failure(summary.error));
     this.asking();
   }
 
   failure(error) {
     const culprit = this.model.list.find((step) => step.status === "failed");
-    return h("details", {}, h("summary", {}, h("strong", {}, "The run failed: "), error.message.split("\n")[0], culprit ? [" ", h("a", { href: stepLink(this.run, culprit.id, this.viewName) }, "open the step")] : null), problem(error));
+    return h("details", {}, h("summary", {}, h("strong", {}, "The run failed: "), error.message.split("\n")[0], culprit ? [" ", h("a", { href: stepLink(this.run, culprit.id, this.viewName) }, "open the step")] : null), problem({ ...error, type: "", message: error.message.split("\n").slice(1).join("\n") }));
   }
 
   asking() {
     const waiting = this.model.asking();
-    this.banner.hidden = !waiting.length || !["running", "interrupted"].includes(this.model.status);
+    this.banner.hidden = !waiting.length || ["finished", "failed"].includes(this.model.status);
     if (this.banner.hidden) return;
     const [first] = waiting;
     replace(this.banner, h("span", {}, h("strong", {}, waiting.length === 1 ? `${first.id} ${status(first.status).label}` : `${count(waiting.length, "step")} wait for somebody`), first.message && waiting.length === 1 ? `: ${first.message}` : ""),

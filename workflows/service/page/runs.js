@@ -2,7 +2,7 @@
 
 import { Poller } from "./api.js";
 import { h, replace, text } from "./dom.js";
-import { ago, count, seconds, short, when } from "./format.js";
+import { ago, count, runStatus, seconds, short, when } from "./format.js";
 import { bar, chip, empty, progressWords, runLink } from "./parts.js";
 
 const MOST_ROWS = 500;
@@ -17,7 +17,7 @@ export class RunsPage {
     this.poller = new Poller(async () => {
       this.runs = await api.get("/runs");
       this.paint();
-    }, () => (this.runs?.some((run) => run.status === "running") ? 2000 : 5000), onState);
+    }, () => (this.runs?.some((run) => run.status === "running" || run.active) ? 2000 : 5000), onState);
     this.clock = setInterval(() => this.paint(), 15_000);
   }
 
@@ -46,12 +46,18 @@ export class RunsPage {
   }
 }
 
+/** A list of runs does not tell calls that wait for somebody from those that wait to be tried again. */
+function counted({ waiting, ...counts }) {
+  return waiting ? { ...counts, pending: waiting } : counts;
+}
+
 function row(run) {
+  const counts = counted(run.counts ?? {});
   const end = run.ended ?? (run.status === "running" ? Date.now() / 1000 : null);
-  return h("a.run-row", { href: runLink(run.run_id), dataset: { run: run.run_id, status: run.status } },
+  return h("a.run-row", { href: runLink(run.run_id), dataset: { run: run.run_id, status: runStatus(run) } },
     h("span.name", {}, h("strong", {}, run.run_id), h("small", {}, short(run.workflow))),
-    chip(run.status),
-    h("span.progress", {}, bar(run.counts ?? {}), h("small", {}, progressWords(run.counts ?? {}))),
+    chip(runStatus(run)),
+    h("span.progress", {}, bar(counts), h("small", {}, progressWords(counts), counts.pending ? `, ${counts.pending} waiting` : "")),
     h("span.took", {}, end ? seconds(end - run.created) : ""),
     h("span.age", { title: when(run.created) }, ago(run.created)));
 }

@@ -78,7 +78,7 @@ export class Scene {
       if ((high - low) * k <= size - 40) return (size - (low + high) * k) / 2;
       return Math.min(24 - low * k, Math.max(size - 24 - high * k, wanted === undefined ? Infinity : size / 2 - wanted * k));
     };
-    const across = (low, high, size, wanted) => place(low, high, size, wanted ?? (low + high) / 2);
+    const across = (low, high, size, wanted) => place(low, high, size, wanted ?? (this.edges.length ? (low + high) / 2 : undefined));
     this.view = this.vertical
       ? { k, x: across(left, right, width, node?.x), y: place(top, bottom, height, node?.y) }
       : { k, x: place(left, right, width, node?.x), y: across(top, bottom, height, node?.y) };
@@ -176,8 +176,9 @@ export class Scene {
 
   key(event) {
     const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+    const at = this.byId.get(this.focus ?? this.chosen) ?? null;
     if (event.key in steps) this.walk(...steps[event.key]);
-    else if (event.key === "Enter" || event.key === " ") this.pick(this.byId.get(this.focus ?? this.chosen) ?? null);
+    else if (event.key === "Enter" || event.key === " ") this.onChoose(at);
     else if (event.key === "+" || event.key === "=") this.zoom(1.25);
     else if (event.key === "-") this.zoom(0.8);
     else if (event.key === "0") this.fit(true);
@@ -203,8 +204,9 @@ export class Scene {
     this.draw();
   }
 
+  /** The mouse's choice; the keyboard goes on from there. */
   pick(node) {
-    this.focus = node?.id ?? null;
+    this.focus = null;
     this.onChoose(node);
   }
 
@@ -271,9 +273,10 @@ export class Scene {
       context.stroke();
     }
     if (k < 0.4) return;
-    context.fillStyle = this.palette.get("--edge");
-    for (const { points, back } of this.edges) {
+    for (const edge of this.edges) {
+      const { points, back } = edge;
       const end = back ? points[0] : points[points.length - 1];
+      context.fillStyle = this.palette.get(this.near.has(edge) ? "--accent" : "--edge");
       if (end.x < seen.left || end.x > seen.right || end.y < seen.top || end.y > seen.bottom) continue;
       this.arrow(context, end, back);
     }
@@ -299,7 +302,17 @@ export class Scene {
     context.globalAlpha = node.dim ? 0.25 : 1;
     context.fillRect(node.x - node.w / 2, node.y - node.h / 2, node.w, node.h);
     context.globalAlpha = 1;
+    if (node.marked) this.paintMark(context, node);
     if (node.id === this.chosen || node.id === this.focus) this.frameAround(context, node, 10);
+  }
+
+  /** Its sign, as large as fits: what differs from its neighbours is told by more than a colour. */
+  paintMark(context, node) {
+    context.fillStyle = this.palette.get("--card");
+    context.font = `700 ${node.h * 0.9}px ${FONT}`;
+    context.textBaseline = "middle";
+    context.textAlign = "center";
+    context.fillText(node.sign, node.x, node.y + node.h * 0.05);
   }
 
   paintNode(context, node, k) {

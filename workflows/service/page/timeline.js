@@ -207,6 +207,15 @@ export class TimelineView {
     context.restore();
   }
 
+  /** What its colour says, said again by a sign. */
+  sign(context, step, y) {
+    const words = context.fillStyle;
+    const { sign, colour } = status(this.model.statusOf(step));
+    context.fillStyle = this.palette.get(colour);
+    context.fillText(sign, 8, y + ROW / 2 + 1);
+    context.fillStyle = words;
+  }
+
   row(context, { label, steps }, y, at, width) {
     const { palette } = this;
     context.font = `12px ${FONT}`;
@@ -217,7 +226,8 @@ export class TimelineView {
     context.beginPath();
     context.rect(0, y, this.left - 10, ROW);
     context.clip();
-    context.fillText(label, 8, y + ROW / 2 + 1);
+    if (this.by === "step") this.sign(context, steps[0], y);
+    context.fillText(label, this.by === "step" ? 26 : 8, y + ROW / 2 + 1);
     context.restore();
     const now = Date.now() / 1000;
     let painted = -1;
@@ -239,7 +249,7 @@ export class TimelineView {
         context.beginPath();
         context.rect(start, y, end - start - 4, ROW);
         context.clip();
-        context.fillText(step.id, start + 5, y + ROW / 2 + 1);
+        context.fillText(`${status(this.model.statusOf(step)).sign} ${step.id}`, start + 5, y + ROW / 2 + 1);
         context.restore();
       }
     }
