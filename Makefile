@@ -29,8 +29,8 @@ test: lint ## lint, types, import rules, then every test; the last line is pytes
 	@echo "==> tests: $(TESTS)"
 	@$(PY) -m pytest $(TESTS) $(ARGS)
 
-graph-chaos: $(VENV)/.installed ## random faults on a 50-step graph; ARGS="--runs 200"; SEED=n replays one run
-	@$(PY) -m tests.chaos.campaign $(ARGS)
+graph-chaos: $(VENV)/.installed ## random faults on a 50-step graph, RUNS=20 of them; SEED=n replays one run
+	@$(PY) -m tests.chaos.campaign $(if $(RUNS),--runs $(RUNS)) $(ARGS)
 
 page-test: $(VENV)/.installed ## the service's page in headless Chromium, which apt installs where it is missing (Debian)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { echo "==> installing chromium"; $(SUDO) apt-get update -qq && \

@@ -29,6 +29,7 @@ from workflows.journal import Heartbeat, Journal, fenced
 from workflows.loop import Loop
 from workflows.outcome import of_ray_error, rebuild
 from workflows.placement import Placement
+from workflows.takeover import StoppedDrivers
 
 Record = dict[str, Any]
 ClusterCheck = Callable[[list[dict[str, float]]], None]
@@ -174,8 +175,10 @@ class Attempts:
             "driver_pid": os.getpid(),
         }
         self._placement.prepare(json.dumps(run))
-        if self._journal.state.replaced:
-            self._loop.later(self._journal.ttl_s, self._free_workers, frozenset())
+        if replaced := self._journal.state.replaced:
+            killed = functools.partial(self._loop.post, self._on_killed)
+            drivers = StoppedDrivers(replaced, self._placement.everywhere, killed)
+            self._loop.later(self._journal.ttl_s, self._free_workers, drivers, frozenset())
 
     def _pump(self) -> None:
         most = self._settings.max_in_flight
@@ -236,15 +239,15 @@ class Attempts:
         if call is not None and call.attempt_id == attempt_id and call.id in self._running and call.started is None:
             self._tell("pending", call, message=f"waiting for resources: {call.options.whole_gang()}")
 
-    def _free_workers(self, waiting: frozenset[str]) -> None:
+    def _free_workers(self, before: StoppedDrivers, waiting: frozenset[str]) -> None:
         """Where an attempt of those that were `waiting` a while ago still is, drivers before this one may hold what it
-        needs: see workflows.takeover."""
+        needs."""
         now = frozenset(call.attempt_id for call, _ in self._running.values() if call.started is None)
         if now & waiting:
-            self._placement.kill_stopped(self._journal.state.replaced, functools.partial(self._loop.post, self._killed))
-        self._loop.later(self._journal.ttl_s, self._free_workers, now)
+            before.kill()
+        self._loop.later(self._journal.ttl_s, self._free_workers, before, now)
 
-    def _killed(self, pid: int) -> None:
+    def _on_killed(self, pid: int) -> None:
         message = f"process {pid}, a stopped driver of this run, held workers of the cluster: it was killed"
         self._emit(Event("warning", data={"message": message}))
 

@@ -21,7 +21,6 @@ from workflows.config import RunSettings
 from workflows.gangs import GangAttempt, Gangs
 from workflows.graph import StepOptions
 from workflows.names import import_roots
-from workflows.takeover import kill_stopped_everywhere
 from workflows.worker import bootstrap
 
 NODES_AGE_S = 5.0
@@ -117,9 +116,22 @@ class Placement:
         with contextlib.suppress(Exception):  # it may have ended by itself
             self._ray.cancel(reference, force=True, recursive=True)
 
-    def kill_stopped(self, leases: list[dict[str, Any]], done: Callable[[int], None]) -> None:
-        """See workflows.takeover."""
-        kill_stopped_everywhere(self._ray, leases, done)
+    def everywhere(self, function: Callable[[Any], Any], argument: Any, answer: Callable[[Any], None]) -> None:
+        """Call `function(argument)` on every node, of which it takes nothing, and `answer` with what each one says, on
+        one of Ray's threads. Nodes that leave say nothing."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        task = self._ray.remote(num_cpus=0, max_retries=0)(function)
+
+        def ended(future: Any) -> None:
+            if future.exception() is None:
+                answer(future.result())
+
+        for node in self._ray.nodes():
+            if node["Alive"]:
+                where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                reference = task.options(scheduling_strategy=where, name=function.__name__).remote(argument)
+                reference.future().add_done_callback(ended)
 
     def close(self) -> None:
         """Leave the cluster; a local one that this run started is shut down."""

@@ -6,15 +6,45 @@ kills the stopped processes of its earlier drivers, which may commit nothing any
 left to wake up and find itself fenced.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
+from workflows.journal import this_machine
+
 Record = dict[str, Any]
+Everywhere = Callable[[Callable[[list[Record]], list[int]], list[Record], Callable[[list[int]], None]], None]
+ASK_AGAIN_S = 60.0
+"""A question to all nodes starts a worker process on each: not more often than this."""
+
+
+class StoppedDrivers:
+    """`leases`: of the drivers that were replaced. `everywhere(function, argument, answer)`: call `function(argument)`
+    on every node, and `answer` with each result. `killed(pid)` is called for each driver that was killed."""
+
+    def __init__(self, leases: list[Record], everywhere: Everywhere, killed: Callable[[int], None]) -> None:
+        here = this_machine()
+        self._here = [lease for lease in leases if lease["machine"] == here]
+        self._elsewhere = [lease for lease in leases if lease["machine"] != here]
+        self._everywhere = everywhere
+        self._killed = killed
+        self._next = 0.0
+
+    def kill(self) -> None:
+        """Those of this machine at once, those of other machines by a question to the cluster's nodes."""
+        self._answer(kill_stopped(self._here))
+        if self._elsewhere and time.monotonic() >= self._next:
+            self._next = time.monotonic() + ASK_AGAIN_S
+            self._everywhere(kill_stopped, self._elsewhere, self._answer)
+
+    def _answer(self, pids: list[int]) -> None:
+        for pid in pids:
+            self._killed(pid)
 
 
 def kill_stopped(leases: list[Record]) -> list[int]:
-    """Kill the drivers of these leases that are stopped processes of this machine; their process ids. Travels to nodes
-    by value, and is therefore whole in itself."""
+    """Kill the drivers of these leases that are stopped processes of this machine; their process ids. It travels to
+    nodes by value, and is therefore whole in itself."""
     import os
     import signal
     from pathlib import Path
@@ -33,21 +63,3 @@ def kill_stopped(leases: list[Record]) -> list[int]:
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
     return killed
-
-
-def kill_stopped_everywhere(ray: Any, leases: list[Record], done: Callable[[int], None]) -> None:
-    """Ask every node. `done(pid)` is called for each driver that was killed, on one of Ray's threads."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    task = ray.remote(num_cpus=0, max_retries=0)(kill_stopped)
-
-    def ended(future: Any) -> None:
-        if future.exception() is None:  # a node that left meanwhile took its drivers along
-            for pid in future.result():
-                done(pid)
-
-    for node in ray.nodes():
-        if node["Alive"]:
-            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            answer = task.options(scheduling_strategy=where, name="recua-takeover").remote(leases)
-            answer.future().add_done_callback(ended)

@@ -1,7 +1,8 @@
-"""The chaos campaign: `python -m tests.chaos.campaign --runs 200` (or `make graph-chaos ARGS="--runs 200"`).
+"""The chaos campaign: `python -m tests.chaos.campaign --runs 200` (or `make graph-chaos RUNS=200`).
 
 Every run takes the next seed, and its line goes to the end of a file, so that a long campaign can be stopped and
-continued. `SEED=n` in the environment replays one schedule. The last line printed sums up the whole file.
+continued. `SEED=n` in the environment replays one schedule. The last line printed sums up the whole file;
+`--runs 0` prints that alone.
 """
 
 import argparse
@@ -93,6 +94,7 @@ def summary(lines: list[Record]) -> str:
     hit = {kind: number for kind, number in sorted(faults.items()) if "nobody" not in kind}
     total = {
         "runs": len(lines),
+        "commits": sorted({line["commit"] for line in lines}),
         "on_s3": sum(line["store"] == "s3" for line in lines),
         "calls": sum(line["calls"] for line in lines),
         "bodies": sum(line["bodies"] for line in lines),
@@ -106,21 +108,8 @@ def summary(lines: list[Record]) -> str:
     return json.dumps(total)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos.campaign", description=__doc__)
-    parser.add_argument("--runs", type=int, default=20, help="how many more runs (20)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help=f"the file of results ({RESULTS})")
-    parser.add_argument("--first-seed", type=int, help="default: after the last seed in the file")
-    arguments = parser.parse_args()
-    results: Path = arguments.results
-    results.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(text) for text in results.read_text().splitlines()] if results.exists() else []
-    first = max((line["seed"] for line in lines), default=0) + 1
-    seeds = range(first, first + arguments.runs) if arguments.first_seed is None else None
-    if seeds is None:
-        seeds = range(arguments.first_seed, arguments.first_seed + arguments.runs)
-    if replay := os.environ.get("SEED"):
-        seeds = range(int(replay), int(replay) + 1)
+def carry_out(seeds: range, results: Path, lines: list[Record]) -> int:
+    """Run these seeds, print and keep what became of each; how many had violations."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     bad = 0
     with open_place() as place:
@@ -135,6 +124,23 @@ def main() -> int:
             print(f"SEED={seed} {line['store']} {line['seconds']} s, {line['drivers']} drivers: {shown}", flush=True)
             for violation in line["violations"]:
                 print(f"  VIOLATION {violation}", flush=True)
+    return bad
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.campaign", description=__doc__)
+    parser.add_argument("--runs", type=int, default=20, help="how many more runs (20)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"the file of results ({RESULTS})")
+    parser.add_argument("--first-seed", type=int, help="default: after the last seed in the file")
+    arguments = parser.parse_args()
+    results: Path = arguments.results
+    results.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(text) for text in results.read_text().splitlines()] if results.exists() else []
+    first = arguments.first_seed or max((line["seed"] for line in lines), default=0) + 1
+    seeds = range(first, first + arguments.runs)
+    if replay := os.environ.get("SEED"):
+        seeds = range(int(replay), int(replay) + 1)
+    bad = carry_out(seeds, results, lines) if seeds else 0
     print(summary(lines), flush=True)
     return 1 if bad else 0
 

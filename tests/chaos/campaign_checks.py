@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from infra.storage import Store
-from tests.chaos.campaign_run import EXPECTED, Run, alive
+from tests.chaos.campaign_run import ANSWERS, EXPECTED, Run, alive
 from workflows.artifacts import Artifact, ArtifactSource, read_manifest
 from workflows.runs import load_run
 from workflows.values import artifact_records
@@ -103,9 +103,11 @@ def _order(run: Run, slots: list[list[Record]], times: dict[int, tuple[float, fl
             early = max(times[record["slot"]][0] for record in needed) - line["time"]
             if early > 0:
                 yield f"{line['call']}: a body began {early:.3f} s before the commit of {need}"
+        if line["call"].startswith("half[") and times[commits["approval[go]"]["slot"]][0] > line["time"]:
+            yield f"{line['call']}: a body began before the approval was committed"
     winners = {line["attempt"] for line in began} & ended
     for call, commit in commits.items():
-        if commit["attempt_id"] not in winners:
+        if call not in ANSWERS and commit["attempt_id"] not in winners:
             yield f"{call}: the committed attempt {commit['attempt_id']} has not run from begin to end"
     for start in _of("start", slots):
         if (commit := commits.get(start["call"])) is not None and start["slot"] > commit["slot"]:

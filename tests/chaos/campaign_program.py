@@ -1,8 +1,9 @@
 """The graph of the chaos campaign as a driver process: `python campaign_program.py SETTINGS_JSON MARKS VARIANT`.
 
 About 50 calls: a fan-out over a list known only at run time, nested workflows, a loop that decides on results, a step
-that fails at its first attempt, artifacts written and read, children of a body. Results are a pure function of the
-variant. Every body appends a line to the file MARKS, outside the store, when it begins and when it ends.
+that fails at its first attempt, an approval, an event from outside, artifacts written and read, children of a body.
+Results are a pure function of the variant and the event's value. Every body appends a line to the file MARKS, outside
+the store, when it begins and when it ends.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from workflows.config import RunSettings
 from workflows.events import Event
 from workflows.graph import Artifact, context, step, workflow
 from workflows.journal import process_start
+from workflows.waits import approval, event
 
 
 @contextlib.contextmanager
@@ -119,7 +121,7 @@ def half(marks: str, number: int) -> int:
 @step
 def total(marks: str, parts: dict[str, Any]) -> int:
     with body(marks):
-        return sum(parts["ground"]) + sum(parts["levels"]) + sum(parts["children"]) + parts["last"]
+        return sum(map(sum, (parts["ground"], parts["levels"], parts["children"]))) + parts["last"] + parts["extra"]
 
 
 @workflow
@@ -139,11 +141,13 @@ def campaign(marks: str, variant: int) -> dict[str, Any]:
     numbers = pack(marks, ground)
     children = [parent(marks, index) for index in range(3)]
     levels = [level(marks, numbers, index) for index in range(3)]
+    extra, go = event("extra"), approval("go", "the numbers are packed", show=numbers)
     rounds, number = 0, flaky(marks, first.seed).result()
+    go.result()
     while number != 1 and rounds < 12:
         number = half(marks, number).result()
         rounds += 1
-    parts = {"ground": ground, "levels": levels, "children": children, "last": number}
+    parts = {"ground": ground, "levels": levels, "children": children, "last": number, "extra": extra}
     return {"total": total(marks, parts), "rounds": rounds, "numbers": numbers}
 
 

@@ -19,12 +19,20 @@ from typing import Any
 
 import psutil
 
+from infra.errors import StoreError
+from infra.storage import open_store
 from tests.chaos.campaign_place import Place
+from workflows.waits import send
 
 PROGRAM = Path(__file__).with_name("campaign_program.py")
 DEADLINE_S = 300.0
 QUIET_S = 90.0
 KINDS = ("driver-kill", "driver-stop", "second-driver", "worker-kill", "worker-stop", "reaper-kill", "node-kill")
+ANSWERS: dict[str, tuple[Any, Any]] = {
+    "approval[go]": ({"approve": True, "comment": ""}, {"approve": False, "comment": "too late"}),
+    "event[extra]": (5, 6),
+}
+"""What the program waits for: the answer that counts, and one that comes after it."""
 POINTS = (
     "executor.between-steps",
     "executor.body",
@@ -49,7 +57,8 @@ class Fault:
 @dataclass(frozen=True)
 class Schedule:
     """One run's faults. `points`: one per driver, the named moment at which it kills or stops itself, or "".
-    `largest_files`: one per driver, bytes after which the disk is full for it, or None. `store`: the proxy's rates."""
+    `largest_files`: one per driver, bytes after which the disk is full for it, or None. `store`: the proxy's rates.
+    `answered`: how many bodies have begun when the program's questions are answered."""
 
     seed: int
     kind: str
@@ -59,12 +68,13 @@ class Schedule:
     points: tuple[str, ...]
     largest_files: tuple[int | None, ...]
     store: dict[str, float]
+    answered: int
 
     @classmethod
     def of(cls, seed: int) -> "Schedule":
         chance = random.Random(seed)
         s3 = chance.random() < 0.45
-        kinds = [*KINDS, "outage"] if s3 else list(KINDS)
+        kinds = [*KINDS, "outage", "timeout"] if s3 else list(KINDS)
         faults = [
             Fault(chance.choice(kinds), chance.randrange(0, 62), chance.uniform(0.0, 0.3))
             for _ in range(chance.choice([1, 1, 2, 2, 3, 4]))
@@ -87,12 +97,13 @@ class Schedule:
             tuple(points),
             tuple(full),
             store,
+            chance.randrange(0, 19),
         )
 
     @classmethod
     def quiet(cls, variant: int) -> "Schedule":
         """The fault-free run of a variant."""
-        return cls(-1, "folder", variant, 15.0, (), (), (), {})
+        return cls(-1, "folder", variant, 15.0, (), (), (), {}, 0)
 
 
 class Driver:
@@ -149,6 +160,7 @@ class Run:
     drivers: list[Driver] = field(default_factory=list)
     injected: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
+    unanswered: list[str] = field(default_factory=lambda: list(ANSWERS))
 
     @property
     def marks(self) -> Path:
@@ -175,6 +187,8 @@ class Run:
                 self.violations.append(f"not finished after {DEADLINE_S:.0f} s")
                 break
             self._keep_driven()
+            if self.unanswered and self._bodies() >= self.schedule.answered:
+                self._answer()
             if due and self._bodies() >= due[0].bodies:
                 reached = reached or time.monotonic()
                 if time.monotonic() - reached >= due[0].after_s:
@@ -230,6 +244,8 @@ class Run:
             self.place.kill_node(chance)
         elif kind == "outage":
             self._outage(chance)
+        elif kind == "timeout":  # one answer comes later than clients wait for it
+            self.place.faults(**self._proxied(), rates=self.schedule.store, script=["stall"], stall_s=11.0)
         else:
             done = False
         self.injected[kind if done else f"{kind} (nobody to hit)"] += 1
@@ -259,13 +275,27 @@ class Run:
                         process.kill()
         return True
 
+    def _answer(self) -> None:
+        """Answer the next question twice, through the same bad store: the first answer counts."""
+        call = self.unanswered[0]
+        good, late = ANSWERS[call]
+        with contextlib.suppress(StoreError):  # tried again in the next round
+            store = open_store(self.url)
+            send(store, "r", call, good, "campaign")
+            mine, counts = send(store, "r", call, late, "somebody else")
+            if mine or counts["value"] != good:
+                self.violations.append(f"{call}: the answer {counts['value']} counts, the first was {good}")
+            self.unanswered.pop(0)
+
     def _outage(self, chance: random.Random) -> None:
         """The whole store is down, or silent, for a while: perhaps longer than a lease."""
         kind = chance.choice(["error-503", "stall", "reset-before"])
-        common = {"seed": self.schedule.seed, "match": "/chaos", "keep": True, "stall_s": 2.5}
-        self.place.faults(rates={kind: 1.0}, **common)
+        self.place.faults(**self._proxied(), rates={kind: 1.0}, stall_s=2.5)
         time.sleep(chance.uniform(0.5, 3.0))
-        self.place.faults(rates=self.schedule.store, **common)
+        self.place.faults(**self._proxied(), rates=self.schedule.store)
+
+    def _proxied(self) -> dict[str, Any]:
+        return {"seed": self.schedule.seed, "match": "/chaos", "keep": True}
 
     def _wake(self, driver: Driver) -> None:
         driver.signal(signal.SIGCONT)

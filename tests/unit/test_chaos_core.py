@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from infra.errors import FencedError, StoreError
@@ -22,6 +23,7 @@ from workflows.graph import workflow
 from workflows.journal import read_journal, slot_key
 from workflows.known import Known, index_key
 from workflows.runs import load_run
+from workflows.takeover import StoppedDrivers, kill_stopped
 from workflows.values import encode
 
 HERE = Path(__file__).parent
@@ -178,3 +180,23 @@ def payload(store: str, tmp_path: Path, step: str, number: int) -> str:
     task |= {"arguments": encode({"args": [], "kwargs": {}}, "arguments"), "timeout": None, "store": store}
     task |= {"cache": str(tmp_path), "channel": ["127.0.0.1", port, "token"], "faults": {}, "driver_pid": os.getpid()}
     return json.dumps({**task, "lease_until": 0.0, "lease_slot": 0})
+
+
+def test_only_stopped_drivers_of_this_machine_are_killed_and_other_machines_are_asked_rarely() -> None:
+    with subprocess.Popen(["sleep", "600"]) as stopped, subprocess.Popen(["sleep", "600"]) as busy:
+        os.kill(stopped.pid, signal.SIGSTOP)
+        wait_for(lambda: psutil.Process(stopped.pid).status() == psutil.STATUS_STOPPED, "it does not stop")
+        pids = {process.pid: journal.process_start(process.pid) for process in (stopped, busy)}
+        here = [{"machine": journal.this_machine(), "pid": pid, "process_start": start} for pid, start in pids.items()]
+        reborn = {**here[0], "process_start": "1"}
+        asked: list[Any] = []
+        killed: list[int] = []
+        other = {**here[1], "machine": "another"}
+        drivers = StoppedDrivers([reborn, other], lambda *question: asked.append(question[1]), killed.append)
+        drivers.kill()
+        drivers.kill()
+        assert not killed and asked == [[other]]
+        StoppedDrivers(here, lambda *question: asked.append(question), killed.append).kill()
+        assert killed == [stopped.pid] and stopped.wait(timeout=60) == -signal.SIGKILL and len(asked) == 1
+        assert kill_stopped([other]) == [] and busy.poll() is None
+        busy.kill()
