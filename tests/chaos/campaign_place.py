@@ -94,7 +94,7 @@ def open_place() -> Iterator[Place]:
     root = str(Path(__file__).resolve().parents[2])
     os.environ |= {"RAY_TMPDIR": str(folder), "TMPDIR": str(folder / "scratch"), "PYTHONPATH": root}
     os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RECUA_FAULTS": ""}
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RECUA_FAULTS": "", "RAY_worker_niceness": "0"}
     os.environ.pop("RAY_ADDRESS", None)
     try:
         with moto_server() as server, _proxy(server) as proxy:
