@@ -55,7 +55,15 @@ def main_group() -> None:
       recua serve RUN                                                      its model, over gRPC and OpenAI HTTP
       recua chat localhost:50051                                           talk to it
 
-    Runs are kept in ~/.recua/store, or where --store or RECUA_STORE says (a folder or s3://bucket/prefix).
+    \b
+    Without this terminal, on a cluster or on this machine:
+      recua up                            a service with a web page; it survives logout and the loss of any process
+      recua run FILE --recipe R --detach  hand a run to it
+      recua watch RUN                     follow the run; Ctrl-C ends the watching only
+      recua down                          stop the service
+
+    Runs are kept where --store or RECUA_STORE says (a folder or s3://bucket/prefix), else in the store of the service
+    that `recua up` started, else in ~/.recua/store.
     """
 
 
@@ -65,7 +73,7 @@ def store_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "--store",
         envvar="RECUA_STORE",
         metavar="URL",
-        help="Where runs are kept: a folder or s3://bucket/prefix  [default: ~/.recua/store].",
+        help="Where runs are kept: a folder or s3://bucket/prefix  [default: the service's, else ~/.recua/store].",
     )(command)
 
 
@@ -110,10 +118,23 @@ def run(
 @store_option
 @click.option("--address", metavar="local|auto|ray://...", help="Ray to use.")
 @click.option("--reports", default="runs", metavar="DIR", help="Where DIR/RUN/report.html goes  [default: runs].")
-def resume(run_id: str, store: str | None, address: str | None, reports: str) -> None:
+@click.option("--detach", is_flag=True, help="Have the service that it was submitted to go on with it, and return.")
+@service_commands.service_options
+def resume(
+    run_id: str,
+    store: str | None,
+    address: str | None,
+    reports: str,
+    detach: bool,
+    service: str | None,
+    token_file: str | None,
+) -> None:
     """Go on with RUN; its workflow and recipe are in the store."""
     from workflows import launch
 
+    if detach:
+        service_commands.resume(run_id, store, service, token_file)
+        return
     settings = _settings(store=store, ray_address=address)
     launch.resume(_open(settings), run_id, settings, Path(reports))
 
@@ -173,11 +194,7 @@ def logs(run_id: str, step: str | None, store: str | None) -> None:
 @store_option
 def cancel(run_id: str, store: str | None) -> None:
     """Ask RUN's driver to stop and wait for it; the run can be resumed."""
-    from workflows.runs import cancel_run
-
-    opened = _open(_settings(store=store))
-    service_commands.withdraw(opened, run_id)
-    status = cancel_run(opened, run_id)
+    status = service_commands.cancel(_open(_settings(store=store)), run_id)
     click.echo(f"run {run_id} is {status}")
     if status == "running":
         sys.exit(1)
@@ -459,7 +476,9 @@ def _explain(error: Exception) -> int:
 def _settings(**given: Any) -> "RunSettings":
     from infra.config import validate
     from workflows.config import RunSettings
+    from workflows.service import places
 
+    given["store"] = given.get("store") or places.known_store()
     return validate({name: value for name, value in given.items() if value is not None}, RunSettings, "options")
 
 

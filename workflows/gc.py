@@ -173,8 +173,8 @@ def _choose(found: Survey, policy: Policy, now: float) -> list[str]:
         run = found.runs.get(run_id)
         if run is None or not run.is_run:
             raise UserError(f"--run {run_id}: no such run")
-        if run.status == "running":
-            raise UserError(f"--run {run_id}: it is running; `recua cancel {run_id}` first")
+        if run.status in ("running", "submitted"):
+            raise UserError(f"--run {run_id}: it is {run.status}; `recua cancel {run_id}` first")
     chosen = dict.fromkeys(policy.runs)
     if policy.keep_runs is None and policy.keep_days is None:
         return list(chosen)

@@ -64,8 +64,8 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class RunView:
-    """One run. `status`: running, interrupted (its driver died), finished, failed, cancelled. `drivers`: how many have
-    worked on it."""
+    """One run. `status`: submitted (to a service), running, interrupted (its driver died), finished, failed, cancelled.
+    `drivers`: how many have worked on it."""
 
     run_id: str
     workflow: str
@@ -152,7 +152,9 @@ def run_status(store: Store, run_id: str, state: JournalState) -> str:
     """What a run is doing, as far as the store can say."""
     if state.end is not None:
         return str(state.end["status"])
-    if state.lease is None or driver_is_gone(state.lease):
+    if state.lease is None:
+        return "submitted" if store.exists(active_key(run_id)) else "interrupted"
+    if driver_is_gone(state.lease):
         return "interrupted"
     beaten = state.lease["time"]
     with contextlib.suppress(
@@ -160,6 +162,11 @@ def run_status(store: Store, run_id: str, state: JournalState) -> str:
     ):  # beats are not flushed: a power cut may leave half of one
         beaten = json.loads(store.get(lease_key(run_id, state.lease_slot)) or b"")["time"]
     return "running" if time.time() - beaten < 2 * state.lease["ttl_s"] else "interrupted"
+
+
+def active_key(run_id: str) -> str:
+    """Exists while a service is to drive the run to its end."""
+    return f"service/active/{run_id}"
 
 
 def find_steps(view: RunView, text: str) -> list[StepView]:

@@ -109,7 +109,7 @@ def test_service_answers_have_the_shapes_of_the_schema(client: TestClient) -> No
 
 
 def test_service_openapi_names_every_route_with_its_answer(client: TestClient) -> None:
-    schema = client.get("/api/v1/openapi.json").json()
+    schema = client.get("/openapi.json").json()
     paths = schema["paths"]
     routes = {f"{method.upper()} {path.removeprefix('/api/v1')}" for path in paths for method in paths[path]}
     wanted = {"GET /runs", "POST /runs", "GET /runs/{run}", "GET /runs/{run}/steps", "GET /runs/{run}/step"}
@@ -120,13 +120,17 @@ def test_service_openapi_names_every_route_with_its_answer(client: TestClient) -
         for operation in each.values():
             good = [answer for code, answer in operation["responses"].items() if code.startswith("2")]
             assert good and all(answer["content"]["application/json"]["schema"] for answer in good), path
+            refused = operation["responses"].get("401", {}).get("content", {}).get("application/json", {})
+            assert path == "/healthz" or (operation["security"] and refused["schema"]["$ref"].endswith("/Problem")), (
+                path
+            )
 
 
 def test_service_wants_a_token_for_all_but_health_and_page(store: Store) -> None:
     app = create_app(store, Refusing(), [places.digest("other"), places.digest(TOKEN)])
     client = TestClient(app, base_url="http://localhost")
     assert client.get("/healthz").json() == {"status": "ok", "token_required": True}
-    paths = [path for path in client.get("/api/v1/openapi.json").json()["paths"] if path.startswith("/api/v1")]
+    paths = [path for path in client.get("/openapi.json").json()["paths"] if path.startswith("/api/v1")]
     assert len(paths) > 10
     for path in paths:
         for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {TOKEN}"}):
@@ -195,22 +199,24 @@ def test_service_takes_packages_and_submissions(store: Store) -> None:
 
 
 def test_service_passes_answers_on_to_waiting_calls(client: TestClient, store: Store) -> None:
-    journal = Journal.acquire(store, "r")
+    assert store.put_if_absent("runs/asks/run.json", store.get("runs/r/run.json") or b"")
+    journal = Journal.acquire(store, "asks")
     wait = {"type": "wait", "message": "Ship it?", "time": 1.0, "deadline": None, "inputs": "i", "show": None}
     journal.append([{**wait, "call": "approval[ship]", "step": "workflows.waits:approval"}])
     journal.append([{**wait, "call": "event[labels]", "step": "workflows.waits:event"}])
     yes = {"id": "ship", "approve": True, "comment": "good"}
-    answer = client.post("/api/v1/runs/r/approve", json=yes)
+    answer = client.post("/api/v1/runs/asks/approve", json=yes)
     assert answer.status_code == 200 and "approval[ship] is approved" in answer.json()["message"]
-    again = client.post("/api/v1/runs/r/approve", json={**yes, "approve": False})
+    again = client.post("/api/v1/runs/asks/approve", json={**yes, "approve": False})
     assert again.status_code == 422 and "approved by the service" in again.json()["error"]
-    sent = client.post("/api/v1/runs/r/send", json={"id": "event[labels]", "value": {"rows": [1]}})
+    sent = client.post("/api/v1/runs/asks/send", json={"id": "event[labels]", "value": {"rows": [1]}})
     assert sent.status_code == 200
-    signals = [json.loads(store.get(key) or b"") for key in store.list("runs/r/signals")]
+    signals = [json.loads(store.get(key) or b"") for key in store.list("runs/asks/signals")]
     values = [signal["value"] for signal in signals]
     assert {"rows": [1]} in values and {"approve": True, "comment": "good"} in values
-    wrong = client.post("/api/v1/runs/r/approve", json={**yes, "id": "shop"})
+    wrong = client.post("/api/v1/runs/asks/approve", json={**yes, "id": "shop"})
     assert wrong.status_code == 422 and "did you mean" in wrong.json()["error"]
+    assert client.post("/api/v1/runs/nope/approve", json=yes).status_code == 404
 
 
 def test_service_page_is_served_without_a_token(store: Store) -> None:

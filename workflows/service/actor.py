@@ -70,6 +70,13 @@ class Host:
         """Where it is, and which unfinished runs it found when it started."""
         return {**self._description, "active": self._supervisor.active()}
 
+    def cancel(self) -> list[str]:
+        """Ask every run that it drives to stop; their ids."""
+        runs = self._supervisor.active()
+        for run_id in runs:
+            self._supervisor.cancel(run_id)
+        return runs
+
     def close(self) -> list[str]:
         """Stop serving and driving; the runs that a next service will go on with."""
         self._closing = True
@@ -125,6 +132,9 @@ def service_class() -> type:
 
         def describe(self) -> dict[str, Any]:
             return self._host.describe()
+
+        def cancel(self) -> list[str]:
+            return self._host.cancel()
 
         def close(self) -> list[str]:
             return self._host.close()

@@ -2,7 +2,8 @@
 
     GET  /healthz                 200 while the service works (no token)
     GET  /, /assets/...           the page (no token: it asks for one)
-    *    /api/v1/...              with `Authorization: Bearer TOKEN`; see /api/v1/openapi.json
+    *    /api/v1/...              with `Authorization: Bearer TOKEN`
+    GET  /openapi.json            all of them with their models (no token)
 
 Every error is `{"error": "one line"}`. Nothing is sent to other origins: there are no CORS headers, a foreign `Origin`
 is refused, and so is a `Host` that is neither an address nor a name of this service (DNS rebinding).
@@ -12,12 +13,13 @@ import ipaddress
 import json
 from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
@@ -26,6 +28,7 @@ from infra.storage import Store
 from infra.telemetry import redact
 from serving.auth import TokenAuthority
 from workflows import waits
+from workflows.runs import load_metadata
 from workflows.service import models, views
 from workflows.service.control import Control
 
@@ -36,16 +39,22 @@ NO_TOKEN = (
 )
 ASKED_OVER = "the service"
 """Who answered: whoever has the token."""
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    401: {"model": models.Problem, "description": "No valid token."},
+    404: {"model": models.Problem, "description": "No such run, step or artifact."},
+    422: {"model": models.Problem, "description": "What `recua` on the command line would refuse, in the same words."},
+    503: {"model": models.Problem, "description": "The store does not answer."},
+}
 POLICY = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
 
 
 def create_app(store: Store, control: Control, digests: Collection[str], hosts: Collection[str] = ()) -> FastAPI:
     """The service over `store`. `digests`: sha256 of the accepted tokens, none: open. `hosts`: names that clients may
     call it by, beside addresses and localhost."""
-    app = FastAPI(title="recua", version="1", openapi_url="/api/v1/openapi.json", docs_url=None, redoc_url=None)
+    app = FastAPI(title="recua", version="1", docs_url=None, redoc_url=None)
     authority = TokenAuthority(digests)
 
-    def authorized(request: Request) -> None:
+    def authorized(request: Request, _: Annotated[Any, Depends(HTTPBearer(auto_error=False))]) -> None:
         if not authority.accepts(request.headers.get("authorization")):
             raise HTTPException(401, NO_TOKEN, {"WWW-Authenticate": "Bearer"})
 
@@ -56,8 +65,8 @@ def create_app(store: Store, control: Control, digests: Collection[str], hosts: 
     def healthz() -> Any:
         return {"status": "ok", "token_required": bool(digests)}
 
-    app.include_router(_reading(store, control), prefix="/api/v1", dependencies=[Depends(authorized)])
-    app.include_router(_acting(store, control), prefix="/api/v1", dependencies=[Depends(authorized)])
+    for router in (_reading(store, control), _acting(store, control)):
+        app.include_router(router, prefix="/api/v1", dependencies=[Depends(authorized)], responses=PROBLEMS)
     app.mount("/assets", StaticFiles(directory=PAGE, check_dir=False))
 
     @app.get("/", include_in_schema=False)
@@ -143,12 +152,14 @@ def _acting(store: Store, control: Control) -> APIRouter:
     @router.post("/runs/{run}/approve", response_model=models.Said)
     def approve(run: str, answer: models.Approval) -> Any:
         """Answer an approval that the run waits for. The first answer counts."""
+        load_metadata(store, run)
         value = {"approve": answer.approve, "comment": answer.comment}
         return {"message": waits.reply(store, run, answer.id, "approval", value, ASKED_OVER)}
 
     @router.post("/runs/{run}/send", response_model=models.Said)
     def send(run: str, message: models.Message) -> Any:
         """Send the value of an event that the run waits for. The first one counts."""
+        load_metadata(store, run)
         return {"message": waits.reply(store, run, message.id, "event", message.value, ASKED_OVER)}
 
     @router.post("/runs/{run}/resume", response_model=models.RunState, status_code=202)
@@ -181,11 +192,7 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(RecuaError)
     async def failed(_: Request, error: RecuaError) -> Response:
-        missing = str(error).startswith("no run ") or " has no " in str(error)
-        status = (
-            404 if missing else 422 if isinstance(error, UserError) else 503 if isinstance(error, StoreError) else 500
-        )
-        return JSONResponse({"error": redact(str(error))}, status)
+        return JSONResponse({"error": redact(str(error))}, _status(error))
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> Response:

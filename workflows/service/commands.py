@@ -1,11 +1,14 @@
 """The commands of the service: up, down, watch. Only click is imported here, as in workflows.cli."""
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+
+CANCEL_WAIT_S = 30.0
 
 
 def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,7 +27,12 @@ def token_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command()
 @click.option("--address", metavar="HOST:PORT", help="Ray cluster  [default: RAY_ADDRESS, else one is started here].")
-@click.option("--store", envvar="RECUA_STORE", metavar="URL", help="Where runs are kept  [default: ~/.recua/store].")
+@click.option(
+    "--store",
+    envvar="RECUA_STORE",
+    metavar="URL",
+    help="Where runs are kept  [default: where a service that was lost kept them, else ~/.recua/store].",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Interface that the service listens on.")
 @click.option("--port", default=8266, show_default=True, help="Port of the service.")
 @click.option("--no-auth", is_flag=True, help="Ask for no token; on this machine only.")
@@ -32,20 +40,19 @@ def token_option(command: Callable[..., Any]) -> Callable[..., Any]:
 @token_option
 def up(address: str | None, store: str | None, no_auth: bool, allow_host: tuple[str, ...], **given: Any) -> None:
     """Start the graph service on a Ray cluster, or show where it is. It goes on with unfinished runs in the store."""
-    from infra.storage import default_store
     from workflows.service.up import UpOptions
     from workflows.service.up import up as bring_up
 
-    options = UpOptions(address=address, store=store or default_store(), auth=not no_auth, hosts=allow_host, **given)
-    bring_up(options, click.echo)
+    bring_up(UpOptions(address=address, store=store, auth=not no_auth, hosts=allow_host, **given), click.echo)
 
 
 @click.command()
-def down() -> None:
+@click.option("--cancel", is_flag=True, help="Cancel the unfinished runs first: the next `recua up` leaves them alone.")
+def down(cancel: bool) -> None:
     """Stop the service, and the Ray head if `recua up` started it. Unfinished runs go on with the next `recua up`."""
     from workflows.service.up import down as take_down
 
-    take_down(click.echo)
+    take_down(click.echo, cancel)
 
 
 @click.command()
@@ -67,8 +74,10 @@ def watch(run_id: str, store: str | None, service: str | None, token_file: str |
         sys.exit(130)
     if error := run.get("error"):
         _explain(error)
-    if run["status"] == "interrupted":
-        click.echo(f"run {run_id} has no driver: `recua resume {run_id}` goes on with it", err=True)
+    if run["status"] in ("interrupted", "submitted"):
+        click.echo(f"run {run_id} has no driver: `recua resume {run_id}` goes on with it here", err=True)
+        if run["status"] == "submitted":
+            click.echo("so does `recua up` where its service was", err=True)
     sys.exit(watching.exit_code(run))
 
 
@@ -96,14 +105,42 @@ def detach(
         click.echo(f"run {run_id} is running already")
     else:
         click.echo(f"run {run_id} is submitted: {package.files} files of code, sha256 {package.sha256[:12]}")
-    click.echo(f"recua watch {run_id}")
+    click.echo(f"follow it with `recua watch {run_id}`")
 
 
-def withdraw(store: Any, run_id: str) -> None:
-    """Before `recua cancel`: no service shall go on with the run."""
-    from workflows.service import records
+def resume(run_id: str, store: str | None, service: str | None, token_file: str | None) -> None:
+    """`recua resume --detach`."""
+    from workflows.service import places
+    from workflows.service.client import Client, path_of
+    from workflows.service.submit import check_store
 
+    client = Client(places.service_url(service), places.read_token(token_file))
+    check_store(client, store)
+    status = client.post(path_of(run_id, "/resume"))["status"]
+    click.echo(
+        f"run {run_id} has finished already" if status == "finished" else f"the service goes on with run {run_id}"
+    )
+    click.echo(f"follow it with `recua watch {run_id}`")
+
+
+def cancel(store: Any, run_id: str) -> str:
+    """`recua cancel`: ask the run's driver, or the service that was to start one, to end it; the run's status then.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    from workflows.runs import cancel_run, load_metadata
+    from workflows.service import places, records
+
+    load_metadata(store, run_id)
+    served = places.known_store() == store.url and records.active_after(store, run_id) is not None
     records.deactivate(store, run_id)
+    status = cancel_run(store, run_id)
+    deadline = time.monotonic() + CANCEL_WAIT_S
+    while served and status in ("interrupted", "submitted") and time.monotonic() < deadline:
+        time.sleep(0.5)
+        status = cancel_run(store, run_id)
+    return status
 
 
 def _source(run_id: str, store: str | None, service: str | None, token_file: str | None) -> Any:

@@ -11,6 +11,12 @@ class Answer(BaseModel):
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
 
+class Problem(BaseModel):
+    """What every error answers."""
+
+    error: str
+
+
 class Health(Answer):
     status: str
     token_required: bool
@@ -26,7 +32,7 @@ class RunHead(Answer):
     run_id: str
     workflow: str
     status: str
-    """running, interrupted (no driver), finished, failed, cancelled."""
+    """submitted (no driver yet), running, interrupted (its driver is gone), finished, failed, cancelled."""
     created: float
     """Seconds since the epoch, as all times."""
     ended: float | None

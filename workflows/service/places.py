@@ -31,13 +31,23 @@ def read_place() -> Record | None:
         return None
 
 
-def write_place(place: Record) -> None:
+def write_place(place: Record | None) -> None:
+    """None: nothing is up."""
+    if place is None:
+        forget_place()
+        return
     write_text(home() / "service.json", json.dumps(place, indent=2) + "\n")
 
 
 def forget_place() -> None:
     with contextlib.suppress(FileNotFoundError):
         (home() / "service.json").unlink()
+
+
+def known_store() -> str | None:
+    """Where the service that this user started keeps its runs; None where nothing is up."""
+    place = read_place()
+    return None if place is None else str(place["store"])
 
 
 def service_url(given: str | None) -> str:

@@ -13,10 +13,9 @@ from typing import Any
 from infra.errors import UserError
 from infra.storage import Store
 from workflows.journal import cancel_key, read_journal
-from workflows.runs import run_status
+from workflows.runs import active_key, run_status
 
 FORMAT = 1
-ACTIVE = "service/active"
 Record = dict[str, Any]
 
 
@@ -45,20 +44,20 @@ def read_submission(store: Store, run_id: str) -> Record:
 
 def activate(store: Store, run_id: str, after: int) -> None:
     """Have the run driven to an end later than journal slot `after`, by whichever service sees this first."""
-    store.put(f"{ACTIVE}/{run_id}", json.dumps({"after": after}).encode())
+    store.put(active_key(run_id), json.dumps({"after": after}).encode())
 
 
 def deactivate(store: Store, run_id: str) -> None:
-    store.delete(f"{ACTIVE}/{run_id}")
+    store.delete(active_key(run_id))
 
 
 def active_runs(store: Store) -> list[str]:
-    return [key.rpartition("/")[2] for key in store.list(ACTIVE)]
+    return [key.rpartition("/")[2] for key in store.list(active_key("").rstrip("/"))]
 
 
 def active_after(store: Store, run_id: str) -> int | None:
     """The journal slot after which the run is to end, None where it is not active."""
-    raw = store.get(f"{ACTIVE}/{run_id}")
+    raw = store.get(active_key(run_id))
     return None if raw is None else int(json.loads(raw)["after"])
 
 

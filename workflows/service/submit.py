@@ -6,10 +6,18 @@ from typing import Any
 
 from infra.config import read_text
 from infra.errors import ConfigError, UserError
+from infra.storage import open_store
 from workflows.service import packages
 from workflows.service.client import Client
 
 Json = dict[str, Any]
+
+
+def check_store(client: Client, given: str | None) -> None:
+    """Raises ConfigError where --store or RECUA_STORE names another store than the service's."""
+    store = client.get("/service")["store"]
+    if given is not None and open_store(given).url != store:
+        raise ConfigError(f"--store {given}: the service keeps its runs in {store}; leave --store out")
 
 
 def submit(client: Client, file: Path, recipe: str | None, overrides: tuple[str, ...], **given: Any) -> Json:
@@ -22,10 +30,7 @@ def submit(client: Client, file: Path, recipe: str | None, overrides: tuple[str,
     if not file.is_file() or file.suffix != ".py":
         raise UserError(f"workflow {file}: no such Python file")
     text = None if recipe is None else read_text(recipe)
-    service = client.get("/service")
-    store = given.pop("store")
-    if store is not None and str(store).rstrip("/") != service["store"]:
-        raise ConfigError(f"--store {store}: the service keeps its runs in {service['store']}; leave --store out")
+    check_store(client, given.pop("store"))
     root = packages.working_folder(file)
     with tempfile.TemporaryDirectory(prefix="recua-") as folder:
         package = packages.build(root, Path(folder) / "package.zip")

@@ -11,13 +11,14 @@ from typing import Any
 
 from infra.errors import ConfigError, RecuaError, SystemFault
 from infra.machine import require_port
-from infra.storage import open_store
+from infra.storage import default_store, open_store
 from workflows.service import actor, head, places
 from workflows.service.client import Client
 from workflows.service.places import Record
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 READY_TIMEOUT_S = 180.0
+CANCEL_TIMEOUT_S = 60.0
 DRIVERS = "~/.recua/drivers"
 """On the head node: where packages are unpacked for drivers."""
 Say = Callable[[str], None]
@@ -25,10 +26,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class UpOptions:
-    """`address` None: RAY_ADDRESS, else the head that an earlier `up` started, else a new one."""
+    """`address` None: RAY_ADDRESS, else the head that an earlier `up` started, else a new one. `store` None: what an
+    earlier `up` used that was not taken down, else ~/.recua/store."""
 
     address: str | None
-    store: str
+    store: str | None
     host: str
     port: int
     auth: bool
@@ -45,24 +47,29 @@ def up(options: UpOptions, say: Say) -> None:
     """
     if not options.auth and options.host not in LOOPBACK:
         raise ConfigError(f"--no-auth with --host {options.host} would open it to the network: use --host 127.0.0.1")
-    store = open_store(options.store)
+    store = open_store(options.store or places.known_store() or default_store())
     store.check()
     token = places.make_token(options.token_file) if options.auth else None
-    address, record = _cluster(options, say)
+    before = places.read_place()
+    address, record, fresh = _cluster(options, before or {}, say)
+    if fresh:  # on record at once: a head must not be lost when this process is
+        url = f"http://{_shown(options.host)}:{options.port}"
+        places.write_place({"url": url, "store": store.url, "address": address, "head": record})
     try:
         with connected(address, record) as ray:
             described, started = _service(ray, options, store.url, token)
     except BaseException:
-        if record is not None and places.read_place() is None:
+        if record is not None and fresh:
             head.stop(record)
+            places.write_place(before)
         raise
     url = f"http://{_shown(described['host'])}:{described['port']}"
     places.write_place({"url": url, "store": described["store"], "address": address, "head": record})
     _show(say, options, url, described, started, record, token)
 
 
-def down(say: Say) -> None:
-    """Stop the service; and the head, where `up` started it.
+def down(say: Say, cancel: bool = False) -> None:
+    """Stop the service; and the head, where `up` started it. `cancel`: the unfinished runs first.
 
     Raises:
         ConfigError: nothing is known to be up.
@@ -78,6 +85,8 @@ def down(say: Say) -> None:
             service = actor.find(ray)
             if service is not None:
                 with contextlib.suppress(ray.exceptions.RayError):  # it may be dying
+                    if cancel:
+                        _cancel_all(ray, service, say)
                     left = ray.get(service.close.remote(), timeout=60)
                 ray.kill(service, no_restart=True)
     say("the service is stopped")
@@ -87,6 +96,19 @@ def down(say: Say) -> None:
     places.forget_place()
     if left:
         say(f"{len(left)} unfinished runs were interrupted, the next `recua up` goes on with them: {', '.join(left)}")
+
+
+def _cancel_all(ray: Any, service: Any, say: Say) -> None:
+    """Cancel what the service drives, and wait until it has ended."""
+    runs = ray.get(service.cancel.remote(), timeout=READY_TIMEOUT_S)
+    if runs:
+        say(f"cancelling {', '.join(runs)}")
+    deadline = time.monotonic() + CANCEL_TIMEOUT_S
+    while runs and time.monotonic() < deadline:
+        time.sleep(0.5)
+        runs = ray.get(service.describe.remote(), timeout=READY_TIMEOUT_S)["active"]
+    if runs:
+        say(f"not ended within {CANCEL_TIMEOUT_S:g} s: {', '.join(runs)}")
 
 
 @contextlib.contextmanager
@@ -110,25 +132,23 @@ def connected(address: str, own: Record | None) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _cluster(options: UpOptions, say: Say) -> tuple[str, Record | None]:
-    """The address to use, and the record of the head where it is our own."""
+def _cluster(options: UpOptions, place: Record, say: Say) -> tuple[str, Record | None, bool]:
+    """The address to use, the record of the head where it is our own, and whether that was started now."""
     given = options.address or os.environ.get("RAY_ADDRESS")
-    place = places.read_place() or {}
     known, own = place.get("address"), place.get("head")
     if own is not None and head.is_alive(own):
         if given not in (None, known):
             raise ConfigError(f"the Ray head that `recua up` started still runs at {known}; `recua down` first")
-        return str(known), own
+        return str(known), own, False
     if own is not None:
         head.stop(own)  # it died; what is left of it goes before a new one comes
-        places.forget_place()
     elif known is not None and given is None and _answers(known):
-        return str(known), None
+        return str(known), None, False
     if given:
-        return given, None
+        return given, None, False
     require_port(options.port, "--port", options.host)
     say("no cluster was named: starting a Ray head on this machine")
-    return head.start()
+    return *head.start(), True
 
 
 def _answers(address: str) -> bool:
@@ -172,7 +192,7 @@ def _show(
     if started and described["found"]:
         say(f"it goes on with {len(described['found'])} unfinished runs: {', '.join(described['found'])}")
     if not started:
-        if described["store"] != open_store(options.store).url:
+        if options.store is not None and described["store"] != open_store(options.store).url:
             say(f"note: it does not use --store {options.store}; `recua down` first to change that")
         _wait_until_ours(url, token if described["token_required"] else None)
     if described["token_required"]:

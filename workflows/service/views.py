@@ -72,7 +72,10 @@ def run(cache: RunCache, store: Store, run_id: str) -> Json:
         "error": error_of(end.get("error")),
         "result": shown(end.get("result")),
         "artifacts": [_artifact(entry) for entry in artifact_records(end.get("result"))],
-        "can": {"cancel": replay.live, "resume": ended and store.exists(submission_key(run_id))},
+        "can": {
+            "cancel": replay.live or replay.status == "submitted",
+            "resume": ended and store.exists(submission_key(run_id)),
+        },
     }
 
 

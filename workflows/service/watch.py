@@ -102,7 +102,7 @@ def watch(source: Source, display: Display, sleep: Callable[[float], None] = tim
 
 
 def is_over(run: Json) -> bool:
-    """Whether nobody works on the run any more. One that failed or was cancelled, and is active, is to go on."""
+    """Whether nobody works on the run any more. One that failed or was cancelled is to go on where it is active."""
     return run["status"] == "finished" or not (run["status"] == "running" or run["active"])
 
 
