@@ -3,8 +3,9 @@
 One detached keeper actor per run owns every member, so ending the keeper ends them all. A borrower (a step's body)
 holds a lease and renews it from a thread; while it holds the lease nobody else gets the pool. A lease that is no longer
 renewed means that the borrower died in the middle of something: its pool is thrown away and built anew. A pool without
-borrowers ends after its `idle_timeout_s`, and a keeper without pools ends itself, so a killed driver leaks nothing. A
-job that was submitted again with other code gets a keeper of that code.
+borrowers ends after its `idle_timeout_s`, or `ORPHAN_S` after a driver that was killed: until then the driver that
+resumes the run finds it warm. A keeper without pools ends itself, so nothing leaks. A job that was submitted again with
+other code gets a keeper of that code.
 
 Waits: `borrow` waits for the pool to be free, then for its processes to be up. Nothing waits for the borrower except
 other borrowers, and they no longer than the lease lasts.
@@ -34,6 +35,9 @@ from infra.errors import NodeLost
 NAMESPACE = "recua"
 LEASE_S = 20.0
 """A borrower that has not renewed for this long is dead."""
+ORPHAN_S = 60.0
+"""So long a pool waits for another driver of its run when the one that it was last lent to is gone."""
+ORPHAN_CHECK_S = 2.0
 
 
 @dataclass
@@ -43,14 +47,16 @@ class _Pool:
     members: list[Any] = field(default_factory=list)
     group: Any = None
     borrower: str | None = None
+    job: str = ""
     used: float = field(default_factory=time.monotonic)
+    checked: float = field(default_factory=time.monotonic)
 
 
 class PoolKeeper:
     """Owns the members, hands them out one borrower at a time. A threaded actor: `borrow` may block."""
 
-    def __init__(self, name: str, code: str, lease_s: float) -> None:
-        self._name, self._code, self._lease_s = name, code, lease_s
+    def __init__(self, name: str, code: str, lease_s: float, orphan_s: float) -> None:
+        self._name, self._code, self._lease_s, self._orphan_s = name, code, lease_s, orphan_s
         self._pools = {"generators": _Pool(), "learners": _Pool()}
         self._free = threading.Condition()
         threading.Thread(target=self._end_when_idle, daemon=True, name="pool-idle").start()
@@ -60,7 +66,7 @@ class PoolKeeper:
         return self._code
 
     def borrow_generators(
-        self, borrower: str, pool: GeneratorPoolSettings, engine: GeneratorSettings, folder: str
+        self, borrower: str, job: str, pool: GeneratorPoolSettings, engine: GeneratorSettings, folder: str
     ) -> list[Any]:
         """The engines for `folder`'s architecture; started now if there are none or they are of another kind."""
         key = repr((pool, engine, _architecture(folder)))
@@ -72,16 +78,16 @@ class PoolKeeper:
             made.members = [worker.remote(folder, engine) for _ in range(pool.replicas)]
             ray.get([member.ready.remote() for member in made.members])
 
-        return self._borrow("generators", borrower, key, pool.idle_timeout_s, start)
+        return self._borrow("generators", borrower, job, key, pool.idle_timeout_s, start)
 
-    def borrow_learners(self, borrower: str, pool: LearnerPoolSettings) -> list[Any]:
+    def borrow_learners(self, borrower: str, job: str, pool: LearnerPoolSettings) -> list[Any]:
         """The learner ranks; started now if there are none or they are of another kind."""
 
         def start(made: _Pool) -> None:
             made.group = start_learners(pool, f"{self._name}-learners-{uuid.uuid4().hex[:6]}")
             made.members = list(made.group.workers)
 
-        return self._borrow("learners", borrower, repr(pool), pool.idle_timeout_s, start)
+        return self._borrow("learners", borrower, job, repr(pool), pool.idle_timeout_s, start)
 
     def renew(self, kind: str, borrower: str) -> bool:
         """Keep a lease; False when it is no longer the caller's."""
@@ -107,7 +113,7 @@ class PoolKeeper:
         for kind in self._pools:
             self._discard(kind)
 
-    def _borrow(self, kind: str, borrower: str, key: str, idle_timeout_s: float, start: Any) -> list[Any]:
+    def _borrow(self, kind: str, borrower: str, job: str, key: str, idle_timeout_s: float, start: Any) -> list[Any]:
         with self._free:
             while self._held(kind):
                 self._free.wait(timeout=1.0)
@@ -116,6 +122,7 @@ class PoolKeeper:
             pool = self._pools[kind]
             # Until the members are up the lease cannot lapse: the borrower renews only once it has them.
             pool.borrower, pool.used, pool.idle_timeout_s = borrower, float("inf"), idle_timeout_s
+            pool.job = job
         try:
             if not pool.members:
                 start(pool)
@@ -152,10 +159,20 @@ class PoolKeeper:
             with self._free:
                 now = time.monotonic()
                 for kind, pool in self._pools.items():
-                    if pool.members and not self._held(kind) and now - pool.used > pool.idle_timeout_s:
+                    if pool.members and not self._held(kind) and self._over(pool, now):
                         self._discard(kind)
                 if all(not pool.members and now - pool.used > self._lease_s for pool in self._pools.values()):
                     os._exit(0)
+
+    def _over(self, pool: _Pool, now: float) -> bool:
+        """Whether nobody will come for a pool that is free."""
+        idle_s = now - pool.used
+        if idle_s > pool.idle_timeout_s:
+            return True
+        if idle_s < self._orphan_s or now - pool.checked < ORPHAN_CHECK_S:
+            return False
+        pool.checked = now
+        return _is_dead(pool.job)
 
 
 @dataclass(frozen=True)
@@ -164,6 +181,7 @@ class Pools:
 
     run_id: str
     lease_s: float = LEASE_S
+    orphan_s: float = ORPHAN_S
 
     @contextmanager
     def generators(
@@ -187,8 +205,8 @@ class Pools:
     @contextmanager
     def _lease(self, kind: str, method: str, *arguments: Any) -> Iterator[list[Any]]:
         keeper = self._keeper()
-        borrower = uuid.uuid4().hex
-        members = gather([getattr(keeper, method).remote(borrower, *arguments)], f"{kind} keeper")[0]
+        borrower, job = uuid.uuid4().hex, ray.get_runtime_context().get_job_id()
+        members = gather([getattr(keeper, method).remote(borrower, job, *arguments)], f"{kind} keeper")[0]
         stop = threading.Event()
         renewal = (keeper, kind, borrower, self.lease_s / 5, stop)
         thread = threading.Thread(target=_renew, args=renewal, daemon=True)
@@ -216,7 +234,7 @@ class Pools:
             max_restarts=0,
         )
         for _ in range(3):
-            keeper = actor.remote(name, code, self.lease_s)
+            keeper = actor.remote(name, code, self.lease_s, self.orphan_s)
             with suppress(ray.exceptions.ActorDiedError):  # it ended itself just now: the next one is new
                 if ray.get(keeper.code.remote()) == code:
                     return keeper
@@ -239,6 +257,13 @@ class Pools:
 def _code() -> str:
     """The package that a job runs from (named by a hash of its content); empty outside of jobs."""
     return str(ray.get_runtime_context().runtime_env.get("working_dir") or "")
+
+
+def _is_dead(job: str) -> bool:
+    """Whether the driver of a job has ended; Ray's head knows within a second."""
+    from ray._private.state import jobs  # the public API asks the dashboard, which may not be there
+
+    return any(entry["JobID"] == job and entry["IsDead"] for entry in jobs())
 
 
 def _renew(keeper: Any, kind: str, borrower: str, pause_s: float, stop: threading.Event) -> None:

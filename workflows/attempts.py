@@ -185,13 +185,14 @@ class Attempts:
         while self._ready and len(self._running) + len(self._unsettled) < most and not self._stopped:
             call = self._ready.popleft()
             try:
-                self._placement.check(call.id, call.options)
+                missing = self._placement.check(call.id, call.options)
             except UserError as error:
                 self._on_failure(call, error)
             else:
-                self._start(call)
+                self._start(call, missing)
 
-    def _start(self, call: Call) -> None:
+    def _start(self, call: Call, missing: str | None) -> None:
+        """`missing`: what the cluster's present nodes cannot give it, if anything."""
         call.attempt = max(call.attempt, self._earlier.pop(call.id, 0)) + 1
         call.attempt_id, call.started = uuid.uuid4().hex, None
         payload = {
@@ -215,7 +216,9 @@ class Attempts:
 
         reference = self._placement.submit(call.id, call.options, json.dumps(payload).encode(), done)
         self._running[call.id] = (call, reference)
-        if call.options.gang is not None:
+        if missing is not None:
+            self._tell("pending", call, message=f"waits for nodes: it {missing}")
+        elif call.options.gang is not None:
             self._loop.later(GANG_PATIENCE_S, self._on_no_gang_yet, weakref.ref(call), attempt_id)
 
     def _on_message(self, message: Record) -> None:

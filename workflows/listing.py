@@ -126,7 +126,7 @@ def show_plan(plan: Plan) -> None:
     if origins := dict.fromkeys(call.reused_from for call in plan.calls if call.status == "reusable"):
         click.echo(f"reusable results come from {', '.join(str(origin) for origin in origins)}")
     if plan.unknown_after:
-        click.echo(f"what follows depends on the result of {plan.unknown_after}")
+        click.echo(f"what follows is known at run time: it depends on the result of {plan.unknown_after}")
     free = "" if plan.free_bytes is None else f", {show_size(plan.free_bytes)} free"
     click.echo(f"stored by the known steps: {show_size(plan.stored_bytes)}{free}")
     for warning in plan.warnings:

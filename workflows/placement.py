@@ -63,32 +63,37 @@ class Placement:
         """Say what all attempts of this run share: a JSON object."""
         self._body = bootstrap(import_roots(), run)
 
-    def check(self, call_id: str, options: StepOptions) -> None:
-        """Refuse what no node of this cluster can ever give.
+    def check(self, call_id: str, options: StepOptions) -> str | None:
+        """Refuse what no node of this cluster can ever give. With `wait_for_nodes` that is what an autoscaler must
+        bring first: what is returned says so; None where there is enough.
 
         Raises:
             ResourceError: names the call, the setting and the most that there is.
         """
-        if self._settings.wait_for_nodes:
-            return
+        why = self._lacking(options)
+        if why is not None and not self._settings.wait_for_nodes:
+            raise ResourceError(f"{call_id} {why}")
+        return why
+
+    def _lacking(self, options: StepOptions) -> str | None:
+        """Why the present nodes can never give it, all of them empty."""
         if (gang := options.whole_gang()) is not None:
-            if why := unplaceable(gang.bundles, gang.strategy, self.nodes()):
-                raise ResourceError(f"{call_id} asks for gang={gang}, but {why}: ask for less, or add nodes")
-            return
+            short = unplaceable(gang.bundles, gang.strategy, self.nodes())
+            return short and f"asks for gang={gang}, but {short}: ask for less, or add nodes"
         wanted = {"CPU": options.num_cpus, "GPU": options.num_gpus, "memory": float(options.memory or 0)}
         nodes = self.nodes()
         if any(all(node.get(name, 0.0) >= amount for name, amount in wanted.items()) for node in nodes):
-            return
+            return None
         settings = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
         for name, amount in wanted.items():
             most = max((node.get(name, 0.0) for node in nodes), default=0.0)
             if amount > most:
-                raise ResourceError(
-                    f"{call_id} asks for {settings[name]}={_shown(name, amount)}, but no node has more than "
+                return (
+                    f"asks for {settings[name]}={_shown(name, amount)}, but no node has more than "
                     f"{_shown(name, most)}: lower {settings[name]} of the step, or add a larger node"
                 )
-        raise ResourceError(
-            f"{call_id} asks for num_cpus={options.num_cpus:g}, num_gpus={options.num_gpus:g}, "
+        return (
+            f"asks for num_cpus={options.num_cpus:g}, num_gpus={options.num_gpus:g}, "
             f"memory={_shown('memory', wanted['memory'])}, and no single node has all of them"
         )
 

@@ -27,7 +27,7 @@ from workflows.waits import Wait
 @dataclass(frozen=True)
 class PlannedCall:
     """One call. `status`: committed (in this run), reusable (`reused_from` another run), would run, would wait (for a
-    person or an event); of a map "N calls", which follow it, or "a list to come". `seconds`: what it took then."""
+    person or an event); of a map "N calls", which follow it, or "known at run time". `seconds`: what it took then."""
 
     call_id: str
     step: str
@@ -131,7 +131,7 @@ class Planner:
         if any(need not in self._results for need in fanout.waits_for):
             nothing = (options.num_cpus, options.num_gpus, options.memory, options.timeout)
             needs = tuple(dict.fromkeys([*fanout.waits_for, *fanout.shared]))
-            self.calls.append(PlannedCall(call_id, step.name, "a list to come", *nothing, needs, None, None))
+            self.calls.append(PlannedCall(call_id, step.name, "known at run time", *nothing, needs, None, None))
             return
         known = resolve_edges(fanout.items, self._results.__getitem__) if fanout.waits_for else fanout.items
         children = fanout.children(call_id, step.short_name, known)

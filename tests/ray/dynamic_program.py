@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from infra.errors import RecuaError
 from workflows import session
 from workflows.attempts import Call
 from workflows.config import RunSettings
-from workflows.graph import Future, Gang, _Scope, context, step, workflow
+from workflows.graph import Future, Gang, _Scope, context, on_end, run_id, step, workflow
+from workflows.steps.checks import close_pools
 
 SLEEP = "import time; time.sleep(600)"
 KEPT: list[Any] = []
 """What bodies hold on to until their process ends."""
-MEMORY: list[tuple[int, int]] = []
-"""(calls, futures and scopes; bytes) at every hundredth round of `looping`, while tracemalloc is on."""
+MEMORY: list[tuple[int, int, int]] = []
+"""(calls, futures and scopes; bytes in Python objects where tracemalloc is on; bytes resident) by `looping`."""
 
 
 def trace(folder: str, text: str) -> int:
@@ -165,6 +167,11 @@ def together(folder: str) -> list[str]:
     return seen
 
 
+@step(gang=2)
+def gathered() -> str:
+    return str(context().placement_group().id.hex())
+
+
 @step(gang=Gang([{"CPU": 1}, {"CPU": 2}]))
 def hold(folder: str, me: str, until: str) -> str:
     """Ends when the file `until` is there; leaves behind all that a body can: see `household`."""
@@ -175,7 +182,8 @@ def hold(folder: str, me: str, until: str) -> str:
 
 
 def household(file: Path) -> None:
-    """Start a child, an actor, the actor's child and the actor's actor; write their process ids to `file`."""
+    """Start children in a session and a group of their own, an actor with a child, and the actor's actor with one;
+    write all seven process ids to `file`, this process's first."""
     import ray
 
     @ray.remote(num_cpus=0)
@@ -190,12 +198,42 @@ def household(file: Path) -> None:
 
     member = Member.remote(1)
     child = subprocess.Popen([sys.executable, "-c", SLEEP], start_new_session=True)
-    pids = [os.getpid(), child.pid, *ray.get(member.pids.remote())]
+    other = subprocess.Popen([sys.executable, "-c", SLEEP], process_group=0)
+    pids = [os.getpid(), child.pid, other.pid, *ray.get(member.pids.remote())]
     member.__ray_call__.remote(lambda self: time.sleep(600))
     part = file.with_suffix(".part")
     part.write_text(" ".join(map(str, pids)))
     part.rename(file)
     KEPT.append(member)
+
+
+@step(num_cpus=0)
+def lend(folder: str, then: str) -> int:
+    """Borrow a learner; its process id. "hold": keep it until something ends this process."""
+    import ray
+
+    from actors.config import LearnerPoolSettings
+    from actors.pools import NAMESPACE, Pools
+
+    pools = Pools(context().run_id, lease_s=2.0, orphan_s=1.0)
+    with pools.learners(LearnerPoolSettings(workers=1, num_cpus=0.01, threads=1)) as learners:
+        member = int(ray.get(learners.workers[0].describe.remote()).pid)
+        keeper = ray.get_actor(f"pools-{pools.run_id}", namespace=NAMESPACE)
+        pids = f"{ray.get(keeper.__ray_call__.remote(lambda self: os.getpid()))} {member}"
+        part = Path(folder) / f"{then}.part"
+        part.write_text(pids)
+        part.rename(Path(folder) / then)
+        time.sleep(600 if then == "hold" else 0)
+    if then == "fail":
+        raise ValueError("after the pool")
+    return member
+
+
+@workflow
+def lending(folder: str, then: str) -> bool:
+    """Whether two steps borrowed the same process."""
+    on_end(partial(close_pools, run_id()))
+    return lend.options(name="first")(folder, "first").result() == lend.options(name="then")(folder, then).result()
 
 
 @workflow
@@ -215,20 +253,22 @@ def holding_one(folder: str, timeout: float) -> Any:
 
 @workflow
 def too_much(bundles: int) -> Any:
-    return hold.options(gang=Gang([{"CPU": 1}] * bundles, "SPREAD"))("", "", "")
+    return gathered.options(gang=Gang([{"CPU": 1}] * bundles, "SPREAD"))()
 
 
 @workflow
-def inner_round(x: int) -> int:
+def wide_round(x: int) -> int:
     return add_all(square.map([x % 5, 1])).result()
 
 
 @workflow
 def looping(rounds: int) -> int:
-    """Takes another branch by what the rounds before it gave; notes what the driver holds at every hundredth."""
+    """Every round takes two steps (or a nested workflow of a map and a step) on what the round before it gave, and the
+    value decides which. Notes what the driver holds at every hundredth round."""
     x = 1
     for index in range(rounds):
-        x = (inner_round(x) if x % 3 == 0 else square(x % 100, plus=index).result()) % 1000
+        x = wide_round(x) if x % 3 == 0 else add_all([square(x % 100)], first=index).result()
+        x %= 1000
         if index % 100 == 99:
             note_memory()
     return x
@@ -243,11 +283,10 @@ def looped(rounds: int) -> int:
 
 
 def note_memory() -> None:
-    if not tracemalloc.is_tracing():
-        return
     gc.collect()
     kept = sum(isinstance(each, (Call, Future, _Scope)) for each in gc.get_objects())
-    MEMORY.append((kept, tracemalloc.get_traced_memory()[0]))
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    MEMORY.append((kept, tracemalloc.get_traced_memory()[0], resident))
 
 
 def main(settings: str, name: str, arguments: str) -> None:
@@ -257,6 +296,8 @@ def main(settings: str, name: str, arguments: str) -> None:
         print(f"{type(error).__name__}: {error}", flush=True)
         raise SystemExit(3) from None
     print(json.dumps(result.value), flush=True)
+    for kept, _, resident in MEMORY:
+        print(f"{kept} objects, {resident / 1e6:.1f} MB resident", flush=True)
 
 
 if __name__ == "__main__":

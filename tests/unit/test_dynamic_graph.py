@@ -91,7 +91,7 @@ def test_dynamic_a_plan_shows_maps(tmp_path: Path, capsys: pytest.CaptureFixture
         ("doubled.map[0]/doubled[0]", "would run"),
         ("doubled.map[0]/doubled[1]", "would run"),
         ("listed[1]", "would run"),
-        ("doubled.map[1]", "a list to come"),
+        ("doubled.map[1]", "known at run time"),
         ("added[0]", "would run"),
         ("added[1]", "would run"),
     ]
