@@ -12,7 +12,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.chaos.campaign_place import Place, open_place
 from tests.chaos.campaign_run import Run, Schedule
 
 RESULTS = Path("runs") / "chaos" / "campaign.jsonl"
+FAILURES = 20
 Record = dict[str, Any]
 
 
@@ -108,23 +110,33 @@ def summary(lines: list[Record]) -> str:
     return json.dumps(total)
 
 
-def carry_out(seeds: range, results: Path, lines: list[Record]) -> int:
-    """Run these seeds, print and keep what became of each; how many had violations."""
+def carry_out(seeds: range, results: Path) -> Iterator[Record]:
+    """Run these seeds; each one's line is kept and given. Where the surroundings fail, on an overloaded machine say, the
+    seed is run again in new ones."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    bad = 0
-    with open_place() as place:
-        campaign = Campaign(place, results.parent)
-        for seed in seeds:
-            line = {**campaign.perform(Schedule.of(seed)), "commit": commit, "time": round(time.time())}
-            lines.append(line)
-            with results.open("a") as stream:
-                stream.write(json.dumps(line) + "\n")
-            bad += bool(line["violations"])
-            shown = ", ".join(f"{kind} {number}" for kind, number in sorted(line["faults"].items())) or "no fault"
-            print(f"SEED={seed} {line['store']} {line['seconds']} s, {line['drivers']} drivers: {shown}", flush=True)
-            for violation in line["violations"]:
-                print(f"  VIOLATION {violation}", flush=True)
-    return bad
+    left, failures = deque(seeds), 0
+    while left:
+        try:
+            with open_place() as place:
+                campaign = Campaign(place, results.parent)
+                while left:
+                    line = {**campaign.perform(Schedule.of(left[0])), "commit": commit, "time": round(time.time())}
+                    left.popleft()
+                    with results.open("a") as stream:
+                        stream.write(json.dumps(line) + "\n")
+                    yield line
+        except Exception as error:
+            failures += 1
+            if failures > FAILURES:
+                raise
+            print(f"the surroundings of SEED={left[0]} failed, which is run again: {error!r}", flush=True)
+
+
+def show(line: Record) -> None:
+    shown = ", ".join(f"{kind} {number}" for kind, number in sorted(line["faults"].items())) or "no fault"
+    print(f"SEED={line['seed']} {line['store']} {line['seconds']} s, {line['drivers']} drivers: {shown}", flush=True)
+    for violation in line["violations"]:
+        print(f"  VIOLATION {violation}", flush=True)
 
 
 def main() -> int:
@@ -140,9 +152,12 @@ def main() -> int:
     seeds = range(first, first + arguments.runs)
     if replay := os.environ.get("SEED"):
         seeds = range(int(replay), int(replay) + 1)
-    bad = carry_out(seeds, results, lines) if seeds else 0
-    print(summary(lines), flush=True)
-    return 1 if bad else 0
+    fresh = []
+    for line in carry_out(seeds, results):
+        show(line)
+        fresh.append(line)
+    print(summary([*lines, *fresh]), flush=True)
+    return 1 if any(line["violations"] for line in fresh) else 0
 
 
 if __name__ == "__main__":
