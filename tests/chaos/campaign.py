@@ -111,7 +111,7 @@ def summary(lines: list[Record]) -> str:
 
 
 def carry_out(seeds: range, results: Path) -> Iterator[Record]:
-    """Run these seeds; each one's line is kept and given. Where the surroundings fail, on an overloaded machine say, the
+    """Run these seeds; each line is kept and given. Where the surroundings fail, on an overloaded machine say, the
     seed is run again in new ones."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     left, failures = deque(seeds), 0
