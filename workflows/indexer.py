@@ -16,10 +16,29 @@ CHUNK = 1 << 16
 
 class Indexer:
     """The driver's handle: `put` gives files, `close` waits until they are written. Both raise OSError where the
-    process could not write (its reason was printed)."""
+    process could not write (its reason was printed). One that was killed, by the machine's out-of-memory killer
+    perhaps, is replaced; what it had not written yet is lost, and costs no more than a reuse."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
+        self._process = self._start()
+
+    def put(self, files: list[tuple[str, str]]) -> None:
+        """(path, text) of each; neither may hold a newline."""
+        data = "".join(f"{path}\t{text}\n" for path, text in files).encode()
+        try:
+            self._send(data)
+        except BrokenPipeError:
+            self._check(self._process.wait())
+            self._process = self._start()
+            self._send(data)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._check(self._process.wait())
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
             [sys.executable, "-I", "-S", os.path.abspath(__file__)],
             bufsize=0,
             stdin=subprocess.PIPE,
@@ -27,17 +46,14 @@ class Indexer:
             start_new_session=True,
         )
 
-    def put(self, files: list[tuple[str, str]]) -> None:
-        """(path, text) of each; neither may hold a newline."""
+    def _send(self, data: bytes) -> None:
         assert self._process.stdin is not None
-        data = memoryview("".join(f"{path}\t{text}\n" for path, text in files).encode())
-        while data:
-            data = data[self._process.stdin.write(data) :]
+        left = memoryview(data)
+        while left:
+            left = left[self._process.stdin.write(left) :]
 
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        if code := self._process.wait():
+    def _check(self, code: int) -> None:
+        if code > 0:
             raise OSError(f"the reuse index could not be written (exit code {code})")
 
 

@@ -20,6 +20,7 @@ from workflows import journal, session
 from workflows.channel import Listener, Sender
 from workflows.config import RunSettings
 from workflows.graph import workflow
+from workflows.indexer import Indexer
 from workflows.journal import read_journal, slot_key
 from workflows.known import Known, index_key
 from workflows.runs import load_run
@@ -200,3 +201,18 @@ def test_only_stopped_drivers_of_this_machine_are_killed_and_other_machines_are_
         assert killed == [stopped.pid] and stopped.wait(timeout=60) == -signal.SIGKILL and len(asked) == 1
         assert kill_stopped([other]) == [] and busy.poll() is None
         busy.kill()
+
+
+def test_the_index_writer_is_replaced_where_it_was_killed_and_a_full_disk_is_an_error(tmp_path: Path) -> None:
+    indexer = Indexer()
+    indexer.put([(str(tmp_path / "ab" / "one.json"), "1")])
+    wait_for((tmp_path / "ab" / "one.json").exists, "the entry was not written")
+    indexer._process.kill()
+    indexer._process.wait()
+    indexer.put([(str(tmp_path / "ab" / "two.json"), "2")])
+    indexer.close()
+    assert (tmp_path / "ab" / "two.json").read_text() == "2"
+    blocked = Indexer()
+    blocked.put([(str(tmp_path / "ab" / "one.json" / "below"), "3")])
+    with pytest.raises(OSError, match="reuse index"):
+        blocked.close()
