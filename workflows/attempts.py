@@ -214,7 +214,8 @@ class Attempts:
         def done(outcome: bytes | None, error: BaseException | None) -> None:
             self._loop.post(self._on_done, call, attempt_id, outcome, error)
 
-        reference = self._placement.submit(call.id, call.options, json.dumps(payload).encode(), done)
+        text = json.dumps(payload).encode()
+        reference = self._placement.submit(call.id, call.step.short_name, call.options, text, done)
         self._running[call.id] = (call, reference)
         if missing is not None:
             self._tell("pending", call, message=f"waits for nodes: it {missing}")
