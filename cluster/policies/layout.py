@@ -1,6 +1,7 @@
 """Which worker sits where: whole model-parallel blocks out of survivors and spares. The smallest change wins."""
 
 from collections.abc import Collection, Iterable, Mapping
+from heapq import heapify, heappop, heappush
 
 Block = tuple[str, ...]
 """Workers of one block in rank order (tensor-parallel ranks are neighbours), e.g. ("w4", "w5") for tp2."""
@@ -41,12 +42,7 @@ def mend(
         else:
             pool.update(worker for worker in block if worker not in gone)
     whole = [block for block in slots if block is not None][:most]
-    rest = sorted(pool, key=lambda worker: (node_of[worker], worker))
-    while len(whole) < most and len(rest) >= block_size:
-        chosen = _whole_nodes_first(rest, node_of, block_size)
-        whole.append(chosen)
-        taken = set(chosen)
-        rest = [worker for worker in rest if worker not in taken]
+    whole += _new_blocks(pool, node_of, block_size, most - len(whole))
     return tuple(whole)
 
 
@@ -64,10 +60,22 @@ def _fill(block: Block, gone: set[str], pool: set[str], node_of: Mapping[str, st
     return tuple(filled)
 
 
-def _whole_nodes_first(rest: list[str], node_of: Mapping[str, str], block_size: int) -> Block:
-    """The first `block_size` workers, nodes with many free workers first, so that a block spans few nodes."""
-    free: dict[str, int] = {}
-    for worker in rest:
-        free[node_of[worker]] = free.get(node_of[worker], 0) + 1
-    ordered = sorted(rest, key=lambda worker: (-min(free[node_of[worker]], block_size), node_of[worker], worker))
-    return tuple(ordered[:block_size])
+def _new_blocks(free: Collection[str], node_of: Mapping[str, str], block_size: int, most: int) -> list[Block]:
+    """At most `most` blocks. Each takes nodes with many free workers first, so that it spans few nodes."""
+    on: dict[str, list[str]] = {}
+    for worker in sorted(free, reverse=True):
+        on.setdefault(node_of[worker], []).append(worker)
+    nodes = [(-min(len(workers), block_size), node) for node, workers in on.items()]
+    heapify(nodes)
+    made: list[Block] = []
+    for _ in range(min(most, len(free) // block_size)):
+        block: list[str] = []
+        while len(block) < block_size:
+            _, node = heappop(nodes)
+            workers = on[node]
+            while workers and len(block) < block_size:
+                block.append(workers.pop())
+        if workers:
+            heappush(nodes, (-min(len(workers), block_size), node))
+        made.append(tuple(block))
+    return made

@@ -20,13 +20,15 @@ def place_replicas(nodes: Sequence[str], replicas: int) -> dict[str, set[int]]:
     `nodes[r]` is the node of rank r; the ring of nodes goes in the order of their first ranks, so that copies spread
     evenly. Fewer nodes than copies: as many as there are.
     """
-    ring = list(dict.fromkeys(nodes))
-    placed: dict[str, set[int]] = {node: set() for node in ring}
-    position = {node: place for place, node in enumerate(ring)}
-    copies = min(replicas, len(ring) - 1)
+    own: dict[str, set[int]] = {}
     for shard, node in enumerate(nodes):
-        for distance in range(copies + 1):
-            placed[ring[(position[node] + distance) % len(ring)]].add(shard)
+        own.setdefault(node, set()).add(shard)
+    ring = list(own)
+    copies = min(replicas, len(ring) - 1)
+    placed = {}
+    for position, node in enumerate(ring):
+        before = (ring[position - distance] for distance in range(copies + 1))
+        placed[node] = set().union(*(own[holder] for holder in before))
     return placed
 
 

@@ -1,0 +1,74 @@
+"""What the controller knows from the node agents' beats: who is silent, when anything last moved, who is stopped.
+
+One beat costs as much as the ranks that it tells of; silence is found in constant time per silent node.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from statistics import median
+
+from cluster.config import ElasticSettings
+from cluster.decision import Decision
+from cluster.policies.hang import Beacon, Suspects, decide_hang, stopped, suspects
+
+REMEMBERED_STEPS = 32
+
+
+class BeatBoard:
+    """Beacons of one generation, by rank. Times are the controller's clock."""
+
+    def __init__(self, settings: ElasticSettings) -> None:
+        self._settings = settings
+        self._last_beat: OrderedDict[str, float] = OrderedDict()
+        self.generation = 0
+        self.beacons: dict[int, Beacon] = {}
+        self.step_times: deque[float] = deque(maxlen=REMEMBERED_STEPS)
+        self.newest_step = -1
+        self._collectives = 0
+        self._moved_at = self._stepped_at = 0.0
+
+    def begin(self, generation: int, now: float) -> None:
+        """A generation runs: older beacons are void, the run's step times stay."""
+        self.generation, self.beacons = generation, {}
+        self.newest_step, self._collectives, self._moved_at = -1, 0, now
+
+    def beat(self, node: str, generation: int, beacons: Iterable[Beacon], now: float) -> tuple[int, ...]:
+        """One node agent's word; beacons of another generation are ignored. Returns ranks there that stand still."""
+        self._last_beat[node] = now
+        self._last_beat.move_to_end(node)
+        if generation != self.generation:
+            return ()
+        beacons = tuple(beacons)
+        for beacon in beacons:
+            self.beacons[beacon.rank] = beacon
+            if beacon.step > self.newest_step:
+                if self.newest_step >= 0:
+                    steps = beacon.step - self.newest_step
+                    self.step_times.append((now - self._stepped_at) / steps)
+                self.newest_step, self._stepped_at, self._moved_at = beacon.step, now, now
+            if beacon.collectives > self._collectives:
+                self._collectives, self._moved_at = beacon.collectives, now
+        return stopped(beacons, now, self._settings)
+
+    @property
+    def step_s(self) -> float:
+        """Median of the recent step times; 0 before the second step."""
+        return median(self.step_times) if self.step_times else 0.0
+
+    def silent_nodes(self, now: float) -> list[str]:
+        """Nodes without a beat for `node_timeout_s`; each is named once, until it beats again."""
+        silent = []
+        while self._last_beat:
+            node, at = next(iter(self._last_beat.items()))
+            if now - at <= self._settings.node_timeout_s:
+                break
+            silent.append(node)
+            del self._last_beat[node]
+        return silent
+
+    def judge(self, now: float) -> tuple[Decision, Suspects | None]:
+        """hang or wait; for a hang also whom to suspect. The beacons are read only when nothing has moved for long."""
+        decision = decide_hang(now - self._moved_at, self.step_times, self._settings)
+        if decision.action != "hang":
+            return decision, None
+        return decision, suspects(self.beacons.values(), now, self._settings)
