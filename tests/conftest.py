@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         shutil.which("nvidia-smi") is not None
         and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
     )
-    browser = any(shutil.which(name) for name in BROWSERS)
+    browser = any(map(shutil.which, BROWSERS))
     for item in items:
         if "tests/gpu/" in item.nodeid and not gpu:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
@@ -58,6 +58,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def repository() -> Path:
     """The root of the working tree."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of a headless Chromium; tests marked `page` are skipped where there is none."""
+    return next(filter(None, map(shutil.which, BROWSERS)))
 
 
 @pytest.fixture

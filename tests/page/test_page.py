@@ -1,136 +1,21 @@
-"""The page in headless Chromium, clicked through as a user would: over stores written by the real Journal, and over a
-real run on a real Ray that a real supervisor drives.
+"""The page in headless Chromium, clicked through as a user would, over stores written by the real Journal."""
 
-Screenshots go to PAGE_SCREENSHOTS, or to the test's temporary folder.
-"""
-
-import contextlib
-import hashlib
-import os
-import re
-import shutil
-import socket
-import threading
+import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import page_stores as stores
 import pytest
-import uvicorn
-from conftest import BROWSERS
+from page_site import TOKEN, Asked, Site, click_node, enter, until
 from page_stores import artifact, commit, end, failure, full, start
 
-from infra.errors import UserError
 from infra.storage import Store, open_store
-from workflows.journal import Heartbeat
-from workflows.service import packages
-from workflows.service.app import create_app
-from workflows.service.client import Client
-from workflows.service.control import Control
-from workflows.service.models import Submission
+from workflows.journal import Heartbeat, Journal
 
 pytestmark = pytest.mark.page
-TOKEN = "a-token-for-the-page"
-PATIENCE_MS = 60_000
 TRACE = 'Traceback (most recent call last):\n  File "recipe.py", line 42, in train\n    raise ValueError("no")\n'
 EVIL = "<img src=x onerror=\"document.title='hacked'\">"
-
-
-class Site:
-    """A service on a loopback port; `down()` and `up()` as an administrator would."""
-
-    def __init__(self, store: Store, control: Control) -> None:
-        self._app = create_app(store, control, {hashlib.sha256(TOKEN.encode()).hexdigest()})
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.up()
-
-    def up(self) -> None:
-        self._server = uvicorn.Server(uvicorn.Config(self._app, "127.0.0.1", self.port, log_level="warning"))
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self._thread.start()
-        deadline = time.monotonic() + 60
-        while not self._server.started:
-            assert self._thread.is_alive() and time.monotonic() < deadline, "the service did not start"
-            time.sleep(0.02)
-
-    def down(self) -> None:
-        self._server.should_exit = True
-        self._thread.join(timeout=60)
-
-
-@dataclass
-class Asked:
-    """A Control that writes down what the buttons ask for, and refuses a second resume."""
-
-    said: list[tuple[str, str]] = field(default_factory=list)
-
-    def active(self) -> list[str]:
-        return []
-
-    def is_active(self, run_id: str) -> bool:
-        return False
-
-    def has_package(self, sha256: str) -> bool:
-        return False
-
-    async def put_package(self, sha256: str, content: AsyncIterator[bytes]) -> None:
-        raise AssertionError("the page sends no packages")
-
-    def submit(self, submission: Submission) -> dict[str, Any]:
-        raise AssertionError("the page submits nothing")
-
-    def cancel(self, run_id: str) -> str:
-        self.said.append(("cancel", run_id))
-        return "cancelling"
-
-    def resume(self, run_id: str) -> str:
-        if ("resume", run_id) in self.said:
-            raise UserError(f"run {run_id} is being driven already")
-        self.said.append(("resume", run_id))
-        return "submitted"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    executable = next(filter(None, map(shutil.which, BROWSERS)))
-    with sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def tab(browser: Any) -> Iterator[Any]:
-    """A new private window. Errors of the page's own code fail the test."""
-    context = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme="light")
-    page = context.new_page()
-    page.set_default_timeout(PATIENCE_MS)
-    problems: list[str] = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: _console(message, problems))
-    yield page
-    context.close()
-    assert problems == []
-
-
-def _console(message: Any, problems: list[str]) -> None:
-    expected = re.search(r"401|404|422|ERR_CONNECTION_REFUSED|ERR_EMPTY_RESPONSE|ERR_CONNECTION_RESET", message.text)
-    if message.type == "error" and not expected:
-        problems.append(message.text)
-
-
-@pytest.fixture
-def shoot(tmp_path: Path) -> Callable[[Any, str], None]:
-    folder = Path(os.environ.get("PAGE_SCREENSHOTS", tmp_path))
-    folder.mkdir(parents=True, exist_ok=True)
-    return lambda page, name: page.screenshot(path=folder / f"{name}.png")
 
 
 @pytest.fixture(scope="module")
@@ -140,20 +25,22 @@ def asked() -> Asked:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, asked: Asked) -> Iterator[Site]:
-    """Runs of every kind: 10,000 steps, a live one that somebody must approve, a failed one with lineage."""
+    """Runs of every kind: a finished one, a live one that somebody must approve, one that has not begun, a failed one
+    with lineage, and one whose every name is an attack."""
     store = open_store(tmp_path_factory.mktemp("page") / "store")
-    stores.chains(store, "chains")
-    live_run(store)
+    stores.chains(store, "chains", chains=4, length=3)
     failed_run(store)
-    live = stores.open_run(store, "heartbeat")
-    beats = Heartbeat(live, lambda: None, lambda error: None)
+    evil_run(store)
+    live = [live_run(store), stores.open_run(store, "heartbeat", created=time.time() - 200_000)]
+    beats = [Heartbeat(journal, lambda: None, lambda error: None) for journal in live]
     site = Site(store, asked)
     yield site
     site.down()
-    beats.close()
+    for beat in beats:
+        beat.close()
 
 
-def live_run(store: Store) -> None:
+def live_run(store: Store) -> Journal:
     now = time.time()
     journal = stores.open_run(store, "live", {"seed": 1, "lr": 0.001}, created=now - 100)
     ask = {"type": "wait", "call": "approval[ship]", "step": "workflows.waits:approval", "message": "Ship it?"}
@@ -173,7 +60,8 @@ def live_run(store: Store) -> None:
     history = {"format": 1, "curves": [{"call": "train[0]", "rows": rows}], "texts": []}
     more = [[100 + number, when, done, total, {"loss": 5 / (done + 1)}] for number, when, done, total, _ in rows]
     history["curves"].append({"call": "train[1]", "rows": more})  # type: ignore[attr-defined]
-    store.put("runs/live/history/00000001-0000000200.json", stores.json.dumps(history).encode())
+    store.put("runs/live/history/00000001-0000000200.json", json.dumps(history).encode())
+    return journal
 
 
 def failed_run(store: Store) -> None:
@@ -191,27 +79,18 @@ def failed_run(store: Store) -> None:
     journal.append([failure("check[0]", "no", final=True, trace=TRACE), end("failed", error=error)])
 
 
-def enter(tab: Any, site: Site, address: str = "#/runs") -> None:
-    """Open an address with the token, as `recua up` prints it."""
-    tab.goto(f"{site.url}/#token={TOKEN}&{address.removeprefix('#')}")
-    tab.wait_for_selector(".page")
-
-
-def until(tab: Any, expression: str) -> None:
-    """Wait for an expression of the page to be true (Playwright's own way needs eval, which the page forbids)."""
-    deadline = time.monotonic() + PATIENCE_MS / 1000
-    while not tab.evaluate(expression):
-        assert time.monotonic() < deadline, expression
-        tab.wait_for_timeout(50)
-
-
-def click_node(tab: Any, name: str) -> None:
-    """Click a node of the graph's canvas, with the mouse."""
-    until(tab, f"document.querySelector('.view.graph')?.scene?.where({name!r})")
-    tab.click("text=Fit")
-    tab.wait_for_timeout(100)
-    at = tab.evaluate(f"document.querySelector('.view.graph').scene.where({name!r})")
-    tab.mouse.click(at["x"], at["y"])
+def evil_run(store: Store) -> None:
+    """Whatever a run may name itself is HTML that would run if it were read as such."""
+    now = time.time()
+    journal = stores.open_run(store, EVIL, {EVIL: EVIL}, created=now - 4000)
+    made = commit(f"{EVIL}[0]", f"demo:{EVIL}", now - 90, result=artifact("e0", EVIL), node=EVIL)
+    ask = {"type": "wait", "call": f"approval[{EVIL}]", "step": "workflows.waits:approval", "message": EVIL}
+    asked = {**ask, "time": now, "needs": [f"{EVIL}[0]"], "deadline": None, "inputs": "", "show": {EVIL: EVIL}}
+    broken = [start("bad[0]", f"demo:{EVIL}", at=now - 50), failure("bad[0]", EVIL, final=True, at=now, trace=EVIL)]
+    journal.append([made, *broken, asked])
+    curve = {"call": f"{EVIL}[0]", "rows": [[1, now, 1, 2, {EVIL: 1.0}], [2, now, 2, 2, {EVIL: 2.0}]]}
+    history = {"format": 1, "curves": [curve], "texts": []}
+    store.put(f"runs/{EVIL}/history/00000001-0000000200.json", json.dumps(history).encode())
 
 
 def test_page_asks_for_the_token_and_takes_it_from_the_address(tab: Any, site: Site, shoot: Any) -> None:
@@ -236,11 +115,12 @@ def test_page_lists_runs(tab: Any, site: Site, shoot: Any) -> None:
     enter(tab, site)
     tab.wait_for_selector(".run-row")
     shoot(tab, "runs")
-    assert tab.locator(".run-row").count() == 4
-    assert tab.inner_text("[data-run=chains] .progress") == "10,000 of 10,000 steps"
+    assert tab.locator(".run-row").count() == 5
+    assert tab.inner_text("[data-run=chains] .progress") == "12 of 12 steps"
+    assert "1 waiting" in tab.inner_text("[data-run=live] .progress")
     assert "failed" in tab.inner_text("[data-run=failed] .chip")
     tab.fill(".search", "fail")
-    tab.wait_for_selector("text=1 of 4 runs")
+    tab.wait_for_selector("text=1 of 5 runs")
     assert tab.locator(".run-row").count() == 1
     tab.fill(".search", "nothing like that")
     tab.wait_for_selector("text=No run matches")
@@ -378,190 +258,47 @@ def test_page_says_when_the_service_is_gone_and_recovers(tab: Any, site: Site, s
     tab.wait_for_selector("#connection:not(.gone)", state="attached")
 
 
-def test_page_stays_usable_with_ten_thousand_steps(tab: Any, site: Site, shoot: Any) -> None:
-    """Figures are printed, not asserted: the machine may be loaded."""
+def test_page_reads_nothing_of_a_run_as_html(tab: Any, site: Site, shoot: Any) -> None:
     enter(tab, site)
-    tab.wait_for_selector("[data-run=chains]")
-    clock = time.perf_counter()
-    tab.click("[data-run=chains]")
-    tab.wait_for_selector("text=100 nodes for 10,000 steps")
-    loaded = time.perf_counter() - clock
-    shoot(tab, "large-grouped")
-    click_node(tab, ">chain[7]")
-    tab.wait_for_selector("text=199 nodes for 10,000 steps")
-    clock = time.perf_counter()
-    tab.click("text=Show every step")
-    tab.wait_for_selector("text=10,000 nodes for 10,000 steps")
-    everything = time.perf_counter() - clock
-    tab.click("text=Fit")
-    shoot(tab, "large-all")
-    frame = tab.evaluate(ZOOMING)
-    clock = time.perf_counter()
+    tab.click(".run-row:has-text('onerror')")
+    tab.wait_for_selector(".view.graph canvas")
+    until(tab, "document.querySelector('.view.graph').scene.nodes.length === 3")
+    for view in ("Steps", "Timeline", "Metrics", "Recipe and result"):
+        tab.click(f".page > .tabs >> text={view}")
+        tab.wait_for_selector(".viewport >> text=<img" if view in ("Steps", "Metrics") else ".viewport")
+        shoot(tab, f"evil-{view[:4].lower()}")
     tab.click(".tabs >> text=Steps")
-    tab.wait_for_selector(".row >> text=chain[0]/link[0]")
-    assert tab.locator(".row").count() < 80, "only the rows in the window are drawn"
-    tab.fill(".view.table .search", "chain[42]/link[9")
-    tab.wait_for_selector("text=11 of 10,000 steps")
-    table = time.perf_counter() - clock
-    tab.fill(".view.table .search", "")
-    tab.evaluate("document.querySelector('.scroller').scrollTop = 1e9")
-    tab.wait_for_selector(".row >> text=chain[99]/link[99]")
-    tab.click(".row >> text=chain[99]/link[99]")
-    tab.wait_for_selector(".detail h2 >> text=chain[99]/link[99]")
-    shoot(tab, "large-table")
-    tab.click(".tabs >> text=Timeline")
-    tab.wait_for_selector("text=10,000 steps in 1:39")
-    tab.wait_for_timeout(200)
-    shoot(tab, "large-timeline")
-    print(
-        f"10,000 steps: page {loaded:.2f} s, every step {everything:.2f} s, frame {frame:.1f} ms, table {table:.2f} s"
-    )
-
-
-ZOOMING = """async () => {
-  const { scene } = document.querySelector('.view.graph');
-  const before = performance.now();
-  for (let i = 0; i < 40; i++) {
-    scene.zoom(i % 2 ? 1.2 : 1 / 1.15);
-    await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
-  }
-  return (performance.now() - before) / 80;
-}"""
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(420, "light"), (1280, "dark")])
-def test_page_fits_a_narrow_window_and_the_dark(browser: Any, site: Site, shoot: Any, width: int, scheme: str) -> None:
-    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    tab = context.new_page()
-    tab.set_default_timeout(PATIENCE_MS)
-    enter(tab, site, "#/runs/live")
-    tab.wait_for_selector(".banner >> text=Ship it?")
-    tab.wait_for_timeout(200)
-    shoot(tab, f"graph-{width}-{scheme}")
-    tab.click(".banner >> text=Review")
-    tab.wait_for_selector(".detail >> text=Waits for your approval")
-    shoot(tab, f"approval-{width}-{scheme}")
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width
-    context.close()
-
-
-FLOW = '''
-"""A small recipe for the tests of the page."""
-import time
-from pathlib import Path
-from typing import Any
-from workflows.graph import Artifact, context, step, workflow
-from workflows.steps.inputs import content
-from workflows.waits import approval
-
-@step
-def corpus(files: dict[str, str], folder: str) -> Artifact:
-    out = context().artifact("corpus")
-    (out.path / "text.txt").write_text((Path(folder) / "books.txt").read_text())
-    return out.seal(lines=1)
-
-@step
-def train(corpus: Artifact, lr: float, folder: str) -> Artifact:
-    run = context()
-    number = 0
-    while not (Path(folder) / "trained").exists():
-        number += 1
-        print("optimizer step", number, "token=abcdefghijkl", flush=True)
-        run.progress(number, 100, loss=3 / number, lr=lr)
-        time.sleep(0.25)
-    out = run.artifact("model")
-    (out.path / "weights").write_text(str(lr))
-    return out.seal()
-
-@step
-def deploy(model: Artifact, go: Any) -> str:
-    return f"deployed, said {go.comment!r}"
-
-@workflow
-def demo(folder: str, lr: float = 0.01) -> dict[str, Any]:
-    text = corpus(content([folder + "/books.txt"]), folder)
-    model = train.options(name="base")(text, lr, folder)
-    go = approval("ship", "Ship this model?", show=model)
-    return {"model": model.result(), "said": deploy(model, go).result()}
-'''
-
-
-@dataclass
-class Real:
-    """A service over a real cluster, with the recipe above sent to it."""
-
-    site: Site
-    store: Store
-    package: str
-    folder: Path
-
-    def submit(self, run_id: str) -> None:
-        body = {"package": self.package, "workflow_file": "flow.py", "overrides": [f"folder={self.folder}"]}
-        Client(self.site.url, TOKEN).post("/runs", {**body, "run_id": run_id})
-
-
-@pytest.fixture
-def real(tmp_path: Path) -> Iterator[Real]:
-    import ray
-
-    from workflows.service.actor import nodes
-    from workflows.service.supervisor import Supervisor
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-    code, data = tmp_path / "code", tmp_path / "data"
-    code.mkdir()
-    data.mkdir()
-    (code / "flow.py").write_text(FLOW)
-    (data / "books.txt").write_text("once upon a time\n")
-    store = open_store(tmp_path / "store")
-    package = packages.build(code, tmp_path / "package.zip")
-    store.upload_file(packages.package_key(package.sha256), package.file)
-    supervisor = Supervisor(store, ray.get_runtime_context().gcs_address, tmp_path / "drivers", nodes, period_s=0.2)
-    supervisor.start()
-    site = Site(store, supervisor)
-    yield Real(site, store, package.sha256, data)
-    site.down()
-    supervisor.close()
-    with contextlib.suppress(Exception):
-        ray.shutdown()
-
-
-def test_page_sees_a_real_run_from_submission_to_its_model(tab: Any, real: Real, shoot: Any) -> None:
-    enter(tab, real.site)
-    tab.wait_for_selector("text=No runs yet")
-    real.submit("demo-1")
-    tab.click("[data-run=demo-1]")
-    click_node(tab, "train[base]")
-    tab.wait_for_selector(".detail .chip >> text=running")
-    tab.wait_for_selector(".detail progress")
-    tab.wait_for_selector(".detail path.curve[data-name='train[base]']", state="attached")
-    tab.click(".detail >> text=Log")
-    tab.wait_for_selector(".log >> text=optimizer step 4")
-    assert "token=[redacted]" in tab.inner_text(".log") and "abcdefghijkl" not in tab.inner_text(".log")
-    shoot(tab, "real-running")
-
-    tab.click("text=Cancel")
-    tab.click("dialog >> text=Cancel the run")
-    tab.wait_for_selector(".runstate >> text=cancelled")
-    tab.wait_for_selector(".detail .chip >> text=interrupted")
-    tab.click("text=Resume")
-    tab.click("dialog button.primary")
-    tab.wait_for_selector(".runstate >> text=running")
-    tab.wait_for_selector(".detail .state >> text=2 attempts")
-
-    (real.folder / "trained").touch()
-    tab.wait_for_selector(".banner >> text=Ship this model?")
-    tab.click(".banner >> text=Review")
-    tab.click(".detail >> text=Overview")
+    for call in (f"{EVIL}[0]", "bad[0]", f"approval[{EVIL}]"):
+        tab.locator(".row", has_text=call).first.click()
+        for name in ("Log", "Inputs and result", "Code", "Overview"):
+            tab.click(f".detail .tabs >> text={name}")
+        tab.wait_for_timeout(100)
     tab.click(".detail >> text=Approve…")
-    tab.fill("dialog textarea", "looks good")
-    shoot(tab, "real-approve")
-    tab.click("dialog button.primary")
-    tab.wait_for_selector(".runstate >> text=finished")
-    tab.click(".tabs >> text=Recipe and result")
-    tab.wait_for_selector(".about >> text=deployed, said 'looks good'")
-    tab.click(".about .artifact >> nth=0")
-    tab.wait_for_selector("h1 >> text=Where model comes from")
-    panel = tab.inner_text(".detail")
-    assert "books.txt" in panel and "train[base]" in panel and "0.01" in panel
-    shoot(tab, "real-lineage")
+    tab.click("dialog >> text=Back")
+    tab.locator(".row", has_text=f"{EVIL}[0]").first.click()
+    tab.click(".detail .artifact")
+    tab.wait_for_selector("h1 >> text=Where <img")
+    shoot(tab, "evil-lineage")
+    assert "hacked" not in tab.title().replace(EVIL, "")
+    assert tab.evaluate("document.querySelectorAll('main img, main script').length") == 0
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(420, "light"), (1280, "dark"), (1920, "light")])
+def test_page_fits_every_window(window: Callable[..., Any], site: Site, shoot: Any, width: int, scheme: str) -> None:
+    tab = window(width, 1000 if width > 1900 else 800, scheme)
+    for address, wanted in {
+        "runs": ".run-row",
+        "runs/live": ".banner >> text=Ship it?",
+        "runs/live/steps/approval%5Bship%5D?view=graph": ".detail >> text=Waits for your approval",
+        "runs/live?view=steps": ".row >> text=corpus[0]",
+        "runs/live?view=timeline": ".timeline canvas",
+        "runs/live?view=metrics": "path.curve",
+        "runs/live?view=about": ".about dd >> text=0.001",
+        "runs/failed/steps/check%5B0%5D?view=graph": ".detail .problem >> text=ValueError",
+        f"runs/failed/artifacts/{full('a0')}": "text=2 steps behind it",
+    }.items():
+        enter(tab, site, f"#/{address}")
+        tab.wait_for_selector(wanted, state="attached")
+        tab.wait_for_timeout(150)
+        shoot(tab, f"{address.replace('/', '-').replace('?view=', '-')[:40]}-{width}-{scheme}")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width, address

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.gzip import GZipMiddleware
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
@@ -45,13 +46,14 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     422: {"model": models.Problem, "description": "What `recua` on the command line would refuse, in the same words."},
     503: {"model": models.Problem, "description": "The store does not answer."},
 }
-POLICY = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
+POLICY = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 def create_app(store: Store, control: Control, digests: Collection[str], hosts: Collection[str] = ()) -> FastAPI:
     """The service over `store`. `digests`: sha256 of the accepted tokens, none: open. `hosts`: names that clients may
     call it by, beside addresses and localhost."""
     app = FastAPI(title="recua", version="1", docs_url=None, redoc_url=None)
+    app.add_middleware(GZipMiddleware, minimum_size=4096, compresslevel=1)  # 10,000 steps: 2.1 MB of JSON, 0.16 packed
     authority = TokenAuthority(digests)
 
     def authorized(request: Request, _: Annotated[Any, Depends(HTTPBearer(auto_error=False))]) -> None:

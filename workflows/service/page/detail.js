@@ -110,7 +110,7 @@ export class Detail {
       section("Facts", h("dl.facts", {}, [
         ["Step", facts.step], ["Started", when(facts.started)], ["Ended", when(facts.ended)],
         ["Reused from", facts.reused_from ? this.origin() : ""], ["Key", facts.key ? [h("code", {}, facts.key.slice(0, 16)), copyButton(facts.key, "the key")] : ""],
-        ["Needs", (facts.needs ?? []).length ? h("ul.links", {}, facts.needs.slice(0, 50).map((need) => h("li", {}, h("a", { href: stepLink(model.id, need) }, need)))) : "nothing"],
+        ["Needs", (facts.needs ?? []).length ? h("ul.links", {}, facts.needs.slice(0, 50).map((need) => h("li", {}, this.need(need)))) : "nothing"],
       ].filter(([, value]) => value !== "").map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]))),
       facts.tries.length ? section("Attempts", h("ol.tries", {}, facts.tries.map((attempt) => this.attempt(attempt)))) : null,
     ];
@@ -121,10 +121,17 @@ export class Detail {
     return origin ? h("a", { href: stepLink(origin.run_id, origin.id) }, `${origin.id} of ${origin.run_id}`) : `${from} (no longer in the store)`;
   }
 
+  /** A map or a nested workflow is no step of its own. */
+  need(id) {
+    if (this.model.steps.has(id)) return h("a", { href: stepLink(this.model.id, id) }, id);
+    const inside = this.model.list.filter((step) => step.id.startsWith(`${id}/`)).length;
+    return [id, inside ? h("span.quiet", {}, ` (${count(inside, "step")})`) : null];
+  }
+
   attempt(attempt) {
     const taken = attempt.ended ? seconds(attempt.ended - attempt.started) : "";
     return h("li", {}, chip(attempt.status), h("span.quiet", {}, ` ${when(attempt.started)} ${taken}`),
-      h("button.quiet", { type: "button", onclick: () => { this.show("log"); this.log.restart(attempt.id).catch(() => {}); } }, "log"),
+      h("button.link", { type: "button", onclick: () => { this.show("log"); this.log.restart(attempt.id).catch(() => {}); } }, "log"),
       attempt.error ? h("details", {}, h("summary", {}, `${attempt.error.type}: ${attempt.error.message.split("\n")[0]}`), attempt.error.traceback ? h("pre.trace", {}, attempt.error.traceback) : null) : null);
   }
 

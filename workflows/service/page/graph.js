@@ -63,6 +63,7 @@ export class GraphView {
     else {
       this.touched = true;
       this.opened.add(node.id);
+      [this.entered] = node.unit.members;
       this.rebuild(true);
       if (this.scene.focus) this.scene.focus = this.units.find((unit) => unit.members[0] === node.unit.members[0])?.key ?? null;
       this.update();
@@ -88,11 +89,11 @@ export class GraphView {
     }
   }
 
-  /** Where to look first when not everything fits: what was chosen, what failed, what runs. */
+  /** Where to look first when not everything fits: what was chosen or opened, what failed, what runs. */
   interesting(nodes) {
     const has = (test) => nodes.find((node) => node.unit.members.some(test))?.id;
     const be = (name) => has((step) => this.model.statusOf(step) === name);
-    return (this.chosen !== null && has((step) => step.id === this.chosen)) || be("failed") || be("waiting-for-approval") || be("running") || null;
+    return (this.chosen !== null && has((step) => step.id === this.chosen)) || has((step) => step === this.entered) || be("failed") || be("waiting-for-approval") || be("running") || null;
   }
 
   refresh() {

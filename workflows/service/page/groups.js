@@ -76,15 +76,25 @@ function bucket(members, paths, name) {
   return found;
 }
 
-/** Edges between visible nodes, each once. */
+/** Edges between visible nodes, each once. Who needs a call that is no step (a map, a nested workflow) needs its steps. */
 export function edgesBetween(nodes) {
   const home = new Map();
-  for (const node of nodes) for (const step of node.members) home.set(step.id, node.key);
+  for (const node of nodes) for (const step of node.members) home.set(step.id, [node.key]);
+  const inside = new Map();
+  for (const node of nodes) for (const { id } of node.members) for (const parent of parents(id)) {
+    if (!home.has(parent)) inside.set(parent, (inside.get(parent) ?? new Set()).add(node.key));
+  }
   const found = [];
   for (const node of nodes) {
     const sources = new Set();
-    for (const step of node.members) for (const need of step.needs) sources.add(home.get(need));
-    for (const source of sources) if (source !== undefined && source !== node.key) found.push([source, node.key]);
+    for (const step of node.members) for (const need of step.needs) for (const key of home.get(need) ?? inside.get(need) ?? []) sources.add(key);
+    sources.delete(node.key);
+    for (const source of sources) found.push([source, node.key]);
   }
   return found;
+}
+
+/** "a[0]/b[1]/c[2]" -> "a[0]", "a[0]/b[1]". */
+function* parents(id) {
+  for (let at = id.indexOf("/"); at >= 0; at = id.indexOf("/", at + 1)) yield id.slice(0, at);
 }

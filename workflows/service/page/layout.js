@@ -5,11 +5,31 @@ const SWEEPS = 6;
 const STRAIGHTENING = 8;
 const MOST_BENDS = 6000;
 const WRAP = 48;
+const MOST_LOOSE = 6, APART = 80;
 
 /** nodes: [{id, w, h}], edges: [[from, to]] by id. Gives {nodes: Map id -> {x, y}, edges: [{from, to, points, back}],
- *  width, height}; x, y is a node's middle. `aspect` is the window's width / height: the graph goes down or to the right,
- *  whichever shows it larger. */
+ *  box, vertical}; x, y is a node's middle. `aspect` is the window's width / height: the graph goes down or to the right,
+ *  whichever shows it larger. Nodes without edges are a block of their own, beside the others. */
 export function layout(nodes, edges, aspect = 1.6) {
+  const tied = new Set(edges.filter(([a, b]) => a !== b).flat());
+  const loose = nodes.filter((node) => !tied.has(node.id));
+  if (loose.length <= MOST_LOOSE || loose.length === nodes.length) return layered(nodes, edges, aspect);
+  const made = layered(nodes.filter((node) => tied.has(node.id)), edges, aspect);
+  return beside(made, layered(loose, [], aspect));
+}
+
+/** Two layouts as one: the second to the right of a tall one, below a wide one. */
+function beside(one, other) {
+  const [width, height] = [one.box.right - one.box.left, one.box.bottom - one.box.top];
+  const right = height > width;
+  const dx = (right ? one.box.right + APART : one.box.left) - other.box.left;
+  const dy = (right ? one.box.top : one.box.bottom + APART) - other.box.top;
+  for (const at of other.nodes.values()) { at.x += dx; at.y += dy; }
+  const box = { left: one.box.left, top: one.box.top, right: Math.max(one.box.right, other.box.right + dx), bottom: Math.max(one.box.bottom, other.box.bottom + dy) };
+  return { nodes: new Map([...one.nodes, ...other.nodes]), edges: one.edges, box, vertical: one.vertical };
+}
+
+function layered(nodes, edges, aspect) {
   const index = new Map(nodes.map((node, position) => [node.id, position]));
   const known = edges.filter(([a, b]) => a !== b && index.has(a) && index.has(b)).map(([a, b]) => [index.get(a), index.get(b)]);
   const forward = withoutCycles(nodes.length, known);
@@ -66,10 +86,10 @@ function longestPaths(size, edges) {
 
 const GAP = { along: 34, across: 18, bend: 9 };
 
-/** A layer of very many is folded; one that is alone, to the window's form. */
+/** A layer of very many is folded, unless the graph is as long as it is wide; one that is alone, to the window's form. */
 function columnsOf(nodes, layer, layers, vertical, aspect) {
   if (layer.length <= 6) return 1;
-  if (layers > 1) return Math.ceil(layer.length / WRAP);
+  if (layers > 1) return Math.ceil(layer.length / Math.max(WRAP, layers));
   const { w, h } = nodes[layer[0]];
   const form = vertical ? (w + GAP.across) / (h + GAP.along) / aspect : ((h + GAP.across) / (w + GAP.along)) * aspect;
   return Math.max(1, Math.min(layer.length, Math.round(Math.sqrt(layer.length * form))));

@@ -22,7 +22,7 @@ export class LineagePage {
     this.blank = h("div.cover", { hidden: true });
     this.title = h("h1", {}, "Lineage");
     this.panel = h("aside.detail", { "aria-label": "What the chosen node is" });
-    const view = h("section.view.graph", { "aria-label": "Lineage" }, h("div.tools", {}, this.legend(), this.facts), h("div.stage", {}, this.scene.element, this.blank));
+    const view = h("section.view.graph", { "aria-label": "Lineage" }, h("div.tools", {}, this.facts, this.legend()), h("div.stage", {}, this.scene.element, this.blank));
     view.scene = this.scene;
     this.element = h("div.page.run.lineage", {},
       h("header.head", {}, this.title, h("code.digest", {}, digest.slice(0, 16)), copyButton(digest, "the digest")),
@@ -57,7 +57,7 @@ export class LineagePage {
 
   describe(fact) {
     const { title, detail } = words(fact);
-    return [title, detail];
+    return fact.kind === "data" ? [fact.name, detail] : [title, detail];
   }
 
   pick(id) {
@@ -132,7 +132,7 @@ function recipe(given, run) {
 
 function words(fact) {
   if (fact.kind === "artifact") return { title: fact.name || "artifact", detail: fact.digest.slice(0, 12) };
-  if (fact.kind === "data") return { title: fact.name, detail: fact.digest.slice(0, 12) };
+  if (fact.kind === "data") return { title: fact.name.split("/").pop() || fact.name, detail: fact.digest.slice(0, 12) };
   const where = fact.reused_in ? `from ${fact.run_id}` : seconds(fact.seconds);
   return { title: fact.call, detail: [short(fact.step) === fact.call.replace(/\[.*/, "") ? "" : short(fact.step), where].filter(Boolean).join(" · ") };
 }

@@ -53,6 +53,7 @@ export class RunPage {
       for (const tab of this.tabs.children) {
         tab.setAttribute("aria-selected", String(tab.dataset.view === name));
         tab.tabIndex = tab.dataset.view === name ? 0 : -1;
+        if (tab.dataset.view === name) requestAnimationFrame(() => tab.scrollIntoView({ block: "nearest", inline: "nearest" }));
       }
       const made = this.view(name);
       replace(this.stage, made.element);

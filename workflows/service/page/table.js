@@ -98,18 +98,34 @@ export class TableView {
     }, h("span.sign", { "aria-hidden": "true" }, known.sign), ` ${known.label} ${value.toLocaleString("en")}`);
   }
 
-  /** The rows in the window, and a few around. */
+  /** The rows in the window, and a few around; those that are there already stay as they are. */
   paint() {
     const { scroller, body, rows } = this;
     body.style.height = `${Math.max(rows.length, 1) * ROW}px`;
     if (!rows.length) {
       replace(body, this.model.list.length ? empty("No step matches", "Change the filter above.") : empty("No step has started yet"));
       body.style.height = "160px";
+      this.drawn = null;
       return;
     }
     const first = Math.max(0, Math.floor(scroller.scrollTop / ROW) - SPARE);
     const last = Math.min(rows.length, Math.ceil((scroller.scrollTop + (scroller.clientHeight || 600)) / ROW) + SPARE);
-    replace(body, rows.slice(first, last).map((step, position) => this.row(step, first + position)));
+    const known = this.drawn ?? new Map();
+    if (!this.drawn) replace(body);
+    this.drawn = new Map();
+    for (let place = first; place < last; place++) {
+      const key = this.keyOf(rows[place], place);
+      const there = known.get(key);
+      known.delete(key);
+      this.drawn.set(key, there ?? body.appendChild(this.row(rows[place], place)));
+    }
+    for (const row of known.values()) row.remove();
+  }
+
+  /** All that a row shows. */
+  keyOf(step, place) {
+    const { model } = this;
+    return JSON.stringify([place, step, model.statusOf(step), seconds(model.secondsOf(step)), step.id === this.chosen]);
   }
 
   row(step, place) {

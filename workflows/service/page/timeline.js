@@ -74,7 +74,7 @@ export class TimelineView {
       if (!nodes.has(name)) nodes.set(name, []);
       const lanes = nodes.get(name);
       let lane = lanes.find((each) => each.until <= step.started + 1e-4);
-      if (!lane) lanes.push((lane = { label: lanes.length ? "" : name, steps: [], until: 0 }));
+      if (!lane) lanes.push((lane = { label: lanes.length ? "" : name, node: name, steps: [], until: 0 }));
       lane.steps.push(step);
       lane.until = this.endOf(step, now);
     }
@@ -198,8 +198,8 @@ export class TimelineView {
     context.clip();
     for (let place = first; place < last; place++) {
       const y = AXIS + place * ROW - scroller.scrollTop;
-      this.row(context, rows[place], y, at, width);
-      if (this.by === "node" && rows[place].label && place) {
+      this.row(context, place === first ? { ...rows[place], label: rows[place].label || rows[place].node } : rows[place], y, at, width);
+      if (this.by === "node" && rows[place].label && place > first) {
         context.fillStyle = palette.get("--line");
         context.fillRect(0, y, width, 1);
       }
