@@ -139,10 +139,10 @@ def test_page_sees_a_real_run_from_submission_to_its_model(tab: Any, real: Real,
     (real.folder / "trained").touch()
     tab.wait_for_selector(".banner >> text=Ship this model?")
     tab.click(".banner >> text=Review")
+    tab.click(".detail >> text=Overview")
     tab.wait_for_selector(".detail >> text=score.map[0] (3 steps)")
     edges = tab.evaluate("document.querySelector('.view.graph').scene.edges.map(({ from, to }) => `${from} > ${to}`)")
     assert "score.map[0]/score[2] > approval[ship]" in edges
-    tab.click(".detail >> text=Overview")
     tab.click(".detail >> text=Approve…")
     tab.fill("dialog textarea", "looks good")
     shoot(tab, "real-approve")

@@ -13,6 +13,7 @@ export const STATUS = {
   failed: { label: "failed", sign: "✗", colour: "--bad" },
   cancelled: { label: "cancelled", sign: "■", colour: "--idle" },
   interrupted: { label: "interrupted", sign: "‖", colour: "--idle" },
+  submitted: { label: "submitted", sign: "·", colour: "--idle" },
   starting: { label: "starting", sign: "·", colour: "--idle" },
 };
 
