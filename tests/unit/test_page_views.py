@@ -120,6 +120,17 @@ def test_every_status(store: Store, cache: views.RunCache) -> None:
     }
 
 
+def test_who_is_asked_sees_what_it_is_about(store: Store, cache: views.RunCache) -> None:
+    shown = {"model": {"$artifact": full("a")}, "note": "token=abcdefghijkl"}
+    ask = {"type": "wait", "call": "approval[ship]", "step": "workflows.waits:approval", "message": "Ship it?"}
+    ask |= {"time": 5.0, "needs": ["train"], "deadline": None, "show": shown}
+    stores.open_run(store, "r").append([commit("train", result=artifact("a", "model")), ask])
+    told = views.step(cache, store, "r", "approval[ship]")["wait"]
+    assert (told["message"], told["since"]) == ("Ship it?", 5.0)
+    assert told["show"]["model"] == {"$artifact": {"digest": full("a"), "name": "model"}}
+    assert "abcdefghijkl" not in json.dumps(told["show"])
+
+
 def test_a_retried_step_runs_again(store: Store, cache: views.RunCache) -> None:
     journal = stores.open_run(store, "r")
     journal.append([start("a"), failure("a", "once", final=False), start("a", attempt=2, at=stores.ZERO + 9)])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import time
 from collections.abc import AsyncIterator
@@ -224,6 +225,10 @@ def test_service_page_is_served_without_a_token(store: Store) -> None:
     assert client.get("/assets/../app.py").status_code == 404
     for file in PAGE.glob("*"):
         assert client.get(f"/assets/{file.name}").content == file.read_bytes()
+        outside = re.sub(r"http://www\.w3\.org/[\w/]+", "", file.read_text())
+        assert "http://" not in outside and "https://" not in outside, "the page asks nobody else"
+    policy = client.get("/").headers["Content-Security-Policy"]
+    assert "default-src 'self';" in policy and "unsafe" not in policy
 
 
 def test_service_token_is_made_once_and_private(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
