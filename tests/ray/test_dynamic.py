@@ -9,7 +9,8 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,16 @@ def test_dynamic_gang_that_can_never_be_is_named(bench: Bench) -> None:
         bench.run(program.too_much, 5)
 
 
+@contextmanager
+def background(bench: Bench, run_id: str, work: Callable[..., Any], *args: Any) -> Iterator[Future[Any]]:
+    """`work(*args)`, which drives `run_id`, on a thread; the run is cancelled where the block ends before it."""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(work, *args)
+        finally:
+            cancel_run(bench.store, run_id, wait_s=120)
+
+
 def test_dynamic_gang_says_which_nodes_it_waits_for_and_starts_when_they_come(bench: Bench, cluster: Cluster) -> None:
     messages: queue.SimpleQueue[str] = queue.SimpleQueue()
 
@@ -205,18 +216,17 @@ def test_dynamic_gang_says_which_nodes_it_waits_for_and_starts_when_they_come(be
         return str(session.run(program.too_much, 5, settings=settings, observers=[observe]).value)
 
     wanted = "waits for nodes: it asks for gang=5 x (CPU=1), SPREAD, but that is CPU=5 in all, and this cluster has CPU"
-    with ThreadPoolExecutor(1) as pool:
-        driver = pool.submit(drive, "impatient")
-        assert messages.get(timeout=60).startswith(wanted)
-        assert cancel_run(bench.store, "impatient") == "cancelled"
+    with background(bench, "impatient", drive, "impatient") as driver:
+        assert messages.get(timeout=120).startswith(wanted)
+        assert cancel_run(bench.store, "impatient", wait_s=120) == "cancelled"
         with pytest.raises(Cancelled):
-            driver.result(timeout=30)
-        wait_for(lambda: not groups(), "a placement group is left")
-        driver = pool.submit(drive, "patient")
-        assert messages.get(timeout=60).startswith(wanted)
+            driver.result(timeout=120)
+    wait_for(lambda: not groups(), "a placement group is left")
+    with background(bench, "patient", drive, "patient") as driver:
+        assert messages.get(timeout=120).startswith(wanted)
         node = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
         try:
-            assert len(driver.result(timeout=60)) > 8
+            assert len(driver.result(timeout=120)) > 8
         finally:
             cluster.remove_node(node)
     wait_for(lambda: not groups(), "a placement group is left")
@@ -248,13 +258,13 @@ def test_dynamic_stopped_run_leaves_no_group_no_actor_and_no_process(bench: Benc
     wait_for((Path(bench.folder) / "a").exists, "the body did not begin")
     assert groups() == ["hold[0]"]
     if how == "recua cancel":
-        outcome = CliRunner().invoke(cli.main_group, ["cancel", "r", "--store", bench.store.url])
-        assert outcome.output == "run r is cancelled\n"
+        typed = ["cancel", "r", "--store", bench.store.url]
+        wait_for(lambda: CliRunner().invoke(cli.main_group, typed).output == "run r is cancelled\n", "it goes on")
     elif how == "Ctrl-C":
         os.killpg(driver.pid, signal.SIGINT)  # what a terminal sends: to everyone in the foreground
     else:
         driver.send_signal(signal.SIGTERM if how == "SIGTERM" else signal.SIGKILL)
-    driver.communicate(timeout=60)
+    driver.communicate(timeout=120)
     all_gone(bench)
     assert load_run(bench.store, "r").status == ("interrupted" if how == "SIGKILL" else "cancelled")
 
@@ -313,7 +323,7 @@ def test_dynamic_pools_outlive_steps_and_no_run(bench: Bench) -> None:
     for ending in ("cancel", "kill"):
         wait_for((folders[ending] / "hold").exists, f"{ending}: nothing was borrowed", 120)
     drivers["kill"].kill()
-    cancel_run(bench.store, "cancel")
+    cancel_run(bench.store, "cancel", wait_s=120)
     for ending, driver in drivers.items():
         assert result_of(driver) is (True if ending == "finish" else None), "the second step got another process"
         pids = {int(pid) for file in folders[ending].iterdir() for pid in file.read_text().split()}
