@@ -264,7 +264,7 @@ def test_dynamic_stopped_run_leaves_no_group_no_actor_and_no_process(bench: Benc
         os.killpg(driver.pid, signal.SIGINT)  # what a terminal sends: to everyone in the foreground
     else:
         driver.send_signal(signal.SIGTERM if how == "SIGTERM" else signal.SIGKILL)
-    driver.communicate(timeout=120)
+    driver.communicate(timeout=300)
     all_gone(bench)
     assert load_run(bench.store, "r").status == ("interrupted" if how == "SIGKILL" else "cancelled")
 
@@ -279,7 +279,7 @@ def drive(bench: Bench, workflow: str, *args: Any, **settings: Any) -> subproces
 
 def result_of(driver: subprocess.Popen[str]) -> Any:
     """What the driver's run gave, None where it gave nothing; Ray's own words may come between."""
-    lines, _ = driver.communicate(timeout=120)
+    lines, _ = driver.communicate(timeout=300)
     return json.loads(lines.splitlines()[-1]) if driver.returncode == 0 else None
 
 
@@ -321,7 +321,7 @@ def test_dynamic_pools_outlive_steps_and_no_run(bench: Bench) -> None:
         then = ending if ending in ("finish", "fail") else "hold"
         drivers[ending] = drive(bench, "lending", str(folder), then, run_id=ending, lease_s=5.0)
     for ending in ("cancel", "kill"):
-        wait_for((folders[ending] / "hold").exists, f"{ending}: nothing was borrowed", 120)
+        wait_for((folders[ending] / "hold").exists, f"{ending}: nothing was borrowed", 300)
     drivers["kill"].kill()
     cancel_run(bench.store, "cancel", wait_s=120)
     for ending, driver in drivers.items():
