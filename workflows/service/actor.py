@@ -70,13 +70,6 @@ class Host:
         """Where it is, and which unfinished runs it found when it started."""
         return {**self._description, "active": self._supervisor.active()}
 
-    def cancel(self) -> list[str]:
-        """Ask every run that it drives to stop; their ids."""
-        runs = self._supervisor.active()
-        for run_id in runs:
-            self._supervisor.cancel(run_id)
-        return runs
-
     def close(self) -> list[str]:
         """Stop serving and driving; the runs that a next service will go on with."""
         self._closing = True
@@ -111,7 +104,9 @@ def listen(host: str, port: int, patience_s: float = BIND_PATIENCE_S) -> socket.
             return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         except OSError as error:
             if time.monotonic() > deadline:
-                raise ConfigError(f"--port {port}: cannot listen on {host}:{port}: {error.strerror}") from None
+                raise ConfigError(
+                    f"--port {port}: cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}"
+                ) from None
             time.sleep(0.2)
 
 
@@ -132,9 +127,6 @@ def service_class() -> type:
 
         def describe(self) -> dict[str, Any]:
             return self._host.describe()
-
-        def cancel(self) -> list[str]:
-            return self._host.cancel()
 
         def close(self) -> list[str]:
             return self._host.close()

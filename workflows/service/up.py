@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 from infra.errors import ConfigError, RecuaError, SystemFault
 from infra.machine import require_port
 from infra.storage import default_store, open_store
-from workflows.service import actor, head, places
+from workflows.service import actor, head, places, records
 from workflows.service.client import Client
 from workflows.service.places import Record
 
@@ -80,7 +81,7 @@ def down(say: Say, cancel: bool = False) -> None:
         raise ConfigError("nothing is up here; set RAY_ADDRESS for a service that somebody else started")
     own = (place or {}).get("head")
     left: list[str] = []
-    if own is None or head.is_alive(own):
+    if head.is_alive(own) if own is not None else place is None or _answers(address):
         with connected(address, own) as ray:
             service = actor.find(ray)
             if service is not None:
@@ -100,9 +101,11 @@ def down(say: Say, cancel: bool = False) -> None:
 
 def _cancel_all(ray: Any, service: Any, say: Say) -> None:
     """Cancel what the service drives, and wait until it has ended."""
-    runs = ray.get(service.cancel.remote(), timeout=READY_TIMEOUT_S)
-    if runs:
-        say(f"cancelling {', '.join(runs)}")
+    described = ray.get(service.describe.remote(), timeout=READY_TIMEOUT_S)
+    store, runs = open_store(described["store"]), described["active"]
+    for run_id in runs:
+        say(f"cancelling {run_id}")
+        records.ask_to_stop(store, run_id)
     deadline = time.monotonic() + CANCEL_TIMEOUT_S
     while runs and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -120,6 +123,8 @@ def connected(address: str, own: Record | None) -> Iterator[Any]:
     """
     if own is not None:
         head.use_ray_token()
+    if re.fullmatch(r"[^/]+:\d+", address) and not _answers(address):  # Ray itself would try for minutes
+        raise ConfigError(f"--address {address}: no Ray cluster there: nothing answers")
     import ray
 
     try:
@@ -178,11 +183,13 @@ def _service(ray: Any, options: UpOptions, store: str, token: str | None) -> tup
 
 
 def _cause(error: Any) -> RecuaError:
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, RecuaError):
-        return cause
+    """What made the actor's constructor fail, in its own words."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return SystemFault(f"the service did not start: {lines[-1] if lines else type(error).__name__}")
+    last = lines[-1].strip() if lines else type(error).__name__
+    kind, _, text = last.partition(": ")
+    if kind in ("infra.errors.ConfigError", "infra.errors.StoreError"):
+        return ConfigError(text)
+    return SystemFault(f"the service did not start: {last}")
 
 
 def _show(

@@ -131,12 +131,19 @@ class Follower:
             then = "; the service starts another" if run["active"] else ""
             self._display.say(f"its driver is gone{then}")
         changed = [step for step in steps["steps"] if self._is_news(step, first)]
+        going = {step["id"]: step for step in changed if step["status"] == "running"}
         for step in changed:
-            self._begin(step)
+            self._begin(step, late=True)
         for event in history["events"]:
-            self._history(event, first)
+            if event["call"] not in going:
+                self._history(event, first)
         for step in changed:
             self._settle(step, run)
+        for step in going.values():  # what ended made room for what begins
+            self._begin(step)
+        for event in history["events"]:
+            if event["call"] in going:
+                self._history(event, first)
         self._version, self._cursor, self.run = steps["version"], history["version"], run
         return run
 
@@ -153,15 +160,18 @@ class Follower:
             self._shown[step["id"]] = state
         return self._shown.get(step["id"]) != state
 
-    def _begin(self, step: Json) -> None:
+    def _begin(self, step: Json, late: bool = False) -> None:
+        """Show that it runs; or, `late`, that it ran, where it has ended since the last look."""
         call, status, attempts = step["id"], step["status"], step.get("attempts") or 0
-        if status == "running" or (status in ("committed", "failed") and call not in self._shown):
+        if (status in ("committed", "failed") and call not in self._shown) if late else status == "running":
             ago = max(0.0, time.time() - (step.get("started") or time.time()))
             self._emit("started", call, {"attempt": max(1, attempts), "ago": ago})
             self._shown[call] = ("running", attempts)
 
     def _settle(self, step: Json, run: Json) -> None:
         call, status = step["id"], step["status"]
+        if status == "running":
+            return
         message = step.get("message") or ""
         self._shown[call] = (status, step.get("attempts") or 0)
         if status in DONE:
