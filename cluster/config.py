@@ -69,6 +69,9 @@ class ElasticSettings(Settings):
     max_rollbacks: int = Field(default=10, ge=0)
     """Rollbacks for NaN, spikes and corruption in one run before it fails."""
 
+    verify_every: int = Field(default=50, ge=1)
+    """Steps between comparisons of the ranks' digests, with one replayed micro-batch each: how far a silent corruption
+    reaches back."""
     snapshot_every: int = Field(default=1, ge=1)
     """Steps between snapshots into host memory: what an infrastructure fault can cost at most."""
     snapshot_replicas: int = Field(default=1, ge=0)

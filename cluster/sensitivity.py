@@ -11,10 +11,10 @@ from cluster.pause_model import fixed
 from cluster.simulated import SimulatedCluster
 from cluster.simulator import Simulation
 
-PAUSES_S = (0.0, 15.0, 30.0, 60.0, 120.0, 240.0)
+PAUSES_S = (0.0, 30.0, 90.0, 240.0)
 TARGET = 0.98
-CLOSE = 2e-5
-MOST_REFINEMENTS = 4
+CLOSE = 5e-5
+MOST_REFINEMENTS = 2
 
 
 @dataclass(frozen=True)

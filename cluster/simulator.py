@@ -241,7 +241,7 @@ class Simulation:
         self._mode = "detection"
 
     def _acknowledge(self, newest: int) -> None:
-        """The words of the node agents that are due by now: progress, two snapshots, the last flush."""
+        """The words of the node agents that are due by now: progress, the newest snapshot, the last flush."""
         core = self.core
         generation, blocks = core.generation, core.blocks
         if self._placed[0] != generation or not self._placed[1]:
@@ -252,9 +252,8 @@ class Simulation:
         flushed = newest - newest % self.cluster.flush_every
         if flushed and flushed not in core.book.flushed:
             self._tell(m.SnapshotFlushed(generation, flushed))
-        for step in (newest - 1, newest):
-            if step > self._first_step:
-                self._tell(m.SnapshotHeld(generation, step, self._members, held))
+        if newest > self._first_step:  # the one before it lies on the same nodes: nothing here damages one and not both
+            self._tell(m.SnapshotHeld(generation, newest, self._members, held))
 
     # ---- faults
 

@@ -60,7 +60,8 @@ class Snapshot:
         new = set(shards).difference(mine)
         mine |= new
         self.copies.update(new)
-        self.lost -= new
+        if self.lost:
+            self.lost -= new
 
     def drop(self, node: str, shards: Iterable[int]) -> None:
         mine = self.on.get(node, set())

@@ -1,0 +1,85 @@
+"""Silent corruption: who computes wrongly, found where ranks must agree and by replay where they need not.
+
+1. Ranks that hold the same shard of the state after step k must hold the same bits: their digests are compared.
+2. Ranks that share nothing are checked by replay: a rank on another node computes a sampled micro-batch of theirs.
+Two that disagree are told apart by a third that computes the same; the minority is guilty. Rolling back is then up to
+`cluster.policies.rollback.after_corruption`, taking the guilty node out to the controller (`RollBack.guilty`).
+"""
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.config import ElasticSettings
+from cluster.decision import Decision, key
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`decision.action`: go-on, arbitrate (`undecided` must be told apart by another rank's replay) or roll-back.
+
+    Example: digests {0: "a", 4: "b", 8: "a"} of one shard: roll-back, guilty (4,).
+    """
+
+    decision: Decision
+    guilty: tuple[int, ...] = ()
+    undecided: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Replay:
+    """At `step`, rank `checker` computes micro-batch 0 of rank `checked` again, from the same state."""
+
+    step: int
+    checked: int
+    checker: int
+
+
+def is_due(step: int, settings: ElasticSettings) -> bool:
+    """Whether the state after `step` steps is verified."""
+    return step > 0 and step % settings.verify_every == 0
+
+
+def plan_replay(step: int, nodes: Sequence[str], seed: int = 0) -> Replay | None:
+    """Who checks whom at `step`: the same on every rank, without a word between them; everyone's turn comes.
+
+    `nodes[r]` is the node of rank r; the checker sits on another one. None: there is only one node.
+    """
+    dice = random.Random(f"replay {seed} {step}")
+    checked = dice.randrange(len(nodes))
+    others = [rank for rank, node in enumerate(nodes) if node != nodes[checked]]
+    return Replay(step, checked, dice.choice(others)) if others else None
+
+
+def arbiter(undecided: Sequence[int], nodes: Sequence[str]) -> int | None:
+    """The first rank on a node of none of `undecided`; on two nodes another rank of either; None: nobody is left."""
+    taken = {nodes[rank] for rank in undecided}
+    free = [rank for rank in range(len(nodes)) if rank not in undecided]
+    return next((rank for rank in free if nodes[rank] not in taken), free[0] if free else None)
+
+
+def judge_digests(step: int, groups: Sequence[Mapping[int, str]], settings: ElasticSettings) -> Verdict:
+    """One mapping {rank: digest} per set of ranks that must agree (holders of a shard, or a replay and its origin)."""
+    guilty: list[int] = []
+    undecided: list[int] = []
+    for digests in groups:
+        counts = Counter(digests.values()).most_common()
+        if len(counts) < 2:
+            continue
+        if counts[0][1] > counts[1][1]:
+            guilty += [rank for rank, digest in digests.items() if digest != counts[0][0]]
+        else:
+            undecided += digests
+    name = key("verify_every")
+    if guilty:
+        text = f"step {step}: ranks {_list(guilty)} differ from those that must agree with them"
+        return Verdict(Decision("roll-back", text, name), tuple(sorted(guilty)), tuple(sorted(undecided)))
+    if undecided:
+        text = f"step {step}: ranks {_list(undecided)} disagree, and none has a majority: another rank computes it too"
+        return Verdict(Decision("arbitrate", text, name), (), tuple(sorted(undecided)))
+    return Verdict(Decision("go-on", f"step {step}: all digests agree", name))
+
+
+def _list(ranks: Sequence[int]) -> str:
+    return ", ".join(str(rank) for rank in sorted(ranks))
