@@ -187,7 +187,11 @@ class Attempts:
             try:
                 missing = self._placement.check(call.id, call.options)
             except UserError as error:
-                self._on_failure(call, error)
+                if call.system_failures:  # it fitted until a node was lost: another one may come
+                    lost = {"kind": "system", "type": "NodeLost", "message": str(error), "traceback": ""}
+                    self._on_attempt_failed(call, lost)
+                else:
+                    self._on_failure(call, error)
             else:
                 self._start(call, missing)
 
@@ -281,7 +285,8 @@ class Attempts:
         else:
             assert error is not None
             ran = None if call.started is None else time.monotonic() - call.started
-            self._on_attempt_failed(call, of_ray_error(error, ran, call.options.timeout))
+            preempted = self._placement.was_preempted(error)
+            self._on_attempt_failed(call, of_ray_error(error, ran, call.options.timeout, preempted))
         self._pump()
 
     def _on_attempt_failed(self, call: Call, record: Record) -> None:

@@ -284,6 +284,45 @@ def send(run_id: str, step: str, value: str, store: str | None) -> None:
 @main_group.command()
 @click.argument("run_id", metavar="RUN")
 @store_option
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="A name in .gz: compressed  [RUN.tar].")
+@click.option("--only-results", is_flag=True, help="Of a finished run: only artifacts in its result and its recipe.")
+@click.option("--no-logs", is_flag=True, help="Leave out what steps and drivers printed.")
+def export(run_id: str, store: str | None, out: Path | None, only_results: bool, no_logs: bool) -> None:
+    """Write RUN with all that it needs into one file, for `recua import`.
+
+    That is its recipe, journal, logs and report, every artifact that it refers to, its code's fingerprints, and the
+    code package of a run of the service. A run that has not finished can be resumed from it.
+
+    With --only-results the artifacts that steps handed to each other stay out: the run can be shown, reported and
+    served from the bundle, and nothing else of it can be reused. Known forms of secrets in logs are blanked.
+    """
+    from infra.machine import show_size
+    from workflows.bundle import export_run
+
+    target = out or Path(f"{run_id}.tar")
+    size = export_run(_open(_settings(store=store)), run_id, target, not no_logs, only_results)
+    click.echo(f"wrote {target} ({show_size(size)}); elsewhere: recua import {target} --store STORE")
+
+
+@main_group.command(name="import")
+@click.argument("file", type=click.Path(path_type=Path))
+@store_option
+def import_bundle(file: Path, store: str | None) -> None:
+    """Put the run in FILE, written by `recua export`, into the store: to show, report, serve, resume and reuse.
+
+    Every checksum is compared first; of a damaged file nothing is imported.
+    """
+    from workflows.bundle import import_run
+
+    opened = _open(_settings(store=store))
+    opened.check()
+    run_id = import_run(opened, file)
+    click.echo(f"run {run_id} is in {opened.url}: recua show {run_id} --store {opened.url}")
+
+
+@main_group.command()
+@click.argument("run_id", metavar="RUN")
+@store_option
 @click.option("--output", default="runs", metavar="DIR", help="Write DIR/RUN/report.html and .json  [default: runs].")
 def report(run_id: str, store: str | None, output: str) -> None:
     """Write RUN's report: one self-contained HTML page, and report.json beside it."""

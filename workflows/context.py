@@ -11,6 +11,7 @@ from typing import Any
 from infra.errors import UserError
 from infra.storage import Store
 from workflows.artifacts import ArtifactSource, ArtifactWriter
+from workflows.saved import forget_finished_runs, state_folder
 
 PROGRESS_PERIOD_S = 0.2
 
@@ -31,6 +32,8 @@ class StepContext:
     source: ArtifactSource
     send: Callable[[dict[str, Any]], None]
     on_file: Callable[[], None]
+    saves_state: bool = False
+    """Whether `state_folder` was asked for: the driver removes that after the commit."""
     _last_progress: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -49,6 +52,13 @@ class StepContext:
             return ArtifactWriter(self.store, self.source, location, self.scratch_path, self.on_file)
         except FileExistsError:
             raise UserError(f"{self.call_id} writes two artifacts named {name!r}") from None
+
+    def state_folder(self) -> Path:
+        """Where this call keeps what its next attempt goes on from: in a folder store, else on this node beside the
+        artifact cache. It may not be there yet; it is removed when the call's result is committed."""
+        self.saves_state = True
+        forget_finished_runs(self.store, self.source.cache)
+        return state_folder(self.store, self.source.cache, self.run_id, self.call_id)
 
     def progress(self, done: float, total: float | None = None, **metrics: float) -> None:
         """Show how far the body is, and metrics, on the driver's terminal. Cheap: shows at most five per second, and

@@ -31,6 +31,7 @@ from workflows.journal import GroupCommit, Heartbeat, Journal
 from workflows.known import Known, ReuseIndex, shown_arguments
 from workflows.loop import Loop
 from workflows.outcome import describe
+from workflows.saved import SavedStates
 from workflows.status import StatusFile
 from workflows.taken import PathTaken
 from workflows.values import decode, encode
@@ -73,6 +74,8 @@ class Executor:
         self._changed = threading.Condition()
         remote = journal.store.local_path("runs") is None
         self._lookups = ThreadPoolExecutor(8, thread_name_prefix="recua-lookup") if remote else None
+        self._states = SavedStates(journal.store, settings.cache, journal.run_id, known.commits)
+        self._with_state: set[str] = set()
         self._index = ReuseIndex(journal.store, self.abort)
         self._loop = Loop(self.abort, lambda: REST_S if self._attempts.crowded() else 0.0)
         self._gather_s = REMOTE_GATHER_S if remote else 0.0
@@ -172,6 +175,7 @@ class Executor:
         if self._lookups is not None:
             self._lookups.shutdown(cancel_futures=True)
         self._index.close()
+        self._states.close()
         # The end is on record before anything else is taken down: where a whole process group was told to stop, Ray is
         # going too, and its client may end this process in the middle of a hook.
         if end is not None:
@@ -353,6 +357,8 @@ class Executor:
     # --- ends of calls ---
 
     def _on_result(self, call: Call, outcome: Record) -> None:
+        if "state" in outcome:
+            self._with_state.add(call.id)
         times = {name: outcome[name] for name in ("started", "seconds", "node")}
         extra = {"attempt": call.attempt, "attempt_id": call.attempt_id, "ended": time.time()}
         self._commit(call, outcome["result"], {**times, **extra})
@@ -380,6 +386,9 @@ class Executor:
             self._path.succeeded(call.id)
         if call.options.reuse:
             self._index.add(self.journal.run_id, record)
+        if call.id in self._with_state:
+            self._with_state.remove(call.id)
+            self._states.committed(call.id)
         self._succeed(call, record["result"])
         self._attempts.settled(call)
 

@@ -22,11 +22,11 @@ from workflows.source import Import, Module, SourceIndex, is_text
 
 FORMAT = 1
 PLATFORM = {
-    "alarm", "artifacts", "attempts", "channel", "cli", "config", "context", "events", "executor", "fanout",
+    "alarm", "artifacts", "attempts", "bundle", "channel", "cli", "config", "context", "events", "executor", "fanout",
     "fingerprint", "gangs", "gc", "graph", "history", "housekeeping", "indexer", "journal", "known", "launch",
-    "listing", "loop", "marks", "names", "outcome", "output", "placement", "planning", "progress", "reaper",
-    "report", "report_page", "runs", "session", "source", "status", "survey", "takeover", "taken", "values",
-    "waits", "why", "worker",
+    "listing", "loop", "marks", "names", "outcome", "output", "placement", "planning", "progress", "reaper", "report",
+    "report_page", "runs", "saved", "session", "source", "status", "survey", "taken", "takeover", "values", "waits",
+    "why", "worker",
 }  # fmt: skip
 """Modules of `workflows` that carry, show and keep results. What remains are recipes and their steps."""
 BLINDING = {"exec", "eval", "globals", "__import__"}

@@ -198,7 +198,7 @@ def _unreferenced(store: Store, found: Survey, leaving: set[str], before: float)
         if ended and key.rpartition("/")[2].removesuffix(".json") not in found.codes:
             yield Item("code records", key, size)
     for key, size in store.sizes("packages"):
-        if not any(digest in key for digest in found.packages):
+        if key.rpartition("/")[2].removesuffix(".zip") not in found.packages:
             yield Item("code packages", key, size)
     for key, size in store.sizes("probe"):
         yield Item("probe files", key, size)

@@ -4,6 +4,7 @@ The platform's faults (`system`) are retried with backoff, bounded, apart from t
 the user's: shown with the user's own traceback first, without a frame of ours.
 """
 
+import re
 import traceback
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +19,11 @@ OURS = {"worker.py", "executor.py", "session.py", "outcome.py", "graph.py"}
 
 def describe(error: BaseException) -> Record:
     """An exception of a body as a record: `kind` is "user", "refused" (never retried) or "system"."""
+    raised = _raised_remotely(error) or error
     return {
         "kind": _kind(error),
-        "type": _system_name(error) or type(error).__name__,
-        "message": str(error).strip() or type(error).__name__,
+        "type": _system_name(error) or type(raised).__name__,
+        "message": _plain(str(raised)).strip() or type(raised).__name__,
         "traceback": user_traceback(error),
     }
 
@@ -33,13 +35,13 @@ def user_traceback(error: BaseException) -> str:
     while cause is not None:
         cause.stack = traceback.StackSummary.from_list([frame for frame in cause.stack if not _is_ours(frame.filename)])
         cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-    return "".join(shown.format())
+    return _plain("".join(shown.format()))
 
 
-def of_ray_error(error: BaseException, ran_s: float | None, timeout_s: float | None) -> Record:
+def of_ray_error(error: BaseException, ran_s: float | None, timeout_s: float | None, preempted: bool = False) -> Record:
     """What Ray says of a task that returned nothing: the worker, its node or its memory is gone, or it was cancelled.
 
-    `ran_s`: seconds since the body began, None where it never did.
+    `ran_s`: seconds since the body began, None where it never did. `preempted`: its node went after a notice.
     """
     name, text = type(error).__name__, str(error).strip()
     first_line = text.splitlines()[0] if text else name
@@ -53,8 +55,10 @@ def of_ray_error(error: BaseException, ran_s: float | None, timeout_s: float | N
         return {"kind": "system", "type": "OutOfMemory", "message": message, "traceback": ""}
     if name == "RayTaskError" or "RayTaskError" in name:
         return {"kind": "user", "type": name, "message": first_line, "traceback": text}
-    kind = "Preempted" if "preempt" in text.lower() else "NodeLost"
-    return {"kind": "system", "type": kind, "message": f"its worker process died ({name})", "traceback": ""}
+    if preempted:
+        return {"kind": "system", "type": "Preempted", "message": "its node was preempted", "traceback": ""}
+    what = "its node was lost" if name == "NodeDiedError" else f"its worker process died ({name})"
+    return {"kind": "system", "type": "NodeLost", "message": what, "traceback": ""}
 
 
 def rebuild(call_id: str, record: Record) -> RecuaError:
@@ -67,6 +71,17 @@ def rebuild(call_id: str, record: Record) -> RecuaError:
         error: RecuaError = kind(message)
         return error
     return StepError(f"{call_id}: {record['type']}: {record['message']}", record["traceback"])
+
+
+def _raised_remotely(error: BaseException) -> BaseException | None:
+    """What a body's own Ray task or actor raised, out of the error that Ray wraps it in."""
+    cause = getattr(error, "cause", None)
+    return cause if type(error).__name__.startswith("RayTaskError") and isinstance(cause, BaseException) else None
+
+
+def _plain(text: str) -> str:
+    """Without the colours that Ray puts into its errors."""
+    return re.sub("\x1b\\[[0-9;]*m", "", text)
 
 
 def _kind(error: BaseException) -> str:
@@ -101,4 +116,6 @@ def _user_frames(trace: TracebackType | None) -> TracebackType | None:
 
 def _is_ours(filename: str) -> bool:
     path = Path(filename)
+    if "site-packages" in path.parts and "ray" in path.parts:
+        return True
     return path.parent == Path(__file__).parent and path.name in OURS

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import threading
 import time
 import uuid
@@ -26,6 +27,8 @@ from workflows.worker import bootstrap
 NODES_AGE_S = 5.0
 JOINING = ("namespace", "runtime_env")
 """Arguments of ray.init that concern the job; the others are the cluster's."""
+PREEMPTED = 3
+"""AUTOSCALER_DRAIN_PREEMPTED of NodeDeathInfo.Reason in Ray's common.proto: a node's DeathReason."""
 Done = Callable[[bytes | None, BaseException | None], None]
 
 
@@ -138,6 +141,14 @@ class Placement:
                 where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 reference = task.options(scheduling_strategy=where, name=function.__name__).remote(argument)
                 reference.future().add_done_callback(ended)
+
+    def was_preempted(self, error: BaseException) -> bool:
+        """Whether the node that Ray's error names went after a notice of preemption (Ray's text says nothing of it)."""
+        named = re.search(r"node ID: ([0-9a-f]+)", str(error))
+        if named is None:
+            return False
+        reasons = [node.get("DeathReason") for node in self._ray.nodes() if node["NodeID"] == named.group(1)]
+        return PREEMPTED in reasons
 
     def close(self) -> None:
         """Leave the cluster; a local one that this run started is shut down."""

@@ -1,7 +1,6 @@
 """Everything that a store holds and what refers to what: the ground on which `recua gc` and `recua export` stand."""
 
 import json
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,13 +19,14 @@ Record = dict[str, Any]
 @dataclass(frozen=True)
 class StoredRun:
     """One folder under `runs/`. `metadata` None: it has no run.json, so it is no run (any more). `removed`: `recua gc`
-    has taken it down and nobody can open it again."""
+    has taken it down and nobody can open it again. `submission`: what a service was asked to run, where one was."""
 
     run_id: str
     metadata: Record | None
     state: JournalState
     status: str
     removed: bool
+    submission: Record | None = None
 
     @property
     def created(self) -> float:
@@ -100,7 +100,8 @@ def read_run(store: Store, run_id: str) -> StoredRun:
     except (ValueError, KeyError, TypeError, AssertionError):
         raise StoreError(f"--store {store.url}: runs/{run_id}/run.json is damaged") from None
     state = read_journal(store, run_id)
-    return StoredRun(run_id, metadata, state, run_status(store, run_id, state), removed)
+    status = run_status(store, run_id, state)
+    return StoredRun(run_id, metadata, state, status, removed, _submission(store, run_id))
 
 
 def references_of(run: StoredRun) -> Iterator[tuple[Record, Reference]]:
@@ -117,8 +118,18 @@ def references_of(run: StoredRun) -> Iterator[tuple[Record, Reference]]:
 
 
 def packages_of(run: StoredRun) -> set[str]:
-    """Digests in a run's metadata that may name its code package."""
-    return set(re.findall(r"\b[0-9a-f]{64}\b", json.dumps(run.metadata)))
+    """The sha256 of the code package that a service needs to go on with a run, where one was asked to run it."""
+    return set() if run.submission is None else {run.submission["package"]}
+
+
+def _submission(store: Store, run_id: str) -> Record | None:
+    raw = store.get(f"runs/{run_id}/submission.json")
+    try:
+        submission: Record | None = None if raw is None else json.loads(raw)
+        assert submission is None or isinstance(submission["package"], str)
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise StoreError(f"--store {store.url}: runs/{run_id}/submission.json is damaged") from None
+    return submission
 
 
 def _count(found: Survey, run: StoredRun) -> None:

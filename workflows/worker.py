@@ -115,8 +115,9 @@ def _body(task: Payload, store: Store, scratch: Path) -> dict[str, Any]:
         arguments = decode(task["arguments"], source)
         _fault(task, "executor.body")
         value = step.fn(*arguments["args"], **arguments["kwargs"])
-        return {"ok": True, "result": encode(value, f"{task['call']}: the result")}
-    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        result = encode(value, f"{task['call']}: the result")
+        return {"ok": True, "result": result, **({"state": True} if step_context.saves_state else {})}
+    except BaseException as error:  # sys.exit, Ctrl-C in a library, an exception class of the user's own
         record = describe(error)
         print(record["traceback"], file=sys.stderr, flush=True)
         return {"ok": False, "error": record}

@@ -101,6 +101,15 @@ def test_only_what_nobody_needs_goes_and_only_after_the_grace(store: Store, tmp_
     assert not plan_gc(store, NOW).items and not read_marks(store).marks
 
 
+def test_a_submitted_run_keeps_its_code_package(store: Store, tmp_path: Path) -> None:
+    """Whichever service finds an unfinished run unpacks it, and goes on."""
+    Run(store, "r", tmp_path)
+    store.put("runs/r/submission.json", json.dumps({"package": "a" * 64}).encode())
+    for letter in "ab":
+        store.put(f"packages/{letter * 64}.zip", b"zip")
+    assert [item.key for item in plan_gc(store, NOW).items] == [f"packages/{'b' * 64}.zip"]
+
+
 def test_a_removed_run_keeps_what_others_took_from_it(store: Store, tmp_path: Path) -> None:
     first, second = Run(store, "old", tmp_path, created=1.0), Run(store, "new", tmp_path, created=2.0)
     attempt, shared = first.artifact("shared", "one")

@@ -7,7 +7,7 @@ from typing import Any
 
 from actors.config import DpoSettings, PpoSettings, PretrainSettings, RewardSettings, SftSettings
 from infra.telemetry import MetricsWriter
-from workflows.graph import Artifact, StepContext, context, step
+from workflows.graph import Artifact, context, step
 from workflows.recipe import ModelSettings, PoolSettings
 from workflows.steps.text import read_problems, read_rows
 
@@ -53,9 +53,8 @@ def pretrain(
     run, curve = context(), Curve("pretrain")
     out = run.artifact("model")
     config = model.to_llama(load_tokenizer(tokenizer.path()).vocab_size)
-    state = _state_folder(run)
+    state = run.state_folder()  # stays until this call is committed
     result = run_pretrain(tokens.path(), tokenizer.path(), config, section, out.path, state, curve, seed=seed)
-    shutil.rmtree(state)
     return Trained("pretrain", out.seal(), curve.seal(), {"loss": result.final_loss, "tokens": result.tokens})
 
 
@@ -146,12 +145,6 @@ def optimise_policy(
             ChatTokenizer.load(base.path()), section, out.path, seed, base.digest[:12], curve,
         )  # fmt: skip
     return Trained(stage, out.seal(), curve.seal(), summary)
-
-
-def _state_folder(run: StepContext) -> Path:
-    """Where a call keeps what its next attempt goes on from: in a folder store, or on this node beside the cache."""
-    name = f"runs/{run.run_id}/state/{run.call_id.replace('/', '.')}"
-    return run.store.local_path(name) or Path(run.source.cache).parent / name
 
 
 @step(num_cpus=0.5, memory="1GiB", timeout=3600)

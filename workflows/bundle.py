@@ -1,0 +1,306 @@
+"""A run as one file: `recua export` writes it, `recua import` puts it into another store.
+
+A bundle is a tar in a fixed order, gzipped where its name ends in "gz", so that equal runs give equal bytes:
+
+    recua-bundle.json    {"format", "run", "workflow"}
+    <key>, <key>, ...    objects of the store under their own keys, sorted: the run's metadata and recipe, journal (who
+                         made what from what), logs, report, history; every artifact that it refers to, wherever that
+                         lies; parts of its code's fingerprints; its index entries; the code package and submission of
+                         a run of the service
+    checksums.json       {<key>: {"size", "sha256"}}
+
+With `only_results` the artifacts of a finished run that are neither in its result nor in its recipe stay out: it can be
+shown, reported and served elsewhere, and steps whose artifacts are missing run again where others would reuse them.
+
+It is streamed: at most one file of a remote store is on this disk at a time. Known forms of secrets are blanked in
+logs. An import reads the whole file and compares every checksum before it writes anything; the run becomes visible
+with its last object, run.json.
+"""
+
+import contextlib
+import functools
+import gzip
+import hashlib
+import io
+import json
+import re
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from infra.errors import StoreError, UserError
+from infra.storage import Store, appear, sync_file
+from infra.telemetry import redact
+from workflows.artifacts import Artifact, read_manifest
+from workflows.journal import removed_key
+from workflows.known import FORMAT as INDEX_FORMAT
+from workflows.known import code_key, index_key
+from workflows.survey import StoredRun, packages_of, read_run, references_of
+from workflows.values import artifact_records
+
+FORMAT = 1
+DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error)
+HEADER, CHECKSUMS = "recua-bundle.json", "checksums.json"
+SHARED = r"runs/[^/]+/attempts/|code/|index/|packages/"
+"""Where objects may lie that do not belong to the run alone. What a store has of them already stays as it is."""
+OF_RUN = (
+    "journal/",
+    "history/",
+    "signals/",
+    "run.json",
+    "submission.json",
+    "report.html",
+    "report.json",
+    "status.json",
+)
+CHUNK = 1 << 20
+GZIP_LEVEL = 1
+"""Weights hardly shrink; texts and logs do at any level."""
+Record = dict[str, Any]
+Opened = contextlib.AbstractContextManager[IO[bytes]]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One object of a bundle: how to open its content, and the sha256 that it must have where that is known."""
+
+    open: Callable[[], Opened]
+    sha256: str | None = None
+
+
+def export_run(store: Store, run_id: str, output: Path, with_logs: bool = True, only_results: bool = False) -> int:
+    """Write a run's bundle; its size in bytes.
+
+    Raises:
+        UserError: no such run, it is running, or `only_results` of one that has not finished.
+        StoreError: an artifact of it is not whole, or anything cannot be read. No file is left then.
+    """
+    run = read_run(store, run_id)
+    if not run.is_run:
+        raise UserError(f"no run {run_id!r} in {store.url}")
+    if run.status == "running":
+        raise UserError(f"run {run_id} is running: wait for its end, or `recua cancel {run_id}` first")
+    if only_results and run.status != "finished":
+        raise UserError(f"--only-results: run {run_id} is {run.status}, and needs its other artifacts to go on")
+    members = _members(store, run, with_logs, only_results)
+    header = {"format": FORMAT, "run": run_id, "workflow": (run.metadata or {})["workflow"]}
+    checksums: dict[str, Record] = {}
+    with appear(output) as temporary:
+        with _create(temporary, output.name.endswith("gz")) as tar:
+            _add(tar, HEADER, io.BytesIO(_json(header)))
+            for key in sorted(members):
+                with members[key].open() as stream:
+                    checksums[key] = _add(tar, key, stream)
+                if members[key].sha256 not in (None, checksums[key]["sha256"]):
+                    raise StoreError(f"--store {store.url}: {key} is damaged: it is not what its manifest says")
+            _add(tar, CHECKSUMS, io.BytesIO(_json(checksums)))
+        sync_file(temporary)
+    return output.stat().st_size
+
+
+def import_run(store: Store, bundle: Path) -> str:
+    """Put a bundle's run into `store`; the run's id.
+
+    Raises:
+        UserError: no bundle, another format, a damaged one, or the store has a run of that id.
+    """
+    try:
+        run_id, checksums = verify(bundle)
+        if store.exists(f"runs/{run_id}/run.json"):
+            raise UserError(f"{bundle}: {store.url} has a run {run_id} already")
+        last = f"runs/{run_id}/run.json"
+        with tarfile.open(bundle) as tar:
+            visible = b""
+            for member in tar:
+                if member.name not in checksums:
+                    continue
+                stream = tar.extractfile(member)
+                assert stream is not None, "verified to be a file"
+                if member.name == last:
+                    visible = stream.read()
+                elif member.name.startswith(f"runs/{run_id}/") or not store.exists(member.name):
+                    _place(store, member.name, stream)
+    except DAMAGE as error:
+        raise UserError(f"{bundle}: {error}") from None
+    store.delete(removed_key(run_id))
+    if not store.put_if_absent(last, visible):
+        raise UserError(f"{bundle}: {store.url} has a run {run_id} already")
+    return run_id
+
+
+def verify(bundle: Path) -> tuple[str, dict[str, Record]]:
+    """(run id, checksums) of a bundle that is whole.
+
+    Raises:
+        UserError: it is none, of another format, or damaged; what is wrong is named.
+    """
+    found: dict[str, Record] = {}
+    small: dict[str, bytes] = {}
+    try:
+        with tarfile.open(bundle) as tar:
+            for member in tar:
+                stream = tar.extractfile(member) if member.isfile() else None
+                if stream is None or member.name in found:
+                    raise UserError(f"{bundle} is damaged: unexpected entry {member.name}")
+                if member.name in (HEADER, CHECKSUMS):
+                    small[member.name] = stream.read()
+                else:
+                    found[member.name] = _checksum(stream)
+    except FileNotFoundError:
+        raise UserError(f"{bundle}: no such file") from None
+    except DAMAGE as error:
+        raise UserError(f"{bundle} is no bundle of recua, or it is damaged: {error}") from None
+    try:
+        header, checksums = json.loads(small[HEADER]), json.loads(small[CHECKSUMS])
+        run_id, version = str(header["run"]), header["format"]
+    except (KeyError, ValueError, TypeError):
+        raise UserError(f"{bundle} is no bundle of recua, or it is cut off") from None
+    if version != FORMAT:
+        raise UserError(f"{bundle} has format {version}, this recua reads {FORMAT}")
+    for key in sorted(found.keys() | checksums.keys()):
+        if found.get(key) != checksums.get(key):
+            raise UserError(f"{bundle} is damaged: {key} is not what its checksum says")
+        if not re.match(rf"runs/{re.escape(run_id)}/|{SHARED}", key) or {"..", ".", ""} & set(key.split("/")):
+            raise UserError(f"{bundle} is damaged: {key} has no place in a store")
+    if f"runs/{run_id}/run.json" not in checksums:
+        raise UserError(f"{bundle} is damaged: it lacks the run's metadata")
+    return run_id, checksums
+
+
+# --- what is in it ---
+
+
+def _members(store: Store, run: StoredRun, with_logs: bool, only_results: bool) -> dict[str, Member]:
+    """By key."""
+    found = _of_run(store, run, with_logs)
+    located = set()
+    for record, reference in references_of(run):
+        artifact = Artifact.from_record(record, None)
+        if artifact.location in located or (only_results and reference.call_id):
+            continue
+        located.add(artifact.location)
+        manifest = f"{artifact.location}/manifest.json"
+        found[manifest] = _stored(store, manifest)
+        for entry in read_manifest(store, artifact):
+            key = f"{artifact.location}/data/{entry.path}"
+            found[key] = _stored(store, key, entry.sha256)
+    parts = {commit.get(name) for commit in run.state.commits.values() for name in ("code", "libraries")}
+    keys = [code_key(part) for part in parts if part] + [f"packages/{sha256}.zip" for sha256 in packages_of(run)]
+    found |= {key: _stored(store, key) for key in keys if store.exists(key)}
+    for commit in run.state.commits.values():
+        whole = located.issuperset(record["location"] for record in artifact_records(commit["result"]))
+        if whole and commit.get("key") and store.exists(index_key(commit["key"])):
+            found[index_key(commit["key"])] = _made(_index_entry(run.run_id, commit))
+    return found
+
+
+def _of_run(store: Store, run: StoredRun, with_logs: bool) -> dict[str, Member]:
+    """What lies in the run's own folder, but for artifacts."""
+    found, base = {}, f"runs/{run.run_id}/"
+    for key in store.list(base.rstrip("/")):
+        name = key.removeprefix(base)
+        if name.startswith(OF_RUN):
+            found[key] = _stored(store, key)
+        elif with_logs and re.fullmatch(r"attempts/[^/]+/log\.txt|driver/[^/]+\.log", name):
+            found[key] = Member(functools.partial(_open_log, store, key))
+    return found
+
+
+def _stored(store: Store, key: str, sha256: str | None = None) -> Member:
+    return Member(functools.partial(_open, store, key), sha256)
+
+
+def _made(content: bytes) -> Member:
+    return Member(functools.partial(io.BytesIO, content))
+
+
+def _index_entry(run_id: str, commit: Record) -> bytes:
+    entry = {name: commit[name] for name in ("key", "call", "step", "result", "seconds")}
+    return _json({"format": INDEX_FORMAT, "run": run_id, **entry})
+
+
+@contextlib.contextmanager
+def _open(store: Store, key: str) -> Iterator[IO[bytes]]:
+    local = store.local_path(key)
+    if local is not None:
+        try:
+            with local.open("rb") as stream:
+                yield stream
+        except OSError as error:
+            raise StoreError(f"--store {store.url}: cannot read {key}: {error.strerror}") from error
+        return
+    with tempfile.TemporaryDirectory(prefix="recua-") as folder:
+        file = Path(folder) / "object"
+        store.download_file(key, file)
+        with file.open("rb") as stream:
+            yield stream
+
+
+def _open_log(store: Store, key: str) -> Opened:
+    return io.BytesIO(redact((store.get(key) or b"").decode(errors="replace")).encode())
+
+
+# --- how it is written and read ---
+
+
+@contextlib.contextmanager
+def _create(path: Path, compressed: bool) -> Iterator[tarfile.TarFile]:
+    with contextlib.ExitStack() as stack:
+        file: Any = stack.enter_context(path.open("wb"))
+        if compressed:
+            file = stack.enter_context(gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0))
+        yield stack.enter_context(tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT))
+
+
+def _add(tar: tarfile.TarFile, name: str, stream: IO[bytes]) -> Record:
+    """Append a member with nothing of this machine or moment in it; its checksum."""
+    info = tarfile.TarInfo(name)
+    info.size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    checked = _Hashing(stream)
+    tar.addfile(info, checked)  # type: ignore[arg-type]
+    return {"size": info.size, "sha256": checked.sha256.hexdigest()}
+
+
+class _Hashing:
+    """A stream whose content is hashed while it is read."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.sha256 = hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self.sha256.update(data)
+        return data
+
+
+def _checksum(stream: IO[bytes]) -> Record:
+    checked, size = _Hashing(stream), 0
+    while data := checked.read(CHUNK):
+        size += len(data)
+    return {"size": size, "sha256": checked.sha256.hexdigest()}
+
+
+def _place(store: Store, key: str, stream: IO[bytes]) -> None:
+    local = store.local_path(key)
+    if local is not None:
+        with appear(local) as temporary:
+            with temporary.open("wb") as target:
+                shutil.copyfileobj(stream, target, CHUNK)
+            sync_file(temporary)
+        return
+    with tempfile.TemporaryDirectory(prefix="recua-") as folder:
+        file = Path(folder) / "object"
+        with file.open("wb") as target:
+            shutil.copyfileobj(stream, target, CHUNK)
+        store.upload_file(key, file)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
