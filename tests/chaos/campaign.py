@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def summary(lines: list[Record]) -> str:
     return json.dumps(total)
 
 
-def carry_out(seeds: range, results: Path) -> Iterator[Record]:
+def carry_out(seeds: Iterable[int], results: Path) -> Iterator[Record]:
     """Run these seeds; each line is kept and given. Where the surroundings fail, on an overloaded machine say, the
     seed is run again in new ones."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()

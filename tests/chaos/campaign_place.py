@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,11 +74,23 @@ class Place:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         self._cluster.remove_node(node, allow_graceful=False)
-        self._cluster.add_node(wait=False, **NODE)
+        self._join()
+
+    def _join(self) -> None:
+        try:
+            self._cluster.add_node(wait=False, **NODE)
+        except Exception as error:  # Ray gives a raylet 30 s to start, too little on an overloaded machine
+            print(f"a node did not join in time: {error!r}", flush=True)
 
     def settle(self) -> None:
-        """Wait for nodes that are joining or leaving."""
-        self._cluster.wait_for_nodes(timeout=120)
+        """Wait until there are as many nodes as there were, and one to kill."""
+        deadline = time.monotonic() + 240
+        while not self._cluster.worker_nodes:
+            self._join()
+            assert time.monotonic() < deadline, "no node joins"
+        while sum(node["Alive"] for node in self._cluster.global_state.node_table()) < NODES:
+            assert time.monotonic() < deadline, "a node that joined does not show"
+            time.sleep(0.1)
 
     def actors(self) -> list[str]:
         """Names of actors that are not dead."""
