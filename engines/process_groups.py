@@ -19,6 +19,7 @@ import json
 import os
 import re
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -239,6 +240,8 @@ def forget_meshes() -> None:
     Two meshes count as equal there when their shapes and ranks are, whatever this process's own rank is and whichever
     groups lie under them: with another rank in an equal mesh the old answers would train on the wrong shards.
     """
+    if "torch.distributed.tensor" not in sys.modules:
+        return  # no mesh was used, and importing it takes seconds
     from torch.distributed.tensor import DTensor, _collective_utils, _random, _redistribute, _sharding_prop
 
     propagator: Any = DTensor._op_dispatcher.sharding_propagator
