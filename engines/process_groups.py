@@ -10,7 +10,8 @@ a group that ends when any rank does).
 gloo has no abort that wakes a rank blocked on a live peer (torch 2.13). What does is shutting its connections down.
 They are told from everything else that the process has open: each rank publishes the ports that its gloo devices
 listen on, and only sockets that were opened while the groups were formed, and that end in one of these ports, are
-taken. The listeners are left alone: gloo's loop thread throws when one fails, and takes the process with it.
+taken. The listeners are left alone: gloo's loop thread throws when one fails, and takes the process with it. Waits that
+gloo does not end even then are ended by `gloo_waits`.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import re
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +31,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from engines import gloo_waits
 from infra.errors import NodeLost, RecuaError
 
 T = TypeVar("T")
@@ -119,7 +122,7 @@ class ProcessGroups:
         self.timeout_s, self.form_timeout_s = timeout_s, form_timeout_s
         self._rendezvous = rendezvous
         self._lock = threading.Lock()
-        self._aborted = False
+        self._aborted = self._broken = False
         self._before: set[Socket] | None = None  # while forming: what was open already
         self._connections: set[Socket] = set()  # once formed: gloo's connections and the store's
 
@@ -155,7 +158,7 @@ class ProcessGroups:
     def abort(self, deadline_s: float = 5.0) -> bool:
         """Wake this process's training thread wherever it waits for a peer; callable from any thread, more than once.
 
-        Returns False when NCCL did not let go within `deadline_s`: the process should then be killed.
+        Returns False when gloo or NCCL did not let go within `deadline_s`: the process should then be killed.
         """
         with self._lock:
             self._aborted = True
@@ -166,16 +169,19 @@ class ProcessGroups:
             for victim in victims:
                 if victim.remote is not None:
                     victim.shut_down()
+        released = forming or self._release(deadline_s)
         if self.device.type != "cuda" or not dist.is_initialized():
-            return True
+            return released
         # Every communicator's abort sits between one group start and end, or they would wait for each other.
         aborting = threading.Thread(target=dist.distributed_c10d._abort_process_group, daemon=True)
         aborting.start()
         aborting.join(deadline_s)
-        return not aborting.is_alive()
+        return released and not aborting.is_alive()
 
     def leave(self) -> None:
         """Free the groups, broken or not; whatever used them (models, meshes) should have been dropped."""
+        if self._broken and not self._aborted:
+            self.abort()  # destroying a group waits for its threads
         with self._lock:
             self._connections, self._before = set(), None
         if dist.is_initialized():
@@ -185,21 +191,43 @@ class ProcessGroups:
 
     @contextlib.contextmanager
     def naming_lost_peers(self, forming: bool = False) -> Iterator[None]:
-        """A collective that failed because the other side is gone, or because of `abort`, raises NodeLost."""
+        """A collective that failed because the other side is gone, or because of `abort`, raises NodeLost.
+
+        So does one that `abort` ended without an error.
+        """
         try:
             yield
+            if self._aborted:
+                raise NodeLost(f"{self} was aborted")
         except RecuaError:
             raise
         except RuntimeError as error:
             late = forming and isinstance(error, dist.DistError)
             if not (self._aborted or late or LOST_PEER.search(str(error))):
                 raise
+            self._broken = True
             lines = str(error).strip().splitlines() or [type(error).__name__]
             why = "was aborted" if self._aborted else "lost a peer"
             raise NodeLost(f"{self} {why}: {lines[0]}") from error
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world_size}, generation {self.generation},"
+
+    def _release(self, deadline_s: float) -> bool:
+        """Wait until gloo has seen that its connections are gone, and nobody waits for it any more."""
+        meeting = self._rendezvous
+        port = meeting.address.port if isinstance(meeting, Rendezvous) else None
+        deadline = time.monotonic() + deadline_s
+        while True:
+            with self._lock:
+                if not self._connections:
+                    return True  # no groups yet, or left already
+                seen = not any(entry.is_open() for entry in self._connections if not entry.is_on(port))
+                if seen and not gloo_waits.wake():
+                    return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
 
     def _init_default(self, store: dist.Store) -> None:
         options: dict[str, Any] = {}
@@ -264,9 +292,18 @@ class Socket:
     remote: tuple[str, int] | None
     listens: bool
 
+    def is_open(self) -> bool:
+        try:
+            return os.fstat(self.descriptor).st_ino == self.inode
+        except OSError:
+            return False
+
+    def is_on(self, port: int | None) -> bool:
+        return port is not None and port in (self.local[1], self.remote[1] if self.remote is not None else None)
+
     def shut_down(self) -> None:
         with contextlib.suppress(OSError):
-            if os.fstat(self.descriptor).st_ino != self.inode:
+            if not self.is_open():
                 return
             with _borrowed(self.descriptor) as connection:
                 connection.shutdown(socket.SHUT_RDWR)

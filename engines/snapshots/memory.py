@@ -87,17 +87,18 @@ class Snapshots:
         self._jobs: queue.SimpleQueue[_Job | Callable[[], None] | None] = queue.SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
+        self._cut = False
         self._failure: BaseException | None = None
         self._copier: _CudaCopier | None = None
         self._thread = threading.Thread(target=self._work, name=f"snapshots-{generation}", daemon=True)
         self._thread.start()
 
     def take(self, step: int, pieces: Sequence[Piece], progress: dict[str, Any]) -> bool:
-        """Begin to copy the state after `step` steps; False where `every` skips it.
+        """Begin to copy the state after `step` steps; False where `every` skips it, and after `cut`.
 
         The tensors may be read but not written until `settle` returns. `progress` is JSON.
         """
-        if step % self.every:
+        if step % self.every or self._cut:
             return False
         self.settle()
         if self.segments is None:
@@ -127,7 +128,8 @@ class Snapshots:
         return self.last
 
     def cut(self) -> None:
-        """Give up waiting for replicas: some holder may be gone. Callable from any thread."""
+        """Give up waiting for replicas: some holder may be gone. Callable from any thread; no snapshot follows."""
+        self._cut = True
         for holder in self.holders:
             holder.cut()
 

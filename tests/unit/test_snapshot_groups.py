@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import socket
 import threading
 import time
@@ -116,6 +117,45 @@ def test_abort_wakes_a_rank_that_waits_for_a_peer_to_come() -> None:
     found = mp.get_context("fork").SimpleQueue()
     mp.start_processes(never_answered, (address, found), nprocs=1, start_method="fork")
     assert found.get() < DEADLINE, "it waited for the forming to time out instead"
+    del store
+
+
+def sends_to_a_silent_peer(rank: int, address: StoreAddress, ended: Any) -> None:
+    """Rank 0's data is being written when the connection goes: gloo itself would sleep until its timeout."""
+    torch.set_num_threads(1)
+    groups = ProcessGroups(0, rank, 2, Rendezvous(address), timeout_s=600)
+    groups.form(lambda: None)
+    data = torch.zeros(1 << 24)
+    if rank:
+        announced = dist.irecv(data, 0)
+        signal.raise_signal(signal.SIGSTOP)
+        del announced
+    control = threading.Timer(0.5, lambda: ended.put(groups.abort(DEADLINE)))
+    control.start()
+    with pytest.raises(NodeLost), groups.naming_lost_peers():
+        dist.send(data, 1)
+    control.join()
+    groups.leave()
+    ended.put(True)
+    ended.close()
+    ended.join_thread()
+
+
+def test_abort_wakes_a_rank_in_the_middle_of_a_write() -> None:
+    store, address = host_store()
+    context = mp.get_context("fork")
+    ended = context.Queue()
+    ranks = [context.Process(target=sends_to_a_silent_peer, args=(rank, address, ended)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    try:
+        assert ended.get(timeout=DEADLINE) and ended.get(timeout=DEADLINE)
+        ranks[0].join(DEADLINE)
+        assert ranks[0].exitcode == 0
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
     del store
 
 
