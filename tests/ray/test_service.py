@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 from helpers.words import shout
 from workflows.graph import context, step, workflow
+from workflows.waits import approval
 
 @step(num_cpus=0.5)
 def first(folder: str) -> dict:
@@ -43,8 +44,10 @@ def second(folder: str, made: dict) -> str:
     return made["text"]
 
 @workflow
-def toy(folder: str) -> dict:
+def toy(folder: str, ask: bool = False) -> dict:
     made = first(folder)
+    if ask:
+        approval("ship", "Ship it?").result()
     return {"said": second(folder, made).result(), "code": made.result()["code"]}
 """
 
@@ -86,15 +89,16 @@ class User:
         }
         return subprocess.Popen(command, cwd=self.project, env=self.environment, **streams)
 
-    def up(self, code: int | None = 0) -> str:
-        return self.recua("up", "--port", str(self.port), code=code)
+    def up(self, *options: str, code: int | None = 0) -> str:
+        return self.recua("up", "--port", str(self.port), *options, code=code)
 
     def token(self) -> str:
         return (self.home / ".recua" / "token").read_text().strip()
 
-    def get(self, path: str, token: str | None = None) -> Any:
-        headers = {"Authorization": f"Bearer {token or self.token()}"}
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
+    def get(self, path: str, token: str | None = None, body: Any = None) -> Any:
+        headers = {"Authorization": f"Bearer {token or self.token()}", "Content-Type": "application/json"}
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
@@ -149,8 +153,8 @@ def begun(trace: Path) -> int:
     return len(file.read_text()) if file.exists() else 0
 
 
-def submit(user: User, trace: Path, run_id: str) -> None:
-    output = user.recua("run", "flow.py", "--set", f"folder={trace}", "--run", run_id, "--detach")
+def submit(user: User, trace: Path, run_id: str, *options: str) -> None:
+    output = user.recua("run", "flow.py", "--set", f"folder={trace}", "--run", run_id, "--detach", *options)
     assert f"recua watch {run_id}" in output
 
 
@@ -222,28 +226,45 @@ def answers(user: User) -> bool:
         return False
 
 
-def test_service_refuses_cancels_and_goes_down(user: User, trace: Path) -> None:
-    user.up()
+def test_service_on_s3_refuses_asks_cancels_and_goes_down(user: User, trace: Path, s3_url: str) -> None:
+    user.environment |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    user.recua("down", code=None)
+    with socket.create_server(("127.0.0.1", user.port)):
+        assert user.up(code=2).startswith(f"recua: error: --port: port {user.port}"), "a taken port is named"
+    assert not user.processes()
+    assert f"runs in {s3_url}" in user.up("--store", s3_url)
+    store = open_store(s3_url)
     refused = user.recua("run", "flow.py", "--set", "folders=1", "--detach", code=2)
     local = user.recua("run", "flow.py", "--set", "folders=1", code=2)
     assert refused == local and "unknown setting folders; did you mean folder?" in refused
-    with pytest.raises(urllib.error.HTTPError, match="401"):
-        user.get("/api/v1/runs", token="wrong")
+    for token in ("wrong", user.token()[:-1]):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            user.get("/api/v1/runs", token=token)
 
-    submit(user, trace, "stopped")
+    submit(user, trace, "stopped", "--set", "ask=true")
+    shutil.rmtree(user.project / "helpers")
+    (user.project / "flow.py").unlink()  # all that the run needs is in the store from here on
+    asks = "/api/v1/runs/stopped/steps"
+    wait_for(lambda: "waiting-for-approval" in str(user.get(asks)), "the run never asked")
+    user.get("/api/v1/runs/stopped/approve", body={"id": "ship", "approve": True})
     wait_for(lambda: begun(trace) == 1, "the run never came to its second step")
     workers = user.pids("ray::second")
-    assert workers
+    assert workers and [run["run_id"] for run in user.get("/api/v1/runs")] == ["stopped"]
     assert "run stopped is cancelled" in user.recua("cancel", "stopped")
     wait_for(lambda: not set(workers) & set(user.pids("ray::second")), "the cancelled step still runs")
     assert "cancelled" in user.recua("watch", "stopped", code=130)
     assert user.recua("watch", "nope", code=2).startswith("recua: error: no run 'nope'")
 
-    submit(user, trace, "stopped")
-    wait_for(lambda: begun(trace) == 2, "a cancelled run that is submitted again goes on")
+    assert "the service goes on with run stopped" in user.recua("resume", "stopped", "--detach")
+    wait_for(lambda: begun(trace) == 2, "a cancelled run goes on when it is resumed, from its package")
+    watching = user.start("watch", "stopped")
+    assert watching.stdout is not None and "run stopped of flow:toy" in watching.stdout.readline()
+    watching.send_signal(signal.SIGINT)
+    assert "the run goes on" in watching.communicate(timeout=60)[0] and watching.returncode == 130
     output = user.recua("down")
     assert "1 unfinished runs were interrupted, the next `recua up` goes on with them: stopped" in output
-    assert load_run(user.store, "stopped").status == "interrupted"
+    assert load_run(store, "stopped").status == "interrupted"
     wait_for(lambda: not user.processes(), f"left behind: {user.processes()}")
     assert not (user.home / ".recua" / "service.json").exists()
-    assert "no driver" in user.recua("watch", "stopped", "--store", user.store.url, code=1)
+    assert "no driver" in user.recua("watch", "stopped", "--store", s3_url, code=1)
+    assert "nothing is up here" in user.recua("down", code=2)

@@ -59,7 +59,8 @@ def start() -> tuple[str, Record]:
     while "ray runtime started" not in log.read_text(errors="replace").lower():
         if process.poll() is not None or time.monotonic() > deadline:
             stop(record)
-            raise SystemFault(f"Ray's head did not start; see {log}, or give --address of a cluster")
+            said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+            raise SystemFault(f"Ray's head did not start ({' '.join(said)}); see {log}, or give --address of a cluster")
         time.sleep(0.1)
     return f"127.0.0.1:{port}", record
 
