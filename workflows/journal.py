@@ -31,6 +31,8 @@ from infra.storage import Store
 
 FORMAT = 1
 Record = dict[str, Any]
+Entry = tuple[Record, Callable[[], None] | None]
+"""A record, and what to call when it is written."""
 
 
 @dataclass
@@ -342,22 +344,28 @@ class GroupCommit:
                 if then is not None:
                     then()
 
-    def _gather(self) -> tuple[list[tuple[Record, Callable[[], None] | None]], bool]:
-        """The next batch: everything there is once a commit has come (or notes have waited for `idle_s`)."""
-        batch: list[tuple[Record, Callable[[], None] | None]] = []
+    def _gather(self) -> tuple[list[Entry], bool]:
+        """The next batch, once a commit has come (or notes have waited for `idle_s`), and whether it is the last."""
+        batch: list[Entry] = []
         deadline: float | None = None
         while True:
-            try:
-                wait = None if deadline is None else deadline - time.monotonic()
-                record, then = self._queue.get(
-                    block=wait is None or wait > 0, timeout=wait if wait and wait > 0 else None
-                )
-            except queue.Empty:
-                return batch, False
-            if record is None:
-                return batch, True
-            batch.append((record, then))
-            if then is not None:
-                deadline = min(deadline or float("inf"), time.monotonic() + self._gather_s())
-            elif deadline is None:
-                deadline = time.monotonic() + self._idle_s
+            taken, closing = self._take(deadline)
+            batch += taken
+            idle = deadline is not None and time.monotonic() >= deadline
+            if closing or idle or any(then is not None for _, then in taken):
+                return batch, closing
+            deadline = deadline or time.monotonic() + self._idle_s
+
+    def _take(self, deadline: float | None) -> tuple[list[Entry], bool]:
+        """What is there `gather()` seconds after something came; nothing where the deadline came first. Whoever puts
+        more meanwhile wakes nobody: to be woken for every record would cost more than to write it."""
+        taken: list[Entry] = []
+        try:
+            record, then = self._queue.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            time.sleep(self._gather_s())
+            while record is not None:
+                taken.append((record, then))
+                record, then = self._queue.get_nowait()
+        except queue.Empty:
+            return taken, False
+        return taken, True
