@@ -31,7 +31,7 @@ def draw_svg(found: Sensitivity, own: tuple[float, float], baseline: float, titl
     parts.append(
         _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - BOTTOM + 36, "pause (s), detection apart", 12, anchor="middle")
     )
-    for value, label, colour in ((TARGET, "0.98", "#b00"), (baseline, "restart from storage", "#777")):
+    for value, label, colour in ((TARGET, "goal", "#b00"), (baseline, "restart from storage", "#777")):
         parts.append(_line(LEFT, y(value), WIDTH - RIGHT, y(value), colour, dashed=True))
         parts.append(_text(WIDTH - RIGHT, y(value) - 5, f"{label}: {value:.4f}", 11, colour, anchor="end"))
     curve = " ".join(f"{x(pause):.1f},{y(value):.1f}" for pause, value in found.points)

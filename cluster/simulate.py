@@ -97,7 +97,8 @@ def simulate(given: argparse.Namespace) -> tuple[dict[str, Any], Outcome]:
         if given.plot is not None:
             title = f"{given.gpus} GPUs, {days:g} days, failures: {given.failures}"
             own = (model.pause_s(given.gpus), outcome.account.goodput)
-            given.plot.write_text(draw_svg(found, own, result["baseline_goodput"], title, (source, model.source)))
+            notes = (source.split(";")[0], f"pause model {model.source}")
+            given.plot.write_text(draw_svg(found, own, result["baseline_goodput"], title, notes))
             result["plot"] = str(given.plot)
         say("measuring the controller's own cost from 8 to 100,000 ranks ...")
         result["controller_cost"] = [cost.to_json() for cost in controller_cost.measure_sizes()]
