@@ -22,6 +22,7 @@ from workflows.config import RunSettings
 from workflows.gangs import GangAttempt, Gangs
 from workflows.graph import StepOptions
 from workflows.names import import_roots
+from workflows.reaper import Guardian
 from workflows.worker import bootstrap
 
 NODES_AGE_S = 5.0
@@ -40,6 +41,7 @@ class Placement:
         self._store = store
         self._ray: Any = None
         self._session: RaySession | None = None
+        self._guardian: Guardian | None = None
         self._nodes: list[dict[str, float]] = []
         self._nodes_at = float("-inf")
         self._body: Callable[[bytes], bytes] | None = None
@@ -156,6 +158,8 @@ class Placement:
             self._gangs.close()
         if self._session is not None:
             self._session.close()
+        if self._guardian is not None:
+            self._guardian.close()
 
     @functools.cache  # noqa: B019 - one Placement per run
     def _task(self, num_cpus: float, num_gpus: float, memory: int | None) -> Any:
@@ -175,16 +179,18 @@ class Placement:
         address = self._settings.ray_address or os.environ.get("RAY_ADDRESS")
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         try:
-            if address:
+            if address and address != "local":
                 options = {
                     name: self._settings.ray_options[name] for name in JOINING if name in self._settings.ray_options
                 }
                 ray.init(address=address, **quiet, **options)
             else:
                 options = {"include_dashboard": False, **quiet, **self._settings.ray_options}
-                ray.init(address="local", **options)
+                self._guardian = Guardian()
+                with self._guardian.guarding():
+                    ray.init(address="local", **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            where = f"ray_address={address}" if address else "a local Ray"
+            where = f"ray_address={address}" if address and address != "local" else "a local Ray"
             raise ConfigError(f"cannot start or join {where}: {str(error).splitlines()[0]}") from error
         except Exception as error:  # Ray's own start raises a bare Exception when it times out
             raise SystemFault(f"Ray did not start ({str(error)[:200]}); an overloaded machine? run it again") from error

@@ -6,6 +6,11 @@ closes because the worker is gone (killed, crashed, or finished with its life) i
 belongs to the worker is found by a marker in the environment, which children inherit even when they move to another
 session. The reaper itself is no child of its worker, because a Ray worker that is told to end kills its children first.
 
+Beside a driver that started a local Ray stands another one, its guardian. Where the driver is killed, Ray's servers go
+with it, but a Ray worker that was just starting waits up to a minute for them, and what an actor started in another
+session stays for ever: the guardian ends both at once. Ray's object store holds no name in shared memory, it goes with
+its process; Ray's folder of logs, under its temporary folder, stays as it does after every Ray.
+
 What an attempt leaves behind stands in memory that both share (no message per attempt): its scratch folder, which goes,
 and what it printed, which is kept as its log where the worker could not do that itself any more.
 """
@@ -19,8 +24,11 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-MARKER = "RECUA_STEP_WORKER"
+MARKER, LOCAL_RAY = "RECUA_STEP_WORKER", "RECUA_LOCAL_RAY"
+NO_MEMORY = -1
 
 
 class Reaper:
@@ -55,19 +63,7 @@ class Reaper:
         os.pwrite(self._memory, len(text).to_bytes(4, "big") + text, 0)
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        environment = {key: value for key, value in os.environ.items() if key != MARKER}
-        arguments = [self._marker, str(os.getpid()), str(self._memory)]
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", os.path.abspath(__file__), *arguments],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[self._memory],
-            env=environment,
-            start_new_session=True,
-        )
-        process.wait()  # it goes on as a child of nobody
-        return process
+        return _reap(f"{MARKER}={self._marker}", self._memory)
 
     def _gone(self) -> bool:
         """Whether somebody killed it, the machine's out-of-memory killer perhaps: nobody reads the pipe any more."""
@@ -89,9 +85,50 @@ class Reaper:
         self._process.stdin.write(line.encode())
 
 
+class Guardian:
+    """A driver's handle on the process that ends its local Ray's processes: when this one dies, or at `close`."""
+
+    def __init__(self) -> None:
+        self._marker = uuid.uuid4().hex
+        self._process = _reap(f"{LOCAL_RAY}={self._marker}", NO_MEMORY)
+
+    @contextmanager
+    def guarding(self) -> Iterator[None]:
+        """What is started in here, and whatever that starts later, belongs to the local Ray."""
+        before = os.environ.get(LOCAL_RAY)
+        os.environ[LOCAL_RAY] = self._marker
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[LOCAL_RAY]
+            else:  # this driver is a step of another one with a local Ray
+                os.environ[LOCAL_RAY] = before
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+
+def _reap(marker: str, memory: int) -> "subprocess.Popen[bytes]":
+    """Start a reaper of this process; it carries no marker itself, so that none ends another."""
+    environment = {key: value for key, value in os.environ.items() if key not in (MARKER, LOCAL_RAY)}
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", os.path.abspath(__file__), marker, str(os.getpid()), str(memory)],
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        pass_fds=[] if memory == NO_MEMORY else [memory],
+        env=environment,
+        start_new_session=True,
+    )
+    process.wait()  # it goes on as a child of nobody
+    return process
+
+
 def marked(marker: str) -> list[int]:
-    """Processes whose environment carries the marker."""
-    wanted = f"{MARKER}={marker}".encode()
+    """Processes whose environment carries the marker, written as NAME=VALUE."""
+    wanted = marker.encode()
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit():

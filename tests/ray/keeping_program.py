@@ -1,5 +1,6 @@
 """Steps that go wrong in every way, for test_keeping_errors.py: each leaves a trace in a folder."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from workflows import session
+from workflows.config import RunSettings
 from workflows.graph import context, step, workflow
 
 
@@ -148,6 +151,31 @@ def hungry(folder: str, mebibytes: int) -> int:
     return len(taken)
 
 
+@step
+def leaves_an_orphan(folder: str) -> str:
+    """An actor's child in another session: nobody knows of it but its environment. Then it waits for its end."""
+    import ray
+
+    @ray.remote(num_cpus=0)
+    class Starter:
+        def start(self) -> int:
+            import subprocess
+            import sys
+
+            return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True).pid
+
+    starter = Starter.remote()
+    child = ray.get(starter.start.remote())
+    (Path(folder) / "orphan.new").write_text(str(child))
+    (Path(folder) / "orphan.new").rename(Path(folder) / "orphan")
+    time.sleep(600)
+    return "never"
+
+
 @workflow
 def one(name: str, *args: Any) -> Any:
     return globals()[name](*args)
+
+
+if __name__ == "__main__":  # python keeping_program.py SETTINGS_JSON NAME FOLDER
+    session.run(one, *sys.argv[2:], settings=RunSettings(**json.loads(sys.argv[1])))
