@@ -20,9 +20,20 @@ from engines.base import Batch, LossFn, StepOutput
 from engines.config import LearnerSettings, SnapshotSettings
 from engines.process_groups import ProcessGroups, Rendezvous
 from engines.ranks import Ranks
-from engines.snapshots import FolderSource, Holder, SnapshotName, Snapshots, Source, Sources, forget, node_folder
+from engines.snapshots import (
+    Flusher,
+    FolderSource,
+    Holder,
+    SnapshotName,
+    Snapshots,
+    Source,
+    Sources,
+    forget,
+    node_folder,
+)
 from engines.torch_learner import LlamaConfig, TorchLearner, build
 from infra.errors import CheckpointError, NodeLost
+from infra.storage import Store
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class ElasticLearner:
         rendezvous: over a store that no rank hosts.
         device: of this rank.
         shared: this node's memory file system.
+        store: where every `snapshots.flush_every`-th step goes too, in the background.
     """
 
     def __init__(
@@ -73,6 +85,7 @@ class ElasticLearner:
         *,
         device: torch.device | None = None,
         shared: Path = Path("/dev/shm"),
+        store: Store | None = None,
     ) -> None:
         self.recipe, self.run, self.rendezvous = recipe, run, rendezvous
         self.device = device or torch.device("cpu")
@@ -80,6 +93,8 @@ class ElasticLearner:
         self.groups: ProcessGroups | None = None
         self.learner: TorchLearner | None = None
         self.snapshots: Snapshots | None = None
+        self.flusher: Flusher | None = None
+        self._store = store
         self._older_kept = False
         self._aborted = -1
 
@@ -148,6 +163,9 @@ class ElasticLearner:
         self.snapshots = learner.snapshots = Snapshots(
             self.folder, self.run, generation, rank, world_size, keep=keep, every=every, holders=holders
         )
+        if self._store is not None and self.recipe.snapshots.flush_every:
+            flush_keep = self.recipe.snapshots.flush_keep
+            self.flusher = Flusher(self._store, self.run, self.snapshots.reading, keep=flush_keep)
         learner.take_snapshot()  # under the new mesh and on the new holders, while the next step runs
         self._older_kept = True
         return Joined(learner.step, snapshot, tuple(available.refused), form_s, build_s, load_s)
@@ -162,6 +180,7 @@ class ElasticLearner:
             self._older_kept = False
             folder, generation = self.folder, self.groups.generation
             self.snapshots.soon(lambda: forget(folder, before=generation))
+        self._flush()
         return output
 
     def abort(self, generation: int, deadline_s: float = 5.0) -> bool:
@@ -178,7 +197,10 @@ class ElasticLearner:
         return groups.abort(deadline_s)
 
     def leave(self) -> None:
-        """Free network and groups. The shards in shared memory stay."""
+        """Free network and groups. The shards in shared memory stay; what is being flushed is flushed meanwhile."""
+        if self.flusher is not None:
+            self.flusher.close(wait=False)
+            self.flusher = None
         if self.snapshots is not None:
             self.snapshots.cut()
             self.snapshots.close()
@@ -189,6 +211,14 @@ class ElasticLearner:
         if self.groups is not None:
             self.groups.leave()
             self.groups = None
+
+    def _flush(self) -> None:
+        """Send the snapshot that was sealed during the last step on to the store, where it is one of those to send."""
+        sealed = self.snapshots.last if self.snapshots is not None else None
+        if self.flusher is None or self.learner is None or sealed is None or sealed.step != self.learner.step - 1:
+            return
+        if sealed.step % self.recipe.snapshots.flush_every == 0:
+            self.flusher.offer(sealed.step)
 
     def _load(self, learner: TorchLearner, sources: Sources, at_most: int | None) -> SnapshotName:
         """(collective) The best snapshot that every rank can read, read by every rank."""

@@ -68,10 +68,11 @@ class Flusher:
         """Until nothing is under way."""
         return self._idle.wait(timeout_s)
 
-    def close(self) -> None:
-        """After what is under way."""
+    def close(self, wait: bool = True) -> None:
+        """Take no more; what is under way is finished, here or (`wait=False`) in the background."""
         self._steps.put(None)
-        self._thread.join()
+        if wait:
+            self._thread.join()
 
     def _work(self) -> None:
         while (step := self._steps.get()) is not None:
