@@ -14,12 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engines import deepspeed_group, deepspeed_state
+from engines import deepspeed_group, deepspeed_snapshots, deepspeed_state
 from engines.base import Batch, LossFn, StepOutput
 from engines.config import LearnerSettings
 from engines.forward import to_device
 from engines.hf_folder import Head, load_model, save_model
 from engines.optimizer import learning_rate
+from engines.snapshots import Piece, SnapshotReader, Snapshots
 
 NO_CLIP = 1e30
 GATHER_ELEMENTS = 2**26
@@ -60,6 +61,11 @@ class DeepSpeedLearner:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.settings = settings
         self.step = 0  # committed optimizer steps
+        self.snapshots: Snapshots | None = None
+        """Takes this rank's state after every step; see `engines.snapshots`."""
+        self.data_position: dict[str, Any] = {}
+        """What the loop needs beside `step` to find its data again (skipped windows); JSON, kept in snapshots."""
+        self._pieces: list[Piece] | None = None
         self.source = source
         self.frozen = frozen
         self._model: Any = model
@@ -96,10 +102,13 @@ class DeepSpeedLearner:
             self._engine.backward(loss * scale if scale > 1 else loss, scale_wrt_gas=False)
             for name, value in sums.items():
                 metrics[name] = metrics.get(name, 0.0) + value
+        if self.snapshots is not None:
+            self.snapshots.settle()  # the weights may change only once they are copied
         self._engine.step()
         committed = bool(self._engine.was_step_applied())
         norm = float(self._engine.get_global_grad_norm()) if committed else math.inf
         self.step += committed
+        self.take_snapshot()
         return StepOutput(norm, rate, committed, metrics)
 
     def evaluate(self, micro_batches: Sequence[Batch], fn: Callable[[torch.nn.Module, Batch], Any]) -> list[Any]:
@@ -154,11 +163,26 @@ class DeepSpeedLearner:
         assert not self.frozen, "a frozen model has no training state"
         deepspeed_state.load(self, Path(folder))
 
+    def take_snapshot(self) -> None:
+        """Begin to copy the state before the next step, where `snapshots` is set and wants this step."""
+        if self.snapshots is not None:
+            self._pieces = self._pieces or deepspeed_snapshots.pieces(self)
+            self.snapshots.take(self.step, self._pieces, deepspeed_snapshots.progress(self))
+
+    def load_snapshot(self, reader: SnapshotReader) -> None:
+        """The state of a snapshot, from any number of ranks and any stage to this one, without a collective.
+
+        Raises:
+            CheckpointError: it is of another model, not whole or not intact; the state is then undefined.
+        """
+        assert not self.frozen, "a frozen model has no training state"
+        deepspeed_snapshots.load(self, reader)
+
     def close(self) -> None:
         """Free the model. The group stays, for the process's other learners; `deepspeed_group.leave` ends it."""
         if self._engine is not None:
             self._engine.destroy()
-        self._engine = self._model = None
+        self._engine = self._model = self._pieces = None
         self.module = torch.nn.Identity()
 
     # ---- details -----------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ Sharding is not its business: it sees parameters (plain tensors or DTensors) and
 it saves has the parameters' names and global shapes, so that any other mesh loads it.
 """
 
-import base64
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from engines import state_folder
+from engines import random_state, state_folder
 from engines.base import Batch, LossFn, StepOutput
 from engines.config import LearnerSettings
 from engines.optimizer import learning_rate
@@ -205,7 +204,7 @@ class TorchLearner:
         self.step, self.data_position = int(progress["step"]), progress["data"]
         self.optimizer.updates = progress["updates"]
         if (progress["of_rank"], progress["of_world"]) == (self.rank, self.world_size):
-            _set_random_state(progress["random"], self.ranks.device)
+            random_state.apply(progress["random"], self.ranks.device)
 
     def pieces(self) -> list[Piece]:
         """This rank's part of weights and moments: the live tensors, and where each lies in the whole."""
@@ -232,7 +231,7 @@ class TorchLearner:
             "step": self.step,
             "updates": self.optimizer.updates,
             "data": self.data_position,
-            "random": _random_state(self.ranks.device),
+            "random": random_state.capture(self.ranks.device),
         }
 
     def _refuse_damaged(self, folder: Path) -> None:
@@ -270,19 +269,3 @@ def _piece(name: str, tensor: torch.Tensor) -> Piece:
     chunks = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
     assert len(chunks) == 1, f"{name} is in {len(chunks)} pieces on one rank"
     return Piece(name, tensor.to_local(), tuple(tensor.shape), tuple(chunks[0].offsets))
-
-
-def _random_state(device: torch.device) -> dict[str, str]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return {kind: base64.b64encode(state.numpy().tobytes()).decode() for kind, state in states.items()}
-
-
-def _set_random_state(states: dict[str, str], device: torch.device) -> None:
-    tensors = {
-        kind: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for kind, text in states.items()
-    }
-    torch.set_rng_state(tensors["cpu"])
-    if device.type == "cuda" and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"], device)
