@@ -6,7 +6,6 @@ and before the ranks agree to commit. So when they do agree, every shard of the 
 replicated on every rank: the agreement of step k acknowledges snapshot k, and a fault costs at most step k.
 """
 
-import os
 import queue
 import threading
 import time
@@ -152,8 +151,6 @@ class Snapshots:
             self.segments.remove() if remove else self.segments.close()
 
     def _work(self) -> None:
-        # The copy competes with the step for the processor: the step goes first.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         while (job := self._jobs.get()) is not None:
             try:
                 if isinstance(job, _Job):
