@@ -139,6 +139,7 @@ def run(launch: Launch, settings: RunSettings, reports: Path, display: Display |
     """
     from workflows import report, session
     from workflows.runs import load_run
+    from workflows.values import encode, one_line
 
     store = open_store(settings.store)
     store.check()
@@ -160,6 +161,8 @@ def run(launch: Launch, settings: RunSettings, reports: Path, display: Display |
     finish = getattr(launch.module, "on_finish", None)
     if finish is not None:
         finish(result)
+    elif text := one_line(encode(result.value, "the workflow's result")):
+        shown.say(f"result: {text}")
     record = report.read_run(store, load_run(store, result.run_id))
     page = report.write(record, reports / result.run_id)
     for name in ("report.html", "report.json"):  # a job's own folder may vanish with its cluster; the store does not

@@ -146,6 +146,12 @@ def brief(tree: Any) -> Any:
     return tree
 
 
+def one_line(tree: Any, most: int = 300) -> str | None:
+    """A short value as JSON, for a terminal; None where it would take more than `most` letters."""
+    text = json.dumps(tree)
+    return text if len(text) <= most else None
+
+
 def differences(before: Any, now: Any, most: int = 5) -> list[str]:
     """What changed between two identities, leaf by leaf: `sft.batch_size 64, now 32`."""
     then, later = dict(_leaves(before, "")), dict(_leaves(now, ""))

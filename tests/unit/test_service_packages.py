@@ -37,13 +37,14 @@ def test_service_package_leaves_out_what_git_ignores_and_what_is_secret(root: Pa
     make(root, "lib/deep/notes.log", ".env", ".env.local", "lib/prod.env", "lib/tls.key", "id_rsa", ".aws/credentials")
     make(root, ".git/config", ".venv/lib/x.py", "mine/pyvenv.cfg", "mine/y.py", "runs/r/report.html", "lib/runs/a.py")
     make(root, "lib/__pycache__/a.pyc", "secrets/db.txt", "lib/secrets/__init__.py", "lib/secrets/code.py")
+    make(root, ".ray/auth_token", "kept/runs/r/run.json", "lib/.cache/x")
     (root / ".gitignore").write_text("*.log\n!lib/deep/notes.log\n/lib/big/*\n")
     (root / "lib" / "big" / ".gitignore").write_text("!keep.txt\n")
     (root / "lib" / "run.sh").write_text("#!/bin/sh")
     (root / "lib" / "run.sh").chmod(0o755)
     os.symlink("flow.py", root / "alias.py")
     os.symlink("/usr", root / "usr")
-    package = packages.build(root, tmp_path / "p.zip")
+    package = packages.build(root, tmp_path / "p.zip", without=[root / "kept"])
     kept = {".gitignore", "flow.py", "lib/__init__.py", "lib/words.txt", "lib/deep/notes.log", "lib/big/keep.txt"}
     kept |= {"lib/runs/a.py", "lib/secrets/__init__.py", "lib/secrets/code.py", "lib/run.sh"}
     assert names(package) == kept | {"alias.py"}

@@ -1,7 +1,8 @@
 """Code packages: a working folder as one zip file, named by its sha256.
 
-What `.gitignore` files exclude stays out, and so does what never belongs to code: version control, virtual
-environments, caches, reports, and whatever looks like a secret. Equal folders give equal bytes.
+What `.gitignore` files exclude stays out, and so does what never belongs to code: hidden folders (version control,
+caches, credentials), virtual environments, reports, the store, and whatever looks like a secret. Equal folders give
+equal bytes.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import stat
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,10 +28,7 @@ if TYPE_CHECKING:
 LIMIT = 256 << 20
 """Most bytes of a working folder (Ray ships at most 512 MiB to other nodes)."""
 MOST_FILES = 50_000
-NEVER_FOLDERS = {
-    ".git", ".hg", ".svn", ".venv", "venv", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".cache",
-    ".ipynb_checkpoints", "node_modules", ".aws", ".ssh", ".gnupg", ".kube", ".recua",
-}  # fmt: skip
+NEVER_FOLDERS = {"venv", "__pycache__", "node_modules"}
 NEVER_FILES = (
     ".env", ".env.*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_ed25519*", "id_ecdsa*", ".netrc",
     ".git-credentials", ".pypirc", ".npmrc", "*.pyc", ".DS_Store",
@@ -62,8 +60,8 @@ def working_folder(workflow_file: Path) -> Path:
     return here if file.is_relative_to(here) else module_of_file(file)[1]
 
 
-def build(root: Path, target: Path, limit: int = LIMIT) -> Package:
-    """Write the package of `root` to `target`.
+def build(root: Path, target: Path, limit: int = LIMIT, without: Collection[Path] = ()) -> Package:
+    """Write the package of `root` to `target`. `without`: folders that stay out (the store).
 
     Raises:
         ConfigError: it is larger than `limit` bytes or has too many files; the largest folders are named.
@@ -71,7 +69,7 @@ def build(root: Path, target: Path, limit: int = LIMIT) -> Package:
     left_out: list[str] = []
     chosen: list[tuple[str, Path]] = []
     sizes: Counter[str] = Counter()
-    for name in _walk(root, "", [], left_out):
+    for name in _walk(root, "", [], left_out, without):
         size = (root / name).stat().st_size
         chosen.append((name, root / name))
         parts = name.split("/")
@@ -158,7 +156,13 @@ def _check(archive: zipfile.ZipFile, limit: int) -> None:
         raise UserError(f"the package has {show_size(size)} unpacked, at most {show_size(limit)} are allowed")
 
 
-def _walk(root: Path, folder: str, ignores: list[tuple[str, "GitIgnoreSpec"]], left_out: list[str]) -> Iterator[str]:
+def _walk(
+    root: Path,
+    folder: str,
+    ignores: list[tuple[str, "GitIgnoreSpec"]],
+    left_out: list[str],
+    without: Collection[Path],
+) -> Iterator[str]:
     """Names of the files to package, relative to `root`."""
     from pathspec import GitIgnoreSpec
 
@@ -168,8 +172,9 @@ def _walk(root: Path, folder: str, ignores: list[tuple[str, "GitIgnoreSpec"]], l
     for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
         name = f"{folder}/{entry.name}".lstrip("/")
         if entry.is_dir(follow_symlinks=False):
-            if not _never_folder(Path(entry.path), folder) and not _ignored(f"{name}/", ignores):
-                yield from _walk(root, name, ignores, left_out)
+            path = Path(entry.path)
+            if not (_never_folder(path, folder) or path in without or _ignored(f"{name}/", ignores)):
+                yield from _walk(root, name, ignores, left_out, without)
         elif any(fnmatch.fnmatch(entry.name, pattern) for pattern in NEVER_FILES) or _ignored(name, ignores):
             continue
         elif entry.is_file():
@@ -179,9 +184,10 @@ def _walk(root: Path, folder: str, ignores: list[tuple[str, "GitIgnoreSpec"]], l
 
 
 def _never_folder(path: Path, parent: str) -> bool:
-    if path.name in NEVER_FOLDERS or (path.name == "runs" and not parent) or (path / "pyvenv.cfg").exists():
-        return not (path.name == "runs" and (path / "__init__.py").exists())
-    return path.name in ("secrets", ".secrets") and not (path / "__init__.py").exists()
+    if path.name.startswith(".") or path.name in NEVER_FOLDERS or (path / "pyvenv.cfg").exists():
+        return True
+    reports = path.name == "runs" and not parent
+    return (reports or path.name == "secrets") and not (path / "__init__.py").exists()
 
 
 def _ignored(name: str, ignores: list[tuple[str, "GitIgnoreSpec"]]) -> bool:

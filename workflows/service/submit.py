@@ -13,11 +13,12 @@ from workflows.service.client import Client
 Json = dict[str, Any]
 
 
-def check_store(client: Client, given: str | None) -> None:
-    """Raises ConfigError where --store or RECUA_STORE names another store than the service's."""
-    store = client.get("/service")["store"]
+def check_store(client: Client, given: str | None) -> str:
+    """The service's store. Raises ConfigError where --store or RECUA_STORE names another one."""
+    store = str(client.get("/service")["store"])
     if given is not None and open_store(given).url != store:
         raise ConfigError(f"--store {given}: the service keeps its runs in {store}; leave --store out")
+    return store
 
 
 def submit(client: Client, file: Path, recipe: str | None, overrides: tuple[str, ...], **given: Any) -> Json:
@@ -30,10 +31,10 @@ def submit(client: Client, file: Path, recipe: str | None, overrides: tuple[str,
     if not file.is_file() or file.suffix != ".py":
         raise UserError(f"workflow {file}: no such Python file")
     text = None if recipe is None else read_text(recipe)
-    check_store(client, given.pop("store"))
+    store = check_store(client, given.pop("store"))
     root = packages.working_folder(file)
     with tempfile.TemporaryDirectory(prefix="recua-") as folder:
-        package = packages.build(root, Path(folder) / "package.zip")
+        package = packages.build(root, Path(folder) / "package.zip", without=[Path(store)])
         client.send_package(package.file, package.sha256)
     body = {
         "package": package.sha256,

@@ -13,6 +13,7 @@ from workflows.events import Event
 from workflows.progress import Display
 from workflows.service import records, views
 from workflows.service.client import Client, Unreachable, path_of
+from workflows.values import one_line
 from workflows.waits import command
 
 PERIOD_S = 0.5
@@ -152,6 +153,8 @@ class Follower:
         if run["status"] in OVER:
             seconds = (run["ended"] or time.time()) - run["created"]
             self._emit("run-ended", data={"status": run["status"], "seconds": seconds})
+        if run["status"] == "finished" and (text := one_line(run["result"])):
+            self._display.say(f"result: {text}")
         return run
 
     def _is_news(self, step: Json, first: bool) -> bool:
