@@ -20,17 +20,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from actors.config import GeneratorPoolSettings, LearnerPoolSettings
-from actors.generator_worker import Generators, GeneratorWorker
-from actors.learner_group import start_learners
-from actors.learners import Learners
 from cluster.gather import gather
 from engines.config import GeneratorSettings
 from infra.errors import NodeLost
+
+if TYPE_CHECKING:  # they import torch, which takes seconds: the keeper and the driver need none
+    from actors.generator_worker import Generators
+    from actors.learners import Learners
 
 NAMESPACE = "recua"
 LEASE_S = 20.0
@@ -69,6 +70,8 @@ class PoolKeeper:
         self, borrower: str, job: str, pool: GeneratorPoolSettings, engine: GeneratorSettings, folder: str
     ) -> list[Any]:
         """The engines for `folder`'s architecture; started now if there are none or they are of another kind."""
+        from actors.generator_worker import GeneratorWorker
+
         key = repr((pool, engine, _architecture(folder)))
 
         def start(made: _Pool) -> None:
@@ -84,6 +87,8 @@ class PoolKeeper:
         """The learner ranks; started now if there are none or they are of another kind."""
 
         def start(made: _Pool) -> None:
+            from actors.learner_group import start_learners
+
             made.group = start_learners(pool, f"{self._name}-learners-{uuid.uuid4().hex[:6]}")
             made.members = list(made.group.workers)
 
@@ -186,16 +191,20 @@ class Pools:
     @contextmanager
     def generators(
         self, pool: GeneratorPoolSettings, engine: GeneratorSettings, folder: Path, version: str
-    ) -> Iterator[Generators]:
+    ) -> Iterator["Generators"]:
         """Borrow the generators; they carry `folder`'s weights as `version` and empty caches."""
+        from actors.generator_worker import Generators
+
         with self._lease("generators", "borrow_generators", pool, engine, str(folder)) as members:
             generators = Generators(members)
             generators.load_weights(folder, version)
             yield generators
 
     @contextmanager
-    def learners(self, pool: LearnerPoolSettings) -> Iterator[Learners]:
+    def learners(self, pool: LearnerPoolSettings) -> Iterator["Learners"]:
         """Borrow the learner ranks, empty; every model opened is closed on return."""
+        from actors.learners import Learners
+
         with self._lease("learners", "borrow_learners", pool) as members:
             learners = Learners(members, pool)
             learners.close()

@@ -1,6 +1,7 @@
 """What every test shares: nothing is fetched or reported; GPU tests need a GPU, page tests a browser."""
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -8,8 +9,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,3 +118,29 @@ def s3_url(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = f"recua-{os.urandom(4).hex()}"
     boto3.client("s3").create_bucket(Bucket=bucket)
     return f"s3://{bucket}/some/prefix"
+
+
+@pytest.fixture(scope="session")
+def s3_proxy(s3_endpoint: str) -> Iterator[str]:
+    """Address of tests/chaos/s3_proxy.py before that server; `inject` says what it does."""
+    command = [sys.executable, str(Path(__file__).parent / "chaos" / "s3_proxy.py"), s3_endpoint.rpartition(":")[2]]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    yield f"http://127.0.0.1:{int(server.stdout.readline())}"
+    server.kill()
+    server.communicate()
+
+
+@pytest.fixture
+def inject(s3_proxy: str) -> Iterator[Callable[..., dict[str, Any]]]:
+    """`inject(script=[...], match=...)`: what happens next; without arguments, the counts so far."""
+
+    def control(**settings: Any) -> dict[str, Any]:
+        data = json.dumps(settings).encode() if settings else None
+        with urllib.request.urlopen(f"{s3_proxy}/__faults__", data, timeout=10) as answer:
+            found: dict[str, Any] = json.loads(answer.read())
+        return found
+
+    control(script=[])
+    yield control
+    control(script=[])

@@ -145,10 +145,18 @@ class Placement:
                 reference.future().add_done_callback(ended)
 
     def was_preempted(self, error: BaseException) -> bool:
-        """Whether the node that Ray's error names went after a notice of preemption (Ray's text says nothing of it)."""
+        """Whether the node that Ray's error names went after a notice of preemption (Ray's text says nothing of it).
+
+        A caller learns of the loss from its broken connection, 10 s and more before Ray gives the node up and says why:
+        until then it is listed as one that drains. (A drain for another reason is refused while a node has work.)
+        """
         named = re.search(r"node ID: ([0-9a-f]+)", str(error))
         if named is None:
             return False
+        from ray._private.state import state
+
+        if named.group(1) in state.get_draining_nodes():
+            return True
         reasons = [node.get("DeathReason") for node in self._ray.nodes() if node["NodeID"] == named.group(1)]
         return PREEMPTED in reasons
 

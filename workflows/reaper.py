@@ -192,7 +192,8 @@ def main(marker: str, worker: int, memory: int) -> None:
         for line in lines:
             word, _, seconds = line.decode().partition(" ")
             deadline = time.monotonic() + float(seconds) if word == "begin" else None
-    clean_up(memory)
+    if memory != NO_MEMORY:
+        clean_up(memory)
 
 
 if __name__ == "__main__":

@@ -131,9 +131,9 @@ def resumes(folder: str) -> str:
     return str((state / "seen").stat().st_size)
 
 
-@step(num_cpus=2)
+@step(num_cpus=3)
 def away(folder: str) -> int:
-    """Runs on the node with two CPUs; the first time it stays until that node is gone."""
+    """Runs on the node with three CPUs; the first time it stays until that node is gone."""
     seen = count(folder, "away")
     if seen == 1:
         time.sleep(600)
@@ -142,11 +142,14 @@ def away(folder: str) -> int:
 
 @step(num_cpus=2)
 def hungry(folder: str, mebibytes: int) -> int:
-    """Takes memory, page by page, and keeps it for a while."""
+    """Takes memory, more and more of it (others on this machine may give some back meanwhile), and keeps it."""
+    import psutil
+
     count(folder, "hungry")
-    taken = bytearray(mebibytes << 20)
-    for place in range(0, len(taken), 4096):
-        taken[place] = 1
+    taken = []
+    while len(taken) * 64 < mebibytes and psutil.virtual_memory().available > 2 << 30:
+        taken.append(b"x" * (64 << 20))
+        time.sleep(0.02)
     time.sleep(60)
     return len(taken)
 
@@ -170,6 +173,23 @@ def leaves_an_orphan(folder: str) -> str:
     (Path(folder) / "orphan.new").rename(Path(folder) / "orphan")
     time.sleep(600)
     return "never"
+
+
+@step
+def gated(folder: str, before: int) -> int:
+    """The second one ends when somebody says so."""
+    count(folder, f"gated-{before}")
+    while before == 1 and not (Path(folder) / "go").exists():
+        time.sleep(0.02)
+    return before + 1
+
+
+@workflow
+def chain(folder: str) -> int:
+    reached = 0
+    for _ in range(4):
+        reached = gated(folder, reached).result()
+    return reached
 
 
 @workflow

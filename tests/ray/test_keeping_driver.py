@@ -16,6 +16,7 @@ import pytest
 
 from workflows import session
 from workflows.config import RunSettings
+from workflows.journal import process_start
 from workflows.reaper import LOCAL_RAY, marked
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -75,8 +76,10 @@ def test_a_killed_driver_leaves_no_process_of_its_local_ray(start: Start, mark: 
     watching = guardian(driver.pid)
     assert {driver.pid, orphan, watching} <= set(marked(mark))
     os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
     wait_for(lambda: not marked(mark), "something was left behind")
+    wait_for(lambda: process_start(watching) is None, "the guardian stayed")
+    output, _ = driver.communicate()
+    assert "Traceback" not in output, output
 
 
 def test_the_next_driver_removes_the_state_of_a_call_that_was_committed(start: Start, tmp_path: Path) -> None:

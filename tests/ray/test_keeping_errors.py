@@ -61,16 +61,21 @@ def lives(pid: int) -> bool:
         return False
 
 
-class TestOneNode:
-    """On one local Ray."""
+@pytest.fixture(scope="class")
+def cluster() -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
 
-    @pytest.fixture(scope="class", autouse=True)
-    def cluster(self) -> Iterator[None]:
-        ray.init(
-            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20
-        )
-        yield
-        ray.shutdown()
+    head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80 << 20}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    ray.init(address=made.address, log_to_driver=False)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+@pytest.mark.usefixtures("cluster")
+class TestOnACluster:
+    """On two CPUs of one node, and on a second node that comes and goes."""
 
     def test_the_users_error_is_repeated_as_often_as_asked_and_shown_without_our_frames(self, bench: Bench) -> None:
         with pytest.raises(StepError, match=r"wrong\[0\]: ValueError: the table is empty") as caught:
@@ -143,24 +148,12 @@ class TestOneNode:
         assert bench.run("resumes") == "2" and bench.count("resumes") == 2
         assert not folder.exists(), "committed: nobody goes on from it"
 
-
-class TestSeveralNodes:
-    """On a cluster whose second node comes and goes."""
-
-    @pytest.fixture
-    def cluster(self) -> Iterator[Any]:
-        from ray.cluster_utils import Cluster
-
-        head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 << 20}
-        made = Cluster(initialize_head=True, head_node_args=head)
-        ray.init(address=made.address, log_to_driver=False)
-        yield made
-        ray.shutdown()
-        made.shutdown()
+    def add_node(self, cluster: Any) -> Any:
+        return cluster.add_node(num_cpus=3, object_store_memory=80 << 20)
 
     def lose(self, bench: Bench, cluster: Any, take: Callable[[Any], None], **settings: Any) -> list[str]:
-        """Take the node away on which `away` is running; another one is there by then."""
-        node = cluster.add_node(num_cpus=2, object_store_memory=80 << 20)
+        """Take the node away on which `away` is running; another one is there by then, and stays."""
+        node = next(iter(cluster.worker_nodes), None) or self.add_node(cluster)
         cluster.wait_for_nodes()
         result: list[Any] = []
         errors: list[BaseException] = []
@@ -180,11 +173,27 @@ class TestSeveralNodes:
         assert result == [2]
         return bench.retries()
 
+    def test_a_preempted_node_is_told_from_a_lost_one(self, bench: Bench, cluster: Any) -> None:
+        """The first of the two: nothing is scheduled on a drained node, but for seconds it is on a lost one."""
+        from ray._raylet import GcsClient
+        from ray.core.generated import autoscaler_pb2
+
+        def take(node: Any) -> None:
+            reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+            deadline = int((time.time() + 1) * 1000)
+            accepted, why = GcsClient(address=cluster.address).drain_node(node.node_id, reason, "reclaimed", deadline)
+            assert accepted, why
+            self.add_node(cluster)
+            wait_for(lambda: time.time() * 1000 > deadline, "time stands still")
+            cluster.remove_node(node, allow_graceful=False)
+
+        assert self.lose(bench, cluster, take) == ["Preempted"]
+
     def test_a_lost_node_is_waited_for_and_the_step_repeated(self, bench: Bench, cluster: Any) -> None:
         def take(node: Any) -> None:
             cluster.remove_node(node, allow_graceful=False)
             wait_for(lambda: bench.retries(), "the loss was not seen")
-            cluster.add_node(num_cpus=2, object_store_memory=80 << 20)
+            self.add_node(cluster)
 
         assert set(self.lose(bench, cluster, take, backoff_s=1.0)) == {"NodeLost"}
 
@@ -196,7 +205,7 @@ def test_a_step_that_always_runs_out_of_memory_ends_with_that(bench: Bench, monk
     config = {"memory_usage_threshold": threshold, "memory_monitor_refresh_ms": 100}
     options = {"num_cpus": 2, "_system_config": config, "object_store_memory": 80 << 20}
     with pytest.raises(OutOfMemory, match=r"hungry\[0\]: killed for memory by Ray; give the step more \(memory=\)"):
-        bench.run("hungry", 3000, system_retries=1, ray_options=options)
+        bench.run("hungry", 10_000, system_retries=1, ray_options=options)
     assert bench.count("hungry") >= 1 and bench.retries() == ["OutOfMemory"], "where memory is short it dies earlier"
     step = find_steps(load_run(bench.store, "hungry"), "hungry")[0]
     assert step.status == "failed" and step.error is not None and step.error["type"] == "OutOfMemory"

@@ -1,15 +1,11 @@
 """A store that is slow, fails, loses answers or returns half an object: never a wrong result, then a clear error."""
 
 import hashlib
-import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,33 +23,7 @@ HALVES = ["truncated", "short"]
 
 
 @pytest.fixture(scope="module")
-def proxy(s3_endpoint: str, repository: Path) -> Iterator[str]:
-    port = s3_endpoint.rpartition(":")[2]
-    command = [sys.executable, str(repository / "tests" / "chaos" / "s3_proxy.py"), port]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    yield f"http://127.0.0.1:{int(server.stdout.readline())}"
-    server.kill()
-    server.communicate()
-
-
-@pytest.fixture
-def inject(proxy: str) -> Iterator[Inject]:
-    """`inject(script=[...], match=...)`: what happens next; without arguments, the counts so far."""
-
-    def control(**settings: Any) -> dict[str, Any]:
-        data = json.dumps(settings).encode() if settings else None
-        with urllib.request.urlopen(f"{proxy}/__faults__", data, timeout=10) as answer:
-            found: dict[str, Any] = json.loads(answer.read())
-        return found
-
-    control(script=[])
-    yield control
-    control(script=[])
-
-
-@pytest.fixture(scope="module")
-def client(s3_endpoint: str, proxy: str) -> Iterator[S3Store]:
+def client(s3_endpoint: str, s3_proxy: str) -> Iterator[S3Store]:
     """One client for all tests: making one takes longer than most of them."""
     import boto3
 
@@ -62,7 +32,7 @@ def client(s3_endpoint: str, proxy: str) -> Iterator[S3Store]:
         environment.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
         environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
         boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="chaos-store")
-        environment.setenv("AWS_ENDPOINT_URL", proxy)
+        environment.setenv("AWS_ENDPOINT_URL", s3_proxy)
         yield S3Store("s3://chaos-store", read_timeout_s=5.0)
 
 
@@ -193,9 +163,9 @@ def test_a_listing_without_its_end_is_asked_for_again(store: S3Store, monkeypatc
 
 
 def test_a_silent_server_is_asked_again(
-    store: S3Store, inject: Inject, proxy: str, monkeypatch: pytest.MonkeyPatch
+    store: S3Store, inject: Inject, s3_proxy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy)
     hasty = S3Store(f"{store.url}/{store.prefix}", patience_s=20.0, read_timeout_s=0.3)
     inject(script=["stall"], match="PUT", stall_s=2.0)
     assert hasty.put_if_absent("slot", b"1")
