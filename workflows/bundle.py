@@ -39,7 +39,7 @@ from infra.telemetry import redact
 from workflows.artifacts import Artifact, read_manifest
 from workflows.journal import removed_key
 from workflows.known import FORMAT as INDEX_FORMAT
-from workflows.known import code_key, index_key
+from workflows.known import code_key, index_key, parameters_key
 from workflows.survey import StoredRun, packages_of, read_run, references_of
 from workflows.values import artifact_records
 
@@ -186,11 +186,18 @@ def _members(store: Store, run: StoredRun, with_logs: bool, only_results: bool) 
         located.add(artifact.location)
         manifest = f"{artifact.location}/manifest.json"
         found[manifest] = _stored(store, manifest)
+        if not only_results and run.status == "finished" and not store.exists(manifest):
+            raise StoreError(
+                f"--store {store.url}: artifact {artifact.name or artifact.digest[:12]} ({artifact.location}) is not "
+                "in the store; was the run imported from a bundle of its results? Export it with --only-results"
+            )
         for entry in read_manifest(store, artifact):
             key = f"{artifact.location}/data/{entry.path}"
             found[key] = _stored(store, key, entry.sha256)
-    parts = {commit.get(name) for commit in run.state.commits.values() for name in ("code", "libraries")}
-    keys = [code_key(part) for part in parts if part] + [f"packages/{sha256}.zip" for sha256 in packages_of(run)]
+    commits = run.state.commits.values()
+    keys = {code_key(commit[name]) for commit in commits for name in ("code", "libraries") if commit.get(name)}
+    keys |= {parameters_key(commit["code"], commit["step"]) for commit in commits if commit.get("code")}
+    keys |= {f"packages/{sha256}.zip" for sha256 in packages_of(run)}
     found |= {key: _stored(store, key) for key in keys if store.exists(key)}
     for commit in run.state.commits.values():
         whole = located.issuperset(record["location"] for record in artifact_records(commit["result"]))

@@ -195,7 +195,8 @@ def _unreferenced(store: Store, found: Survey, leaving: set[str], before: float)
             yield from _of_run(store, found, run, gone)
     ended = all(run.state.end is not None for run in found.runs.values() if run.is_run and run.run_id not in leaving)
     for key, size in store.sizes("code"):
-        if ended and key.rpartition("/")[2].removesuffix(".json") not in found.codes:
+        name = key.rpartition("/")[2].removesuffix(".json")
+        if ended and name.partition(".")[0] not in found.codes:  # CODE or CODE.STEP, of the parameters that count
             yield Item("code records", key, size)
     for key, size in store.sizes("packages"):
         if key.rpartition("/")[2].removesuffix(".zip") not in found.packages:

@@ -91,7 +91,7 @@ class Known:
         fingerprint = self.fingerprint(step, options)
         if record["code"] != fingerprint.code:
             changed = ", ".join(self._changes(record["code"], fingerprint.parts)) or "its code"
-            self._warn(call_id, f"{call_id} keeps its committed result although {changed} changed since (--rerun)")
+            self._warn(call_id, f"keeps its committed result although {changed} changed since (--rerun)")
         return record
 
     def forget(self, call_id: str) -> None:

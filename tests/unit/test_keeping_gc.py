@@ -84,6 +84,7 @@ def test_only_what_nobody_needs_goes_and_only_after_the_grace(store: Store, tmp_
     _, lost = run.artifact("lost", "two")
     run.commit("a", kept, attempt)
     store.put("code/" + "c" * 64 + ".json", b"{}")
+    store.put("code/" + "c" * 64 + ".f.json", b"[]")
     store.put("code/" + "d" * 64 + ".json", b"{}")
     store.put("probe/x", b"visible?")
     run.index("k" * 64, lost)
@@ -97,7 +98,7 @@ def test_only_what_nobody_needs_goes_and_only_after_the_grace(store: Store, tmp_
     second = collect(store, NOW)
     assert kinds(second) == {"attempts that lost": 1, "code records": 1, "probe files": 1}
     assert is_whole(store, kept) and not is_whole(store, lost)
-    assert list(store.list("code")) == ["code/" + "c" * 64 + ".json"]
+    assert list(store.list("code")) == ["code/" + "c" * 64 + end for end in (".f.json", ".json")]
     assert not plan_gc(store, NOW).items and not read_marks(store).marks
 
 

@@ -175,7 +175,7 @@ def test_a_call_without_a_result_says_so(bench: Bench) -> None:
     failed = {**start, "type": "attempt-failed", "final": True, "time": 2.0}
     error = {"type": "ValueError", "message": "no\nmore"}
     journal.append([{**start, "time": 1.0}, {**failed, "error": error}])
-    assert bench.why("r1", "train").happened == "train[0] is failed: it has no result yet (ValueError: no)"
+    assert bench.why("r1", "train").happened == "train[0] failed: it has no result yet (ValueError: no)"
 
 
 def test_the_command_prints_sentences_and_json(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
