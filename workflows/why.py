@@ -80,9 +80,8 @@ class Reasons:
         """Why this call of the run is what it is."""
         commit = self._state.commits.get(view.call_id)
         if commit is None:
-            happened = (
-                f"{view.call_id} {'failed' if view.status == 'failed' else f'is {view.status}'}: it has no result yet"
-            )
+            became = "failed" if view.status == "failed" else f"is {view.status}"
+            happened = f"{view.call_id} {became}: it has no result yet"
             if view.error:
                 happened += f" ({view.error.get('type', 'error')}: {str(view.error.get('message')).splitlines()[0]})"
             return Why(view.call_id, view.status, happened, None, None, None, ["it was never committed"])
