@@ -73,10 +73,12 @@ class AbortAcked:
 
 @dataclass(frozen=True)
 class Joined:
-    """Workers have formed their groups and hold the restored state."""
+    """Workers have formed their groups and hold the restored state: that of `step`, where damaged copies made them take
+    an earlier one than they were told (None: as told)."""
 
     generation: int
     workers: Collection[str]
+    step: int | None = None
 
 
 @dataclass(frozen=True)

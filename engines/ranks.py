@@ -22,6 +22,12 @@ class Ranks:
         self.world_size = dist.get_world_size() if mesh is not None else 1
         self.data_rank = mesh["dp"].get_local_rank() if mesh is not None else 0
         self.data_size = mesh["dp"].size() if mesh is not None else 1
+        self.stop_asked = False
+        """Set by any thread: this rank wants to stop after the step under way."""
+        self.stop_agreed = False
+        """Some rank had asked before the last vote: all stop after that step."""
+        self.totals: dict[str, float] = {}
+        """What the last vote added up over the replicas."""
 
     @classmethod
     def over_all(cls, tensor_parallel: int = 1, device: torch.device | None = None) -> "Ranks":
@@ -33,14 +39,24 @@ class Ranks:
         shape = (world_size // tensor_parallel, tensor_parallel)
         return cls(init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp")), device)
 
-    def should_commit(self, grad_norm: float) -> bool:
-        """(collective) True on every rank or on none: whether the gradient is finite everywhere."""
+    def should_commit(self, grad_norm: float, metrics: Mapping[str, float] | None = None) -> bool:
+        """(collective) True on every rank or on none: whether the gradient is finite everywhere.
+
+        The same exchange adds up `metrics` over the replicas (`totals`; every rank passes the same names) and settles
+        whether to stop after this step (`stop_agreed`): who has voted knows all that there is to know of the step.
+        """
         finite = math.isfinite(grad_norm)
+        values = dict(metrics or {})
         if self.mesh is None:
+            self.totals, self.stop_agreed = values, self.stop_asked
             return finite
-        flag = torch.tensor(float(finite), device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MIN)
-        return bool(flag.item())
+        counts = self.mesh["tp"].get_local_rank() == 0  # the others of its block have the same numbers
+        own = [values[name] if counts else 0.0 for name in sorted(values)]
+        vote = torch.tensor([float(not finite), float(self.stop_asked), *own], dtype=torch.float64, device=self.device)
+        dist.all_reduce(vote)
+        broken, stop, *sums = vote.tolist()
+        self.totals, self.stop_agreed = dict(zip(sorted(values), sums, strict=True)), stop > 0
+        return bool(broken == 0)
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """(collective) Sum over the replicas; every rank passes the same names."""

@@ -98,6 +98,9 @@ class TorchLearner:
         """Takes this rank's state after every step; see `engines.snapshots`."""
         self.data_position: dict[str, Any] = {}
         """What the loop needs beside `step` to find its data again (skipped windows); JSON, kept in snapshots."""
+        self.last_step: dict[str, Any] = {}
+        """What the ranks agreed on for step `step - 1`: grad_norm, lr, committed, metrics added up over the replicas.
+        Kept in snapshots, so that who goes on from one knows the outcome of the step before it."""
         self._reduces_gradients = reduces_gradients
         self._tokenizer = tokenizer
         self._pieces: list[Piece] | None = None
@@ -122,10 +125,11 @@ class TorchLearner:
         grad_norm = self.optimizer.clip()
         if self.snapshots is not None:
             self.snapshots.settle()  # the weights may change only once they are copied
-        if committed := self.ranks.should_commit(grad_norm):
+        if committed := self.ranks.should_commit(grad_norm, metrics):
             self.optimizer.update(rate)
         self.optimizer.clear_gradients()
         self.step += 1
+        self.last_step = {"grad_norm": grad_norm, "lr": rate, "committed": committed, **self.ranks.totals}
         self.take_snapshot()
         return StepOutput(grad_norm, rate, committed, metrics)
 
@@ -202,6 +206,7 @@ class TorchLearner:
         restore(self.pieces(), reader)
         progress = reader.progress(self.rank)
         self.step, self.data_position = int(progress["step"]), progress["data"]
+        self.last_step = progress["last_step"]
         self.optimizer.updates = progress["updates"]
         if (progress["of_rank"], progress["of_world"]) == (self.rank, self.world_size):
             random_state.apply(progress["random"], self.ranks.device)
@@ -231,6 +236,7 @@ class TorchLearner:
             "step": self.step,
             "updates": self.optimizer.updates,
             "data": self.data_position,
+            "last_step": self.last_step,
             "random": random_state.capture(self.ranks.device),
         }
 

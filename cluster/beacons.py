@@ -1,0 +1,202 @@
+"""What one rank says of itself without a word: a small file in shared memory that its node agent reads from outside.
+
+Who waits for whom: nobody. The rank writes where it is, what it does and what its last steps gave; a thread of it moves
+the pulse, which therefore stands still in a process that is stopped or whose interpreter is locked. The file outlives
+the process, so a rank that was killed has still said its last word. Records are written in two places in turn, and the
+number that says which one counts comes last (one aligned 8-byte store), as in cluster.stopwatch.
+"""
+
+import json
+import mmap
+import os
+import struct
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.stopwatch import MEMORY_BYTES
+
+SUFFIX = ".beacon"
+MAGIC = b"RECUABC1"
+PULSE_PERIOD_S = 0.05
+STATES = ("starting", "standby", "joining", "joined", "aborted", "boundary", "finished", "failed")
+"""A worker's life: the last five are ends of a generation that it was in (see cluster.controller_messages.Found)."""
+IDLE_STATES = frozenset({"aborted", "boundary"})
+PHASES = ("wait", "data", "collective", "save")
+"""`collective`: inside a step, which all ranks take together; what tells them apart there are the ticks."""
+
+RECORD = struct.Struct("<10q1d")
+"""pid, its start, state, generation, rank, world size, first step, step, phase, ticks; when the phase was entered."""
+WORD = struct.Struct("<Q")
+PULSE_AT = len(MAGIC)
+WRITTEN_AT = PULSE_AT + WORD.size
+RECORDS_AT = WRITTEN_AT + WORD.size
+ACCOUNT_AT = RECORDS_AT + 2 * RECORD.size
+ROWS_AT = -(-(ACCOUNT_AT + MEMORY_BYTES) // 64) * 64
+ROW_HEAD = struct.Struct("<QQ")
+"""Step + 1 (0: nothing here), bytes that follow."""
+ROW_BYTES = 320
+ROWS = 2048
+FILE_BYTES = ROWS_AT + ROWS * ROW_BYTES
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a rank last wrote. `start` and `step`: committed steps, at the start of its generation and
+    now; `ticks`: how far it is within its generation.
+
+    `started` (see `process_start`) tells the process from a later one under the same number.
+    Example: Record(4711, 8812345, "joined", 3, 1, 4, 90, 120, "collective", 9311, 5000.2).
+    """
+
+    pid: int
+    started: int = 0
+    state: str = "starting"
+    generation: int = 0
+    rank: int = 0
+    world_size: int = 0
+    start: int = 0
+    step: int = 0
+    phase: str = "wait"
+    ticks: int = 0
+    entered_at: float = 0.0
+
+
+class BeaconWriter:
+    """The rank's side. Any thread may write.
+
+    Args:
+        path: made here, and given its name when it is readable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".draft")
+        with draft.open("wb+") as file:
+            file.truncate(FILE_BYTES)
+            self._memory = mmap.mmap(file.fileno(), FILE_BYTES)
+        self.record = Record(os.getpid(), process_start(os.getpid()) or 0, entered_at=time.monotonic())
+        self._lock = threading.Lock()
+        self._written = self._pulse = 0
+        self._memory[:PULSE_AT] = MAGIC
+        self._write()
+        draft.rename(path)
+        self._ended = threading.Event()
+        threading.Thread(target=self._beat, name="pulse", daemon=True).start()
+
+    @property
+    def account(self) -> memoryview:
+        """Memory for a cluster.stopwatch.Stopwatch."""
+        return memoryview(self._memory)[ACCOUNT_AT : ACCOUNT_AT + MEMORY_BYTES]
+
+    def set(self, **changes: Any) -> None:
+        """Change fields of the record, e.g. set(state="joined", step=7)."""
+        with self._lock:
+            entered = {"entered_at": time.monotonic()} if "phase" in changes else {}
+            self.record = Record(**{**self.record.__dict__, **entered, **changes})
+            self._write()
+
+    def enter(self, phase: str) -> None:
+        self.set(phase=phase, ticks=self.record.ticks + 1)
+
+    def tick(self) -> None:
+        """A little progress within a step."""
+        self.set(ticks=self.record.ticks + 1)
+
+    def say(self, step: int, row: Mapping[str, Any]) -> None:
+        """Leave the outcome of a step; the last `ROWS` stay. Write it before `step` is counted as committed."""
+        text = json.dumps(row, separators=(",", ":")).encode()
+        if len(text) > ROW_BYTES - ROW_HEAD.size:
+            raise ValueError(f"a row of {len(text)} bytes, at most {ROW_BYTES - ROW_HEAD.size} fit")
+        place = ROWS_AT + step % ROWS * ROW_BYTES
+        with self._lock:
+            WORD.pack_into(self._memory, place, 0)
+            start = place + ROW_HEAD.size
+            self._memory[start : start + len(text)] = text
+            WORD.pack_into(self._memory, place + WORD.size, len(text))
+            WORD.pack_into(self._memory, place, step + 1)
+
+    def close(self) -> None:
+        """The pulse stops; the file stays."""
+        self._ended.set()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(PULSE_PERIOD_S):
+            self._pulse += 1
+            WORD.pack_into(self._memory, PULSE_AT, self._pulse)
+
+    def _write(self) -> None:
+        self._written += 1
+        record = self.record
+        place = RECORDS_AT + self._written % 2 * RECORD.size
+        numbers = (record.generation, record.rank, record.world_size, record.start, record.step)
+        state, phase = STATES.index(record.state), PHASES.index(record.phase)
+        process = (record.pid, record.started)
+        RECORD.pack_into(self._memory, place, *process, state, *numbers, phase, record.ticks, record.entered_at)
+        WORD.pack_into(self._memory, WRITTEN_AT, self._written)
+
+
+class BeaconReader:
+    """The agent's side; works as long as the object lives, also when writer and file are gone.
+
+    Raises:
+        ValueError: the file is no beacon.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != FILE_BYTES:
+                raise ValueError(f"{path} is no beacon")
+            self._memory = mmap.mmap(file.fileno(), FILE_BYTES, access=mmap.ACCESS_READ)
+        if self._memory[:PULSE_AT] != MAGIC:
+            raise ValueError(f"{path} is no beacon")
+        self.name = path.name.removesuffix(SUFFIX)
+
+    @property
+    def pulse(self) -> int:
+        return int(WORD.unpack_from(self._memory, PULSE_AT)[0])
+
+    @property
+    def account(self) -> bytes:
+        return self._memory[ACCOUNT_AT : ACCOUNT_AT + MEMORY_BYTES]
+
+    def read(self) -> Record:
+        """The newest record; read again where the writer has overtaken."""
+        while True:
+            (written,) = WORD.unpack_from(self._memory, WRITTEN_AT)
+            pid, born, state, generation, rank, world, start, step, phase, ticks, entered = RECORD.unpack_from(
+                self._memory, RECORDS_AT + written % 2 * RECORD.size
+            )
+            if WORD.unpack_from(self._memory, WRITTEN_AT)[0] == written:
+                seat = (generation, rank, world, start, step)
+                return Record(pid, born, STATES[state], *seat, PHASES[phase], ticks, entered)
+
+    def rows(self, first: int, floor: int) -> Iterator[dict[str, Any]]:
+        """Rows of step `first` and the ones after it without a gap, of generation `floor` or later."""
+        step = first
+        while (row := self._row(step)) is not None and row["generation"] >= floor:
+            yield row
+            step += 1
+
+    def _row(self, step: int) -> dict[str, Any] | None:
+        place = ROWS_AT + step % ROWS * ROW_BYTES
+        written, length = ROW_HEAD.unpack_from(self._memory, place)
+        if written != step + 1:
+            return None
+        text = self._memory[place + ROW_HEAD.size : place + ROW_HEAD.size + length]
+        if WORD.unpack_from(self._memory, place)[0] != written:
+            return None
+        row: dict[str, Any] = json.loads(text)
+        return row
+
+
+def process_start(pid: int) -> int | None:
+    """When a living process began, in clock ticks since boot; None where it is dead or a zombie."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if words[0] in "ZX" else int(words[19])

@@ -1,0 +1,555 @@
+"""The driver of the pure controller over Ray: hears agents and workers, carries out what the core says.
+
+Who waits for whom: one thread (the caller's) waits for the next word of an agent, of a starting worker, or for the
+core's deadline. Ranks and agents never wait for it, except for the word that forms the next generation: while nothing
+happens they train without it, and a controller that takes over finds them by their beacons.
+
+What the core is told follows from what the beacons say now, never from a message that could be lost: an acknowledged
+abort is a worker whose beacon says so.
+"""
+
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import ray
+
+from cluster import controller_messages as m
+from cluster.beats import BeatBoard
+from cluster.config import ElasticSettings
+from cluster.controller_state import ENDED, Controller
+from cluster.decision import Decision
+from cluster.fleet import AgentLost, Fleet, News, Started
+from cluster.goodput_records import PERIOD_S, Pause, write_group
+from cluster.goodput_watch import GroupWatch
+from cluster.group_journal import GroupJournal
+from cluster.node_watch import Beat, Shard, Sight
+from cluster.policies.hang import Beacon
+from cluster.policies.rollback import SavedState, judge_step, leave_out
+from infra.errors import NodeLost, RecuaError, StepError, StoreError
+from infra.storage import open_store
+
+log = logging.getLogger(__name__)
+
+DEATH_GRACE_S = 0.3
+"""How long a rank that lost a peer waits for the death that explains it, before the group is re-formed without one."""
+ERROR_GRACE_S = 1.0
+"""The same for a rank that raised an error of its own."""
+SURROUNDINGS_PERIOD_S = 1.0
+"""How often storage, new nodes and drained ones are looked for."""
+ROWS_LATE_S = 3.0
+"""How long the outcomes of steps before this generation are waited for."""
+SILENCE_FACTOR = 4.0
+"""A silent node whose raylet still takes connections is starved rather than gone, up to so many `node_timeout_s`."""
+OUT = ("aborted", "boundary", "finished")
+"""States in which a worker is out of its generation's collectives."""
+
+
+class Task(Protocol):
+    """What a group does, as far as its controller has to know."""
+
+    replicated: bool
+    """Every rank's shard is the whole state."""
+
+    def orders(self, join: m.Join, fleet: Fleet, history: Any, high_step: int) -> Mapping[str, Any]:
+        """{worker: argument of its `join`}."""
+        ...
+
+    def stored(self) -> Iterable[tuple[int, int]]:
+        """(generation, step) of every snapshot that is whole in storage."""
+        ...
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who hears of what: `row` of every step in order, each once; `event` of everything that people may want to see."""
+
+    row: Callable[[dict[str, Any]], None] = lambda row: None
+    event: Callable[[dict[str, Any]], None] = lambda event: None
+
+
+class GroupController:
+    """Leads one group from its start, or from where an earlier controller left it, to its end.
+
+    Args:
+        first_row: the step whose outcome is wanted first.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        task: Task,
+        settings: ElasticSettings,
+        journal: GroupJournal,
+        listener: Listener,
+        first_row: int = 0,
+    ) -> None:
+        self.fleet, self.task, self.settings, self.journal, self.listener = fleet, task, settings, journal, listener
+        history = journal.history
+        stored = set(task.stored())
+        joins = dict(history.joins)
+        for generation, step in stored:
+            joins.setdefault(generation, step)
+        number = history.controllers
+        valid = {step for generation, step in stored if _on_trajectory(generation, step, joins)}
+        self.core = Controller(settings, prefix=f"c{number}w", stored=valid, joins=joins, adopting=number > 0)
+        journal.note(controllers=number + 1)
+        self.board = BeatBoard(settings)
+        self.watch = GroupWatch("group" if fleet.accounts is None else fleet.accounts[2], self.core, time.time())
+        self.next_row, self.row_floor = first_row, 0
+        self._losses: list[float] = []
+        self._last_row: dict[str, Any] | None = None
+        self._sights: dict[str, Sight] = {}
+        self._shards: dict[str, tuple[Shard, ...]] = {}
+        self._told: dict[tuple[int, int], dict[str, frozenset[int]]] = {}
+        self._stored = stored
+        self._unheard: set[str] = set()
+        self._out_since: dict[tuple[str, int], float] = {}
+        self._end: m.End | None = None
+        self._error: Exception | None = None
+        self._looked_at = self._wrote_at = 0.0
+        self._detected_at = 0.0
+        self._stacks: list[Any] = []
+        self._draining: dict[str, float] = {}
+        self._silent_since: dict[str, float] = {}
+        self._dismissed: set[str] = set()
+        self._rows_late_since: float | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="accounts")
+        self._writing: Future[None] | None = None
+
+    def run(self) -> None:
+        """Until the last step is committed.
+
+        Raises:
+            StepError, UserError: what a rank raised by itself.
+            SystemFault: the group cannot go on; the message has the decision and its setting.
+            ResourceError: `min_workers` can never be there.
+        """
+        ended = False
+        try:
+            self.fleet.open_agents()
+            if self.core.phase != "adopting":
+                self.fleet.refuse_impossible(self.settings.min_workers)
+            self._tell(m.Tick())
+            while self._end is None:
+                self._listen()
+            ended = self._end.succeeded
+        finally:
+            self.fleet.close(remove=ended)
+            self._write_account(last=True)
+            self._writer.shutdown()
+        if not ended:
+            raise self._error or NodeLost(f"group {self.fleet.group}: {self._end.decision}")
+
+    # ---- hearing
+
+    def _listen(self) -> None:
+        deadline = self.core.next_deadline
+        timeout = 0.1 if deadline is None else min(0.1, max(0.0, deadline - time.monotonic()))
+        for news in self.fleet.wait(timeout, self._rows_wanted):
+            self._hear(news)
+        self._judge()
+        self._look_around()
+        deadline = self.core.next_deadline
+        if deadline is not None and time.monotonic() >= deadline:
+            self._tell(m.Tick())
+
+    def _rows_wanted(self, node: str) -> tuple[int, int]:
+        """Rows from one node suffice while all is well: the one of rank 0."""
+        if self.core.phase == "running" and self.core.blocks:
+            first = self.core.blocks[0][0]
+            if self.core.roster.node_of.get(first) != node:
+                return 1 << 60, 0
+        return self.next_row, self.row_floor
+
+    def _hear(self, news: News) -> None:
+        now = time.monotonic()
+        if isinstance(news, Beat):
+            self._hear_beat(news, now)
+        elif isinstance(news, AgentLost):
+            if news.node_lives:
+                log.warning("agent of node %s has ended; starting another", news.node[:12])
+                self.fleet.open_agent(news.node)
+            else:
+                self._lose_node(news.node, "its raylet is gone")
+        elif isinstance(news, Started):
+            if news.node not in self.fleet.agents:
+                self.fleet.open_agents()
+        elif news.is_death:
+            self._tell(m.WorkersRefused([news.worker], str(news.error)))
+        else:
+            self._fail(news.error)
+
+    def _hear_beat(self, beat: Beat, now: float) -> None:
+        self._silent_since.pop(beat.node, None)
+        for row in beat.rows:
+            self._row(dict(row))
+        self._shards[beat.node] = beat.shards
+        self._hold()
+        lost = []
+        for sight in beat.sights:
+            known = self._sights.get(sight.worker)
+            self._sights[sight.worker] = sight
+            if not sight.alive and (known is None or known.alive):
+                lost.append(sight)
+        if lost:
+            self._lose(beat.node, lost)
+        self._on_board(beat, now)
+        if beat.node in self._unheard:
+            self._unheard.discard(beat.node)
+            self._answer_enquiry()
+        self._settle(now)
+
+    def _lose(self, node: str, lost: Sequence[Sight]) -> None:
+        for sight in lost:
+            seat = self.core.seat(sight.worker)
+            if seat.state != "gone":
+                rank = f"rank {seat.rank}, " if seat.rank is not None else ""
+                text = f"{sight.worker} ({rank}pid {sight.record.pid}) died in {sight.record.phase}"
+                self._say("detected", what=text, worker=sight.worker, node=node)
+        names = [sight.worker for sight in lost]
+        self._tell(m.WorkersLost(names, _deaths(lost)))
+        self.fleet.bury(node, names)
+        self._dismissed.difference_update(names)
+        for name in names:
+            self._sights.pop(name, None)
+
+    def _lose_node(self, node: str, why: str) -> None:
+        self._say("detected", what=f"node {node[:12]} is lost: {why}", node=node)
+        self.fleet.lose_node(node)
+        self._shards.pop(node, None)
+        self._unheard.discard(node)
+        here = [name for name in self._sights if self.fleet.node_of.get(name) == node]
+        for name in here:
+            del self._sights[name]
+        self._tell(m.NodesLost([node], f"node {node[:12]} lost ({why})"))
+        if self.core.phase == "adopting":
+            self._answer_enquiry()
+        self._settle(time.monotonic())
+
+    def _on_board(self, beat: Beat, now: float) -> None:
+        """Beacons of the present generation; a stopped process is a fault before anything else stalls."""
+        core = self.core
+        beacons = []
+        for sight in beat.sights:
+            record = sight.record
+            if sight.alive and record.generation == core.generation and record.state in ("joining", "joined"):
+                phase = record.phase if record.phase != "save" else "wait"
+                # An interpreter may well be locked for a second while a network is built.
+                age = sight.pulse_age if core.phase == "running" or math.isinf(sight.pulse_age) else 0.0
+                beacons.append(Beacon(record.rank, record.step, phase, record.ticks, now - sight.phase_age, now - age))
+        stopped = self.board.beat(beat.node, core.generation, beacons, now)
+        if stopped and core.phase in ("forming", "running", "stopping"):
+            self._suspect(stopped, "its process stands still (stopped, or its interpreter is locked)")
+        if core.phase in ("running", "stopping") and beacons:
+            step = min(beacon.step for beacon in beacons)
+            if step > core.step:
+                self._tell(m.Progress(core.generation, step, self.board.step_s))
+
+    def _hold(self) -> None:
+        """Tell the core of snapshots that are whole, from all nodes' lists together."""
+        found: dict[tuple[int, int, int], dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+        for node, shards in self._shards.items():
+            for generation, step, rank, world in shards:
+                found[generation, step, world][node].add(rank)
+        for (generation, step, world), on in found.items():
+            whole = (
+                {node: frozenset([0]) for node in on}
+                if self.task.replicated
+                else {n: frozenset(r) for n, r in on.items()}
+            )
+            size = 1 if self.task.replicated else world
+            if len(frozenset().union(*whole.values())) == size and self._told.get((generation, step)) != whole:
+                self._told[generation, step] = whole
+                self._tell(m.SnapshotHeld(generation, step, size, whole))
+        current = {(generation, step) for generation, step, _ in found}
+        self._told = {key: value for key, value in self._told.items() if key in current}
+
+    # ---- what follows from the beacons
+
+    def _settle(self, now: float) -> None:
+        """Tell the core what the workers' states mean for what it waits for."""
+        core, ready, joined, out, boundary, finished = self.core, {}, [], [], defaultdict(list), []
+        for name, sight in self._sights.items():
+            state, mine = sight.record.state, sight.record.generation == core.generation
+            if not sight.alive or name in self._dismissed:
+                continue
+            if state == "standby" and core.phase != "adopting" and core.seat(name).state in ("spawned", "gone"):
+                ready[name] = self.fleet.node_of[name]
+            elif state == "failed" and name in core.roster.node_of:
+                self._left(name, sight, now, ERROR_GRACE_S)
+            elif mine and name in core.roster.joined:
+                if state in ("joined", "finished"):
+                    joined.append((name, sight.record.start))
+                if state == "boundary" and core.phase == "stopping":
+                    boundary[sight.record.step].append(name)
+                elif state in OUT and core.phase == "aborting":
+                    out.append(name)
+                elif state == "aborted":
+                    self._left(name, sight, now, DEATH_GRACE_S)
+                if state == "finished":
+                    finished.append(name)
+        if ready:
+            self._tell(m.WorkersReady(ready))
+        if out:
+            self._tell(m.AbortAcked(core.generation, out))
+        for step, names in boundary.items():
+            self._tell(m.BoundaryReached(core.generation, step, names))
+        if core.phase == "forming" and len(joined) == len(core.roster.joined):
+            step = min(step for _, step in joined)
+            if step < core.step:
+                self.journal.note(joins={**self.journal.history.joins, core.generation: step})
+            self._tell(m.Joined(core.generation, [name for name, _ in joined], min(step, core.step)))
+        if finished and len(finished) == len(core.roster.joined):
+            self._tell(m.Finished(core.generation, self._sights[finished[0]].record.step))
+
+    def _left(self, name: str, sight: Sight, now: float, grace_s: float) -> None:
+        """A rank is out of its generation though nobody told it to: a death will explain it, or an error of its own."""
+        core = self.core
+        since = self._out_since.setdefault((name, sight.record.generation), now)
+        if now - since < grace_s and core.phase not in ENDED:
+            return
+        if sight.record.state == "failed":
+            try:
+                self._fail(self.fleet.ask(name, "failure"))
+            except ray.exceptions.RayError:
+                return  # it has died since: that will be heard
+        elif core.phase in ("forming", "running", "stopping"):
+            self._tell(m.Suspected(core.generation, (), f"{name} lost its peers in generation {core.generation}"))
+
+    def _answer_enquiry(self) -> None:
+        if self.core.phase != "adopting" or self._unheard:
+            return
+        found = []
+        for name, sight in self._sights.items():
+            record, node = sight.record, self.fleet.node_of[name]
+            states = {"finished": "joined", "boundary": "aborted", "failed": "aborted"}
+            state = states.get(record.state, record.state)
+            if sight.alive and state != "starting" and self.fleet.adopt(name, node):
+                place = (record.generation, record.rank, record.world_size, record.step)
+                found.append(m.Found(name, node, state, *place))
+        self._tell(m.Inventory(found, last=True))
+
+    def _judge(self) -> None:
+        """Hangs and silent nodes."""
+        now = time.monotonic()
+        for node in self.board.silent_nodes(now):
+            if node not in self.fleet.agents:
+                continue
+            if self.fleet.node_lives(node) and not self._silent_for_long(node, now):
+                continue
+            self._lose_node(node, f"no beat for {self.settings.node_timeout_s:g} s")
+        if self._out_since:
+            self._settle(now)
+        if self.core.phase == "running":
+            decision, whom = self.board.judge(now)
+            if whom is not None:
+                self._suspect(whom.ranks, f"{decision.reason}: {whom.sign}")
+
+    def _silent_for_long(self, node: str, now: float) -> bool:
+        """Silence is named once; what is starved and not gone is asked about again later."""
+        first = self._silent_since.setdefault(node, now)
+        if now - first > (SILENCE_FACTOR - 1) * self.settings.node_timeout_s:
+            return True
+        self.board.beat(node, -1, (), now)
+        return False
+
+    def _suspect(self, ranks: Sequence[int], why: str) -> None:
+        core = self.core
+        members = [worker for block in core.blocks for worker in block]
+        guilty = [members[rank] for rank in ranks if rank < len(members) and members[rank] in core.roster.joined]
+        if guilty or not ranks:
+            who = ", ".join(f"{name} (rank {members.index(name)})" for name in guilty) or "nobody in particular"
+            self._say("detected", what=f"{who}: {why}", workers=guilty)
+            self._tell(m.Suspected(core.generation, guilty, f"{who}: {why}"))
+
+    def _look_around(self) -> None:
+        now = time.monotonic()
+        if now - self._looked_at < SURROUNDINGS_PERIOD_S:
+            return
+        self._looked_at = now
+        if self.core.phase not in ENDED:
+            for generation, step in set(self.task.stored()) - self._stored:
+                self._stored.add((generation, step))
+                self._tell(m.SnapshotFlushed(generation, step))
+            self._hear_of_drains(now)
+            self.fleet.open_agents()
+            self._give_up_rows(now)
+        self._show_stacks()
+        if now - self._wrote_at > PERIOD_S:
+            self._write_account()
+
+    def _hear_of_drains(self, now: float) -> None:
+        drained = ray._private.state.state.get_draining_nodes()
+        left = {node: now + max(0.0, deadline / 1000 - time.time()) for node, deadline in drained.items() if deadline}
+        new = {node: at for node, at in left.items() if node in self.fleet.agents and node not in self._draining}
+        if new:
+            self._draining |= new
+            for node, at in new.items():
+                self._say("detected", what=f"node {node[:12]} will go in {at - now:.0f} s", node=node)
+            self._tell(m.NodesDraining(new))
+
+    def _show_stacks(self) -> None:
+        """Where the stacks of killed ranks are, once their agent has them."""
+        if self._stacks:
+            done, self._stacks = ray.wait(self._stacks, num_returns=len(self._stacks), timeout=0)
+            for reference in done:
+                try:
+                    for worker, place in ray.get(reference).items():
+                        self._say("stacks", worker=worker, stacks=place)
+                except ray.exceptions.RayError as error:
+                    log.warning("the stacks of a killed rank are lost: %s", error)
+
+    def _give_up_rows(self, now: float) -> None:
+        """Rows of steps before this generation that nobody has any more (the machine itself was lost)."""
+        start = self.core.joins.get(self.core.generation, 0)
+        if self.core.phase != "running" or self.next_row >= start:
+            self._rows_late_since = None
+        elif self._rows_late_since is None:
+            self._rows_late_since = now
+        elif now - self._rows_late_since > ROWS_LATE_S:
+            log.warning("the outcomes of steps %d to %d are lost", self.next_row, start - 1)
+            self.next_row = start
+
+    # ---- the outcome of steps
+
+    def _row(self, row: dict[str, Any]) -> None:
+        """One step's outcome, in order, each once."""
+        if row["step"] != self.next_row or row.pop("generation") < self.row_floor:
+            return
+        self.next_row += 1
+        row.setdefault("tokens_per_s", (self._last_row or {}).get("tokens_per_s", 0.0))
+        self._last_row = row
+        self._losses.append(row["loss"] if row["committed"] else math.nan)
+        del self._losses[: -4 * self.settings.spike_window]
+        self.listener.row(row)
+        self._judge_loss(row["step"])
+
+    def _judge_loss(self, step: int) -> None:
+        history = self.journal.history
+        verdict = judge_step(self._losses, step, self._saved(), history.skipped, history.rollbacks, self.settings)
+        action = verdict.decision.action
+        if action == "fail":
+            self._fail(StepError(f"training does not recover: {verdict.decision}"))
+        elif action == "roll-back" and verdict.to_step is not None and self.core.phase in ("running", "stopping"):
+            window = verdict.skip
+            skipped = history.skipped if window is None else leave_out(history.skipped, window)
+            self.journal.note(skipped=skipped, rollbacks=history.rollbacks + 1)
+            self._say("rolled-back", step=step, to_step=verdict.to_step, decision=str(verdict.decision))
+            self.next_row, self.row_floor = verdict.to_step, self.core.generation + 1
+            del self._losses[len(self._losses) - (step + 1 - verdict.to_step) :]
+            self._tell(m.RollBack(self.core.generation, verdict.to_step, verdict.decision))
+        elif action == "skip-update":
+            self._say("decided", decision=str(verdict.decision))
+
+    def _saved(self) -> list[SavedState]:
+        book = self.core.book
+        whole = {step for step, snapshot in book.snapshots.items() if snapshot.whole}
+        return [SavedState(step) for step in sorted({0} | whole | (book.flushed & {step for _, step in self._stored}))]
+
+    # ---- telling the core, and doing what it says
+
+    def _tell(self, event: m.Event) -> None:
+        before, now = self.core.phase, time.monotonic()
+        commands = self.core.handle(event, now)
+        if before == "running" and self.core.phase == "aborting":
+            self._detected_at = now
+        pause = self.watch.saw(event, commands, time.time())
+        for command in commands:
+            self._carry_out(command, now)
+        if self.core.phase == "running" and before != "running":
+            self.board.begin(self.core.generation, now)
+            self._out_since.clear()
+            self._started(pause)
+
+    def _carry_out(self, command: m.Command, now: float) -> None:
+        if isinstance(command, m.Spawn):
+            self.fleet.spawn(command.workers, command.avoid)
+        elif isinstance(command, m.Abort):
+            for worker in command.workers:
+                self.fleet.tell(worker, "abort", command.generation, max(0.1, command.deadline - now))
+        elif isinstance(command, m.Kill):
+            self._say("decided", decision=f"kill {', '.join(sorted(command.workers))} | {command.reason}")
+            self._dismissed |= command.workers
+            self._stacks += self.fleet.kill(command.workers, command.reason)
+        elif isinstance(command, m.Dismiss):
+            self._dismissed |= command.workers
+            self.fleet.dismiss(command.workers)
+        elif isinstance(command, m.Join):
+            self._join(command)
+        elif isinstance(command, m.StopAtBoundary):
+            for worker in self.core.roster.joined:
+                self.fleet.tell(worker, "stop_at_boundary", command.generation)
+        elif isinstance(command, m.Enquire):
+            self._unheard = set(self.fleet.agents)
+        elif isinstance(command, m.Report):
+            log.info("%s", command.decision)
+            self._say("decided", decision=str(command.decision), **vars_of(command.decision))
+        else:
+            self._end = command
+
+    def _join(self, command: m.Join) -> None:
+        high = max(self.core.high_step, self.next_row)
+        orders = self.task.orders(command, self.fleet, self.journal.history, high)
+        for worker, order in orders.items():
+            self.fleet.tell(worker, "join", order)
+        joins = {**self.journal.history.joins, command.generation: command.restore.step}
+        self.journal.note(joins=joins)  # a controller that dies before this line is told by the beacons
+
+    def _started(self, pause: Pause | None) -> None:
+        core = self.core
+        members = [worker for block in core.blocks for worker in block]
+        pids = [self._sights[worker].record.pid for worker in members if worker in self._sights]
+        event = {"generation": core.generation, "ranks": len(members), "pids": pids, "step": core.step}
+        if pause is not None:
+            event |= {"pause_s": pause.ended - pause.began, "lost_steps": pause.lost_steps, "action": pause.action}
+            event |= {"reason": pause.reason, "key": pause.key}
+        self._say("started", **event)
+
+    def _fail(self, error: BaseException | None) -> None:
+        """The run ends with this error."""
+        if not isinstance(error, RecuaError):
+            error = StepError(f"a rank of group {self.fleet.group} failed: {error}")
+        self._error = error
+        self._end = m.End(False, Decision("fail", str(error), "none"))
+
+    def _say(self, kind: str, **facts: Any) -> None:
+        self.listener.event({"event": kind, "generation": self.core.generation, **facts})
+
+    def _write_account(self, last: bool = False) -> None:
+        accounts = self.fleet.accounts
+        if accounts is None or (not last and self._writing is not None and not self._writing.done()):
+            return
+        self._wrote_at = time.monotonic()
+        url, run, _ = accounts
+        account = self.watch.account(time.time())
+        if last:
+            account = replace(account, ended=True)
+
+        def write() -> None:
+            try:
+                write_group(open_store(url), run, account)
+            except StoreError as error:  # the next write says everything again
+                log.warning("goodput record not written: %s", error)
+
+        self._writing = self._writer.submit(write)
+        if last:
+            self._writing.result()
+
+
+def vars_of(decision: Decision) -> dict[str, str]:
+    return {"action": decision.action, "reason": decision.reason, "key": decision.key}
+
+
+def _deaths(lost: Sequence[Sight]) -> str:
+    return ", ".join(f"{sight.worker} (pid {sight.record.pid})" for sight in lost) + " died"
+
+
+def _on_trajectory(generation: int, step: int, joins: Mapping[int, int]) -> bool:
+    """Whether a snapshot belongs to what later generations went on from."""
+    return all(step <= start for later, start in joins.items() if later > generation)

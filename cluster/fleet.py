@@ -1,0 +1,323 @@
+"""The controller's hands in Ray: actors that are workers, one agent actor per node, and what both of them say.
+
+Who waits for whom: `wait` waits for the next word of any agent or of any worker that starts; every other call only
+sends. Workers and agents are detached and named by their group, so that a later controller finds them; agents end their
+node's workers, and themselves, when no controller listens to them any more.
+"""
+
+import contextlib
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, NodeLabelSchedulingStrategy, NotIn
+
+from cluster.faults import name_fault
+from cluster.node_agent import AgentPlace, NodeAgent
+from cluster.node_watch import Beat
+from infra.bundles import show_bundle, unplaceable
+from infra.errors import ResourceError
+
+NAMESPACE = "recua"
+BEAT_S = 0.4
+"""Longest silence of a living agent."""
+PROBE_S = 0.5
+"""How long a raylet's port may take to accept a connection before its node counts as gone."""
+CALLS = 8
+"""Threads of an actor: a call that takes long (a kill with its stacks) must not delay the others."""
+
+
+def node_root(node: str, shared: Path = Path("/dev/shm")) -> Path:
+    """Where everything of one Ray node lies in its machine's memory (several nodes may share a machine in tests)."""
+    return shared / f"recua-node-{node[:16]}"
+
+
+@dataclass(frozen=True)
+class AgentLost:
+    """An agent's process has ended. `node_lives`: its node has not."""
+
+    node: str
+    node_lives: bool
+
+
+@dataclass(frozen=True)
+class Started:
+    """A worker's process answers."""
+
+    worker: str
+    node: str
+
+
+@dataclass(frozen=True)
+class StartFailed:
+    """A worker did not start."""
+
+    worker: str
+    error: Exception
+    is_death: bool
+
+
+News = Beat | AgentLost | Started | StartFailed
+
+
+@dataclass(frozen=True)
+class WorkerKind:
+    """What a worker is: `actor_class(name, *arguments)` with `describe() -> (pid, node id)` and a beacon."""
+
+    actor_class: type
+    arguments: Sequence[Any] = ()
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    memory: int = 0
+    spread: bool = False
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        amounts = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": float(self.memory)}
+        return {resource: amount for resource, amount in amounts.items() if amount > 0}
+
+
+class Fleet:
+    """The processes of one group.
+
+    Args:
+        group: its name, unique in the cluster.
+        agent_class: cluster.node_agent.NodeAgent or a subclass.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        kind: WorkerKind,
+        agent_class: type[NodeAgent] = NodeAgent,
+        *,
+        orphan_s: float = 60.0,
+        accounts: tuple[str, str, str] | None = None,
+    ) -> None:
+        self.group, self.kind, self.agent_class = group, kind, agent_class
+        self.orphan_s, self.accounts = orphan_s, accounts
+        self.agents: dict[str, Any] = {}
+        self.node_of: dict[str, str] = {}
+        self._handles: dict[str, Any] = {}
+        self._numbers: dict[str, int] = {}
+        self._listening: dict[Any, str] = {}
+        self._starting: dict[Any, str] = {}
+        self._sent: list[Any] = []
+        self._lost: set[str] = set()
+
+    # ---- nodes
+
+    def folder(self, node: str) -> Path:
+        """The group's memory on a node, as its processes see it."""
+        return node_root(node) / f"recua-{self.group}"
+
+    def open_agents(self) -> list[str]:
+        """An agent on every living node that could hold a worker; returns the nodes that had none before."""
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        found = [node for node in alive if _could_hold(node["Resources"], self.kind.bundle)]
+        living = tuple(node["NodeID"] for node in alive)
+        known = self.agents.keys() | self._lost
+        new = [node["NodeID"] for node in found if node["NodeID"] not in known]
+        for node in new:
+            self.open_agent(node, living)
+        return new
+
+    def open_agent(self, node: str, living: tuple[str, ...] | None = None) -> None:
+        """Find this group's agent on a node, or start one."""
+        if living is None:
+            living = tuple(one["NodeID"] for one in ray.nodes() if one["Alive"])
+        place = AgentPlace(self.group, node, self.folder(node), self.orphan_s, self.accounts, living)
+        agent = (
+            ray.remote(self.agent_class)
+            .options(
+                name=f"{self.group}/agent/{node}",
+                namespace=NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                num_cpus=0,
+                max_restarts=0,
+                max_task_retries=0,
+                max_concurrency=CALLS,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+            )
+            .remote(place)
+        )
+        self.agents[node] = agent
+        self._numbers[node] = 0
+
+    def lose_node(self, node: str) -> None:
+        """It is gone, whatever Ray believes for the next seconds: its name never comes back."""
+        self._lost.add(node)
+        self._drop_agent(node)
+
+    def _drop_agent(self, node: str) -> None:
+        self.agents.pop(node, None)
+        self._listening = {reference: other for reference, other in self._listening.items() if other != node}
+
+    def refuse_impossible(self, count: int) -> None:
+        """Raises ResourceError when `count` workers can never be there together."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if why := unplaceable([self.kind.bundle] * count, "PACK", nodes):
+            asked = f"{count} ranks x ({show_bundle(self.kind.bundle)})"
+            raise ResourceError(f"group {self.group} asks for {asked}, but {why}")
+
+    # ---- workers
+
+    def spawn(self, workers: Iterable[str], avoid: Collection[str]) -> None:
+        """Start workers; each is told of by `wait` when it answers, or could not start."""
+        kind = self.kind
+        strategy: Any = "SPREAD" if kind.spread else "DEFAULT"
+        if avoid:
+            strategy = NodeLabelSchedulingStrategy(hard={"ray.io/node-id": NotIn(*sorted(avoid))})
+        for worker in workers:
+            handle = (
+                ray.remote(kind.actor_class)
+                .options(
+                    name=f"{self.group}/{worker}",
+                    namespace=NAMESPACE,
+                    lifetime="detached",
+                    num_cpus=kind.num_cpus,
+                    num_gpus=kind.num_gpus,
+                    memory=kind.memory or None,
+                    max_restarts=0,
+                    max_task_retries=0,
+                    max_concurrency=CALLS,
+                    scheduling_strategy=strategy,
+                    runtime_env={"env_vars": dict(kind.env)},
+                )
+                .remote(worker, self.group, *kind.arguments)
+            )
+            self._handles[worker] = handle
+            self._starting[handle.describe.remote()] = worker
+
+    def adopt(self, worker: str, node: str) -> bool:
+        """Take over a worker that an earlier controller started."""
+        self.node_of[worker] = node
+        if worker not in self._handles:
+            try:
+                self._handles[worker] = ray.get_actor(f"{self.group}/{worker}", namespace=NAMESPACE)
+            except ValueError:
+                return False
+        return True
+
+    def tell(self, worker: str, method: str, *arguments: Any) -> None:
+        """Call a worker and wait for nothing; its beacon will say what came of it."""
+        if worker in self._handles:
+            self._sent.append(getattr(self._handles[worker], method).remote(*arguments))
+            del self._sent[:-1000]
+
+    def ask(self, worker: str, method: str, *arguments: Any, timeout_s: float = 30.0) -> Any:
+        """Call a worker and wait for its answer."""
+        return ray.get(getattr(self._handles[worker], method).remote(*arguments), timeout=timeout_s)
+
+    def kill(self, workers: Collection[str], reason: str) -> list[Any]:
+        """SIGKILL with stacks; returns references to {worker: where its stacks are}."""
+        references = []
+        for node, mine in self._by_node(workers).items():
+            if node in self.agents:
+                references.append(self.agents[node].kill.remote(sorted(mine), reason))
+        self._forget(worker for worker in workers if worker not in self.node_of)
+        return references
+
+    def dismiss(self, workers: Collection[str]) -> None:
+        """End workers that nobody needs any more."""
+        for node, mine in self._by_node(workers).items():
+            if node in self.agents:
+                self._sent.append(self.agents[node].end.remote(sorted(mine)))
+        self._forget(worker for worker in workers if worker not in self.node_of)
+
+    def bury(self, node: str, workers: Collection[str]) -> None:
+        """Dead workers, now known to the controller."""
+        self._sent.append(self.agents[node].discard.remote(sorted(workers)))
+        self._forget(workers)
+
+    def close(self, remove: bool, timeout_s: float = 15.0) -> None:
+        """Every process ends; `remove` frees the group's memory."""
+        for worker in list(self._handles):
+            with contextlib.suppress(Exception):  # it may have ended by itself
+                ray.kill(self._handles[worker], no_restart=True)
+        closing = [agent.close.remote(remove) for agent in self.agents.values()]
+        ray.wait(closing, num_returns=len(closing), timeout=timeout_s) if closing else None
+        for agent in self.agents.values():
+            with contextlib.suppress(Exception):
+                ray.kill(agent, no_restart=True)
+        self.agents.clear()
+        self._handles.clear()
+
+    # ---- listening
+
+    def wait(self, timeout_s: float, rows: Callable[[str], tuple[int, int]]) -> list[News]:
+        """The next words, or nothing within `timeout_s`. `rows(node)`: which rows to ask for, (first step, floor)."""
+        listening = set(self._listening.values())
+        for node, agent in self.agents.items():
+            if node not in listening:
+                self._listening[agent.listen.remote(self._numbers[node], BEAT_S, *rows(node))] = node
+        pending = [*self._listening, *self._starting]
+        if not pending:
+            time.sleep(timeout_s)
+            return []
+        ready, _ = ray.wait(pending, num_returns=1, timeout=timeout_s)
+        return [self._heard(reference) for reference in ready]
+
+    def _heard(self, reference: Any) -> News:
+        if reference in self._listening:
+            node = self._listening.pop(reference)
+            try:
+                beat: Beat = ray.get(reference)
+            except ray.exceptions.RayActorError:
+                self._drop_agent(node)
+                return AgentLost(node, self.node_lives(node))
+            self._numbers[node] = beat.number
+            for sight in beat.sights:
+                self.node_of[sight.worker] = node
+            return beat
+        worker = self._starting.pop(reference)
+        try:
+            _, node = ray.get(reference)
+        except Exception as error:
+            fault = name_fault(error, f"worker {worker} of group {self.group}")
+            self._forget([worker])
+            return StartFailed(worker, fault.error, fault.is_death)
+        self.node_of[worker] = node
+        return Started(worker, node)
+
+    def node_lives(self, node: str) -> bool:
+        """Whether the raylet of a node still takes connections: a dead one refuses at once, a dead machine is silent.
+
+        Ray itself takes 12 s and more to know.
+        """
+        entry = next((one for one in ray.nodes() if one["NodeID"] == node), None)
+        if entry is None or not entry["Alive"]:
+            return False
+        try:
+            address = (entry["NodeManagerAddress"], entry["NodeManagerPort"])
+            with socket.create_connection(address, timeout=PROBE_S):
+                return True
+        except OSError:
+            return False
+
+    def _by_node(self, workers: Iterable[str]) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = defaultdict(set)
+        for worker in workers:
+            if worker in self.node_of:
+                found[self.node_of[worker]].add(worker)
+        return found
+
+    def _forget(self, workers: Iterable[str]) -> None:
+        """A process that did not get as far as a beacon is ended by Ray."""
+        for worker in list(workers):
+            handle = self._handles.pop(worker, None)
+            self.node_of.pop(worker, None)
+            if handle is not None:
+                with contextlib.suppress(Exception):
+                    ray.kill(handle, no_restart=True)
+
+
+def _could_hold(resources: Mapping[str, float], bundle: Mapping[str, float]) -> bool:
+    return all(resources.get(name, 0.0) >= amount for name, amount in bundle.items())

@@ -1,0 +1,70 @@
+"""What a group's controller must not forget when it is killed: one small file, replaced as a whole.
+
+    {"format", "group", "controllers", "joins": {generation: step that it loaded}, "skipped": [[first, last], ...],
+     "rollbacks"}
+
+`group` is drawn once: a state folder that was removed and made again never meets what the older one left in memory.
+"""
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from cluster.policies.rollback import DataWindow
+from infra.errors import CheckpointError
+from infra.storage import write_text
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class GroupHistory:
+    """See the module's docstring. `controllers`: how many have led this group so far, the present one included."""
+
+    group: str
+    controllers: int = 0
+    joins: Mapping[int, int] = field(default_factory=dict)
+    skipped: tuple[DataWindow, ...] = ()
+    rollbacks: int = 0
+
+
+class GroupJournal:
+    """The file of one group, with one writer.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another format.
+    """
+
+    def __init__(self, path: Path, prefix: str) -> None:
+        self.path = path
+        self.history = self._read() if path.exists() else GroupHistory(f"{prefix}-{uuid.uuid4().hex[:12]}")
+
+    def note(self, **changes: object) -> None:
+        """Change some fields, durably."""
+        self.history = history = replace(self.history, **changes)  # type: ignore[arg-type]
+        tree = {
+            "format": FORMAT,
+            "group": history.group,
+            "controllers": history.controllers,
+            "joins": {str(generation): step for generation, step in history.joins.items()},
+            "skipped": [[window.first, window.last] for window in history.skipped],
+            "rollbacks": history.rollbacks,
+        }
+        write_text(self.path, json.dumps(tree, indent=1) + "\n")
+
+    def _read(self) -> GroupHistory:
+        try:
+            tree = json.loads(self.path.read_text())
+            if tree["format"] != FORMAT:
+                raise CheckpointError(f"{self.path}: format {tree['format']}, this version reads {FORMAT}")
+            return GroupHistory(
+                tree["group"],
+                tree["controllers"],
+                {int(generation): step for generation, step in tree["joins"].items()},
+                tuple(DataWindow(first, last) for first, last in tree["skipped"]),
+                tree["rollbacks"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.path}: not a group's journal: {error}") from error

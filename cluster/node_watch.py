@@ -1,0 +1,306 @@
+"""What a node agent sees of the ranks on its node, from outside them, and what it does to them.
+
+Who waits for whom: one thread looks at every beacon about every `period_s` and sleeps on the processes' pidfds in
+between, so that a death is seen at once, whatever caused it. A caller of `wait` is woken when a rank has died or has
+changed its state, and otherwise now and then; that answer is the node's beat. Nothing here waits for a rank.
+
+A stopped process is known by the kernel's word for it, a locked interpreter by its pulse. Time in which this process
+itself did not get the processor does not count against a pulse.
+"""
+
+import contextlib
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.beacons import SUFFIX, BeaconReader, Record, process_start
+from cluster.goodput_records import NodeAccount, RankAccount
+from cluster.stopwatch import read_account
+
+SHARD = re.compile(r"generation-(\d{5})\.step-(\d{10})\.rank-(\d{5})-of-(\d{5})\.shard")
+"""Names of engines.snapshots, which this layer does not import; a test holds the two together."""
+Shard = tuple[int, int, int, int]
+"""(generation, step, rank, world size) of a sealed shard in this node's memory."""
+SCAN_PERIOD_S = 0.05
+PROGRESS_PERIOD_S = 0.1
+"""Ranks that only go on as usual wake a waiting caller this often at most."""
+STOPPED_AFTER_S = 0.1
+"""How long the kernel must call a process stopped (a debugger stops one for less)."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One rank as it is now. Ages in seconds; `pulse_age` is infinite for a stopped process."""
+
+    worker: str
+    alive: bool
+    record: Record
+    phase_age: float = 0.0
+    pulse_age: float = 0.0
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A node's word. `number` grows; `rows` are steps' outcomes (see cluster.beacons) in order without a gap."""
+
+    node: str
+    number: int
+    sights: tuple[Sight, ...] = ()
+    shards: tuple[Shard, ...] = ()
+    rows: tuple[Mapping[str, Any], ...] = ()
+    busiest_gap_s: float = 0.0
+    """Longest time since the last beat in which the agent itself did not get the processor."""
+
+
+class _Watched:
+    """One beacon and what was last seen of it."""
+
+    def __init__(self, path: Path, now: float) -> None:
+        self.path, self.reader = path, BeaconReader(path)
+        self.record = self.reader.read()
+        self.pid = self.record.pid
+        self.died_at = None if process_start(self.pid) == self.record.started else now
+        self.pidfd: int | None = None
+        if self.died_at is None:
+            try:
+                self.pidfd = os.pidfd_open(self.pid)
+            except ProcessLookupError:
+                self.died_at = now
+        self.pulse, self.still_s = self.reader.pulse, 0.0
+        self.stopped_since: float | None = None
+
+    def close(self) -> None:
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+            self.pidfd = None
+
+
+class NodeWatch:
+    """See the module's docstring.
+
+    Args:
+        folder: the group's folder in this node's shared memory: shards lie in it, beacons in its folder `beacons`.
+    """
+
+    def __init__(self, node: str, folder: Path, *, period_s: float = 0.01) -> None:
+        self.node, self.folder, self.period_s = node, folder, period_s
+        self._beacons = folder / "beacons"
+        self._beacons.mkdir(parents=True, exist_ok=True)
+        self._watched: dict[str, _Watched] = {}
+        self._gone: list[RankAccount] = []
+        self._news = threading.Condition()
+        self._number, self._gap_s, self._progress_at = 0, 0.0, 0.0
+        self._poll = select.poll()
+        self._ended = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="node-watch", daemon=True)
+        self._thread.start()
+
+    def wait(self, after: int, timeout_s: float, first_row: int = 0, row_floor: int = 0) -> Beat:
+        """The next beat after number `after`, at the latest in `timeout_s`. Rows are from step `first_row` on, of
+        generation `row_floor` or later."""
+        with self._news:
+            self._news.wait_for(lambda: self._number > after or self._failure is not None, timeout_s)
+            if self._failure is not None:
+                raise self._failure
+            now = time.monotonic()
+            watched = list(self._watched.values())
+            sights = tuple(_sight(one, now) for one in watched)
+            gap, self._gap_s = self._gap_s, 0.0
+            number = self._number
+        rows: list[Mapping[str, Any]] = []
+        for one in watched:
+            rows += one.reader.rows(first_row + len(rows), row_floor)
+        return Beat(self.node, number, sights, tuple(self.shards()), tuple(rows), gap)
+
+    def shards(self) -> list[Shard]:
+        """Sealed in this node's memory, own and replicas."""
+        found = []
+        for name in os.listdir(self.folder):
+            match = SHARD.fullmatch(name)
+            if match:
+                generation, step, rank, world = map(int, match.groups())
+                found.append((generation, step, rank, world))
+        return sorted(found)
+
+    def kill(self, workers: Collection[str]) -> dict[str, str]:
+        """SIGKILL; returns the stacks of those that were alive, taken just before."""
+        stacks = {}
+        for one in self._named(workers):
+            if one.died_at is None:
+                stacks[one.reader.name] = read_stacks(one.pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(one.pid, signal.SIGKILL)
+        return stacks
+
+    def end(self, workers: Iterable[str]) -> None:
+        """SIGKILL without a word."""
+        for one in self._named(workers):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one.pid, signal.SIGKILL)
+
+    def workers(self) -> list[str]:
+        """Those that live."""
+        with self._news:
+            return [name for name, one in self._watched.items() if one.died_at is None]
+
+    def discard(self, workers: Collection[str]) -> None:
+        """Dead workers that everybody knows of: their accounts stay."""
+        for one in self._named(workers):
+            if one.died_at is not None:
+                with self._news:
+                    del self._watched[one.reader.name]
+                self._gone.append(_account(one))
+                one.close()
+                one.path.unlink(missing_ok=True)
+
+    def account(self) -> NodeAccount:
+        """The ledgers of all ranks that ever lived here."""
+        with self._news:
+            watched = list(self._watched.values())
+        return NodeAccount(self.node, (*self._gone, *map(_account, watched)))
+
+    def close(self, remove: bool = False) -> None:
+        """Stop watching; `remove` frees the group's memory on this node."""
+        self._ended = True
+        self._thread.join()
+        for one in self._watched.values():
+            one.close()
+        if remove:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _named(self, workers: Iterable[str]) -> list[_Watched]:
+        with self._news:
+            return [self._watched[name] for name in workers if name in self._watched]
+
+    def _run(self) -> None:
+        try:
+            self._watch()
+        except BaseException as error:  # raised again in wait()
+            with self._news:
+                self._failure = error
+                self._news.notify_all()
+
+    def _watch(self) -> None:
+        scanned_at = looked_at = 0.0
+        last = time.monotonic()
+        while not self._ended:
+            dead = {descriptor for descriptor, _ in self._poll.poll(self.period_s * 1000)}
+            now = time.monotonic()
+            ran_s = min(now - last, 3 * self.period_s)
+            self._gap_s = max(self._gap_s, now - last)
+            last = now
+            urgent = self._bury(dead, now) or self._number == 0  # the first look is news
+            if now - scanned_at > SCAN_PERIOD_S:
+                scanned_at = now
+                urgent |= self._find(now)
+            asks_kernel = now - looked_at > STOPPED_AFTER_S / 2
+            looked_at = now if asks_kernel else looked_at
+            moved = False
+            for one in list(self._watched.values()):
+                if one.died_at is None:
+                    changed, went_on = _look(one, now, ran_s, asks_kernel)
+                    urgent, moved = urgent | changed, moved | went_on
+            if urgent or (moved and now - self._progress_at > PROGRESS_PERIOD_S):
+                self._progress_at = now
+                with self._news:
+                    self._number += 1
+                    self._news.notify_all()
+
+    def _bury(self, dead: Collection[int], now: float) -> bool:
+        for one in list(self._watched.values()):
+            if one.pidfd is not None and one.pidfd in dead:
+                self._poll.unregister(one.pidfd)
+                one.close()
+                one.died_at, one.record = now, one.reader.read()
+        return bool(dead)
+
+    def _find(self, now: float) -> bool:
+        found = False
+        for name in os.listdir(self._beacons):
+            worker = name.removesuffix(SUFFIX)
+            if name.endswith(SUFFIX) and worker not in self._watched:
+                try:
+                    one = _Watched(self._beacons / name, now)
+                except (OSError, ValueError):  # removed meanwhile, or no beacon
+                    continue
+                if one.pidfd is not None:
+                    self._poll.register(one.pidfd, select.POLLIN)
+                with self._news:
+                    self._watched[worker] = one
+                found = True
+        return found
+
+
+def read_stacks(pid: int) -> str:
+    """What every thread of a process does, also of a stopped one; says so where that cannot be known."""
+    tool = shutil.which("py-spy") or str(Path(sys.executable).with_name("py-spy"))
+    try:
+        found = subprocess.run(
+            [tool, "dump", "--nonblocking", "--pid", str(pid)], capture_output=True, text=True, timeout=5
+        )
+        if found.returncode == 0:
+            return found.stdout
+        why = found.stderr.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = str(error)
+    lines = [f"no Python stacks of process {pid} ({why}); its threads:"]
+    with contextlib.suppress(OSError):
+        for task in sorted(os.listdir(f"/proc/{pid}/task")):
+            words = Path(f"/proc/{pid}/task/{task}/stat").read_text().rpartition(")")[2].split()
+            waits = Path(f"/proc/{pid}/task/{task}/wchan").read_text().strip("0\n") or "-"
+            lines.append(f"  thread {task}: state {words[0]}, waits in {waits}")
+    return "\n".join(lines)
+
+
+def _look(one: _Watched, now: float, ran_s: float, asks_kernel: bool) -> tuple[bool, bool]:
+    """(whether it is another's business at once, whether it went on)."""
+    before, one.record = one.record, one.reader.read()
+    pulse = one.reader.pulse
+    one.still_s = 0.0 if pulse != one.pulse else one.still_s + ran_s
+    one.pulse = pulse
+    stood = _stands(one, now)
+    if asks_kernel:
+        if _state(one.pid) not in "Tt":
+            one.stopped_since = None
+        elif one.stopped_since is None:
+            one.stopped_since = now
+    record = one.record
+    changed = (before.state, before.generation) != (record.state, record.generation)
+    return changed or (_stands(one, now) and not stood), record.step != before.step or record.ticks != before.ticks
+
+
+def _stands(one: _Watched, now: float) -> bool:
+    return one.stopped_since is not None and now - one.stopped_since > STOPPED_AFTER_S
+
+
+def _sight(one: _Watched, now: float) -> Sight:
+    pulse_age = float("inf") if _stands(one, now) else one.still_s
+    return Sight(one.reader.name, one.died_at is None, one.record, max(0.0, now - one.record.entered_at), pulse_age)
+
+
+def _account(one: _Watched) -> RankAccount:
+    """In seconds since the epoch."""
+    now, clock = time.monotonic(), time.time()
+    until = now if one.died_at is None else one.died_at
+    died = one.died_at is not None and one.record.state not in ("finished", "failed")
+    ledger = read_account(one.reader.account, until, died=died)
+    ended = clock - (now - until)
+    return RankAccount(one.reader.name, ended - ledger.lived_s, ended, ledger, one.died_at is not None)
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
