@@ -1,9 +1,11 @@
 """Settings of the post-training loops (contents of a recipe's stage sections). No torch, no ray."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from cluster.config import ElasticSettings
 from engines.config import LearnerSettings
 from infra.config import Settings
 
@@ -80,6 +82,39 @@ class PretrainSettings(Settings):
     """Restarts of the worker group after lost workers, before the step itself fails."""
     max_skipped_steps: int = Field(default=5, ge=0)
     """Steps in a row that may be skipped for a gradient that is not finite, before training stops with an error."""
+    elastic: ElasticSettings = ElasticSettings()
+    """What happens when ranks are lost, hang, are slow or diverge. `max_workers` and `tensor_parallel` are the
+    section's own `workers` and `tensor_parallel`; `min_workers` is one replica unless it is set."""
+
+    def group(self) -> ElasticSettings:
+        """The elastic settings, complete; `min_workers` in whole blocks."""
+        given, block = self.elastic.model_dump(exclude_unset=True), self.tensor_parallel
+        given["min_workers"] = -(-self.elastic.min_workers // block) * block
+        return ElasticSettings(**_group(given, self.workers, block))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _says_it_once(cls, values: Any) -> Any:
+        """`workers` and `tensor_parallel` complete the elastic settings before these are checked."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("elastic", {}), Mapping):
+            return values
+        given, workers, tensor_parallel = (
+            values.get("elastic", {}),
+            values.get("workers"),
+            values.get("tensor_parallel"),
+        )
+        for name, value in (("max_workers", workers), ("tensor_parallel", tensor_parallel)):
+            if name in given and given[name] != value:
+                where = "workers" if name == "max_workers" else name
+                raise ValueError(f"elastic.{name} is {where}: leave it out")
+        own = {name: field.default for name, field in cls.model_fields.items()}
+        workers = own["workers"] if workers is None else workers
+        tensor_parallel = own["tensor_parallel"] if tensor_parallel is None else tensor_parallel
+        if not isinstance(workers, int) or not isinstance(tensor_parallel, int) or min(workers, tensor_parallel) < 1:
+            return values  # their own checks say what is wrong
+        if workers % tensor_parallel:
+            return values
+        return {**values, "elastic": _group(given, workers, tensor_parallel)}
 
     @model_validator(mode="after")
     def _fits(self) -> "PretrainSettings":
@@ -94,6 +129,11 @@ class PretrainSettings(Settings):
         if self.optimizer.warmup_steps > self.steps:
             raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} exceeds steps {self.steps}")
         return self
+
+
+def _group(given: Mapping[str, Any], workers: int, tensor_parallel: int) -> dict[str, Any]:
+    whole = {"max_workers": workers, "tensor_parallel": tensor_parallel}
+    return {"min_workers": tensor_parallel, **given, **whole}
 
 
 class SftSettings(Settings):

@@ -28,8 +28,9 @@ IDLE_STATES = frozenset({"aborted", "boundary"})
 PHASES = ("wait", "data", "collective", "save")
 """`collective`: inside a step, which all ranks take together; what tells them apart there are the ticks."""
 
-RECORD = struct.Struct("<10q1d")
-"""pid, its start, state, generation, rank, world size, first step, step, phase, ticks; when the phase was entered."""
+RECORD = struct.Struct("<11q1d")
+"""pid, its start, its training thread, state, generation, rank, world size, first step, step, phase, ticks; when the
+phase was entered."""
 WORD = struct.Struct("<Q")
 PULSE_AT = len(MAGIC)
 WRITTEN_AT = PULSE_AT + WORD.size
@@ -48,12 +49,14 @@ class Record:
     """What a rank last wrote. `start` and `step`: committed steps, at the start of its generation and
     now; `ticks`: how far it is within its generation.
 
-    `started` (see `process_start`) tells the process from a later one under the same number.
-    Example: Record(4711, 8812345, "joined", 3, 1, 4, 90, 120, "collective", 9311, 5000.2).
+    `started` (see `process_start`) tells the process from a later one under the same number; `thread` is the kernel's
+    number of the one that trains.
+    Example: Record(4711, 8812345, 4730, "joined", 3, 1, 4, 90, 120, "collective", 9311, 5000.2).
     """
 
     pid: int
     started: int = 0
+    thread: int = 0
     state: str = "starting"
     generation: int = 0
     rank: int = 0
@@ -134,7 +137,7 @@ class BeaconWriter:
         place = RECORDS_AT + self._written % 2 * RECORD.size
         numbers = (record.generation, record.rank, record.world_size, record.start, record.step)
         state, phase = STATES.index(record.state), PHASES.index(record.phase)
-        process = (record.pid, record.started)
+        process = (record.pid, record.started, record.thread)
         RECORD.pack_into(self._memory, place, *process, state, *numbers, phase, record.ticks, record.entered_at)
         WORD.pack_into(self._memory, WRITTEN_AT, self._written)
 
@@ -167,12 +170,12 @@ class BeaconReader:
         """The newest record; read again where the writer has overtaken."""
         while True:
             (written,) = WORD.unpack_from(self._memory, WRITTEN_AT)
-            pid, born, state, generation, rank, world, start, step, phase, ticks, entered = RECORD.unpack_from(
+            pid, born, thread, state, generation, rank, world, start, step, phase, ticks, entered = RECORD.unpack_from(
                 self._memory, RECORDS_AT + written % 2 * RECORD.size
             )
             if WORD.unpack_from(self._memory, WRITTEN_AT)[0] == written:
                 seat = (generation, rank, world, start, step)
-                return Record(pid, born, STATES[state], *seat, PHASES[phase], ticks, entered)
+                return Record(pid, born, thread, STATES[state], *seat, PHASES[phase], ticks, entered)
 
     def rows(self, first: int, floor: int) -> Iterator[dict[str, Any]]:
         """Rows of step `first` and the ones after it without a gap, of generation `floor` or later."""

@@ -9,9 +9,11 @@ from statistics import median
 
 from cluster.config import ElasticSettings
 from cluster.decision import Decision
-from cluster.policies.hang import Beacon, Suspects, decide_hang, stopped, suspects
+from cluster.policies.hang import Beacon, Suspects, decide_hang, stall_limit_s, stopped, suspects
 
 REMEMBERED_STEPS = 32
+DOUBT = 5.0
+"""A hang that no rank is to blame for (the fabric, or a crowded machine) must last so many times as long."""
 
 
 class BeatBoard:
@@ -50,6 +52,10 @@ class BeatBoard:
                 self._collectives, self._moved_at = beacon.collectives, now
         return stopped(beacons, now, self._settings)
 
+    def excuse(self, seconds: float, now: float) -> None:
+        """So long a rank could not go on because its machine had no processor for it: that is no hang."""
+        self._moved_at = min(now, self._moved_at + seconds)
+
     @property
     def step_s(self) -> float:
         """Median of the recent step times; 0 before the second step."""
@@ -68,7 +74,11 @@ class BeatBoard:
 
     def judge(self, now: float) -> tuple[Decision, Suspects | None]:
         """hang or wait; for a hang also whom to suspect. The beacons are read only when nothing has moved for long."""
-        decision = decide_hang(now - self._moved_at, self.step_times, self._settings)
+        stalled = now - self._moved_at
+        decision = decide_hang(stalled, self.step_times, self._settings)
         if decision.action != "hang":
             return decision, None
-        return decision, suspects(self.beacons.values(), now, self._settings)
+        whom = suspects(self.beacons.values(), now, self._settings)
+        if not whom.ranks and stalled < DOUBT * stall_limit_s(self.step_times, self._settings):
+            return Decision("wait", f"{decision.reason}, but {whom.sign}", decision.key), None
+        return decision, whom

@@ -44,7 +44,7 @@ class ElasticSettings(Settings):
     """A process whose beacon pulse stands still for this long is stopped or locked."""
     hang_factor: float = Field(default=5, gt=1)
     """No progress for this many of the run's own median step times is a hang."""
-    hang_floor_s: float = Field(default=2, gt=0)
+    hang_floor_s: float = Field(default=5, gt=0)
     """Never call a hang sooner than this, however short the steps."""
     first_step_grace_s: float = Field(default=120, gt=0)
     """A generation's first step (compilation, lazy set-up) may take this long before it counts as a hang."""

@@ -191,14 +191,17 @@ class GroupController:
             self._row(dict(row))
         self._shards[beat.node] = beat.shards
         self._hold()
-        lost = []
+        lost, starved = [], 0.0
         for sight in beat.sights:
             known = self._sights.get(sight.worker)
+            if known is not None:
+                starved = max(starved, sight.starved_s - known.starved_s)
             self._sights[sight.worker] = sight
             if not sight.alive and (known is None or known.alive):
                 lost.append(sight)
         if lost:
             self._lose(beat.node, lost)
+        self.board.excuse(starved, now)
         self._on_board(beat, now)
         if beat.node in self._unheard:
             self._unheard.discard(beat.node)

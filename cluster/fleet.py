@@ -67,7 +67,8 @@ News = Beat | AgentLost | Started | StartFailed
 
 @dataclass(frozen=True)
 class WorkerKind:
-    """What a worker is: `actor_class(name, *arguments)` with `describe() -> (pid, node id)` and a beacon."""
+    """What a worker is: `actor_class(name, group, when it was ordered, *arguments)`, with a beacon and with
+    `describe() -> (pid, node id)`."""
 
     actor_class: type
     arguments: Sequence[Any] = ()
@@ -176,7 +177,7 @@ class Fleet:
         if avoid:
             strategy = NodeLabelSchedulingStrategy(hard={"ray.io/node-id": NotIn(*sorted(avoid))})
         for worker in workers:
-            handle = (
+            handle: Any = (
                 ray.remote(kind.actor_class)
                 .options(
                     name=f"{self.group}/{worker}",
@@ -191,7 +192,7 @@ class Fleet:
                     scheduling_strategy=strategy,
                     runtime_env={"env_vars": dict(kind.env)},
                 )
-                .remote(worker, self.group, *kind.arguments)
+                .remote(worker, self.group, time.time(), *kind.arguments)
             )
             self._handles[worker] = handle
             self._starting[handle.describe.remote()] = worker

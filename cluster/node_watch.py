@@ -47,6 +47,8 @@ class Sight:
     record: Record
     phase_age: float = 0.0
     pulse_age: float = 0.0
+    starved_s: float = 0.0
+    """How long its training thread has waited for a processor so far."""
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,16 @@ def _stands(one: _Watched, now: float) -> bool:
 
 def _sight(one: _Watched, now: float) -> Sight:
     pulse_age = float("inf") if _stands(one, now) else one.still_s
-    return Sight(one.reader.name, one.died_at is None, one.record, max(0.0, now - one.record.entered_at), pulse_age)
+    age = max(0.0, now - one.record.entered_at)
+    return Sight(one.reader.name, one.died_at is None, one.record, age, pulse_age, _starved_s(one.record))
+
+
+def _starved_s(record: Record) -> float:
+    """The kernel's count; 0 where it keeps none."""
+    try:
+        return int(Path(f"/proc/{record.pid}/task/{record.thread}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def _account(one: _Watched) -> RankAccount:

@@ -23,7 +23,7 @@ NONE = -1
 class Stopwatch:
     """`enter("compute")` closes the bucket before it. A few microseconds each; used by one thread.
 
-    Before the first `enter` and after `leave` time counts as unattributed.
+    Before the first `enter` and after `leave` time counts as unattributed, before the stopwatch was made as init.
 
     Args:
         clock: seconds; the same for the node agent (CLOCK_MONOTONIC is shared by the processes of a machine).
@@ -44,6 +44,7 @@ class Stopwatch:
         self._born = self._since if born is None else born
         self._open = NONE
         self._seconds = [0.0] * len(BUCKETS)
+        self._seconds[BUCKETS.index("init")] = self._since - self._born
         self._recomputing = False
         self._at_step = 0.0
         self._write()

@@ -212,13 +212,32 @@ class ElasticLearner:
             self.groups.leave()
             self.groups = None
 
+    def take_last(self) -> int:
+        """Snapshot the state as it is now, whatever `snapshots.every` says, and wait until it is sealed; its step."""
+        assert self.learner is not None and self.snapshots is not None, "join() first"
+        self.snapshots.settle()
+        if self.snapshots.last is None or self.snapshots.last.step != self.learner.step:
+            self.snapshots.every = 1
+            self.learner.take_snapshot()
+            self.snapshots.settle()
+        return self.learner.step
+
+    def flush_last(self) -> None:
+        """The same, and wait until this rank's part is in the store too."""
+        step = self.take_last()
+        if self.flusher is not None:
+            self.flusher.wait()
+            if self.flusher.flushed[-1:] != [step]:
+                self.flusher.offer(step)
+                self.flusher.wait()
+
     def _flush(self) -> None:
-        """Send the snapshot that was sealed during the last step on to the store, where it is one of those to send."""
-        sealed = self.snapshots.last if self.snapshots is not None else None
-        if self.flusher is None or self.learner is None or sealed is None or sealed.step != self.learner.step - 1:
+        """Send what was sealed before the last commit on to the store, where it is one of those to send."""
+        if self.flusher is None or self.learner is None:
             return
-        if sealed.step % self.recipe.snapshots.flush_every == 0:
-            self.flusher.offer(sealed.step)
+        sealed, snapshots = self.learner.step - 1, self.recipe.snapshots
+        if sealed % snapshots.flush_every == 0 and sealed % snapshots.every == 0:
+            self.flusher.offer(sealed)
 
     def _load(self, learner: TorchLearner, sources: Sources, at_most: int | None) -> SnapshotName:
         """(collective) The best snapshot that every rank can read, read by every rank."""

@@ -91,7 +91,8 @@ def test_an_unknown_bucket_is_refused(clock: Clock) -> None:
 
 
 def test_time_before_the_stopwatch_counts_too(clock: Clock) -> None:
-    assert Stopwatch(clock, born=90.0).ledger().unattributed_s == 10
+    ledger = Stopwatch(clock, born=90.0).ledger()
+    assert (ledger.seconds["init"], ledger.unattributed_s) == (10, 0)
 
 
 def test_exposed_communication_is_moved_never_invented(clock: Clock) -> None:

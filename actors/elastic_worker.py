@@ -1,0 +1,330 @@
+"""One rank of pretraining that outlives the loss of others: the loop that all ranks run in step.
+
+Who waits for whom: the training thread waits for the controller's word (`join`), and then for its peers in collectives.
+The actor's methods only leave words and return at once, except `abort`, which wakes the training thread wherever it
+waits. What comes of it all is in the beacon, for whoever leads the group then.
+
+Fault points (see `infra.faults`), hit once per process: `pretrain.generation-G.rank-R.join` (before the groups are
+formed), `.step` (before a step's computation, while the others enter it), `.finish` (before the model is saved).
+"""
+
+import os
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+import torch
+import torch.nn.functional as F
+
+from actors.config import PretrainSettings
+from cluster.beacons import SUFFIX, BeaconWriter
+from cluster.fleet import node_root
+from cluster.stopwatch import Stopwatch
+from data.config import BatchSettings
+from data.loader import DataLoader
+from data.tokenized import TokenWindows, document_segments
+from engines.base import Batch, LossFn
+from engines.config import SnapshotSettings
+from engines.elastic import ElasticLearner, Recipe
+from engines.process_groups import Rendezvous, StoreAddress
+from engines.ranks import Ranks
+from engines.snapshots import Peer, Source, StoreSource
+from engines.torch_learner import LlamaConfig, TorchLearner
+from infra.errors import NodeLost, RecuaError, StepError
+from infra.faults import FaultSchedule
+from infra.storage import open_store
+
+NO_TARGET = -100
+
+
+@dataclass(frozen=True)
+class PretrainJob:
+    """What every rank is told at its birth; see `actors.pretrain.pretrain`."""
+
+    tokens_dir: Path
+    tokenizer_dir: Path
+    model: LlamaConfig
+    settings: PretrainSettings
+    out: Path
+    state: Path
+    seed: int
+    faults: str = ""
+
+
+@dataclass(frozen=True)
+class ReplicaPlace:
+    """A replica server of another node."""
+
+    host: str
+    port: int
+    token: str
+
+
+@dataclass(frozen=True)
+class Order:
+    """A place in the next generation. `at_most`: load no later step; None: start afresh. `sources`: nodes that may hold
+    shards; `holders`: nodes that keep replicas of this rank's. `skipped`: windows of data left out. `high_step`: steps
+    below it were computed before."""
+
+    generation: int
+    rank: int
+    world_size: int
+    store: StoreAddress
+    at_most: int | None
+    sources: tuple[ReplicaPlace, ...] = ()
+    holders: tuple[ReplicaPlace, ...] = ()
+    skipped: tuple[int, ...] = ()
+    high_step: int = 0
+
+
+class PretrainRank:
+    """The actor class; `cluster.fleet.Fleet` makes one per rank.
+
+    Args:
+        name: of this worker. group: names its shards in shared memory.
+        ordered_at: seconds since the epoch; Ray may have kept the process for a while before.
+        store: where ranks meet, as long as the controller that started this worker leads.
+    """
+
+    def __init__(self, name: str, group: str, ordered_at: float, job: PretrainJob, store: StoreAddress) -> None:
+        self.name, self.group, self.job = name, group, job
+        settings = job.settings
+        self.node = ray.get_runtime_context().get_node_id()
+        self.shared = node_root(self.node)
+        born = time.monotonic() - (time.time() - max(ordered_at, psutil.Process().create_time()))
+        self.beacon = BeaconWriter(self.shared / f"recua-{group}" / "beacons" / f"{name}{SUFFIX}")
+        self.watch = Stopwatch(born=born, memory=self.beacon.account)
+        self.watch.enter("init")
+        self.faults = FaultSchedule.parse(job.faults)
+        self._store = store
+        self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+        self._stop_generation = -1
+        self._failure: Exception | None = None
+        torch.set_num_threads(settings.threads)
+        self.elastic = ElasticLearner(
+            _recipe(job),
+            group,
+            Rendezvous(store),
+            device=torch.device("cuda", 0) if settings.num_gpus > 0 else torch.device("cpu"),
+            shared=self.shared,
+            store=open_store(job.state),
+        )
+        threading.Thread(target=self._live, name="training", daemon=True).start()
+
+    # ---- words of the controller
+
+    def describe(self) -> tuple[int, str]:
+        """(pid, node id): the process answers."""
+        return os.getpid(), self.node
+
+    def join(self, order: Order) -> None:
+        """Take a place in a new generation, as soon as the last one is left."""
+        self._orders.put(order)
+
+    def abort(self, generation: int, deadline_s: float) -> None:
+        """Out of the collectives of this generation and of any older one."""
+        self.elastic.abort(generation, deadline_s)
+
+    def stop_at_boundary(self, generation: int) -> None:
+        """Ask the others to stop after the same step; see `Ranks.should_commit`."""
+        self._stop_generation = max(self._stop_generation, generation)
+
+    def failure(self) -> Exception | None:
+        """What this rank raised by itself."""
+        return self._failure
+
+    # ---- the training thread
+
+    def _live(self) -> None:
+        self.beacon.set(thread=threading.get_native_id())
+        try:
+            self.elastic.warm_up()
+            self.elastic.rendezvous.store()
+            self.beacon.set(state="standby")
+            while True:
+                self.watch.enter("idle")
+                self._serve(self._orders.get())
+        except Exception as error:
+            self._fail(error)
+
+    def _serve(self, order: Order) -> None:
+        """One generation, from its order to its end."""
+        try:
+            state = self._train(order)
+            self.watch.enter("re_forming")
+            self.elastic.leave()
+        except Exception as error:
+            self.watch.step_lost()
+            groups = self.elastic.groups
+            lost = isinstance(error, NodeLost) or (groups is not None and groups.aborted)
+            self.elastic.leave()
+            if not lost:
+                self._fail(error)
+                return
+            state = "aborted"
+        self.beacon.set(state=state, phase="wait")
+
+    def _fail(self, error: Exception) -> None:
+        if not isinstance(error, RecuaError):
+            text = f"worker {self.name}: {type(error).__name__}: {error}".strip().splitlines()[0]
+            error = StepError(text, user_traceback=traceback.format_exc())
+        self._failure = error
+        self.beacon.set(state="failed", phase="wait")
+
+    def _train(self, order: Order) -> str:
+        """(collective) Returns how the generation ended here: "finished" or "boundary"."""
+        place = f"pretrain.generation-{order.generation}.rank-{order.rank}"
+        seat = {"generation": order.generation, "rank": order.rank, "world_size": order.world_size}
+        self.beacon.set(state="joining", phase="wait", ticks=0, **seat)
+        self.watch.enter("re_forming")
+        self.faults.reach(f"{place}.join")
+        learner = self._join(order)
+        loader = BatchLoader(self.job, learner.ranks, order.skipped)
+        if learner.last_step:
+            self._say(learner, order, loader.tokens(learner.step - 1))
+        self.beacon.set(state="joined", start=learner.step, step=learner.step)
+        steps = self.job.settings.steps
+        while learner.step < steps:
+            step, started = learner.step, time.perf_counter()
+            self.beacon.enter("data")
+            self.watch.enter("data_wait")
+            micro_batches, tokens = loader.micro_batches(step)
+            self.faults.reach(f"{place}.step")
+            self.beacon.enter("collective")
+            learner.ranks.stop_asked = self._stop_generation >= order.generation
+            with self._computing(step < order.high_step):
+                self.elastic.train_step(micro_batches, next_token_loss(tokens))
+            rate = round(tokens / (time.perf_counter() - started), 1)
+            self._say(learner, order, tokens, tokens_per_s=rate)
+            self.beacon.set(step=learner.step, phase="wait")
+            if learner.ranks.stop_agreed and learner.step < steps:
+                self.elastic.take_last()
+                return "boundary"
+        self._finish(learner, place)
+        return "finished"
+
+    def _join(self, order: Order) -> TorchLearner:
+        if order.store != self._store:
+            self._store, self.elastic.rendezvous = order.store, Rendezvous(order.store)
+        sources: list[Source] = [Peer(p.host, p.port, p.token, self.group) for p in order.sources]
+        sources.append(StoreSource(open_store(self.job.state), self.group, self.shared / "fetched"))
+        self.elastic.join(
+            order.generation,
+            order.rank,
+            order.world_size,
+            sources=sources,
+            holders=[Peer(p.host, p.port, p.token, self.group) for p in order.holders],
+            at_most=order.at_most,
+            fresh=order.at_most is None,
+        )
+        learner = self.elastic.learner
+        assert learner is not None
+        if not self.job.settings.compile:
+            for block in learner.module.layers.values():  # type: ignore[union-attr,operator]
+                block.register_forward_pre_hook(lambda *_: self.beacon.tick())
+        return learner
+
+    @contextmanager
+    def _computing(self, again: bool) -> Iterator[None]:
+        """A step's time: computing, less what it waited for the snapshot before it."""
+        assert self.elastic.snapshots is not None
+        stalled = self.elastic.snapshots.stall_s
+        self.watch.begin_step(again)
+        yield
+        bucket = "recomputed" if again else "compute"
+        self.watch.reattribute(bucket, "checkpoint_stall", self.elastic.snapshots.stall_s - stalled)
+
+    def _say(self, learner: TorchLearner, order: Order, tokens: int, **more: Any) -> None:
+        """Leave the outcome of the last step where the node agent reads it."""
+        step = learner.step - 1
+        row = {"step": step, "steps": self.job.settings.steps, **learner.last_step, "tokens": tokens, **more}
+        self.beacon.say(step, {**row, "time": round(time.time(), 4), "generation": order.generation})
+
+    def _finish(self, learner: TorchLearner, place: str) -> None:
+        """(collective) The last state into storage, the model into its folder."""
+        self.beacon.enter("save")
+        self.watch.enter("checkpoint_stall")
+        self.faults.reach(f"{place}.finish")
+        self.elastic.flush_last()
+        assert self.elastic.groups is not None
+        with self.elastic.groups.naming_lost_peers():
+            learner.save_hf(self.job.out)
+
+
+def _recipe(job: PretrainJob) -> Recipe:
+    settings, elastic = job.settings, job.settings.group()
+    optimizer = settings.optimizer
+    if optimizer.total_steps == 0:
+        optimizer = optimizer.model_copy(update={"total_steps": settings.steps})
+    snapshots = SnapshotSettings(
+        every=elastic.snapshot_every,
+        replicas=elastic.snapshot_replicas,
+        flush_every=settings.save_every,
+        flush_keep=settings.keep_states,
+    )
+    return Recipe(
+        job.model,
+        optimizer,
+        snapshots,
+        tensor_parallel=settings.tensor_parallel,
+        fsdp=settings.sharding == "fsdp",
+        compile_blocks=settings.compile,
+        seed=job.seed,
+        tokenizer_dir=job.tokenizer_dir,
+    )
+
+
+class BatchLoader:
+    """This rank's tensors of any step: a function of the step, the seed, the windows left out, and the replicas."""
+
+    def __init__(self, job: PretrainJob, ranks: Ranks, skipped: tuple[int, ...] = ()) -> None:
+        settings = job.settings
+        self._windows = TokenWindows(job.tokens_dir, settings.sequence_length)
+        batch = BatchSettings(size=settings.batch_size)
+        self._loader = DataLoader({"tokens": self._windows}, batch, job.seed, skipped=skipped)
+        self._settings, self._ranks = settings, ranks
+
+    def tokens(self, step: int) -> int:
+        """Target tokens in the global batch of a step."""
+        return self._loader.ids.batch_size(step) * self._settings.sequence_length
+
+    def micro_batches(self, step: int) -> tuple[list[Batch], int]:
+        """(micro-batches, target tokens in the whole global batch).
+
+        Equally many on every rank; one that got no row holds a row without targets, so that all join equal collectives.
+        """
+        size, ranks = self._settings.micro_batch_size, self._ranks
+        pieces = self._loader.micro_batches(step, ranks.data_rank, ranks.data_size, size)
+        return [self._tensors(piece) for piece in pieces], self.tokens(step)
+
+    def _tensors(self, piece: list[np.ndarray]) -> Batch:
+        rows = np.stack(piece or [self._windows[0]])  # [B, T + 1]
+        inputs, targets = rows[:, :-1], rows[:, 1:] if piece else np.full_like(rows[:, 1:], NO_TARGET)
+        arrays = {"input_ids": inputs, "targets": targets}
+        if self._settings.within_documents:
+            segments, positions = document_segments(inputs, self._windows.index["end_id"])
+            arrays |= {"segment_ids": segments, "position_ids": positions}
+        return {name: torch.from_numpy(np.ascontiguousarray(a)).to(self._ranks.device) for name, a in arrays.items()}
+
+
+def next_token_loss(tokens: int) -> LossFn:
+    """Sum of -log p(target) over this micro-batch / target tokens of the global batch, in nats per token."""
+
+    def loss_fn(module: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        logits = module(batch["input_ids"], batch.get("position_ids"), batch.get("segment_ids"))  # [B, T, V]
+        losses = F.cross_entropy(
+            logits.float().flatten(0, 1), batch["targets"].flatten(), ignore_index=NO_TARGET, reduction="sum"
+        )
+        loss = losses / tokens
+        return loss, {"loss": float(loss.detach())}
+
+    return loss_fn

@@ -1,0 +1,271 @@
+"""Elastic pretraining with real ranks: killed, stopped, hung, left without a controller; the result stays the same."""
+
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from actors.config import PretrainSettings
+from actors.elastic_pretrain import PretrainResult, pretrain
+from cluster.fleet import NAMESPACE, Fleet, WorkerKind
+from cluster.goodput_records import read_run
+from cluster.group_journal import GroupJournal
+from data.tokenized import write_shards
+from engines.config import LearnerSettings
+from infra.errors import CheckpointError, DataError
+from infra.storage import open_store
+from models.llama import LlamaConfig
+from models.tokenizer import load_tokenizer, train_bpe
+from models.weights import load_llama
+
+STEPS = 24
+PATIENT: dict[str, Any] = {"hang_floor_s": 60, "start_timeout_s": 600, "pulse_timeout_s": 30, "abort_timeout_s": 20}
+"""Elastic settings for a machine that many share: nothing but a death or a stop is judged by the clock."""
+SETTINGS = PretrainSettings(
+    optimizer=LearnerSettings(learning_rate=3e-3, warmup_steps=2, timeout=120),
+    steps=STEPS,
+    batch_size=5,
+    sequence_length=16,
+    micro_batch_size=2,
+    save_every=4,
+    num_cpus=0.25,
+    elastic=PATIENT,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    runtime_env = {"env_vars": {"PYTHONPATH": paths}}
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=runtime_env)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    texts = [" ".join(str(draw.randrange(100)) + " plus" for _ in range(40)) for _ in range(60)]
+    train_bpe(texts, 300).save(folder / "tokenizer")
+    write_shards(texts, load_tokenizer(folder / "tokenizer"), folder / "tokens")
+    return folder
+
+
+Row = dict[str, Any]
+
+
+class Run:
+    """One pretraining folder, and what was heard of it."""
+
+    def __init__(self, corpus: Path, folder: Path) -> None:
+        self.corpus, self.folder = corpus, folder
+        self.rows: list[Row] = []
+        self.events: list[Row] = []
+        self.result: PretrainResult | None = None
+
+    def train(
+        self, faults: str = "", hook: Callable[["Run"], None] = lambda run: None, elastic: Any = (), **settings: Any
+    ) -> "Run":
+        """`hook` runs in the caller after every row and event."""
+        vocab_size = load_tokenizer(self.corpus / "tokenizer").vocab_size
+        model = LlamaConfig(
+            dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=64, vocab_size=vocab_size, context=16, tied=True
+        )  # fmt: skip
+        chosen = SETTINGS.model_dump() | {"elastic": PATIENT | dict(elastic)} | settings
+        self.rows.clear()
+
+        def row(row: Row) -> None:
+            self.rows.append(row)
+            hook(self)
+
+        def event(event: Row) -> None:
+            self.events.append(event)
+            hook(self)
+
+        self.result = pretrain(
+            self.corpus / "tokens", self.corpus / "tokenizer", model, PretrainSettings(**chosen), self.folder / "out",
+            self.folder / "state", row, seed=7, on_event=event, faults=faults,
+            accounts=(str(self.folder / "store"), "run", "pretrain"),
+        )  # fmt: skip
+        return self
+
+    @property
+    def curve(self) -> list[tuple]:
+        return [(row["step"], row["loss"], row["grad_norm"], row["lr"], row["tokens"]) for row in self.rows]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_llama(self.folder / "out").state_dict()
+
+    def heard(self, kind: str) -> list[Row]:
+        return [event for event in self.events if event["event"] == kind]
+
+    def said(self) -> str:
+        return "\n".join(str(event) for event in self.events)
+
+    def assert_equals(self, other: "Run") -> None:
+        assert self.curve == other.curve, self.said()
+        expected = other.weights
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in self.weights.items())
+
+    def assert_lost_at_most_one(self) -> None:
+        assert all(event["lost_steps"] <= 1 for event in self.heard("started")), self.said()
+
+
+@pytest.fixture
+def run(corpus: Path, tmp_path: Path) -> Run:
+    return Run(corpus, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def quiet(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The fault-free run."""
+    return Run(corpus, tmp_path_factory.mktemp("quiet")).train()
+
+
+class Enough(Exception):
+    """What was to be seen has been seen."""
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def memory_of(run: Run) -> list[Path]:
+    """What the group holds in this machine's memory."""
+    group = GroupJournal(run.folder / "state" / "group.json", "x").history.group
+    return list(Path("/dev/shm").glob(f"recua-node-*/recua-{group}"))
+
+
+def test_elastic_quiet_run_learns_and_leaves_nothing_behind(quiet: Run) -> None:
+    assert quiet.result is not None
+    assert (quiet.result.steps, quiet.result.tokens, quiet.result.restarts) == (STEPS, STEPS * 5 * 16, 0)
+    assert [row["step"] for row in quiet.rows] == list(range(STEPS))
+    assert quiet.rows[-1]["loss"] < quiet.rows[0]["loss"] - 0.5
+    (started,) = quiet.heard("started")
+    assert len(started["pids"]) == 2 and not any(map(lives, started["pids"]))
+    assert memory_of(quiet) == []
+    assert read_run(open_store(str(quiet.folder / "store")), "run")[0].ended
+
+
+def test_elastic_spares_make_two_kills_invisible(run: Run, quiet: Run) -> None:
+    """A rank dies while the other waits for it in a collective; then rank 0 does: the curve is bitwise the same."""
+    kills = "pretrain.generation-1.rank-1.step:6=kill,pretrain.generation-2.rank-0.step:5=kill"
+    run.train(kills, elastic={"spares": 2})
+    run.assert_equals(quiet)
+    run.assert_lost_at_most_one()
+    assert run.result is not None and run.result.restarts == 2
+    seen = [event["what"] for event in run.heard("detected")]
+    assert len(seen) == 2 and "rank 1" in seen[0] and "rank 0" in seen[1], seen
+    decided = [event["decision"] for event in run.heard("decided") if event.get("action") == "replace"]
+    assert "spares fill the holes, restore from host memory" in decided[-1] and "elastic.spares" in decided[-1]
+    report = read_run(open_store(str(run.folder / "store")), "run")[0]
+    assert len(report.pauses) == 3 and report.goodput.ledger.unattributed_s < 0.02 * report.goodput.ledger.lived_s
+
+
+def test_elastic_group_goes_on_smaller_and_grows_back(run: Run) -> None:
+    """Without a spare the survivor goes on alone at once; a new process joins at a step boundary, no step is lost."""
+
+    def grown(run: Run) -> None:
+        if [event["ranks"] for event in run.heard("started")] == [2, 1, 2] and run.rows[-1]["step"] % 7 == 0:
+            raise Enough
+
+    with pytest.raises(Enough):
+        run.train("pretrain.generation-1.rank-0.step:6=kill", grown, steps=100000)
+    started = run.heard("started")
+    assert started[1]["lost_steps"] <= 1 and started[2]["lost_steps"] == 0
+    assert started[1]["action"] == "shrink" and started[1]["key"] == "elastic.min_workers"
+    alone = [pid for pid in started[1]["pids"]]
+    assert alone[0] in started[0]["pids"] and alone[0] in started[2]["pids"], "the survivor is the same process"
+    steps = [row["step"] for row in run.rows]
+    assert steps == list(range(len(steps)))
+    assert not any(map(lives, started[2]["pids"])), "an error in the caller leaves nothing running"
+
+
+@pytest.mark.parametrize("action", ["kill", "stop"])
+def test_elastic_group_that_may_not_shrink_waits_for_a_replacement(action: str, run: Run, quiet: Run) -> None:
+    """Both ways to lose a rank, one of them during the recovery from the other's loss."""
+    faults = f"pretrain.generation-1.rank-1.step:9={action},pretrain.generation-2.rank-0.join:1=kill"
+    run.train(faults, elastic={"min_workers": 2})
+    run.assert_equals(quiet)
+    run.assert_lost_at_most_one()
+    assert "min_workers" in run.said()
+    if action == "stop":
+        assert "stands still" in run.said()
+        stacks = run.heard("stacks")
+        assert stacks and open_store(str(run.folder / "store")).get(stacks[0]["stacks"]), run.said()
+
+
+def test_elastic_ranks_train_on_without_their_controller_and_are_taken_over(run: Run, quiet: Run) -> None:
+    @ray.remote(num_cpus=0, max_retries=0)
+    def owner_that_dies(run: Run) -> None:
+        def die(run: Run) -> None:
+            if len(run.rows) == 8:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        run.train(hook=die, steps=20000)
+
+    longer = Run(run.corpus, run.folder)
+    with pytest.raises(ray.exceptions.WorkerCrashedError):
+        ray.get(owner_that_dies.remote(longer))
+
+    def enough(run: Run) -> None:
+        if run.heard("started") and len(run.rows) > 30:
+            raise Enough
+
+    with pytest.raises(Enough):
+        longer.train(hook=enough, steps=20000)
+    decided = [event["decision"] for event in longer.heard("decided")]
+    assert any(text.startswith("decision: adopt") for text in decided), longer.said()
+    assert [row["step"] for row in longer.rows] == list(range(len(longer.rows)))
+    assert not any(map(lives, longer.heard("started")[-1]["pids"]))
+
+
+@pytest.mark.parametrize("left", ["memory", "storage"])
+def test_elastic_run_whose_every_process_died_goes_on_from_what_is_left(left: str, run: Run, quiet: Run) -> None:
+    """From shared memory no step is lost; where that is gone too, from the newest snapshot in storage."""
+
+    def end_all(run: Run) -> None:
+        if len(run.rows) == 10:
+            raise Enough
+
+    with pytest.raises(Enough):
+        run.train(hook=end_all)
+    folders = memory_of(run)
+    assert folders, "what was not finished stays in memory"
+    if left == "storage":
+        for folder in folders:
+            for shard in folder.glob("*.shard"):
+                shard.unlink()
+    run.events.clear()
+    run.train()
+    run.assert_equals(quiet)
+    (started,) = run.heard("started")
+    assert started["step"] >= (9 if left == "memory" else 4), run.said()
+    assert ("from host memory" if left == "memory" else "from storage") in run.said()
+    again = Run(run.corpus, run.folder).train()
+    assert again.curve == quiet.curve and again.heard("started")[0]["step"] == STEPS
+
+
+def test_elastic_bad_input_is_named(run: Run, quiet: Run) -> None:
+    with pytest.raises(CheckpointError, match="other settings"):
+        Run(run.corpus, quiet.folder).train(batch_size=6)
+    with pytest.raises(DataError, match="shorter sequence length"):
+        run.train(sequence_length=10**6, workers=1)
+    assert not any(map(lives, [event["pids"] for event in run.heard("started")]))
+
+
+def test_elastic_everything_is_free_afterwards() -> None:
+    """No actor of any group is left."""
+    assert [actor for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE] == []
+    assert Fleet("x", WorkerKind(object)).agents == {}
