@@ -6,7 +6,8 @@
 
 Each step adds one to the number that the step before it gave, so what is measured is the engine: every step runs in a
 Ray worker, and its result is on the disk (fsync) before the step that takes it starts. Each measurement is a driver
-process of its own on one local Ray; the engines take turns, and medians are given.
+process of its own on one local Ray; the engines take turns, and medians are given. Where many short steps are ready
+recua runs several in one Ray task (workflows.batches); the floor has a task for each.
 
   recua_ms_per_step   wall time of the whole run, by steps
   ray_ms_per_task     the same chains as bare Ray tasks, whose results nobody keeps: the floor

@@ -1,10 +1,12 @@
 """Attempts of calls: started on Ray as far as `max_in_flight` allows, watched, and repeated when they may be.
+Short ones share Ray tasks (workflows.batches).
 
 Everything here happens on the loop's thread. A call holds its place from the start of an attempt until its commit is
 written: where the store is slow or stands still, no more bodies are begun than it can take results of.
 """
 
 import functools
+import itertools
 import json
 import os
 import random
@@ -20,6 +22,7 @@ from typing import Any
 from infra.errors import UserError
 from infra.faults import FaultSchedule
 from workflows.artifacts import ArtifactSource
+from workflows.batches import BYTES, ENDED, HANDED_BACK, SLOW_S, TASKS_PER_CPU, Pace, may_share
 from workflows.channel import Listener
 from workflows.config import RunSettings
 from workflows.events import Event
@@ -46,7 +49,7 @@ class Call:
     its list is there, and ends when they have; `of`: how many items the map has that this call belongs to.
 
     `upstream`: the calls of `needs`, until their results are taken. `waiting`: how many of them have not ended.
-    `awaited`: how many threads wait for its end."""
+    `awaited`: how many threads wait for its end. `handed_back`: its attempt was not begun by the task that had it."""
 
     id: str
     step: Step[..., Any]
@@ -65,6 +68,7 @@ class Call:
     attempt: int = 0
     attempt_id: str = ""
     started: float | None = None
+    handed_back: bool = False
     user_failures: int = 0
     system_failures: int = 0
     result: Any = None
@@ -72,6 +76,15 @@ class Call:
     ended: bool = False
     seen: bool = False
     awaited: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """One Ray task and the calls that share it: mostly one call, so that all of it is that call's."""
+
+    number: int
+    calls: list[Call]
+    reference: Any = None
 
 
 def call_record(kind: str, call: Call) -> Record:
@@ -113,7 +126,10 @@ class Attempts:
         self._cluster_checks: list[ClusterCheck] = []
         self._earlier = {call: len(starts) for call, starts in journal.state.starts.items()}
         self._ready: deque[Call] = deque()
-        self._running: dict[str, tuple[Call, Any]] = {}
+        self._running: dict[str, tuple[Call, Batch]] = {}
+        self._numbers = itertools.count()
+        self._pace = Pace()
+        self._pump_comes = False
         self._unsettled: set[str] = set()
         self._stopped = False
         self._changed = threading.Condition()
@@ -134,19 +150,19 @@ class Attempts:
         if self._listener is None:
             self._connect()
         self._ready.append(call)
-        self._pump()
+        self._pump_soon()
 
     def settled(self, call: Call) -> None:
         """The call's result is committed: its place is free."""
         self._unsettled.discard(call.id)
-        self._pump()
+        self._pump_soon()
 
     def cancel_all(self) -> None:
         """Start nothing more and kill what runs."""
         self._stopped = True
         self._ready.clear()
-        for _, reference in self._running.values():
-            self._placement.cancel(reference)
+        for batch in {batch for _, batch in self._running.values()}:
+            self._placement.cancel(batch.reference)
         with self._changed:
             self._changed.notify_all()
 
@@ -180,7 +196,14 @@ class Attempts:
             drivers = StoppedDrivers(replaced, self._placement.everywhere, killed)
             self._loop.later(self._journal.ttl_s, self._free_workers, drivers, frozenset())
 
+    def _pump_soon(self) -> None:
+        """After what is in the inbox now: calls that are ready together can share a task."""
+        if not self._pump_comes:
+            self._pump_comes = True
+            self._loop.post(self._pump)
+
     def _pump(self) -> None:
+        self._pump_comes = False
         most = self._settings.max_in_flight
         while self._ready and len(self._running) + len(self._unsettled) < most and not self._stopped:
             call = self._ready.popleft()
@@ -196,9 +219,51 @@ class Attempts:
                 self._start(call, missing)
 
     def _start(self, call: Call, missing: str | None) -> None:
-        """`missing`: what the cluster's present nodes cannot give it, if anything."""
-        call.attempt = max(call.attempt, self._earlier.pop(call.id, 0)) + 1
-        call.attempt_id, call.started = uuid.uuid4().hex, None
+        """Submit a task for this call, and for those behind it that may share it. `missing`: what the cluster's present
+        nodes cannot give it, if anything."""
+        batch = Batch(next(self._numbers), [call])
+        together = 1 if missing is not None else self._together(call)
+        texts = [self._payload(call)]
+        room = BYTES - len(texts[0])
+        while len(texts) < together and room > 0 and self._ready and self._alike(call, self._ready[0]):
+            batch.calls.append(self._ready.popleft())
+            texts.append(self._payload(batch.calls[-1]))
+            room -= len(texts[-1])
+
+        def done(outcomes: bytes | None, error: BaseException | None) -> None:
+            self._loop.post(self._on_done, batch, outcomes, error)
+
+        text = f'{{"batch": {batch.number}, "calls": [{",".join(texts)}]}}'.encode()
+        batch.reference = self._placement.submit(call.id, call.step.short_name, call.options, text, done)
+        self._running.update({each.id: (each, batch) for each in batch.calls})
+        if missing is not None:
+            self._tell("pending", call, message=f"waits for nodes: it {missing}")
+        elif call.options.gang is not None:
+            self._loop.later(GANG_PATIENCE_S, self._on_no_gang_yet, weakref.ref(call), call.attempt_id)
+
+    def _together(self, call: Call) -> int:
+        """How many calls may share a task with this one, itself included: every CPU is to have several tasks. None
+        where nothing may be repeated: each has to run again when their worker dies."""
+        if not self._is_first(call) or not may_share(call.options) or not self._settings.system_retries:
+            return 1
+        crowd, places = len(self._ready) + len(self._running), len(self._running) + len(self._unsettled)
+        tasks = TASKS_PER_CPU * max(1, self._placement.at_once(call.options))
+        return min(self._pace.together(call.step.name), crowd // tasks, self._settings.max_in_flight - places)
+
+    def _alike(self, call: Call, other: Call) -> bool:
+        return other.step.name == call.step.name and other.options == call.options and self._is_first(other)
+
+    def _is_first(self, call: Call) -> bool:
+        return call.attempt == 0 and call.id not in self._earlier
+
+    def _payload(self, call: Call) -> str:
+        """Begin an attempt, or go on with the one that was handed back: what its worker is to know, in JSON."""
+        if not call.handed_back:
+            call.attempt = max(call.attempt, self._earlier.pop(call.id, 0)) + 1
+            call.attempt_id, call.started = uuid.uuid4().hex, None
+            start = {"attempt": call.attempt, "attempt_id": call.attempt_id, "time": time.time()}
+            self._note({**call_record("start", call), **start})
+        call.handed_back = False
         payload = {
             "call": call.id,
             "step": call.step.name,
@@ -211,27 +276,17 @@ class Attempts:
         due = {point: self._faults.take(point) for point in ("executor.body", "artifact.upload")}
         if any(due.values()):
             payload["faults"] = {point: action for point, action in due.items() if action}
-        start = {"attempt": call.attempt, "attempt_id": call.attempt_id, "time": time.time()}
-        self._note({**call_record("start", call), **start})
-        attempt_id = call.attempt_id
-
-        def done(outcome: bytes | None, error: BaseException | None) -> None:
-            self._loop.post(self._on_done, call, attempt_id, outcome, error)
-
-        text = json.dumps(payload).encode()
-        reference = self._placement.submit(call.id, call.step.short_name, call.options, text, done)
-        self._running[call.id] = (call, reference)
-        if missing is not None:
-            self._tell("pending", call, message=f"waits for nodes: it {missing}")
-        elif call.options.gang is not None:
-            self._loop.later(GANG_PATIENCE_S, self._on_no_gang_yet, weakref.ref(call), attempt_id)
+        return json.dumps(payload)
 
     def _on_message(self, message: Record) -> None:
-        call, _ = self._running.get(message.get("call", ""), (None, None))
-        if call is None or message.get("attempt_id") != call.attempt_id:
+        call, batch = self._running.get(message.get("call", ""), (None, None))
+        if call is None or batch is None or message.get("attempt_id") != call.attempt_id:
             return
         kind = message["kind"]
-        if kind == "started":
+        if kind in (ENDED, HANDED_BACK):
+            if message["batch"] == batch.number and self._let_go(call, batch):
+                self._on_slow_batch(call, message.get("outcome"))
+        elif kind == "started":
             call.started = time.monotonic()
             self._tell("started", call, node=message["node"], pid=message["pid"], attempt=call.attempt)
             if call.options.timeout is not None:
@@ -263,39 +318,73 @@ class Attempts:
         """The reaper beside the worker should have killed it by now; the whole node may be stuck."""
         call = late()
         if call is not None and call.attempt_id == attempt_id and call.id in self._running:
-            self._placement.cancel(self._running[call.id][1])
+            self._placement.cancel(self._running[call.id][1].reference)
 
-    def _on_done(self, call: Call, attempt_id: str, text: bytes | None, error: BaseException | None) -> None:
-        if call.attempt_id != attempt_id or self._running.pop(call.id, None) is None:
-            return
+    def _on_slow_batch(self, call: Call, outcome: str | None) -> None:
+        """Another call's body holds up the task: this one has ended, or is handed back."""
+        if outcome is None:
+            self._pace.saw(call.step.name, SLOW_S)
+            self._hand_back(call)
+        else:
+            self._on_outcome(call, json.loads(outcome))
+
+    def _on_done(self, batch: Batch, text: bytes | None, error: BaseException | None) -> None:
+        if error is not None:
+            self._on_lost(batch, error)
+        else:
+            assert text is not None
+            for call, outcome in zip(batch.calls, json.loads(text), strict=True):
+                if not self._let_go(call, batch):
+                    continue
+                if outcome is None:
+                    self._hand_back(call)
+                else:
+                    self._on_outcome(call, outcome)
+        self._pump_soon()
+
+    def _let_go(self, call: Call, batch: Batch) -> bool:
+        """The batch is done with this call. False where that is no news, or the run is ending."""
+        if self._running.get(call.id, (call, None))[1] is not batch:
+            return False
+        del self._running[call.id]
         if self._stopped:
             with self._changed:
                 self._changed.notify_all()
-            return
-        if text is not None:
-            outcome = json.loads(text)
-            if "warning" in outcome:
-                self._tell("warning", call, message=outcome["warning"])
-            if outcome["ok"]:
-                self._faults.reach("executor.before-commit")
-                self._unsettled.add(call.id)
-                self._on_result(call, outcome)
-            else:
-                self._on_attempt_failed(call, outcome["error"])
-        else:
-            assert error is not None
-            ran = None if call.started is None else time.monotonic() - call.started
-            preempted = self._placement.was_preempted(error)
-            self._on_attempt_failed(call, of_ray_error(error, ran, call.options.timeout, preempted))
-        self._pump()
+        return not self._stopped
 
-    def _on_attempt_failed(self, call: Call, record: Record) -> None:
+    def _hand_back(self, call: Call) -> None:
+        call.handed_back = True
+        self._ready.appendleft(call)
+        self._pump_soon()
+
+    def _on_outcome(self, call: Call, outcome: Record) -> None:
+        self._pace.saw(call.step.name, outcome["seconds"])
+        if "warning" in outcome:
+            self._tell("warning", call, message=outcome["warning"])
+        if outcome["ok"]:
+            self._faults.reach("executor.before-commit")
+            self._unsettled.add(call.id)
+            self._on_result(call, outcome)
+        else:
+            self._on_attempt_failed(call, outcome["error"])
+
+    def _on_lost(self, batch: Batch, error: BaseException) -> None:
+        """The task ended without a word of these calls. Of several it is not known whose body was to blame: each goes
+        on alone, at no cost to its retries."""
+        lost = [call for call in batch.calls if self._let_go(call, batch)]
+        preempted = bool(lost) and self._placement.was_preempted(error)
+        for call in lost:
+            ran = None if call.started is None else time.monotonic() - call.started
+            record = of_ray_error(error, ran, call.options.timeout, preempted)
+            self._on_attempt_failed(call, record, blamed=len(lost) == 1)
+
+    def _on_attempt_failed(self, call: Call, record: Record, blamed: bool = True) -> None:
         if record["type"] == "FencedError":
             self._on_error(fenced(self._journal.run_id))
             return
         system = record["kind"] == "system"
         if system:
-            call.system_failures += 1
+            call.system_failures += blamed
             final = call.system_failures > self._settings.system_retries
         else:
             call.user_failures += 1
@@ -307,7 +396,7 @@ class Attempts:
             self._on_failure(call, rebuild(call.id, record))
             return
         failures = call.system_failures if system else call.user_failures
-        pause = min(LONGEST_PAUSE_S, self._settings.backoff_s * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
+        pause = min(LONGEST_PAUSE_S, self._settings.backoff_s * 2.0 ** (failures - 1)) * random.uniform(0.5, 1.0)
         self._tell("retry", call, error=record["message"], error_type=record["type"], seconds=pause)
         self._loop.later(pause, self.enqueue, call)
 

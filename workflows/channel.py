@@ -1,8 +1,8 @@
 """Live messages from step bodies to the driver: started, progress, log lines.
 
 The driver listens on one TCP port; each worker process keeps one connection and writes one JSON object per line, the
-first of them a random token that came with the task. Messages are for eyes only: losing them loses no work, so a worker
-never waits for the driver and drops what it cannot send.
+first of them a random token that came with the task. Losing messages loses no work (what is more than for eyes comes
+with the task's result too), so a worker never waits for the driver and drops what it cannot send.
 """
 
 import contextlib

@@ -22,8 +22,8 @@ from workflows.source import Import, Module, SourceIndex, is_text
 
 FORMAT = 1
 PLATFORM = {
-    "alarm", "artifacts", "attempts", "bundle", "channel", "cli", "config", "context", "events", "executor", "fanout",
-    "fingerprint", "gangs", "gc", "graph", "history", "housekeeping", "indexer", "journal", "known", "launch",
+    "alarm", "artifacts", "attempts", "batches", "bundle", "channel", "cli", "config", "context", "events", "executor",
+    "fanout", "fingerprint", "gangs", "gc", "graph", "history", "housekeeping", "indexer", "journal", "known", "launch",
     "listing", "loop", "marks", "names", "outcome", "output", "placement", "planning", "progress", "reaper", "report",
     "report_page", "runs", "saved", "session", "source", "status", "survey", "taken", "takeover", "values", "waits",
     "why", "worker",

@@ -102,9 +102,13 @@ class Placement:
             f"memory={_shown('memory', wanted['memory'])}, and no single node has all of them"
         )
 
+    def at_once(self, options: StepOptions) -> int:
+        """How many bodies that ask for CPUs alone the present nodes run at the same time, all of them empty."""
+        return sum(int(node.get("CPU", 0.0) / options.num_cpus) for node in self.nodes())
+
     def submit(self, call_id: str, step: str, options: StepOptions, payload: bytes, done: Done) -> Any:
-        """Start one attempt. `done(outcome, error)` is called once, on one of Ray's threads. To Ray the task is known
-        by the name of its step."""
+        """Start one task: an attempt, or several that share it. `done(outcomes, error)` is called once, on one of Ray's
+        threads. To Ray the task is known by the name of its step."""
         resources = (options.num_cpus, options.num_gpus, options.memory)
         if (gang := options.whole_gang()) is not None:
             if self._gangs is None:

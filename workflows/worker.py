@@ -1,6 +1,6 @@
 """The worker's side of one attempt: what runs inside the Ray task.
 
-A task is JSON in and JSON out. The body's exceptions travel as records, so a class that only the worker has cannot
+An attempt is JSON in and JSON out. The body's exceptions travel as records, so a class that only the worker has cannot
 break the driver; standard output and error go to the attempt's log, children's included.
 """
 
@@ -37,12 +37,12 @@ SHORT_S = 0.1
 """Nothing is said of a body that takes less than this, but its end."""
 
 
-def run_attempt(run: str, attempt: bytes) -> bytes:
-    """Run one attempt. `run`: what all attempts of a run share, `attempt`: this one's part, both JSON objects.
+def run_attempt(run: str, attempt: Payload) -> str:
+    """Run one attempt. `run`: what all attempts of a run share (a JSON object), `attempt`: this one's part.
 
-    Returns `{"ok": true, "result": ...}` or `{"ok": false, "error": ...}`, with times and node.
+    Returns `{"ok": true, "result": ...}` or `{"ok": false, "error": ...}`, with times and node, in JSON.
     """
-    task: Payload = {**_parsed(run), "faults": {}, **json.loads(attempt)}
+    task: Payload = {**_parsed(run), "faults": {}, **attempt}
     outcome: dict[str, Any] = {"node": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
     clock = time.perf_counter()
     try:
@@ -55,7 +55,12 @@ def run_attempt(run: str, attempt: bytes) -> bytes:
     except Exception as error:  # the log, the lease, this machine: ours, not the user's
         outcome |= {"ok": False, "error": describe(error)}
     outcome["seconds"] = time.perf_counter() - clock
-    return json.dumps(outcome).encode()
+    return json.dumps(outcome)
+
+
+def tell_driver(run: str, message: dict[str, Any]) -> None:
+    """Send a message to the driver of this run. Never raises."""
+    _sender(*_parsed(run)["channel"]).send(message)
 
 
 @contextlib.contextmanager
@@ -186,15 +191,15 @@ def bootstrap(roots: list[str], run: str) -> Callable[[bytes], bytes]:
     """The function that Ray ships, once per run: nested, so that it travels by value and can first make our modules
     importable. `run`: what all attempts of the run share."""
 
-    def recua_step(attempt: bytes) -> bytes:
+    def recua_step(batch: bytes) -> bytes:
         import os
         import sys
 
         for root in roots:
             if root not in sys.path and os.path.isdir(root):
                 sys.path.append(root)
-        from workflows.worker import run_attempt
+        from workflows.batches import run_batch
 
-        return run_attempt(run, attempt)
+        return run_batch(run, batch)
 
     return recua_step

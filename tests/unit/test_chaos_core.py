@@ -150,6 +150,7 @@ def reapers(worker: int) -> list[int]:
 def test_a_lost_log_leaves_the_bodys_end_as_it_was(s3_url: str, tmp_path: Path) -> None:
     """Good or bad: neither a result nor the user's error is replaced by the trouble with the log."""
     program = """
+import json
 import sys
 from infra.errors import StoreError
 from workflows import worker
@@ -160,7 +161,7 @@ def fail(key, source):
 store = worker._store(sys.argv[1])
 store.upload_file = fail
 for task in sys.argv[2:]:
-    print(worker.run_attempt("{}", task.encode()).decode())
+    print(worker.run_attempt("{}", json.loads(task)))
 """
     tasks = [payload(s3_url, tmp_path, step, number) for number, step in enumerate(("says", "says_and_fails"))]
     root = HERE.parent.parent

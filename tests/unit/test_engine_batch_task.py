@@ -1,0 +1,125 @@
+"""One task's batch, in a worker process of its own without Ray: what it tells, hands back and returns."""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workflows.batches import ENDED, ENOUGH_SEEN, HANDED_BACK, MOST, SHORT_S, TOGETHER_S, Pace, may_share
+from workflows.channel import Listener
+from workflows.gangs import Gang
+from workflows.graph import StepOptions
+from workflows.values import encode
+
+HERE = Path(__file__).parent
+PROGRAM = """
+import sys
+from workflows.batches import run_batch
+run, *batches = [line for line in sys.stdin.buffer]
+for batch in batches:  # the first one imports the step
+    print(run_batch(run.decode(), batch).decode(), flush=True)
+"""
+
+
+@contextmanager
+def task(folder: Path, calls: list[tuple[str, Any]]) -> Iterator[tuple["subprocess.Popen[str]", "queue.Queue[Any]"]]:
+    """Run (step, argument) pairs as one batch, after a batch of one; the process, and what it tells its driver."""
+    told: queue.Queue[Any] = queue.Queue()
+    listener = Listener("127.0.0.1", told.put)
+    run = {"run": "r", "lease_slot": 0, "store": str(folder / "store"), "cache": str(folder)}
+    run |= {"channel": listener.address, "driver_pid": os.getpid()}
+    environment = {**os.environ, "PYTHONPATH": f"{HERE.parent.parent}:{HERE}"}
+    command = [sys.executable, "-c", PROGRAM]
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write("\n".join([json.dumps(run), batch(0, [("plain", 0)]), batch(7, calls)]))
+        process.stdin.close()
+        assert process.stdout.readline()
+        yield process, told
+    finally:
+        process.kill()
+        process.wait()
+        listener.close()
+
+
+def batch(number: int, calls: list[tuple[str, Any]]) -> str:
+    parts = [
+        {"call": f"{step}[{place}]", "step": f"batch_steps:{step}", "attempt": 1, "attempt_id": f"a{number}-{place}"}
+        | {"arguments": encode({"args": [argument], "kwargs": {}}, "arguments"), "timeout": None, "lease_until": 1e12}
+        for place, (step, argument) in enumerate(calls)
+    ]
+    return json.dumps({"batch": number, "calls": parts})
+
+
+def results(process: "subprocess.Popen[str]") -> list[Any]:
+    """What the task returned: each call's result, None where it was handed back."""
+    assert process.stdout is not None
+    return [outcome and outcome["result"] for outcome in json.loads(process.stdout.readline())]
+
+
+def news(told: "queue.Queue[Any]", number: int) -> dict[str, Any]:
+    """The first `number` messages on calls that have ended or were handed back."""
+    found: dict[str, Any] = {}
+    while len(found) < number:
+        message = told.get(timeout=60)
+        if message["kind"] in (ENDED, HANDED_BACK):
+            assert message["batch"] == 7 and message["call"] not in found
+            found[message["call"]] = message
+    return found
+
+
+def test_engine_a_slow_body_lets_go_of_all_others_while_it_goes_on(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    calls = [("plain", 1), ("gated", str(gate)), ("plain", 3), ("plain", 4)]
+    for _ in range(8):  # on a loaded machine the first body may be the slow one
+        with task(tmp_path, calls) as (process, told):
+            found = news(told, 3)
+            assert found["plain[2]"]["kind"] == found["plain[3]"]["kind"] == HANDED_BACK
+            assert found["plain[3]"]["attempt_id"] == "a7-3"
+            if "gated[1]" in found:
+                assert results(process) == [2, None, None, None]
+                continue
+            assert found["plain[0]"]["kind"] == ENDED and json.loads(found["plain[0]"]["outcome"])["result"] == 2
+            gate.touch()
+            assert results(process) == [2, "open", None, None], "the others were known before the slow body ended"
+            return
+    pytest.fail("the first body was always slow")
+
+
+def test_engine_a_batch_gives_no_more_at_once_than_a_message_holds(tmp_path: Path) -> None:
+    with task(tmp_path, [("large", 1), ("plain", 2)]) as (process, _):
+        large, handed_back = results(process)
+        assert len(large) == 100 << 10 and handed_back is None
+
+
+def test_engine_only_steps_that_were_seen_to_be_short_share_a_task() -> None:
+    pace = Pace()
+    assert pace.together("new") == 1
+    for _ in range(ENOUGH_SEEN - 1):
+        pace.saw("quick", 0.001)
+    assert pace.together("quick") == 1
+    pace.saw("quick", 0.001)
+    assert pace.together("quick") == round(TOGETHER_S / 0.001)
+    pace.saw("quick", 1.0)
+    assert pace.together("quick") == 1, "one slow body ends it"
+    for _ in range(40):
+        pace.saw("quick", 0.0001)
+    assert pace.together("quick") == MOST
+    for _ in range(40):
+        pace.saw("slow", 2 * SHORT_S)
+    assert pace.together("slow") == 1
+
+
+@pytest.mark.parametrize(
+    "special", [{"timeout": 9.0}, {"num_gpus": 1}, {"memory": 1}, {"num_cpus": 0}, {"gang": Gang([{"CPU": 1}])}]
+)
+def test_engine_calls_with_special_wishes_have_a_task_of_their_own(special: dict[str, Any]) -> None:
+    assert may_share(StepOptions(retries=3, may_fail=True)) and not may_share(StepOptions(**special))

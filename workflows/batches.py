@@ -1,0 +1,131 @@
+"""Batches: several short calls in one Ray task.
+
+A Ray task costs the driver more than all the rest of a call. Where many short calls are ready they share tasks, and
+nothing else: each has its own start record, attempt id, log, lease check, outcome and commit.
+
+Who shares: first attempts of one step with the same options, whose bodies took a few milliseconds so far in this run,
+and no more of them than leaves several tasks to every CPU. A call that was handed back, or lost with its worker, and
+every repeated attempt have a task of their own.
+
+Who waits for whom: a task's calls run one after another, and nobody waits for a body that turns out slow: a watchdog
+then tells the driver which calls have ended, and hands back those that were not begun. Both go through the channel at
+once, and again in the task's result, so that nothing is lost with the channel. Task and watchdog take calls out of one
+queue: each call is either begun or handed back.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from workflows.alarm import Alarm
+from workflows.graph import StepOptions
+from workflows.worker import run_attempt, tell_driver
+
+SHORT_S = 0.01
+TOGETHER_S = 0.03
+"""Bodies are short that take less than SHORT_S in the mean; as many share a task as take TOGETHER_S."""
+MOST = 64
+ENOUGH_SEEN = 4
+TASKS_PER_CPU = 3
+SLOW_S = 0.1
+LONGEST_S = 0.25
+"""A body that takes longer than SLOW_S is the last of its task, and none is begun when a task took LONGEST_S."""
+BYTES = 64 << 10
+"""About how much a task takes and gives; a message of the channel has to hold one outcome."""
+ENDED, HANDED_BACK = "ended", "handed-back"
+"""Messages of the channel: {"kind", "batch", "call", "attempt_id"}, with the "outcome" where the body has ended."""
+
+Record = dict[str, Any]
+
+
+class Pace:
+    """How long the bodies of each step take in this run: a mean in which the newest count most."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[int, float]] = {}
+
+    def saw(self, step: str, seconds: float) -> None:
+        seconds = min(seconds, SLOW_S)  # the first body of a process may have to import much
+        number, mean = self._seen.get(step, (0, seconds))
+        self._seen[step] = number + 1, mean + (seconds - mean) / 4
+
+    def together(self, step: str) -> int:
+        """How many calls of the step may share a task: 1 where it is not known to be short."""
+        number, mean = self._seen.get(step, (0, math.inf))
+        return min(MOST, int(TOGETHER_S / mean)) if number >= ENOUGH_SEEN and mean < SHORT_S else 1
+
+
+def may_share(options: StepOptions) -> bool:
+    """Whether such calls ask for nothing but CPUs. A timeout is a time for one body, by a clock of its own."""
+    special = (options.timeout, options.gang, options.memory)
+    return special == (None, None, None) and not options.num_gpus and options.num_cpus > 0
+
+
+def run_batch(run: str, batch: bytes) -> bytes:
+    """The Ray task: run attempts one after another. `run`: what all attempts of a run share, `batch`: {"batch": its
+    number, "calls": [each one's own part]}, both JSON.
+
+    Returns a JSON list of their outcomes, null for each one that is handed back.
+    """
+    given = json.loads(batch)
+    task = _Task(run, given["batch"], given["calls"])
+    if len(task.calls) == 1:
+        return f"[{run_attempt(run, task.calls[0])}]".encode()
+    watchdog, deadline, room = _watchdog(), time.monotonic() + LONGEST_S, BYTES
+    try:
+        for number in _taken(task.waiting):
+            watchdog.set(functools.partial(task.tell))
+            outcome = task.outcomes[number] = run_attempt(run, task.calls[number])
+            task.untold.append(number)
+            room -= len(outcome)
+            if room < 0 or time.monotonic() > deadline:
+                break
+    finally:
+        watchdog.clear()
+    return f"[{','.join(task.outcomes)}]".encode()
+
+
+@dataclass
+class _Task:
+    """What the task's thread and its watchdog share. `waiting`: not begun; `untold`: ended, and the driver was not
+    told. Numbers are places in `calls`."""
+
+    run: str
+    batch: int
+    calls: list[Record]
+    outcomes: list[str] = field(init=False)
+    waiting: deque[int] = field(init=False)
+    untold: deque[int] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.outcomes = ["null"] * len(self.calls)
+        self.waiting = deque(range(len(self.calls)))
+
+    def tell(self) -> None:
+        """The body that runs is slow: let go of all others."""
+        for number in _taken(self.waiting):
+            self._send(number, {"kind": HANDED_BACK})
+        for number in _taken(self.untold):
+            self._send(number, {"kind": ENDED, "outcome": self.outcomes[number]})
+
+    def _send(self, number: int, message: Record) -> None:
+        who = {name: self.calls[number][name] for name in ("call", "attempt_id")}
+        tell_driver(self.run, {**message, "batch": self.batch, **who})
+
+
+def _taken(numbers: deque[int]) -> Iterator[int]:
+    """Take from the left until nothing is left; two threads never get the same one."""
+    with contextlib.suppress(IndexError):
+        while True:
+            yield numbers.popleft()
+
+
+@functools.cache
+def _watchdog() -> Alarm:
+    return Alarm(SLOW_S)
