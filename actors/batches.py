@@ -44,7 +44,7 @@ def pad(
     width = width or max(len(sequence) for sequence in sequences)
     out = torch.full((len(sequences), width), fill, dtype=dtype)
     for index, sequence in enumerate(sequences):
-        out[index, : len(sequence)] = torch.as_tensor(sequence, dtype=dtype)
+        out[index, : len(sequence)] = torch.tensor(sequence, dtype=dtype)
     return out
 
 
