@@ -75,13 +75,9 @@ class PretrainSettings(Settings):
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How Ray places the ranks on nodes."""
     save_every: int = Field(default=50, ge=1)
-    """Steps between saved states: what a fault can cost at most."""
+    """Steps between snapshots that also go to storage, in the background: what the loss of all memory can cost."""
     keep_states: int = Field(default=2, ge=1)
-    """Saved states that are kept; a damaged newest one falls back to the one before."""
-    max_restarts: int = Field(default=3, ge=0)
-    """Restarts of the worker group after lost workers, before the step itself fails."""
-    max_skipped_steps: int = Field(default=5, ge=0)
-    """Steps in a row that may be skipped for a gradient that is not finite, before training stops with an error."""
+    """Snapshots that are kept in storage; a damaged newest one falls back to the one before."""
     elastic: ElasticSettings = ElasticSettings()
     """What happens when ranks are lost, hang, are slow or diverge. `max_workers` and `tensor_parallel` are the
     section's own `workers` and `tensor_parallel`; `min_workers` is one replica unless it is set."""
@@ -98,11 +94,8 @@ class PretrainSettings(Settings):
         """`workers` and `tensor_parallel` complete the elastic settings before these are checked."""
         if not isinstance(values, Mapping) or not isinstance(values.get("elastic", {}), Mapping):
             return values
-        given, workers, tensor_parallel = (
-            values.get("elastic", {}),
-            values.get("workers"),
-            values.get("tensor_parallel"),
-        )
+        given = values.get("elastic", {})
+        workers, tensor_parallel = values.get("workers"), values.get("tensor_parallel")
         for name, value in (("max_workers", workers), ("tensor_parallel", tensor_parallel)):
             if name in given and given[name] != value:
                 where = "workers" if name == "max_workers" else name

@@ -1,39 +1,44 @@
-"""Pretraining: a group of ranks runs the loop; this module starts it, listens, and starts it again after a fault.
+"""Pretraining: an elastic group of ranks runs the loop; this module leads it, and tells what comes of every step.
 
-Who waits for whom: the caller's thread waits for rank 0's metrics. The ranks wait for nobody but each other. Losing a
-rank ends the group; the next generation goes on from the newest verified state.
+Who waits for whom: the caller's thread leads the group (see cluster.controller). The ranks wait for nobody but each
+other: they train on while this process is gone, and the next call with the same state takes them over.
 """
 
-import hashlib
 import json
-import logging
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from actors.config import PretrainSettings
-from actors.pretrain_worker import METRICS, PretrainJob, PretrainWorker, read_metrics
-from cluster.policies.failure import decide_restart
-from cluster.worker_group import WorkerGroup
-from engines import state_folder
+from actors.pretrain_task import PretrainAgent, PretrainTask
+from actors.pretrain_worker import PretrainJob, PretrainRank
+from cluster.controller import GroupController, Listener
+from cluster.fleet import Fleet, WorkerKind
+from cluster.group_journal import GroupJournal
+from engines.process_groups import host_store
 from engines.torch_learner import LlamaConfig
-from infra.errors import CheckpointError, SystemFault
+from infra.errors import CheckpointError
 from infra.faults import VARIABLE
 
-log = logging.getLogger(__name__)
+METRICS, JOURNAL, JOB = "metrics.jsonl", "group.json", "job.json"
 
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What a finished run says of itself; `restarts` counts this call's, `tokens` the whole run's."""
+    """What a finished run says of itself; `restarts` counts the times that this call's group was formed again,
+    `lost_steps` the committed steps that faults undid, `tokens` the whole run's."""
 
     steps: int
     tokens: int
     final_loss: float
     restarts: int
+    lost_steps: int = 0
+    longest_pause_s: float = 0.0
+    """Of those re-formings: from the moment that a fault was known until all ranks had joined."""
 
 
 def pretrain(
@@ -48,25 +53,29 @@ def pretrain(
     seed: int = 0,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     faults: str | None = None,
+    accounts: tuple[str, str, str] | None = None,
 ) -> PretrainResult:
     """Train `model` from scratch on the token shards of `tokens_dir`; leaves an HF model folder in `out`.
 
-    Called again with the same `state` folder (after any crash of this process) it goes on from the newest state there.
+    Called again with the same `state` folder (after any crash of this process) it takes over the living ranks, or goes
+    on from what they left in memory, or from the newest state there.
 
     Args:
         tokens_dir: shards written by `data.tokenized`.
         tokenizer_dir: copied into `out`.
-        state: on a file system that all workers see; holds saved states and metrics.jsonl.
+        state: on a file system that all workers see; holds flushed snapshots, the group's journal and metrics.jsonl.
         on_metrics: called once per step, in order, also for the steps of earlier calls: {"step", "steps", "loss", "lr",
-            "grad_norm", "tokens", "tokens_per_s", "committed"}.
+            "grad_norm", "tokens", "tokens_per_s", "committed", "time"}. Steps that a rollback undid come again.
         seed: of initialisation and data order.
         faults: schedule for the ranks' fault points (tests, demos); None reads RECUA_FAULTS.
-        on_event: {"event": "started" | "lost", ...}: generations, process ids, decisions.
+        on_event: {"event": "started" | "detected" | "decided" | "rolled-back" | "stacks", "generation", ...}: what was
+            seen, what was decided and why, how long it took ("started": pids by rank, step, pause_s, lost_steps).
+        accounts: (store URL, run id, group) for the goodput records.
 
     Raises:
         CheckpointError: `state` belongs to another job.
-        SystemFault: workers were lost more often than `max_restarts` allows.
-        ResourceError, DataError, StepError: see `cluster.worker_group` and `data.loader`.
+        SystemFault: the group cannot go on (see pretrain.elastic).
+        ResourceError, DataError, StepError: see `cluster.controller` and `data.loader`.
     """
     faults = os.environ.get(VARIABLE, "") if faults is None else faults
     state.mkdir(parents=True, exist_ok=True)
@@ -74,74 +83,123 @@ def pretrain(
     tokens_dir, tokenizer_dir, out, state = (p.resolve() for p in (tokens_dir, tokenizer_dir, out, state))
     job = PretrainJob(tokens_dir, tokenizer_dir, model, settings, out, state, seed, faults)
     _claim(job)
-    reported = -1
+    metrics = MetricsFile(state / METRICS)
+    for row in metrics.rows:
+        on_metrics(row)
 
-    def report(row: dict[str, Any]) -> None:
-        nonlocal reported
-        if row["step"] > reported:  # steps that are computed again after a fault were reported before it
-            reported = row["step"]
-            on_metrics(row)
+    def on_row(row: dict[str, Any]) -> None:
+        metrics.write(row)
+        on_metrics(row)
 
-    generation = 0
-    while True:
-        newest = state_folder.newest_verified(state)
-        for row in read_metrics(state / METRICS, below=newest[0] if newest else 0):
-            report(row)
-        try:
-            _run_generation(job, generation, newest[1] if newest else None, report, on_event)
-            break
-        except SystemFault as fault:
-            decision = decide_restart(fault, generation, settings.max_restarts, "pretrain.max_restarts")
-            log.warning("%s", decision)
-            on_event({"event": "lost", "generation": generation, "fault": str(fault), "decision": str(decision)})
-            if decision.action == "raise":
-                raise
-        generation += 1
-    rows = read_metrics(state / METRICS, below=settings.steps)
-    return PretrainResult(len(rows), sum(row["tokens"] for row in rows), rows[-1]["loss"], generation)
+    formed: list[dict[str, Any]] = []
+
+    def hear(event: dict[str, Any]) -> None:
+        if event["event"] == "started":
+            formed.append(event)
+        on_event(event)
+
+    _lead(job, Listener(on_row, hear), len(metrics.rows), accounts)
+    metrics.close()
+    rows, again = metrics.rows, formed[1:]
+    tokens, lost = sum(row["tokens"] for row in rows), sum(event.get("lost_steps", 0) for event in again)
+    longest = max((event.get("pause_s", 0.0) for event in again), default=0.0)
+    return PretrainResult(len(rows), tokens, rows[-1]["loss"], len(again), lost, round(longest, 3))
 
 
-def _run_generation(
-    job: PretrainJob,
-    generation: int,
-    resume: Path | None,
-    report: Callable[[dict[str, Any]], None],
-    on_event: Callable[[dict[str, Any]], None],
-) -> None:
-    settings, started = job.settings, time.monotonic()
-    group = WorkerGroup(
-        PretrainWorker,
-        settings.workers,
+def _lead(job: PretrainJob, listener: Listener, first_row: int, accounts: tuple[str, str, str] | None) -> None:
+    settings, elastic = job.settings, job.settings.group()
+    journal = GroupJournal(job.state / JOURNAL, "pretrain")
+    group = journal.history.group
+    served, store = host_store(ray.util.get_node_ip_address())
+    env = {"OMP_NUM_THREADS": str(settings.threads), "RES_OPTIONS": "timeout:1 attempts:1"}
+    kind = WorkerKind(
+        PretrainRank,
+        (job, store),
         num_cpus=settings.num_cpus,
         num_gpus=settings.num_gpus,
-        strategy=settings.placement,
-        env={"OMP_NUM_THREADS": str(settings.threads)},
-        name=f"pretrain-{hashlib.sha256(str(job.state).encode()).hexdigest()[:12]}",
-        generation=generation,
-        actor_args=(settings,),
+        spread=settings.placement.endswith("SPREAD"),
+        env=env,
     )
-    with group:
-        on_event(
-            {
-                "event": "started",
-                "generation": generation,
-                "pids": [info.pid for info in group.infos],
-                "resumed_from": resume.name if resume else None,
-                "start_s": time.monotonic() - started,
-            }
-        )
-        for _, row in group.stream("train", job, resume):
-            report(row)
+    fleet = Fleet(group, kind, PretrainAgent, accounts=accounts)
+    replicated = settings.sharding == "replicate" and settings.tensor_parallel == 1
+    task = PretrainTask(group, job.state, store, elastic, replicated)
+    GroupController(fleet, task, elastic, journal, listener, first_row).run()
+    del served  # until here it was where ranks met
+
+
+def in_words(event: Mapping[str, Any]) -> str | None:
+    """A line about an event for people; None for what is routine.
+
+    Example: "generation 2: 1 rank trains on from step 41; the pause took 312 ms, no step was lost"
+    """
+    kind = event["event"]
+    if kind == "detected":
+        return f"detected: {event['what']}"
+    if kind == "decided":
+        return str(event["decision"])
+    if kind == "stacks":
+        return f"stacks of {event['worker']}: {event['stacks']}"
+    if kind == "rolled-back":
+        return f"step {event['step']}: back to {event['to_step']}; {event['decision']}"
+    if kind != "started":
+        return None
+    ranks, lost = event["ranks"], event.get("lost_steps", 0)
+    line = f"generation {event['generation']}: {ranks} rank{'s' * (ranks != 1)} train from step {event['step']}"
+    if event["generation"] > 1 and "pause_s" in event:
+        steps = "no step was lost" if not lost else f"{lost} step{'s' * (lost != 1)} lost and computed again"
+        line += f"; the pause took {1000 * event['pause_s']:.0f} ms, {steps}"
+    return line
+
+
+class MetricsFile:
+    """metrics.jsonl in the state folder: one row per step, in order; a rollback takes back those from its step on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, read_metrics(path)
+        self._rewrite()
+
+    def write(self, row: dict[str, Any]) -> None:
+        if row["step"] < len(self.rows):
+            del self.rows[row["step"] :]
+            self._file.close()
+            self._rewrite()
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _rewrite(self) -> None:
+        draft = self.path.with_suffix(".partial")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        draft.replace(self.path)
+        self._file = self.path.open("a")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows from step 0 on, as far as they follow each other; a last line that a crash cut short is left out."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if row["step"] != len(rows):
+            break
+        rows.append(row)
+    return rows
 
 
 def _claim(job: PretrainJob) -> None:
     """The state folder belongs to one job: what decides the numbers may not change under it."""
     irrelevant = {"workers", "sharding", "tensor_parallel", "compile", "num_cpus", "num_gpus", "threads", "placement"}
-    irrelevant |= {"save_every", "keep_states", "max_restarts", "max_skipped_steps", "micro_batch_size"}
+    irrelevant |= {"save_every", "keep_states", "micro_batch_size", "elastic"}
     settings = job.settings.model_dump(mode="json", exclude=irrelevant)
     identity = {"model": asdict(job.model), "settings": settings, "seed": job.seed}
     text = json.dumps(identity, sort_keys=True, default=str, indent=1)
-    file = job.state / "job.json"
+    file = job.state / JOB
     if not file.exists():
         draft = file.with_suffix(".partial")
         draft.write_text(text)

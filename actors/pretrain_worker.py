@@ -1,41 +1,54 @@
-"""One rank of pretraining: the loop that all ranks run in step.
+"""One rank of pretraining that outlives the loss of others: the loop that all ranks run in step.
 
-Fault points (see `infra.faults`), hit once per step or save of one process: `pretrain.generation-G.rank-R.step` (before
-the step's computation, while the others enter it) and `pretrain.generation-G.rank-R.save` (before a state is saved).
+Who waits for whom: the training thread waits for the controller's word (`join`), and then for its peers in collectives.
+The actor's methods only leave words and return at once, except `abort`, which wakes the training thread wherever it
+waits. What comes of it all is in the beacon, for whoever leads the group then.
+
+Fault points (see `infra.faults`), hit once per process: `pretrain.generation-G.rank-R.join` (before the groups are
+formed), `.step` (before a step's computation, while the others enter it), `.finish` (before the model is saved).
 """
 
-import json
 import os
+import queue
+import threading
 import time
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
+import ray
 import torch
 import torch.nn.functional as F
 
 from actors.config import PretrainSettings
-from actors.process_group import process_groups
-from cluster.worker import Seat, Worker
+from cluster.beacons import SUFFIX, BeaconWriter
+from cluster.fleet import node_root
+from cluster.stopwatch import Stopwatch
 from data.config import BatchSettings
 from data.loader import DataLoader
 from data.tokenized import TokenWindows, document_segments
-from engines import state_folder
 from engines.base import Batch, LossFn
+from engines.config import SnapshotSettings
+from engines.elastic import ElasticLearner, Recipe
+from engines.process_groups import Rendezvous, StoreAddress
 from engines.ranks import Ranks
-from engines.torch_learner import LlamaConfig, TorchLearner, build
-from infra.errors import StepError
+from engines.snapshots import Peer, Source, StoreSource
+from engines.torch_learner import LlamaConfig, TorchLearner
+from infra.errors import NodeLost, RecuaError, StepError
 from infra.faults import FaultSchedule
+from infra.storage import open_store
 
-METRICS = "metrics.jsonl"
 NO_TARGET = -100
 
 
 @dataclass(frozen=True)
 class PretrainJob:
-    """What every rank is told; see `actors.pretrain.pretrain`."""
+    """What every rank is told at its birth; see `actors.pretrain.pretrain`."""
 
     tokens_dir: Path
     tokenizer_dir: Path
@@ -47,71 +60,222 @@ class PretrainJob:
     faults: str = ""
 
 
-class PretrainWorker(Worker):
-    """The actor class; `cluster.worker_group.WorkerGroup` makes one per rank."""
+@dataclass(frozen=True)
+class ReplicaPlace:
+    """A replica server of another node."""
 
-    def __init__(self, settings: PretrainSettings) -> None:
-        self.settings = settings
-        self.device = torch.device("cuda", 0) if settings.num_gpus > 0 else torch.device("cpu")
+    host: str
+    port: int
+    token: str
+
+
+@dataclass(frozen=True)
+class Order:
+    """A place in the next generation. `at_most`: load no later step; None: start afresh. `sources`: nodes that may hold
+    shards; `holders`: nodes that keep replicas of this rank's. `skipped`: windows of data left out. `high_step`: steps
+    below it were computed before."""
+
+    generation: int
+    rank: int
+    world_size: int
+    store: StoreAddress
+    at_most: int | None
+    sources: tuple[ReplicaPlace, ...] = ()
+    holders: tuple[ReplicaPlace, ...] = ()
+    skipped: tuple[int, ...] = ()
+    high_step: int = 0
+
+
+class PretrainRank:
+    """The actor class; `cluster.fleet.Fleet` makes one per rank.
+
+    Args:
+        name: of this worker. group: names its shards in shared memory.
+        ordered_at: seconds since the epoch; Ray may have kept the process for a while before.
+        store: where ranks meet, as long as the controller that started this worker leads.
+    """
+
+    def __init__(self, name: str, group: str, ordered_at: float, job: PretrainJob, store: StoreAddress) -> None:
+        self.name, self.group, self.job = name, group, job
+        settings = job.settings
+        self.node = ray.get_runtime_context().get_node_id()
+        self.shared = node_root(self.node)
+        born = time.monotonic() - (time.time() - max(ordered_at, psutil.Process().create_time()))
+        self.beacon = BeaconWriter(self.shared / f"recua-{group}" / "beacons" / f"{name}{SUFFIX}")
+        self.watch = Stopwatch(born=born, memory=self.beacon.account)
+        self.watch.enter("init")
+        self.faults = FaultSchedule.parse(job.faults)
+        self._store = store
+        self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+        self._stop_generation = -1
+        self._failure: Exception | None = None
         torch.set_num_threads(settings.threads)
+        self.elastic = ElasticLearner(
+            _recipe(job),
+            group,
+            Rendezvous(store),
+            device=torch.device("cuda", 0) if settings.num_gpus > 0 else torch.device("cpu"),
+            shared=self.shared,
+            store=open_store(job.state),
+        )
+        threading.Thread(target=self._live, name="training", daemon=True).start()
 
-    def join(self, seat: Seat) -> None:
-        """(collective) Also opens the process group and the mesh."""
-        super().join(seat)
-        self.groups = process_groups(seat, self.device, self.settings.optimizer.timeout)
-        self.ranks = self.groups.form(lambda: Ranks.over_all(self.settings.tensor_parallel, self.device))
+    # ---- words of the controller
 
-    def train(self, job: PretrainJob, resume: Path | None) -> Iterator[dict[str, Any]]:
-        """(collective) Train to the end from a state or from scratch, save the model. Rank 0 yields a row per step."""
-        assert self.seat is not None, "train() before join()"
-        with self.groups.naming_lost_peers():
-            yield from self._train(job, resume)
+    def describe(self) -> tuple[int, str]:
+        """(pid, node id): the process answers."""
+        return os.getpid(), self.node
 
-    def _train(self, job: PretrainJob, resume: Path | None) -> Iterator[dict[str, Any]]:
-        assert self.seat is not None
-        settings, ranks = job.settings, self.ranks
-        faults = FaultSchedule.parse(job.faults)
-        place = f"pretrain.generation-{self.seat.generation}.rank-{self.seat.rank}"
-        learner = build_learner(job, ranks)
-        if resume is not None:
-            learner.load_state(resume)
-        loader = BatchLoader(job, ranks)
-        metrics = MetricsFile(job.state / METRICS, learner.step) if ranks.rank == 0 else None
-        skipped = 0
-        while learner.step < settings.steps:
-            started, step = time.perf_counter(), learner.step
+    def join(self, order: Order) -> None:
+        """Take a place in a new generation, as soon as the last one is left."""
+        self._orders.put(order)
+
+    def abort(self, generation: int, deadline_s: float) -> None:
+        """Out of the collectives of this generation and of any older one."""
+        self.elastic.abort(generation, deadline_s)
+
+    def stop_at_boundary(self, generation: int) -> None:
+        """Ask the others to stop after the same step; see `Ranks.should_commit`."""
+        self._stop_generation = max(self._stop_generation, generation)
+
+    def failure(self) -> Exception | None:
+        """What this rank raised by itself."""
+        return self._failure
+
+    # ---- the training thread
+
+    def _live(self) -> None:
+        self.beacon.set(thread=threading.get_native_id())
+        try:
+            self.elastic.warm_up()
+            self.elastic.rendezvous.store()
+            self.beacon.set(state="standby")
+            while True:
+                self.watch.enter("idle")
+                self._serve(self._orders.get())
+        except Exception as error:
+            self._fail(error)
+
+    def _serve(self, order: Order) -> None:
+        """One generation, from its order to its end."""
+        try:
+            state = self._train(order)
+            self.watch.enter("re_forming")
+            self.elastic.leave()
+        except Exception as error:
+            self.watch.step_lost()
+            groups = self.elastic.groups
+            lost = isinstance(error, NodeLost) or (groups is not None and groups.aborted)
+            self.elastic.leave()
+            if not lost:
+                self._fail(error)
+                return
+            state = "aborted"
+        self.beacon.set(state=state, phase="wait")
+
+    def _fail(self, error: Exception) -> None:
+        if not isinstance(error, RecuaError):
+            text = f"worker {self.name}: {type(error).__name__}: {error}".strip().splitlines()[0]
+            error = StepError(text, user_traceback=traceback.format_exc())
+        self._failure = error
+        self.beacon.set(state="failed", phase="wait")
+
+    def _train(self, order: Order) -> str:
+        """(collective) Returns how the generation ended here: "finished" or "boundary"."""
+        place = f"pretrain.generation-{order.generation}.rank-{order.rank}"
+        seat = {"generation": order.generation, "rank": order.rank, "world_size": order.world_size}
+        self.beacon.set(state="joining", phase="wait", ticks=0, **seat)
+        self.watch.enter("re_forming")
+        self.faults.reach(f"{place}.join")
+        learner = self._join(order)
+        loader = BatchLoader(self.job, learner.ranks, order.skipped)
+        if learner.last_step:
+            self._say(learner, order, loader.tokens(learner.step - 1))
+        self.beacon.set(state="joined", start=learner.step, step=learner.step)
+        steps = self.job.settings.steps
+        while learner.step < steps:
+            step, started = learner.step, time.perf_counter()
+            self.beacon.enter("data")
+            self.watch.enter("data_wait")
             micro_batches, tokens = loader.micro_batches(step)
-            faults.reach(f"{place}.step")
-            output = learner.train_step(micro_batches, next_token_loss(tokens))
-            loss = ranks.sum(output.metrics)["loss"]
-            skipped = 0 if output.committed else skipped + 1
-            if skipped > settings.max_skipped_steps:
-                raise StepError(
-                    f"pretraining: the gradient was not finite in {skipped} steps in a row up to step {step}; lower "
-                    f"pretrain.optimizer.learning_rate (max_skipped_steps = {settings.max_skipped_steps})"
-                )
-            if metrics is not None:
-                row = {"step": step, "steps": settings.steps, "loss": loss, "lr": output.learning_rate}
-                row |= {"grad_norm": output.grad_norm, "committed": output.committed, "tokens": tokens}
-                row["tokens_per_s"] = round(tokens / (time.perf_counter() - started), 1)
-                metrics.write(row)
-                yield row
-            if learner.step % settings.save_every == 0 or learner.step == settings.steps:
-                faults.reach(f"{place}.save")
-                save_state(learner, job, metrics)
-        learner.save_hf(job.out)
+            self.faults.reach(f"{place}.step")
+            self.beacon.enter("collective")
+            learner.ranks.stop_asked = self._stop_generation >= order.generation
+            with self._computing(step < order.high_step):
+                self.elastic.train_step(micro_batches, next_token_loss(tokens))
+            rate = round(tokens / (time.perf_counter() - started), 1)
+            self._say(learner, order, tokens, tokens_per_s=rate)
+            self.beacon.set(step=learner.step, phase="wait")
+            if learner.ranks.stop_agreed and learner.step < steps:
+                self.elastic.take_last()
+                return "boundary"
+        self._finish(learner, place)
+        return "finished"
+
+    def _join(self, order: Order) -> TorchLearner:
+        if order.store != self._store:
+            self._store, self.elastic.rendezvous = order.store, Rendezvous(order.store)
+        sources: list[Source] = [Peer(p.host, p.port, p.token, self.group) for p in order.sources]
+        sources.append(StoreSource(open_store(self.job.state), self.group, self.shared / "fetched"))
+        self.elastic.join(
+            order.generation,
+            order.rank,
+            order.world_size,
+            sources=sources,
+            holders=[Peer(p.host, p.port, p.token, self.group) for p in order.holders],
+            at_most=order.at_most,
+            fresh=order.at_most is None,
+        )
+        learner = self.elastic.learner
+        assert learner is not None
+        if not self.job.settings.compile:
+            for block in learner.module.layers.values():  # type: ignore[union-attr,operator]
+                block.register_forward_pre_hook(lambda *_: self.beacon.tick())
+        return learner
+
+    @contextmanager
+    def _computing(self, again: bool) -> Iterator[None]:
+        """A step's time: computing, less what it waited for the snapshot before it."""
+        assert self.elastic.snapshots is not None
+        stalled = self.elastic.snapshots.stall_s
+        self.watch.begin_step(again)
+        yield
+        bucket = "recomputed" if again else "compute"
+        self.watch.reattribute(bucket, "checkpoint_stall", self.elastic.snapshots.stall_s - stalled)
+
+    def _say(self, learner: TorchLearner, order: Order, tokens: int, **more: Any) -> None:
+        """Leave the outcome of the last step where the node agent reads it."""
+        step = learner.step - 1
+        row = {"step": step, "steps": self.job.settings.steps, **learner.last_step, "tokens": tokens, **more}
+        self.beacon.say(step, {**row, "time": round(time.time(), 4), "generation": order.generation})
+
+    def _finish(self, learner: TorchLearner, place: str) -> None:
+        """(collective) The last state into storage, the model into its folder."""
+        self.beacon.enter("save")
+        self.watch.enter("checkpoint_stall")
+        self.faults.reach(f"{place}.finish")
+        self.elastic.flush_last()
+        assert self.elastic.groups is not None
+        with self.elastic.groups.naming_lost_peers():
+            learner.save_hf(self.job.out)
 
 
-def build_learner(job: PretrainJob, ranks: Ranks) -> TorchLearner:
-    """(collective) The sharded network with its seeded start values, and its optimizer."""
-    settings = job.settings
+def _recipe(job: PretrainJob) -> Recipe:
+    settings, elastic = job.settings, job.settings.group()
     optimizer = settings.optimizer
     if optimizer.total_steps == 0:
         optimizer = optimizer.model_copy(update={"total_steps": settings.steps})
-    return build(
+    snapshots = SnapshotSettings(
+        every=elastic.snapshot_every,
+        replicas=elastic.snapshot_replicas,
+        flush_every=settings.save_every,
+        flush_keep=settings.keep_states,
+    )
+    return Recipe(
         job.model,
         optimizer,
-        ranks,
+        snapshots,
+        tensor_parallel=settings.tensor_parallel,
         fsdp=settings.sharding == "fsdp",
         compile_blocks=settings.compile,
         seed=job.seed,
@@ -119,23 +283,19 @@ def build_learner(job: PretrainJob, ranks: Ranks) -> TorchLearner:
     )
 
 
-def save_state(learner: TorchLearner, job: PretrainJob, metrics: "MetricsFile | None") -> None:
-    """(collective) The state before the learner's next step; metrics of the steps before it are durable first."""
-    if metrics is not None:
-        metrics.sync()
-    learner.save_state(state_folder.state_path(job.state, learner.step))
-    if learner.rank == 0:
-        state_folder.prune(job.state, job.settings.keep_states)
-
-
 class BatchLoader:
-    """This rank's tensors of any step: a function of the step, the seed and the number of replicas."""
+    """This rank's tensors of any step: a function of the step, the seed, the windows left out, and the replicas."""
 
-    def __init__(self, job: PretrainJob, ranks: Ranks) -> None:
+    def __init__(self, job: PretrainJob, ranks: Ranks, skipped: tuple[int, ...] = ()) -> None:
         settings = job.settings
         self._windows = TokenWindows(job.tokens_dir, settings.sequence_length)
-        self._loader = DataLoader({"tokens": self._windows}, BatchSettings(size=settings.batch_size), job.seed)
+        batch = BatchSettings(size=settings.batch_size)
+        self._loader = DataLoader({"tokens": self._windows}, batch, job.seed, skipped=skipped)
         self._settings, self._ranks = settings, ranks
+
+    def tokens(self, step: int) -> int:
+        """Target tokens in the global batch of a step."""
+        return self._loader.ids.batch_size(step) * self._settings.sequence_length
 
     def micro_batches(self, step: int) -> tuple[list[Batch], int]:
         """(micro-batches, target tokens in the whole global batch).
@@ -144,8 +304,7 @@ class BatchLoader:
         """
         size, ranks = self._settings.micro_batch_size, self._ranks
         pieces = self._loader.micro_batches(step, ranks.data_rank, ranks.data_size, size)
-        tokens = self._loader.ids.batch_size(step) * self._settings.sequence_length
-        return [self._tensors(piece) for piece in pieces], tokens
+        return [self._tensors(piece) for piece in pieces], self.tokens(step)
 
     def _tensors(self, piece: list[np.ndarray]) -> Batch:
         rows = np.stack(piece or [self._windows[0]])  # [B, T + 1]
@@ -169,36 +328,3 @@ def next_token_loss(tokens: int) -> LossFn:
         return loss, {"loss": float(loss.detach())}
 
     return loss_fn
-
-
-class MetricsFile:
-    """metrics.jsonl in the state folder: one row per step, each once; rows from `step` on are of a lost future."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        kept = read_metrics(path, below=step)
-        draft = path.with_suffix(".partial")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        draft.replace(path)
-        self._file = path.open("a")
-
-    def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-
-    def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-
-def read_metrics(path: Path, below: int) -> list[dict[str, Any]]:
-    """Rows of the steps before `below`; a last line that a crash cut short is of a later step and is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] < below:
-            rows.append(row)
-    return rows

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from cluster.config import ElasticSettings
 from cluster.decision import Decision, key
-from infra.errors import SystemFault
 
 
 @dataclass(frozen=True)
@@ -78,13 +77,3 @@ def decide_adoption(view: AdoptionView, settings: ElasticSettings) -> Decision:
     if view.present == view.world_size and not view.strays and view.world_size >= settings.min_workers:
         return Decision("adopt", found, key("adopt_timeout_s"))
     return Decision("re-form", found, key("adopt_timeout_s"))
-
-
-def decide_restart(error: Exception, restarts: int, max_restarts: int, setting: str = "max_restarts") -> Decision:
-    """For a group that can only start again as a whole: restart, or raise. Only a platform's fault is worth a restart;
-    anything else is the user's to see. `setting` names the limit in the recipe of the caller."""
-    if not isinstance(error, SystemFault):
-        return Decision("raise", f"{type(error).__name__} is no fault of the platform", "none")
-    if restarts >= max_restarts:
-        return Decision("raise", f"{type(error).__name__}, and {restarts} restarts are used up", setting)
-    return Decision("restart", f"{type(error).__name__}: {error}; restart {restarts + 1} of {max_restarts}", setting)

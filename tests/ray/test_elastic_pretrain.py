@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import ray
 import torch
 
 from actors.config import PretrainSettings
-from actors.elastic_pretrain import PretrainResult, pretrain
+from actors.pretrain import PretrainResult, pretrain
 from cluster.fleet import NAMESPACE, Fleet, WorkerKind
 from cluster.goodput_records import read_run
 from cluster.group_journal import GroupJournal
@@ -120,8 +121,11 @@ class Run:
 
 
 @pytest.fixture
-def run(corpus: Path, tmp_path: Path) -> Run:
-    return Run(corpus, tmp_path)
+def run(corpus: Path, tmp_path: Path) -> Iterator[Run]:
+    made = Run(corpus, tmp_path)
+    yield made
+    for folder in memory_of(made):
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +259,18 @@ def test_elastic_run_whose_every_process_died_goes_on_from_what_is_left(left: st
     assert ("from host memory" if left == "memory" else "from storage") in run.said()
     again = Run(run.corpus, run.folder).train()
     assert again.curve == quiet.curve and again.heard("started")[0]["step"] == STEPS
+
+
+def test_elastic_other_shards_go_on_from_the_same_state(run: Run, quiet: Run) -> None:
+    """FSDP x tensor parallel, two blocks of two; a lost rank is replaced in its block; then one rank alone goes on."""
+    kill = "pretrain.generation-1.rank-3.step:5=kill"
+    run.train(kill, sharding="fsdp", tensor_parallel=2, workers=4, micro_batch_size=5, elastic={"spares": 1})
+    assert [row["loss"] for row in run.rows] == pytest.approx([row["loss"] for row in quiet.rows], rel=1e-4)
+    run.assert_lost_at_most_one()
+    assert [event["ranks"] for event in run.heard("started")] == [4, 4], run.said()
+    rows = list(run.rows)
+    again = Run(run.corpus, run.folder).train(workers=1)
+    assert again.rows == rows and again.heard("started")[0]["step"] == STEPS
 
 
 def test_elastic_bad_input_is_named(run: Run, quiet: Run) -> None:

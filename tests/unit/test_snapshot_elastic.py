@@ -170,7 +170,7 @@ class Group:
         for member in survivors:
             self.pipes[member].send(generation)
         said = [message for member in survivors for message in self.hear_until(member, "lost")[1]]
-        with contextlib.suppress(EOFError):
+        with contextlib.suppress(EOFError, ConnectionResetError):
             while self.pipes[victim].poll():
                 said.append(self.pipes[victim].recv())
         return said, died

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.config import ElasticSettings
 from cluster.policies.drain import DrainView, decide_drain, leave_by
-from cluster.policies.failure import AdoptionView, FailureView, decide_adoption, decide_failure, decide_restart
+from cluster.policies.failure import AdoptionView, FailureView, decide_adoption, decide_failure
 from cluster.policies.hang import Beacon, decide_hang, stall_limit_s, suspects
 from cluster.policies.layout import mend
 from cluster.policies.quarantine import BurnIn, decide_burn_in, decide_history, decide_prediction
@@ -25,7 +25,7 @@ from cluster.policies.scaling import GrowthView, decide_growth, workers_to_order
 from cluster.policies.snapshot import SnapshotBook, choose, place_replicas
 from cluster.policies.straggler import SlowRank, decide_straggler, slow_ranks
 from infra.config import validate
-from infra.errors import ConfigError, NodeLost
+from infra.errors import ConfigError
 
 FOUR_TP2 = ElasticSettings(min_workers=4, max_workers=8, tensor_parallel=2)
 NODES = {f"w{i}": f"n{i // 2}" for i in range(12)}
@@ -79,14 +79,6 @@ def test_a_restarted_controller_adopts_only_a_whole_group() -> None:
     assert decide_adoption(AdoptionView(7, 8, 7, 0), FOUR_TP2).action == "re-form"
     assert decide_adoption(AdoptionView(7, 8, 8, 1), FOUR_TP2).action == "re-form"
     assert decide_adoption(AdoptionView(0, 0, 0, 0), FOUR_TP2).action == "start"
-
-
-def test_only_faults_of_the_platform_are_restarted_and_boundedly() -> None:
-    assert str(decide_restart(NodeLost("rank 1 died"), 0, 2, "pretrain.max_restarts")) == (
-        "decision: restart | NodeLost: rank 1 died; restart 1 of 2 | governed by pretrain.max_restarts"
-    )
-    assert decide_restart(NodeLost("again"), 2, 2).action == "raise"
-    assert decide_restart(ValueError("a bug"), 0, 2).action == "raise"
 
 
 def test_a_hole_is_filled_in_place_and_the_others_keep_theirs() -> None:

@@ -50,7 +50,8 @@ def check_capacity(recipe: Recipe, nodes: Sequence[Node]) -> None:
         ("pools.generators", "replicas", generators.replicas, generators),
         ("serving", "replicas", serving.replicas, serving),
     ]
-    alone = [] if recipe.model.init_from else [("pretrain", "workers", pretrain.workers, pretrain)]
+    ranks = pretrain.workers + pretrain.elastic.spares
+    alone = [] if recipe.model.init_from else [("pretrain", "workers", ranks, pretrain)]
     for kind, setting in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
         there = [node.get(kind, 0.0) for node in nodes]
         shown = f"this cluster has {sum(there):g} {kind}"

@@ -32,7 +32,7 @@ class Curve:
         self._writer = MetricsWriter(self._out.path / "metrics.jsonl")
 
     def __call__(self, metrics: dict[str, Any]) -> None:
-        values = {name: value for name, value in metrics.items() if name not in ("step", "steps")}
+        values = {name: value for name, value in metrics.items() if name not in ("step", "steps", "time")}
         self._writer.write(self._stage, metrics["step"], **values)
         shown = {name: metrics[name] for name in ("loss", "reward", "accuracy", "kl") if name in metrics}
         self._run.progress(metrics["step"], metrics["steps"], **shown)
@@ -46,7 +46,8 @@ class Curve:
 def pretrain(
     tokens: Artifact, tokenizer: Artifact, model: ModelSettings, section: PretrainSettings, seed: int
 ) -> Trained:
-    """Next-token training from scratch on torch-native workers; resumes from its last saved state after a fault."""
+    """Next-token training from scratch on an elastic group of ranks: a fault costs at most one step."""
+    from actors.pretrain import in_words
     from actors.pretrain import pretrain as run_pretrain
     from models.tokenizer import load_tokenizer
 
@@ -54,7 +55,15 @@ def pretrain(
     out = run.artifact("model")
     config = model.to_llama(load_tokenizer(tokenizer.path()).vocab_size)
     state = run.state_folder()  # stays until this call is committed
-    result = run_pretrain(tokens.path(), tokenizer.path(), config, section, out.path, state, curve, seed=seed)
+
+    def tell(event: dict[str, Any]) -> None:
+        if (line := in_words(event)) is not None:
+            run.log(f"pretrain: {line}")
+
+    result = run_pretrain(
+        tokens.path(), tokenizer.path(), config, section, out.path, state, curve, seed=seed, on_event=tell,
+        accounts=(run.store_url, run.run_id, "pretrain"),
+    )  # fmt: skip
     return Trained("pretrain", out.seal(), curve.seal(), {"loss": result.final_loss, "tokens": result.tokens})
 
 
