@@ -238,8 +238,8 @@ class ProcessGroups:
             nccl = dist.ProcessGroupNCCL.Options()
             nccl.config.blocking = 0  # an abort gets through to a communicator that is still connecting
             options = {"device_id": self.device, "pg_options": nccl}
-        # Names count the groups made so far. One that was given up while it was formed counts too, and its members
-        # would then wait under another name than a new process (torch 2.13 resets the count only with a destroyed group).
+        # Names count the groups made so far, also one that was given up while it was formed: its members would wait
+        # under another name than a new process does (torch 2.13 resets the count only with a destroyed group).
         dist.distributed_c10d._world.group_count = 0
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
