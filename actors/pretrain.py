@@ -130,13 +130,13 @@ def _lead(job: PretrainJob, listener: Listener, first_row: int, accounts: tuple[
 def in_words(event: Mapping[str, Any]) -> str | None:
     """A line about an event for people; None for what is routine.
 
-    Example: "generation 2: 1 rank trains on from step 41; the pause took 312 ms, no step was lost"
+    Example: "generation 2: 1 rank trains from step 41; the pause took 312 ms, no step was lost"
     """
     kind = event["event"]
     if kind == "detected":
         return f"detected: {event['what']}"
     if kind == "decided":
-        return str(event["decision"])
+        return None if event["generation"] == 0 else str(event["decision"])
     if kind == "stacks":
         return f"stacks of {event['worker']}: {event['stacks']}"
     if kind == "rolled-back":
@@ -144,7 +144,7 @@ def in_words(event: Mapping[str, Any]) -> str | None:
     if kind != "started":
         return None
     ranks, lost = event["ranks"], event.get("lost_steps", 0)
-    line = f"generation {event['generation']}: {ranks} rank{'s' * (ranks != 1)} train from step {event['step']}"
+    line = f"generation {event['generation']}: {ranks} rank{'s train' if ranks != 1 else ' trains'} from step {event['step']}"
     if event["generation"] > 1 and "pause_s" in event:
         steps = "no step was lost" if not lost else f"{lost} step{'s' * (lost != 1)} lost and computed again"
         line += f"; the pause took {1000 * event['pause_s']:.0f} ms, {steps}"

@@ -6,6 +6,7 @@ node's workers, and themselves, when no controller listens to them any more.
 """
 
 import contextlib
+import logging
 import socket
 import time
 from collections import defaultdict
@@ -22,6 +23,8 @@ from cluster.node_agent import AgentPlace, NodeAgent
 from cluster.node_watch import Beat
 from infra.bundles import show_bundle, unplaceable
 from infra.errors import ResourceError
+
+log = logging.getLogger(__name__)
 
 NAMESPACE = "recua"
 BEAT_S = 0.4
@@ -228,10 +231,7 @@ class Fleet:
 
     def dismiss(self, workers: Collection[str]) -> None:
         """End workers that nobody needs any more."""
-        for node, mine in self._by_node(workers).items():
-            if node in self.agents:
-                self._sent.append(self.agents[node].end.remote(sorted(mine)))
-        self._forget(worker for worker in workers if worker not in self.node_of)
+        self._forget(workers)
 
     def bury(self, node: str, workers: Collection[str]) -> None:
         """Dead workers, now known to the controller."""
@@ -271,7 +271,10 @@ class Fleet:
             node = self._listening.pop(reference)
             try:
                 beat: Beat = ray.get(reference)
-            except ray.exceptions.RayActorError:
+            except ray.exceptions.RayError as error:
+                log.warning("agent of node %s: %s", node[:12], str(error).strip().splitlines()[-1])
+                with contextlib.suppress(Exception):  # it has ended already, as a rule
+                    ray.kill(self.agents[node], no_restart=True)
                 self._drop_agent(node)
                 return AgentLost(node, self.node_lives(node))
             self._numbers[node] = beat.number

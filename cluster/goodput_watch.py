@@ -43,7 +43,7 @@ class GroupWatch:
                 self._lost += max(0, self._step - command.restore.step)
                 self._step = command.restore.step
         self._step = max(self._step, core.step)
-        if core.phase in ("running", *ENDED):
+        if core.phase in ("running", "stopping", *ENDED):  # stopping: the step under way is not lost
             return self._resumed(now) if self._since is not None else None
         if self._since is None:
             self._since = now

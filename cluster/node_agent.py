@@ -18,6 +18,9 @@ from cluster.node_watch import Beat, NodeWatch
 from infra.errors import StoreError
 from infra.storage import open_store
 
+GOING_S = 2.0
+"""How long workers that were told to go may take before they are killed."""
+
 
 @dataclass(frozen=True)
 class AgentPlace:
@@ -65,10 +68,6 @@ class NodeAgent:
                 places[worker] = f"{error}\n{text}"
         return places
 
-    def end(self, workers: Collection[str]) -> None:
-        """SIGKILL at once: they are not needed any more."""
-        self._watch.end(workers)
-
     def discard(self, workers: Collection[str]) -> None:
         """These deaths are known."""
         self._watch.discard(workers)
@@ -76,14 +75,19 @@ class NodeAgent:
     def close(self, remove: bool) -> None:
         """The group has ended: no worker lives on, the accounts are written, the memory is freed where asked."""
         self._ended.set()
-        self._watch.end(self._watch.workers())
-        deadline = time.monotonic() + 5
-        while self._watch.workers() and time.monotonic() < deadline:
-            time.sleep(0.005)
+        if not self._await_deaths(GOING_S):
+            self._watch.end(self._watch.workers())
+            self._await_deaths(GOING_S)
         self._write(last=True)
         self._watch.close(remove)
         with contextlib.suppress(OSError):  # others may have something there
             self.place.folder.parent.rmdir()
+
+    def _await_deaths(self, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        while self._watch.workers() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return not self._watch.workers()
 
     def _keep(self) -> None:
         """Write the account now and then; notice that the controller is gone."""
