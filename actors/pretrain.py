@@ -144,7 +144,8 @@ def in_words(event: Mapping[str, Any]) -> str | None:
     if kind != "started":
         return None
     ranks, lost = event["ranks"], event.get("lost_steps", 0)
-    line = f"generation {event['generation']}: {ranks} rank{'s train' if ranks != 1 else ' trains'} from step {event['step']}"
+    who = "1 rank trains" if ranks == 1 else f"{ranks} ranks train"
+    line = f"generation {event['generation']}: {who} from step {event['step']}"
     if event["generation"] > 1 and "pause_s" in event:
         steps = "no step was lost" if not lost else f"{lost} step{'s' * (lost != 1)} lost and computed again"
         line += f"; the pause took {1000 * event['pause_s']:.0f} ms, {steps}"
