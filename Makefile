@@ -18,8 +18,11 @@ help: ## this list
 
 venv: $(VENV)/.installed ## create .venv with every pinned dependency (once; again when they change)
 
+# One rank of the pretraining is killed in the middle: what was seen and decided, and what it cost, is on the terminal.
+DEMO_FAULTS ?= pretrain.generation-1.rank-1.step:120=kill
+
 demo: $(VENV)/.installed ## the whole graph on this machine, CPU is enough; ARGS="--set seed=2" passes options on
-	$(VENV)/bin/recua run workflows/llama3_posttrain.py --recipe recipes/tiny.toml --store $(CURDIR)/runs/store $(ARGS)
+	RECUA_FAULTS=$(DEMO_FAULTS) $(VENV)/bin/recua run workflows/llama3_posttrain.py --recipe recipes/tiny.toml --store $(CURDIR)/runs/store $(ARGS)
 
 test: lint ## lint, types, import rules, then every test; the last line is pytest's summary
 	@echo "==> types (mypy)"

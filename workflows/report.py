@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster import goodput_records
+from infra.errors import DataError
 from infra.storage import Store, write_text
 from infra.telemetry import parse_metrics
 from workflows.artifacts import Artifact
@@ -49,6 +51,8 @@ class RunRecord:
     steps: list[StepRecord]
     metrics: list[dict[str, Any]] = field(default_factory=list)
     wall_s: float | None = None
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    """Elastic groups with their goodput and pauses (cluster.goodput_records.GroupReport)."""
 
     def measured_wall_s(self) -> float:
         """`wall_s` where it is known, else from the first start to the last end."""
@@ -77,7 +81,8 @@ def read_run(store: Store, view: RunView) -> RunRecord:
     ends = [step.ended for step in steps if step.ended is not None]
     ended = view.ended or max(ends, default=view.created)
     metrics = gather_metrics(store, steps)
-    return RunRecord(view.run_id, view.workflow, view.status, steps, metrics, wall_s=ended - view.created)
+    wall_s, groups = ended - view.created, gather_groups(store, view.run_id)
+    return RunRecord(view.run_id, view.workflow, view.status, steps, metrics, wall_s, groups)
 
 
 def plain(tree: Any) -> Any:
@@ -141,6 +146,34 @@ def gather_metrics(store: Store, steps: list[StepRecord]) -> list[dict[str, Any]
     return rows
 
 
+def gather_groups(store: Store, run_id: str) -> list[dict[str, Any]]:
+    """Goodput and pauses of the run's elastic groups; a damaged record costs them, not the report."""
+    try:
+        return [report.to_json() for report in goodput_records.read_run(store, run_id)]
+    except DataError:
+        return []
+
+
+def interruptions(record: RunRecord) -> list[list[str]]:
+    """Every time that training stood still after its start, as rows of text, a header first; empty: it never did."""
+    rows = [
+        [
+            group["group"],
+            f"{1000 * (pause['ended'] - pause['began']):.0f} ms",
+            str(pause["lost_steps"]),
+            str(pause["ranks"]),
+            pause["action"],
+            pause["reason"],
+            pause["key"],
+        ]
+        for group in record.groups
+        for pause in group["pauses"]
+        if pause["generation"] > 1
+    ]
+    header = ["group", "pause", "lost steps", "ranks after", "decision", "reason", "governed by"]
+    return [header, *rows] if rows else []
+
+
 def evaluations(record: RunRecord) -> list[dict[str, Any]]:
     """The evaluation results, one per stage, in the order in which they were made (the last of a stage wins)."""
     found: dict[str, dict[str, Any]] = {}
@@ -161,7 +194,8 @@ def differences(evaluation: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def summarise(record: RunRecord) -> dict[str, Any]:
-    """The content of report.json: `run`, `workflow`, `status`, `wall_s`, `stages`, `eval`, `served`."""
+    """The content of report.json: `run`, `workflow`, `status`, `wall_s`, `stages`, `eval`, `served`,
+    `groups` (goodput and pauses of elastic training)."""
     served: dict[str, Any] = {"grpc": False, "openai": False}
     for step in record.steps:
         found = [item for item in dictionaries(step.result) if {"grpc", "openai", "weight_version"} <= item.keys()]
@@ -187,6 +221,9 @@ def summarise(record: RunRecord) -> dict[str, Any]:
             for item in evaluations(record)
         },
         "served": served,
+        "groups": [
+            {"group": group["group"], "goodput": group["goodput"], "pauses": group["pauses"]} for group in record.groups
+        ],
     }
 
 

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from infra.telemetry import redact
-from workflows.report import RunRecord, StepRecord, evaluations, table
+from workflows.report import RunRecord, StepRecord, evaluations, interruptions, table
 
 COLOURS = {"committed": "#2a9d8f", "reused": "#8ab6d6", "running": "#e9c46a", "failed": "#d1495b"}
 STYLE = """
@@ -26,6 +26,7 @@ def render(record: RunRecord, summary: dict[str, Any]) -> str:
     sections = [
         _head(record, summary),
         _section("Timeline", timeline(record.steps)),
+        _section("Interruptions of training", _interruptions(record)) if interruptions(record) else "",
         _section("Evaluation", _evaluation(summary), "An asterisk marks a difference beyond two standard errors."),
         _section("Loss per stage", curves(record.metrics, lambda name: name == "loss")),
         *_losses_by_type(record.metrics),
@@ -104,6 +105,10 @@ def _head(record: RunRecord, summary: dict[str, Any]) -> str:
         f"<p>{html.escape(record.status)}; {len(record.steps)} steps, {summary['wall_s']:.0f} s; "
         f"verified endpoints: {served}</p>{failed}"
     )
+
+
+def _interruptions(record: RunRecord) -> str:
+    return _table(interruptions(record))
 
 
 def _evaluation(summary: dict[str, Any]) -> str | None:
