@@ -120,7 +120,7 @@ def _lead(job: PretrainJob, listener: Listener, first_row: int, accounts: tuple[
         spread=settings.placement.endswith("SPREAD"),
         env=env,
     )
-    fleet = Fleet(group, kind, PretrainAgent, accounts=accounts)
+    fleet = Fleet(group, kind, PretrainAgent, accounts=accounts, notices=elastic.notices)
     replicated = settings.sharding == "replicate" and settings.tensor_parallel == 1
     task = PretrainTask(group, job.state, store, elastic, replicated)
     GroupController(fleet, task, elastic, journal, listener, first_row).run()

@@ -3,6 +3,7 @@
 from pydantic import Field, model_validator
 
 from infra.config import Settings
+from infra.notices import NoticeSettings
 
 
 class ElasticSettings(Settings):
@@ -78,6 +79,8 @@ class ElasticSettings(Settings):
     """Copies of each shard in other nodes' memory; 0 keeps it only on its own node."""
     drain_margin_s: float = Field(default=2, ge=0)
     """How long before a preemption deadline the drained ranks must have left, on top of the measured pause."""
+    notices: NoticeSettings = NoticeSettings()
+    """Which notices of preemption and maintenance the nodes listen for."""
 
     quarantine_faults: int = Field(default=3, ge=1)
     """Faults of one node within `quarantine_window_s` that take it out of use."""

@@ -31,7 +31,9 @@ from cluster.group_journal import GroupJournal
 from cluster.node_watch import Beat, Shard, Sight
 from cluster.policies.hang import Beacon
 from cluster.policies.rollback import SavedState, judge_step, leave_out
+from cluster.ray_drain import draining_nodes
 from infra.errors import NodeLost, RecuaError, StepError, StoreError
+from infra.notices import Notice
 from infra.storage import open_store
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ ROWS_LATE_S = 3.0
 """How long the outcomes of steps before this generation are waited for."""
 SILENCE_FACTOR = 4.0
 """A silent node whose raylet still takes connections is starved rather than gone, up to so many `node_timeout_s`."""
+SOONER_S = 1.0
+"""A later notice of the same node counts if its deadline is earlier by this much."""
 OUT = ("aborted", "boundary", "finished")
 """States in which a worker is out of its generation's collectives."""
 
@@ -203,6 +207,8 @@ class GroupController:
             self._lose(beat.node, lost)
         self.board.excuse(starved, now)
         self._on_board(beat, now)
+        if beat.notice is not None and self.core.phase not in ENDED:
+            self._drain(beat.notice)
         if beat.node in self._unheard:
             self._unheard.discard(beat.node)
             self._answer_enquiry()
@@ -380,22 +386,27 @@ class GroupController:
             for generation, step in set(self.task.stored()) - self._stored:
                 self._stored.add((generation, step))
                 self._tell(m.SnapshotFlushed(generation, step))
-            self._hear_of_drains(now)
+            self._hear_of_drains()
             self.fleet.open_agents()
             self._give_up_rows(now)
         self._show_stacks()
         if now - self._wrote_at > PERIOD_S:
             self._write_account()
 
-    def _hear_of_drains(self, now: float) -> None:
-        drained = ray._private.state.state.get_draining_nodes()
-        left = {node: now + max(0.0, deadline / 1000 - time.time()) for node, deadline in drained.items() if deadline}
-        new = {node: at for node, at in left.items() if node in self.fleet.agents and node not in self._draining}
-        if new:
-            self._draining |= new
-            for node, at in new.items():
-                self._say("detected", what=f"node {node[:12]} will go in {at - now:.0f} s", node=node)
-            self._tell(m.NodesDraining(new))
+    def _hear_of_drains(self) -> None:
+        for node, deadline in draining_nodes().items():
+            if node in self.fleet.agents:
+                self._drain(Notice(node, "ray-drain", deadline))
+
+    def _drain(self, notice: Notice) -> None:
+        """A node goes: told once, and again where it goes sooner than it said."""
+        left = notice.deadline - time.time()
+        at = time.monotonic() + max(0.0, left)
+        if at < self._draining.get(notice.node, math.inf) - SOONER_S:
+            self._draining[notice.node] = at
+            what = f"node {notice.node[:12]} will go in {max(0.0, left):.0f} s ({notice.kind})"
+            self._say("detected", what=what, node=notice.node)
+            self._tell(m.NodesDraining({notice.node: at}))
 
     def _show_stacks(self) -> None:
         """Where the stacks of killed ranks are, once their agent has them."""

@@ -23,6 +23,7 @@ from cluster.node_agent import AgentPlace, NodeAgent
 from cluster.node_watch import Beat
 from infra.bundles import show_bundle, unplaceable
 from infra.errors import ResourceError
+from infra.notices import NoticeSettings
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +104,11 @@ class Fleet:
         *,
         orphan_s: float = 60.0,
         accounts: tuple[str, str, str] | None = None,
+        notices: NoticeSettings | None = None,
     ) -> None:
         self.group, self.kind, self.agent_class = group, kind, agent_class
         self.orphan_s, self.accounts = orphan_s, accounts
+        self.notices = notices or NoticeSettings()
         self.agents: dict[str, Any] = {}
         self.node_of: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
@@ -136,7 +139,7 @@ class Fleet:
         """Find this group's agent on a node, or start one."""
         if living is None:
             living = tuple(one["NodeID"] for one in ray.nodes() if one["Alive"])
-        place = AgentPlace(self.group, node, self.folder(node), self.orphan_s, self.accounts, living)
+        place = AgentPlace(self.group, node, self.folder(node), self.orphan_s, self.accounts, living, self.notices)
         agent = (
             ray.remote(self.agent_class)
             .options(

@@ -10,12 +10,13 @@ import shutil
 import threading
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster.goodput_records import PERIOD_S, write_node
 from cluster.node_watch import Beat, NodeWatch
 from infra.errors import StoreError
+from infra.notices import NoticeSettings, NoticeWatch, sources
 from infra.storage import open_store
 
 GOING_S = 2.0
@@ -34,6 +35,7 @@ class AgentPlace:
     accounts: tuple[str, str, str] | None = None
     living: tuple[str, ...] = ()
     """Nodes of the cluster: what the group has in this machine's memory under another node's name is taken over."""
+    notices: NoticeSettings = field(default_factory=NoticeSettings)
 
 
 class NodeAgent:
@@ -43,6 +45,7 @@ class NodeAgent:
         self.place = place
         inherit(place.folder, place.living)
         self._watch = NodeWatch(place.node, place.folder)
+        self._notices = NoticeWatch(sources(place.node, place.notices))
         self._heard_at = time.monotonic()
         self._ended = threading.Event()
         self._store = None if place.accounts is None else open_store(place.accounts[0])
@@ -51,7 +54,7 @@ class NodeAgent:
     def listen(self, after: int, timeout_s: float, first_row: int = 0, row_floor: int = 0) -> Beat:
         """See NodeWatch.wait."""
         self._heard_at = time.monotonic()
-        return self._watch.wait(after, timeout_s, first_row, row_floor)
+        return replace(self._watch.wait(after, timeout_s, first_row, row_floor), notice=self._notices.earliest())
 
     def kill(self, workers: Collection[str], reason: str) -> dict[str, str]:
         """SIGKILL, after their stacks were taken: {worker: where the stacks are (or the stacks themselves)}."""
@@ -75,6 +78,7 @@ class NodeAgent:
     def close(self, remove: bool) -> None:
         """The group has ended: no worker lives on, the accounts are written, the memory is freed where asked."""
         self._ended.set()
+        self._notices.close()
         if not self._await_deaths(GOING_S):
             self._watch.end(self._watch.workers())
             self._await_deaths(GOING_S)

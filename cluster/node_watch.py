@@ -26,6 +26,7 @@ from typing import Any
 from cluster.beacons import SUFFIX, BeaconReader, Record, process_start
 from cluster.goodput_records import NodeAccount, RankAccount
 from cluster.stopwatch import read_account
+from infra.notices import Notice
 
 SHARD = re.compile(r"generation-(\d{5})\.step-(\d{10})\.rank-(\d{5})-of-(\d{5})\.shard")
 """Names of engines.snapshots, which this layer does not import; a test holds the two together."""
@@ -62,6 +63,8 @@ class Beat:
     rows: tuple[Mapping[str, Any], ...] = ()
     busiest_gap_s: float = 0.0
     """Longest time since the last beat in which the agent itself did not get the processor."""
+    notice: Notice | None = None
+    """That the node will go."""
 
 
 class _Watched:
