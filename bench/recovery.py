@@ -81,7 +81,7 @@ class Killer:
         """Per kill the sum of the `worst` longest times between two completed steps, each beyond the usual one."""
         usual, found = self.usual_s(), []
         for start, end in pairwise([*self.killed, self.times[-1]]):
-            steps = sorted(b - a for a, b in pairwise(self.times) if b > start and a < end)
+            steps = sorted(b - a for a, b in pairwise(self.times) if start < b <= end)
             found.append(sum(max(0.0, step - usual) for step in steps[-worst:]))
         return found
 
@@ -142,6 +142,7 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     import ray
 
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default is 15: behind whatever else runs here
     paths = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": paths})
     folder = Path(tempfile.mkdtemp(prefix="recua-recovery-"))

@@ -44,6 +44,8 @@ ERROR_GRACE_S = 1.0
 """The same for a rank that raised an error of its own."""
 SURROUNDINGS_PERIOD_S = 1.0
 """How often storage, new nodes and drained ones are looked for."""
+FIRST_STEP_S = 2.0
+"""New processes wait for a generation's first step so long."""
 ROWS_LATE_S = 3.0
 """How long the outcomes of steps before this generation are waited for."""
 SILENCE_FACTOR = 4.0
@@ -122,6 +124,8 @@ class GroupController:
         self._draining: dict[str, float] = {}
         self._silent_since: dict[str, float] = {}
         self._dismissed: set[str] = set()
+        self._to_spawn: list[m.Spawn] = []
+        self._formed_at, self._formed_row = 0.0, 0
         self._rows_late_since: float | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="accounts")
         self._writing: Future[None] | None = None
@@ -158,6 +162,7 @@ class GroupController:
         for news in self.fleet.wait(timeout, self._rows_wanted):
             self._hear(news)
         self._judge()
+        self._spawn()
         self._look_around()
         deadline = self.core.next_deadline
         if deadline is not None and time.monotonic() >= deadline:
@@ -430,6 +435,18 @@ class GroupController:
             log.warning("the outcomes of steps %d to %d are lost", self.next_row, start - 1)
             self.next_row = start
 
+    def _spawn(self) -> None:
+        """Order new workers, but not while the living ones re-form or take their first step: starting a process takes
+        seconds of computing, which would be taken from them."""
+        busy = self.core.phase in ("aborting", "forming")
+        if self.core.phase == "running" and self.next_row <= self._formed_row:
+            busy = time.monotonic() - self._formed_at < FIRST_STEP_S
+        if self._to_spawn and not busy:
+            for command in self._to_spawn:
+                wanted = [worker for worker in command.workers if worker in self.core.roster.ordered]
+                self.fleet.spawn(wanted, command.avoid)
+            self._to_spawn.clear()
+
     # ---- the outcome of steps
 
     def _row(self, row: dict[str, Any]) -> None:
@@ -483,7 +500,7 @@ class GroupController:
 
     def _carry_out(self, command: m.Command, now: float) -> None:
         if isinstance(command, m.Spawn):
-            self.fleet.spawn(command.workers, command.avoid)
+            self._to_spawn.append(command)
         elif isinstance(command, m.Abort):
             for worker in command.workers:
                 self.fleet.tell(worker, "abort", command.generation, max(0.1, command.deadline - now))
@@ -517,6 +534,7 @@ class GroupController:
 
     def _started(self, pause: Pause | None) -> None:
         core = self.core
+        self._formed_at, self._formed_row = time.monotonic(), max(self.next_row, core.step)
         members = [worker for block in core.blocks for worker in block]
         pids = [self._sights[worker].record.pid for worker in members if worker in self._sights]
         event = {"generation": core.generation, "ranks": len(members), "pids": pids, "step": core.step}

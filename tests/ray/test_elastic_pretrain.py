@@ -19,7 +19,7 @@ from cluster.goodput_records import read_run
 from cluster.group_journal import GroupJournal
 from data.tokenized import write_shards
 from engines.config import LearnerSettings
-from infra.errors import CheckpointError, DataError
+from infra.errors import CheckpointError, DataError, StepError
 from infra.storage import open_store
 from models.llama import LlamaConfig
 from models.tokenizer import load_tokenizer, train_bpe
@@ -271,6 +271,20 @@ def test_elastic_other_shards_go_on_from_the_same_state(run: Run, quiet: Run) ->
     rows = list(run.rows)
     again = Run(run.corpus, run.folder).train(workers=1)
     assert again.rows == rows and again.heard("started")[0]["step"] == STEPS
+
+
+def test_elastic_divergence_goes_back_leaves_data_out_and_ends_at_last(run: Run) -> None:
+    """A learning rate that breaks the weights: every rollback drops the window of data, and there are only so many."""
+    optimizer = LearnerSettings(learning_rate=1e12, max_grad_norm=0, eps=1e-30, timeout=120)
+    with pytest.raises(StepError, match="max_rollbacks"):
+        run.train(optimizer=optimizer, steps=5000, elastic={"max_rollbacks": 2})
+    back = run.heard("rolled-back")
+    assert len(back) == 2 and all(event["to_step"] <= event["step"] for event in back), run.said()
+    history = GroupJournal(run.folder / "state" / "group.json", "x").history
+    assert history.rollbacks == 2 and history.skipped, history
+    steps = [row["step"] for row in run.rows]
+    assert steps.count(back[0]["to_step"]) >= 2, "steps that were undone are told of again"
+    assert not any(map(lives, run.heard("started")[-1]["pids"]))
 
 
 def test_elastic_bad_input_is_named(run: Run, quiet: Run) -> None:
