@@ -9,10 +9,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
 class Ranks:
-    """A device mesh with the dimensions ("dp", "tp"), or one process without torch.distributed.
+    """A device mesh with the dimensions ("dp", "tp") or ("dp", "pp", "tp"), or one process without torch.distributed.
 
     Ranks with the same `data_rank` hold pieces of the same replica and read the same batch; `data_size` replicas
-    divide a batch between them.
+    divide a batch between them. `stage` of `stages` is the part of the layers that this rank holds.
     """
 
     def __init__(self, mesh: DeviceMesh | None = None, device: torch.device | None = None) -> None:
@@ -22,6 +22,9 @@ class Ranks:
         self.world_size = dist.get_world_size() if mesh is not None else 1
         self.data_rank = mesh["dp"].get_local_rank() if mesh is not None else 0
         self.data_size = mesh["dp"].size() if mesh is not None else 1
+        staged = mesh is not None and "pp" in (mesh.mesh_dim_names or ())
+        self.stage = mesh["pp"].get_local_rank() if mesh is not None and staged else 0
+        self.stages = mesh["pp"].size() if mesh is not None and staged else 1
         self.stop_asked = False
         """Set by any thread: this rank wants to stop after the step under way."""
         self.stop_agreed = False
@@ -30,14 +33,26 @@ class Ranks:
         """What the last vote added up over the replicas."""
 
     @classmethod
-    def over_all(cls, tensor_parallel: int = 1, device: torch.device | None = None) -> "Ranks":
-        """All ranks of the default process group; neighbours share a tensor-parallel block."""
+    def over_all(
+        cls, tensor_parallel: int = 1, device: torch.device | None = None, pipeline_parallel: int = 1
+    ) -> "Ranks":
+        """All ranks of the default process group.
+
+        Neighbours share a model-parallel block, the unit of capacity: one replica's stages after each other, and in
+        each the ranks that share its matrices.
+        """
         device = device or torch.device("cpu")
         world_size = dist.get_world_size()
-        if world_size % tensor_parallel:
-            raise ValueError(f"tensor_parallel {tensor_parallel} does not divide the {world_size} ranks")
-        shape = (world_size // tensor_parallel, tensor_parallel)
-        return cls(init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp")), device)
+        block = tensor_parallel * pipeline_parallel
+        if world_size % block:
+            size = f"tensor_parallel {tensor_parallel}"
+            size += f" x pipeline_parallel {pipeline_parallel}" if pipeline_parallel > 1 else ""
+            raise ValueError(f"{size} does not divide the {world_size} ranks")
+        shape: tuple[int, ...] = (world_size // block, tensor_parallel)
+        names: tuple[str, ...] = ("dp", "tp")
+        if pipeline_parallel > 1:
+            shape, names = (world_size // block, pipeline_parallel, tensor_parallel), ("dp", "pp", "tp")
+        return cls(init_device_mesh(device.type, shape, mesh_dim_names=names), device)
 
     def should_commit(self, grad_norm: float, metrics: Mapping[str, float] | None = None) -> bool:
         """(collective) True on every rank or on none: whether the gradient is finite everywhere.
@@ -50,7 +65,7 @@ class Ranks:
         if self.mesh is None:
             self.totals, self.stop_agreed = values, self.stop_asked
             return finite
-        counts = self.mesh["tp"].get_local_rank() == 0  # the others of its block have the same numbers
+        counts = self.stage == self.mesh["tp"].get_local_rank() == 0  # the others of its block have the same numbers
         own = [values[name] if counts else 0.0 for name in sorted(values)]
         vote = torch.tensor([float(not finite), float(self.stop_asked), *own], dtype=torch.float64, device=self.device)
         dist.all_reduce(vote)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from algorithms.schedule import parameter_groups
 from engines.config import LearnerSettings
+from models.llama import Llama, whole_name
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -22,11 +23,17 @@ class ShardedAdamW:
 
     Args:
         world_size: ranks whose parts together are the gradient; a part that several hold counts once.
+        stages: of the pipeline; each holds other parameters, except a tied matrix, which both ends hold.
     """
 
-    def __init__(self, module: torch.nn.Module, settings: LearnerSettings, world_size: int) -> None:
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    def __init__(self, module: Llama, settings: LearnerSettings, world_size: int, stages: int = 1) -> None:
+        config = module.config
+        self.parameters = {whole_name(config, name): p for name, p in module.named_parameters() if p.requires_grad}
         self._world_size, self._max_norm = world_size, settings.max_grad_norm
+        self._stage_size = world_size // stages
+        tied = config.tied and stages > 1 and "tok_embeddings.weight" in self.parameters
+        self.twin = "tok_embeddings.weight" if tied else None
+        """The parameter that another stage holds too."""
         self._locals = {name: local(p.detach()).requires_grad_() for name, p in self.parameters.items()}
         groups = parameter_groups(self._locals.items(), settings.weight_decay)
         self._adamw = torch.optim.AdamW(
@@ -62,6 +69,13 @@ class ShardedAdamW:
                 parameter.grad = gradient = gradient.redistribute(placements=placed.placements)
             self._locals[name].grad = None if gradient is None else local(gradient)
         return [part.grad for part in self._locals.values() if part.grad is not None]
+
+    def gradient(self, name: str) -> torch.Tensor:
+        """This rank's part of one parameter's gradient: the live memory."""
+        self.gradients()
+        gradient = self._locals[name].grad
+        assert gradient is not None, f"{name} has no gradient"
+        return gradient
 
     @torch.no_grad()
     def clip(self) -> float:
@@ -105,11 +119,12 @@ class ShardedAdamW:
     def _holders(self, name: str) -> int:
         """How many ranks hold the same part of a parameter."""
         parameter: Any = self.parameters[name]
+        ranks = self._stage_size * (2 if name == self.twin else 1)
         if not isinstance(parameter, DTensor):
-            return self._world_size
+            return ranks
         mesh = parameter.device_mesh
         parts = [mesh.size(i) for i, place in enumerate(parameter.placements) if not isinstance(place, Replicate)]
-        return self._world_size // math.prod(parts)
+        return ranks // math.prod(parts)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,13 +19,14 @@ from engines import random_state, state_folder
 from engines.base import Batch, LossFn, StepOutput
 from engines.config import LearnerSettings
 from engines.optimizer import learning_rate
+from engines.pipeline import Pipeline
 from engines.ranks import Ranks
 from engines.sharded_adamw import ShardedAdamW
 from engines.snapshots import Piece, SnapshotReader, Snapshots, restore
 from infra.errors import CheckpointError
 from models.hf_format import to_hf_name
 from models.llama import Llama, LlamaConfig
-from models.parallelize import materialize, parallelize
+from models.parallelize import materialize, parallelize, stage_of
 from models.tokenizer import Tokenizer, load_tokenizer
 from models.weights import save_hf
 
@@ -104,7 +105,9 @@ class TorchLearner:
         self._reduces_gradients = reduces_gradients
         self._tokenizer = tokenizer
         self._pieces: list[Piece] | None = None
-        self.optimizer = ShardedAdamW(module, settings, self.world_size)
+        self.optimizer = ShardedAdamW(module, settings, self.world_size, ranks.stages)
+        dtype = getattr(torch, settings.dtype)
+        self._pipeline = Pipeline(module, ranks, dtype) if ranks.stages > 1 else None
 
     def learning_rate(self, step: int) -> float:
         """Of step `step` = 0, 1, ...; constant after the warm-up when `total_steps` is 0."""
@@ -113,14 +116,11 @@ class TorchLearner:
     def train_step(self, micro_batches: Sequence[Batch], loss_fn: LossFn) -> StepOutput:
         """(collective) One optimizer step. Every rank passes equally many micro-batches (FSDP gathers in each)."""
         self.module.train()
-        metrics: dict[str, float] = {}
-        for micro_batch in micro_batches:
-            loss, sums = loss_fn(self.module, micro_batch)
-            loss.backward()
-            for name, value in sums.items():
-                metrics[name] = metrics.get(name, 0.0) + value
+        metrics = self._backward(micro_batches, loss_fn)
         if not self._reduces_gradients:
             self._sum_gradients()
+        if self._pipeline is not None and self.optimizer.twin is not None:
+            self._pipeline.add_twin(self.optimizer.gradient(self.optimizer.twin))
         rate = self.learning_rate(self.step)
         grad_norm = self.optimizer.clip()
         if self.snapshots is not None:
@@ -137,10 +137,15 @@ class TorchLearner:
     def evaluate(self, micro_batches: Sequence[Batch], fn: Callable[[torch.nn.Module, Batch], Any]) -> list[Any]:
         """(collective when sharded) `fn` per micro-batch in eval mode; equally many on every rank."""
         self.module.eval()
+        if self._pipeline is not None:
+            return self._pipeline.evaluate(micro_batches, fn)
         return [fn(self.module, micro_batch) for micro_batch in micro_batches]
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(collective) Full tensors in HF names, one at a time; valid until the next one is asked for."""
+        if self._pipeline is not None:
+            yield from self._export_stages(self._pipeline)
+            return
         for name, parameter in self.module.named_parameters():
             yield to_hf_name(name), _full(parameter.detach())
 
@@ -220,7 +225,7 @@ class TorchLearner:
     def close(self) -> None:
         """Drop model and optimizer; the process can then build another learner."""
         self.optimizer.close()
-        self._pieces = None
+        self._pieces = self._pipeline = None
         del self.module
 
     def _state(self) -> dict[str, torch.Tensor]:
@@ -250,6 +255,31 @@ class TorchLearner:
         found = self.ranks.gather(problem)[0]
         if found is not None:
             raise CheckpointError(str(found))
+
+    def _backward(self, micro_batches: Sequence[Batch], loss_fn: LossFn) -> dict[str, float]:
+        """(collective) Add up the gradients of all micro-batches; their metric sums."""
+        if self._pipeline is not None:
+            return self._pipeline.train(micro_batches, loss_fn)
+        metrics: dict[str, float] = {}
+        for micro_batch in micro_batches:
+            loss, sums = loss_fn(self.module, micro_batch)
+            loss.backward()
+            for name, value in sums.items():
+                metrics[name] = metrics.get(name, 0.0) + value
+        return metrics
+
+    def _export_stages(self, pipeline: Pipeline) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each tensor from the first stage that holds it, in the order of the whole network."""
+        with torch.device("meta"):
+            whole = Llama(self.config)
+        for name, like in whole.named_parameters():
+            stage = stage_of(self.config, name, self.ranks.stages)
+            if stage == self.ranks.stage:
+                tensor = _full(self.optimizer.parameters[name].detach()).contiguous()
+            else:
+                tensor = torch.empty(like.shape, dtype=torch.float32, device=self.ranks.device)
+            pipeline.broadcast(tensor, stage)
+            yield to_hf_name(name), tensor
 
     def _sum_gradients(self) -> None:
         """Sum over the replicas in one all-reduce of one flat buffer."""

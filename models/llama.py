@@ -207,6 +207,11 @@ class Llama(nn.Module):
         return self
 
 
+def whole_name(config: LlamaConfig, name: str) -> str:
+    """What the whole network calls a parameter of a stage: the last stage holds a tied embedding as its output."""
+    return "tok_embeddings.weight" if config.tied and name == "output.weight" else name
+
+
 def initial_tensor(config: LlamaConfig, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """The fp32 CPU start value of one whole parameter: a function of the seed and the name, never of how it is sharded.
 

@@ -1,4 +1,6 @@
-"""How the network is sharded: tensor parallelism, activation checkpointing, compilation, FSDP2, in this order.
+"""How the network is sharded: pipeline stages, tensor parallelism, activation checkpointing, compilation, FSDP2.
+
+In this order.
 
 Manner after torchtitan's llama3 parallelize (pytorch/torchtitan, `models/llama3`). Works on gloo/CPU and on NCCL.
 """
@@ -19,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from models.llama import Block, Llama, initial_tensor
+from models.llama import Block, Llama, LlamaConfig, initial_tensor, whole_name
 
 
 def parallelize(
@@ -31,7 +33,9 @@ def parallelize(
     compile_blocks: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Llama:
-    """Shard `model` in place over a mesh with the dimensions "dp" and "tp"; returns it.
+    """Shard `model` in place over a mesh with the dimensions "dp", "tp" and perhaps "pp"; returns it.
+
+    With "pp" the model becomes this rank's stage (see `cut`), which takes, or returns, hidden states.
 
     The model may be on the meta device; call `materialize` afterwards then. Every rank holds the same full weights
     otherwise. With tp > 1 the sequence length must divide by tp: between the matrices activations are split over the
@@ -46,11 +50,13 @@ def parallelize(
         dtype: of activations and gathered weights under FSDP; the sharded weights, gradients and reductions stay fp32.
 
     Raises:
-        ValueError: tp does not divide the heads, the key/value heads or the feed-forward width; a dtype below fp32
-            without FSDP.
+        ValueError: there are more stages than layers; tp does not divide the heads, the key/value heads or the
+            feed-forward width; a dtype below fp32 without FSDP.
     """
     if dtype != torch.float32 and not (fsdp and mesh is not None):
         raise ValueError(f"dtype {dtype} needs fsdp: replicated weights are kept and used in float32")
+    if mesh is not None and "pp" in (mesh.mesh_dim_names or ()):
+        cut(model, mesh["pp"].get_local_rank(), mesh["pp"].size())
     if mesh is not None and mesh["tp"].size() > 1:
         _split_tensors(model, mesh["tp"])
     blocks = [block for block in model.layers.values() if isinstance(block, Block)]
@@ -64,6 +70,43 @@ def parallelize(
     return model
 
 
+def cut(model: Llama, stage: int, stages: int) -> Llama:
+    """Leave of `model`, in place, what one stage holds; returns it. A tied embedding is held by both ends."""
+    own = stage_layers(model.config, stages)[stage]
+    for number in range(model.config.layers):
+        if number not in own:
+            del model.layers[str(number)]
+    if stage > 0:
+        model.tok_embeddings = None
+    if stage < stages - 1:
+        model.norm = model.output = None
+    return model
+
+
+def stage_layers(config: LlamaConfig, stages: int) -> list[range]:
+    """The layers of every stage. Embedding and output count as one layer each, as in Llama 3 (2024, section 3.3.2).
+
+    What is left over goes to the first stage, then to the last, then to those between.
+    """
+    if stages > config.layers:
+        raise ValueError(f"pipeline_parallel {stages} exceeds the network's {config.layers} layers")
+    share, left = divmod(config.layers + 2, stages)
+    favoured = [0, stages - 1, *range(1, stages - 1)][:left]
+    starts, start = [], 0
+    for stage in range(stages):
+        starts.append(start)
+        start += share + (stage in favoured) - (stage == 0) - (stage == stages - 1)
+    return [range(*ends) for ends in zip(starts, [*starts[1:], config.layers], strict=True)]
+
+
+def stage_of(config: LlamaConfig, name: str, stages: int) -> int:
+    """The stage that holds a parameter of the whole network; of a tied embedding, the first."""
+    if not name.startswith("layers."):
+        return 0 if name.startswith("tok_embeddings.") else stages - 1
+    number = int(name.split(".")[1])
+    return next(stage for stage, own in enumerate(stage_layers(config, stages)) if number in own)
+
+
 def materialize(model: Llama, device: torch.device, seed: int) -> Llama:
     """Give a (sharded) model on the meta device memory and its start values; returns it.
 
@@ -74,7 +117,7 @@ def materialize(model: Llama, device: torch.device, seed: int) -> Llama:
     model.tie()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            start = initial_tensor(model.config, name, tuple(parameter.shape), seed)
+            start = initial_tensor(model.config, whole_name(model.config, name), tuple(parameter.shape), seed)
             if isinstance(parameter, DTensor):
                 start = start.to(parameter.device_mesh.device_type)
                 start = distribute_tensor(start, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -34,6 +34,7 @@ SETTINGS = LearnerSettings(learning_rate=1e-2, warmup_steps=2, total_steps=8, ma
 class Layout:
     world_size: int
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
     fsdp: bool = True
     tied: bool = False
     activation_checkpointing: bool = False
@@ -86,7 +87,7 @@ def train(learner: TorchLearner, micro_batches: int = 1, start: int = 0) -> dict
 def in_rank(rank: int, task: Callable, layout: Layout, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=layout.world_size)
-    ranks = Ranks.over_all(layout.tensor_parallel)
+    ranks = Ranks.over_all(layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel)
     result = task(layout, ranks, folder)
     if rank == 0:
         torch.save(result, folder / "result.pt")
