@@ -34,7 +34,10 @@ def test_the_head_is_on_demand_and_runs_no_steps_and_workers_are_spot(cluster: d
     types = cluster["available_node_types"]
     assert "InstanceMarketOptions" not in types["head"]["node_config"]
     assert types["head"]["resources"]["CPU"] == 0
-    assert types["worker"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    workers = [types[name]["node_config"] for name in types if name != "head"]
+    assert all(worker["InstanceMarketOptions"]["MarketType"] == "spot" for worker in workers)
+    assert len({worker["InstanceType"] for worker in workers}) == len(workers) >= 3
+    assert len(cluster["provider"]["availability_zone"].split(",")) >= 3
     for node_type in types.values():
         packages = yaml.safe_load(node_type["node_config"]["UserData"])["bootcmd"]
         assert any("rsync" in command and "python3-venv" in command for command in packages)
