@@ -68,8 +68,8 @@ def pretrain(
             "grad_norm", "tokens", "tokens_per_s", "committed", "time"}. Steps that a rollback undid come again.
         seed: of initialisation and data order.
         faults: schedule for the ranks' fault points (tests, demos); None reads RECUA_FAULTS.
-        on_event: {"event": "started" | "detected" | "decided" | "rolled-back" | "stacks", "generation", ...}: what was
-            seen, what was decided and why, how long it took ("started": pids by rank, step, pause_s, lost_steps).
+        on_event: {"event": "ready" | "started" | "detected" | "decided" | "rolled-back" | "stacks", "generation", ...}:
+            what was seen and decided, why, how long it took ("started": pids by rank, step, pause_s, lost_steps).
         accounts: (store URL, run id, group) for the goodput records.
 
     Raises:

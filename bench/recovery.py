@@ -46,8 +46,9 @@ class Enough(Exception):
 class Killer:
     """Hears rows and events of a group; kills the next rank whenever the whole group has trained for a while."""
 
-    def __init__(self, kills: int) -> None:
-        self.kills = kills
+    def __init__(self, kills: int, processes: int) -> None:
+        self.kills, self.processes = kills, processes
+        self._ready = 0
         self.times: list[float] = []
         self.killed: list[float] = []
         self.back: list[float] = []
@@ -57,7 +58,9 @@ class Killer:
         self._quiet = 0
 
     def event(self, event: dict[str, Any]) -> None:
-        if event["event"] == "started":
+        if event["event"] == "ready":
+            self._ready += len(event["workers"])
+        elif event["event"] == "started":
             self._pids, self._quiet = event["pids"], 0
             if self.killed:
                 self.pauses.append(round(event.get("pause_s", 0.0), 4))
@@ -68,11 +71,16 @@ class Killer:
     def row(self, row: dict[str, Any]) -> None:
         self.times.append(row["time"])
         self._quiet += 1
-        if len(self._pids) == RANKS and self._quiet == QUIET_STEPS:
+        if len(self._pids) == RANKS and self._quiet >= QUIET_STEPS and self._all_ready():
             if len(self.killed) == self.kills:
                 raise Enough
+            self._quiet = 0
             self.killed.append(time.time())
             os.kill(self._pids[(len(self.killed) - 1) % RANKS], signal.SIGKILL)
+
+    def _all_ready(self) -> bool:
+        """The spares of the last kill are there again."""
+        return self._ready - len(self.killed) >= self.processes
 
     def usual_s(self) -> float:
         return median(b - a for a, b in pairwise(self.times))
@@ -111,7 +119,7 @@ def measure(folder: Path, kills: int, *, spares: int = 0, tensor_parallel: int =
         }
     )
     model = LlamaConfig(vocab_size=load_tokenizer(folder / "tokenizer").vocab_size, **MODEL)
-    killer, run = Killer(kills), Path(tempfile.mkdtemp(dir=folder))
+    killer, run = Killer(kills, RANKS + spares), Path(tempfile.mkdtemp(dir=folder))
     with contextlib.suppress(Enough):
         pretrain(
             folder / "tokens", folder / "tokenizer", model, settings, run / "out", run / "state", killer.row,

@@ -309,6 +309,7 @@ class GroupController:
                 if state == "finished":
                     finished.append(name)
         if ready:
+            self._say("ready", workers=sorted(ready))
             self._tell(m.WorkersReady(ready))
         if out:
             self._tell(m.AbortAcked(core.generation, out))
