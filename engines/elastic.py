@@ -44,6 +44,7 @@ class Recipe:
     optimizer: LearnerSettings
     snapshots: SnapshotSettings = field(default_factory=SnapshotSettings)
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
     fsdp: bool = True
     compile_blocks: bool = False
     seed: int = 0
@@ -100,6 +101,8 @@ class ElasticLearner:
 
     def warm_up(self) -> None:
         """Pay here, on standby, for what only the first step of a process costs: imports, mostly (about 2 s of CPU)."""
+        if self.recipe.pipeline_parallel > 1:
+            import engines.pipeline  # noqa: F401
         groups = ProcessGroups(0, 0, 1, dist.HashStore(), device=self.device)
         ranks = groups.form(lambda: Ranks.over_all(1, self.device))
         learner = build(TINY, self.recipe.optimizer, ranks, fsdp=self.recipe.fsdp)
@@ -143,7 +146,7 @@ class ElasticLearner:
             raise NodeLost(f"{groups} was aborted before it was formed")
         watch = _Watch()
         with groups.naming_lost_peers():
-            ranks = groups.form(lambda: Ranks.over_all(self.recipe.tensor_parallel, self.device))
+            ranks = groups.form(self._ranks)
             form_s = watch.lap()
             learner = build(
                 self.recipe.model,
@@ -230,6 +233,9 @@ class ElasticLearner:
             if self.flusher.flushed[-1:] != [step]:
                 self.flusher.offer(step)
                 self.flusher.wait()
+
+    def _ranks(self) -> Ranks:
+        return Ranks.over_all(self.recipe.tensor_parallel, self.device, self.recipe.pipeline_parallel)
 
     def _flush(self) -> None:
         """Send what was sealed before the last commit on to the store, where it is one of those to send."""

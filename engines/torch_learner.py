@@ -7,7 +7,7 @@ it saves has the parameters' names and global shapes, so that any other mesh loa
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,16 +19,18 @@ from engines import random_state, state_folder
 from engines.base import Batch, LossFn, StepOutput
 from engines.config import LearnerSettings
 from engines.optimizer import learning_rate
-from engines.pipeline import Pipeline
 from engines.ranks import Ranks
-from engines.sharded_adamw import ShardedAdamW
+from engines.sharded_adamw import MOMENTS, ShardedAdamW
 from engines.snapshots import Piece, SnapshotReader, Snapshots, restore
 from infra.errors import CheckpointError
 from models.hf_format import to_hf_name
-from models.llama import Llama, LlamaConfig
+from models.llama import Llama, LlamaConfig, parameter_shapes
 from models.parallelize import materialize, parallelize, stage_of
 from models.tokenizer import Tokenizer, load_tokenizer
 from models.weights import save_hf
+
+if TYPE_CHECKING:
+    from engines.pipeline import Pipeline
 
 __all__ = ["LlamaConfig", "TorchLearner", "build"]
 
@@ -105,9 +107,9 @@ class TorchLearner:
         self._reduces_gradients = reduces_gradients
         self._tokenizer = tokenizer
         self._pieces: list[Piece] | None = None
+        self._shapes = parameter_shapes(self.config) if ranks.stages > 1 else {}
         self.optimizer = ShardedAdamW(module, settings, self.world_size, ranks.stages)
-        dtype = getattr(torch, settings.dtype)
-        self._pipeline = Pipeline(module, ranks, dtype) if ranks.stages > 1 else None
+        self._pipeline = _pipeline(module, ranks, settings) if ranks.stages > 1 else None
 
     def learning_rate(self, step: int) -> float:
         """Of step `step` = 0, 1, ...; constant after the warm-up when `total_steps` is 0."""
@@ -200,7 +202,8 @@ class TorchLearner:
     def take_snapshot(self) -> None:
         """Begin to copy the state before the next step, where `snapshots` is set and wants this step."""
         if self.snapshots is not None:
-            self.snapshots.take(self.step, self.pieces(), self._progress())
+            tensors = len(self._shapes) * (1 + len(MOMENTS)) if self.ranks.stages > 1 else 0
+            self.snapshots.take(self.step, self.pieces(), self._progress(), tensors)
 
     def load_snapshot(self, reader: SnapshotReader) -> None:
         """The state of a snapshot, from any mesh to this one, without a collective.
@@ -268,16 +271,14 @@ class TorchLearner:
                 metrics[name] = metrics.get(name, 0.0) + value
         return metrics
 
-    def _export_stages(self, pipeline: Pipeline) -> Iterator[tuple[str, torch.Tensor]]:
+    def _export_stages(self, pipeline: "Pipeline") -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor from the first stage that holds it, in the order of the whole network."""
-        with torch.device("meta"):
-            whole = Llama(self.config)
-        for name, like in whole.named_parameters():
+        for name, shape in self._shapes.items():
             stage = stage_of(self.config, name, self.ranks.stages)
             if stage == self.ranks.stage:
                 tensor = _full(self.optimizer.parameters[name].detach()).contiguous()
             else:
-                tensor = torch.empty(like.shape, dtype=torch.float32, device=self.ranks.device)
+                tensor = torch.empty(shape, dtype=torch.float32, device=self.ranks.device)
             pipeline.broadcast(tensor, stage)
             yield to_hf_name(name), tensor
 
@@ -293,6 +294,12 @@ class TorchLearner:
         dist.all_reduce(flat, group=self.ranks.mesh["dp"].get_group())
         pieces = flat.split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
+
+
+def _pipeline(module: Llama, ranks: Ranks, settings: LearnerSettings) -> "Pipeline":
+    from engines.pipeline import Pipeline  # torch's schedules take 0.7 s of CPU to import
+
+    return Pipeline(module, ranks, getattr(torch, settings.dtype))
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:

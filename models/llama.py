@@ -207,6 +207,12 @@ class Llama(nn.Module):
         return self
 
 
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters of the whole network by name, in order; a tied matrix once."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in Llama(config).named_parameters()}
+
+
 def whole_name(config: LlamaConfig, name: str) -> str:
     """What the whole network calls a parameter of a stage: the last stage holds a tied embedding as its output."""
     return "tok_embeddings.weight" if config.tied and name == "output.weight" else name

@@ -43,14 +43,15 @@ def snapshots(
 
 
 def covers(layouts: Iterable[Layout]) -> bool:
-    """Whether the shards hold every element of every tensor that any of them knows.
+    """Whether the shards hold every element of every tensor that any of them knows, and of as many as there are.
 
     Shards of one snapshot cut a tensor into the same pieces, so two pieces are equal or apart, and counting suffices.
     """
-    sizes: dict[str, int] = {}
+    tensors, sizes = 0, dict[str, int]()
     pieces: dict[str, dict[tuple[int, ...], int]] = defaultdict(dict)
     for layout in layouts:
+        tensors = max(tensors, layout.tensors)
         for part in layout.parts:
             sizes[part.name] = math.prod(part.global_shape)
             pieces[part.name][part.offsets] = math.prod(part.sizes)
-    return bool(sizes) and all(sum(pieces[name].values()) == size for name, size in sizes.items())
+    return len(sizes) >= max(1, tensors) and all(sum(pieces[name].values()) == size for name, size in sizes.items())

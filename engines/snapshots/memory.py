@@ -92,16 +92,17 @@ class Snapshots:
         self._thread = threading.Thread(target=self._work, name=f"snapshots-{generation}", daemon=True)
         self._thread.start()
 
-    def take(self, step: int, pieces: Sequence[Piece], progress: dict[str, Any]) -> bool:
+    def take(self, step: int, pieces: Sequence[Piece], progress: dict[str, Any], tensors: int = 0) -> bool:
         """Begin to copy the state after `step` steps; False where `every` skips it, and after `cut`.
 
-        The tensors may be read but not written until `settle` returns. `progress` is JSON.
+        The tensors may be read but not written until `settle` returns. `progress` is JSON. `tensors` is how many the
+        whole state has, where this rank has no part of some.
         """
         if step % self.every or self._cut:
             return False
         self.settle()
         if self.segments is None:
-            layout = Layout.of(self.run, self.generation, self.rank, self.world_size, pieces)
+            layout = Layout.of(self.run, self.generation, self.rank, self.world_size, pieces, tensors)
             self.segments = Segments(self.folder, layout, self.keep)
         ready = None
         if any(piece.tensor.is_cuda for piece in pieces):

@@ -88,13 +88,14 @@ class ShardName:
 
 @dataclass(frozen=True)
 class Layout:
-    """What stays the same from step to step."""
+    """What stays the same from step to step. `tensors`: how many the whole state has, 0 where each rank knows all."""
 
     run: str
     generation: int
     rank: int
     world_size: int
     parts: tuple[Part, ...]
+    tensors: int = 0
 
     @property
     def data_bytes(self) -> int:
@@ -114,7 +115,9 @@ class Layout:
         return cls(parts=tuple(Part(**part) for part in parts), **tree)
 
     @classmethod
-    def of(cls, run: str, generation: int, rank: int, world_size: int, pieces: Sequence[Piece]) -> "Layout":
+    def of(
+        cls, run: str, generation: int, rank: int, world_size: int, pieces: Sequence[Piece], tensors: int = 0
+    ) -> "Layout":
         """Where each piece goes; empty ones are left out."""
         parts, position = [], 0
         for piece in pieces:
@@ -124,7 +127,7 @@ class Layout:
             sizes, dtype = tuple(piece.tensor.shape), str(piece.tensor.dtype).removeprefix("torch.")
             parts.append(Part(piece.name, dtype, piece.global_shape, piece.offsets, sizes, position, length))
             position = aligned(position + length)
-        return cls(run, generation, rank, world_size, tuple(parts))
+        return cls(run, generation, rank, world_size, tuple(parts), tensors)
 
 
 class Shard:

@@ -1,12 +1,25 @@
 """Pipeline stages, alone and with the other ways to shard: the run of one process, from real gloo ranks."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from test_torch_learner_parallel import Layout, assert_same_run, build, on_ranks, train, train_layout
+from test_torch_learner_parallel import (
+    Layout,
+    assert_same_run,
+    build,
+    go_on,
+    on_ranks,
+    save_in_the_middle,
+    take_step,
+    train,
+    train_layout,
+)
 
+from engines.base import Batch
 from engines.ranks import Ranks
+from engines.snapshots import FolderSource, SnapshotName, Snapshots, Sources
 from models.llama import LlamaConfig
 from models.parallelize import stage_layers, stage_of
 
@@ -59,3 +72,64 @@ def test_parallel_stage_of_every_parameter() -> None:
 def test_parallel_pipeline_training_is_that_of_one_process(layout: Layout, tmp_path: Path) -> None:
     expected = train(build(Layout(1, tied=layout.tied), Ranks()))
     assert_same_run(on_ranks(train_layout, layout, tmp_path), expected)
+
+
+def test_parallel_state_of_stages_goes_on_at_any_other_mesh(tmp_path: Path) -> None:
+    saved = on_ranks(save_in_the_middle, Layout(4, pipeline_parallel=2, tied=True), tmp_path)
+    for other in (
+        Layout(2, pipeline_parallel=2, tied=True, fsdp=False, micro_batches=2),
+        Layout(2, tensor_parallel=2, tied=True),
+        Layout(1, tied=True),
+    ):
+        assert_same_run(on_ranks(go_on, other, tmp_path), saved)
+
+
+def snapshot_in_the_middle(layout: Layout, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    learner = build(layout, ranks)
+    learner.snapshots = Snapshots(folder / "shards", "run", 0, ranks.rank, ranks.world_size)
+    for step in range(2):
+        take_step(learner, step, 1)
+    learner.snapshots.settle()
+    learner.snapshots.close()
+    learner.snapshots = None
+    return train(learner, start=2)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parallel_snapshot_of_stages_loads_in_one_process_and_not_without_a_stage(tied: bool, tmp_path: Path) -> None:
+    expected = on_ranks(snapshot_in_the_middle, Layout(2, pipeline_parallel=2, fsdp=False, tied=tied), tmp_path)
+    sources = Sources([FolderSource(tmp_path / "shards")])
+    assert sources.snapshots()[0] == SnapshotName(0, 2)
+    learner = build(Layout(1, tied=tied), Ranks())
+    learner.load_snapshot(sources.reader(SnapshotName(0, 2)))
+    assert learner.step == 2
+    assert_same_run(train(learner, start=2), expected)
+    for shard in (tmp_path / "shards").glob("*rank-00001*"):
+        shard.unlink()
+    assert Sources([FolderSource(tmp_path / "shards")]).snapshots() == []
+
+
+def wrong_on_the_first_stage(layout: Layout, ranks: Ranks, folder: Path) -> list[bool]:
+    """The weights of stage 0 alone turn bad: its gradient is not finite, and nobody moves."""
+    learner = build(layout, ranks)
+    if ranks.stage == 0:
+        with torch.no_grad():
+            next(iter(learner.optimizer.parameters.values())).fill_(float("inf"))
+    before = [part.clone() for part in learner.optimizer.parameters.values()]
+    tokens = torch.zeros(2, 8, dtype=torch.long)
+
+    def loss_fn(module: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        return module(batch["input_ids"]).nan_to_num().mean(), {"rows": len(batch["input_ids"])}
+
+    output = learner.train_step([{"input_ids": tokens}], loss_fn)
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, learner.optimizer.parameters.values(), strict=True))
+    told = (output.committed, unchanged, output.metrics, ranks.totals, output.grad_norm)
+    votes = ranks.gather(told)
+    results = learner.evaluate([{"input_ids": tokens[:1]}, {"input_ids": tokens}], lambda m, b: m(b["input_ids"]).shape)
+    found = ranks.gather([tuple(shape) for shape in results])
+    expected = (False, True, {"rows": 2}, {"rows": 2}, float("inf"))
+    return [votes == [expected] * 2, found == [[(1, 8, 40), (2, 8, 40)]] * 2]
+
+
+def test_parallel_stages_commit_together_and_all_know_the_metrics(tmp_path: Path) -> None:
+    assert on_ranks(wrong_on_the_first_stage, Layout(2, pipeline_parallel=2, fsdp=False), tmp_path) == [True, True]
