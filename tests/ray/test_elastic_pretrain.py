@@ -165,14 +165,14 @@ def test_elastic_quiet_run_learns_and_leaves_nothing_behind(quiet: Run) -> None:
 def test_elastic_spares_make_two_kills_invisible(run: Run, quiet: Run) -> None:
     """A rank dies while the other waits for it in a collective; then rank 0 does: the curve is bitwise the same."""
     kills = "pretrain.generation-1.rank-1.step:6=kill,pretrain.generation-2.rank-0.step:5=kill"
-    run.train(kills, elastic={"spares": 2})
+    run.train(kills, elastic={"spares": 2, "min_workers": 2})  # a spare that is still warming up is waited for
     run.assert_equals(quiet)
     run.assert_lost_at_most_one()
     assert run.result is not None and run.result.restarts == 2
     seen = [event["what"] for event in run.heard("detected")]
     assert len(seen) == 2 and "rank 1" in seen[0] and "rank 0" in seen[1], seen
     decided = [event["decision"] for event in run.heard("decided") if event.get("action") == "replace"]
-    assert "spares fill the holes, restore from host memory" in decided[-1] and "elastic.spares" in decided[-1]
+    assert "restore from host memory" in decided[-1] and "elastic.spares" in decided[-1]
     report = read_run(open_store(str(run.folder / "store")), "run")[0]
     assert len(report.pauses) == 3 and report.goodput.ledger.unattributed_s < 0.02 * report.goodput.ledger.lived_s
 
