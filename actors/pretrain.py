@@ -17,8 +17,10 @@ from actors.config import PretrainSettings
 from actors.pretrain_task import PretrainAgent, PretrainTask
 from actors.pretrain_worker import PretrainJob, PretrainRank
 from cluster.controller import GroupController, Listener
+from cluster.exporter import Exporter
 from cluster.fleet import Fleet, WorkerKind
 from cluster.group_journal import GroupJournal
+from cluster.group_metrics import metered
 from engines.process_groups import host_store
 from engines.torch_learner import LlamaConfig
 from infra.errors import CheckpointError
@@ -123,7 +125,9 @@ def _lead(job: PretrainJob, listener: Listener, first_row: int, accounts: tuple[
     fleet = Fleet(group, kind, PretrainAgent, accounts=accounts, notices=elastic.notices)
     replicated = settings.sharding == "replicate" and settings.tensor_parallel == 1
     task = PretrainTask(group, job.state, store, elastic, replicated)
-    GroupController(fleet, task, elastic, journal, listener, first_row).run()
+    exporter = Exporter("" if accounts is None else accounts[1], group)
+    heard = metered(listener, exporter, elastic.max_workers + elastic.spares)
+    GroupController(fleet, task, elastic, journal, heard, first_row).run()
     del served  # until here it was where ranks met
 
 

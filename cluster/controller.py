@@ -411,7 +411,7 @@ class GroupController:
         if at < self._draining.get(notice.node, math.inf) - SOONER_S:
             self._draining[notice.node] = at
             what = f"node {notice.node[:12]} will go in {max(0.0, left):.0f} s ({notice.kind})"
-            self._say("detected", what=what, node=notice.node)
+            self._say("detected", what=what, node=notice.node, notice=notice.kind)
             self._tell(m.NodesDraining({notice.node: at}))
 
     def _show_stacks(self) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from cluster.exporter import Exporter, export_account
 from cluster.goodput_records import PERIOD_S, write_node
 from cluster.node_watch import Beat, NodeWatch
 from infra.errors import StoreError
@@ -49,6 +50,7 @@ class NodeAgent:
         self._heard_at = time.monotonic()
         self._ended = threading.Event()
         self._store = None if place.accounts is None else open_store(place.accounts[0])
+        self._exporter = Exporter("" if place.accounts is None else place.accounts[1], place.group)
         threading.Thread(target=self._keep, name="keeper", daemon=True).start()
 
     def listen(self, after: int, timeout_s: float, first_row: int = 0, row_floor: int = 0) -> Beat:
@@ -103,10 +105,12 @@ class NodeAgent:
                 os._exit(0)
 
     def _write(self, last: bool = False) -> None:
+        account = self._watch.account()
+        export_account(self._exporter, account)
         if self._store is not None and self.place.accounts is not None:
             _, run, group = self.place.accounts
             try:
-                write_node(self._store, run, group, self._watch.account(), last)
+                write_node(self._store, run, group, account, last)
             except StoreError:
                 return  # the next write says everything again
 

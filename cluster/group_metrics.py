@@ -1,0 +1,52 @@
+"""What an elastic group's controller tells Prometheus: everything that its listener hears, counted."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.controller import Listener
+from cluster.exporter import Exporter
+
+
+def metered(listener: Listener, exporter: Exporter, ranks_asked: int) -> Listener:
+    """A listener that exports what it hears before it passes it on."""
+    exporter.set("recua_ranks_asked", ranks_asked)
+
+    def row(values: dict[str, Any]) -> None:
+        export_row(exporter, values)
+        listener.row(values)
+
+    def event(values: dict[str, Any]) -> None:
+        export_event(exporter, values)
+        listener.event(values)
+
+    return Listener(row, event)
+
+
+def export_row(exporter: Exporter, row: Mapping[str, Any]) -> None:
+    """One step's outcome (see cluster.controller.Listener)."""
+    exporter.set("recua_step", row["step"] + 1)
+    exporter.set("recua_tokens_per_second", row.get("tokens_per_s"))
+    exporter.add("recua_tokens_total", row.get("tokens", 0))
+    if row["committed"]:
+        exporter.set("recua_loss", row["loss"])
+    else:
+        exporter.add("recua_steps_refused_total")
+
+
+def export_event(exporter: Exporter, event: Mapping[str, Any]) -> None:
+    """What the controller saw, decided or did."""
+    kind = event["event"]
+    if kind == "started":
+        exporter.set("recua_generation", event["generation"])
+        exporter.set("recua_ranks", event["ranks"])
+        if "pause_s" in event:
+            exporter.set("recua_last_pause_seconds", event["pause_s"])
+            exporter.add("recua_pauses_total", action=event["action"])
+            exporter.add("recua_pause_seconds_total", event["pause_s"], action=event["action"])
+            exporter.add("recua_lost_steps_total", event["lost_steps"])
+    elif kind == "rolled-back":
+        exporter.add("recua_rollbacks_total")
+    elif kind == "detected" and "notice" in event:
+        exporter.add("recua_notices_total", kind=event["notice"])
+    elif kind == "detected":
+        exporter.add("recua_faults_total")
