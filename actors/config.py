@@ -58,9 +58,12 @@ class PretrainSettings(Settings):
     micro_batch_size: int = Field(default=32, ge=1)
     """Largest number of rows that one rank puts through the network at once; lower it when memory runs out."""
     workers: int = Field(default=2, ge=1)
-    """Ranks in all: data-parallel replicas x `tensor_parallel`."""
+    """Ranks in all: data-parallel replicas x `pipeline_parallel` x `tensor_parallel`."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Ranks that share one replica's matrices (with sequence parallelism around them)."""
+    pipeline_parallel: int = Field(default=1, ge=1)
+    """Stages that one replica's layers are cut into; each is `tensor_parallel` ranks. Stages idle least with several
+    micro-batches per stage: `micro_batch_size` well below the rows of one replica."""
     sharding: Literal["replicate", "fsdp"] = "replicate"
     """`fsdp` shards weights, gradients and optimizer over the replicas; `replicate` keeps them whole on each: faster
     for a model that fits easily."""
@@ -79,40 +82,43 @@ class PretrainSettings(Settings):
     keep_states: int = Field(default=2, ge=1)
     """Snapshots that are kept in storage; a damaged newest one falls back to the one before."""
     elastic: ElasticSettings = ElasticSettings()
-    """What happens when ranks are lost, hang, are slow or diverge. `max_workers` and `tensor_parallel` are the
-    section's own `workers` and `tensor_parallel`; `min_workers` is one replica unless it is set."""
+    """What happens when ranks are lost, hang, are slow or diverge. `max_workers`, `tensor_parallel` and
+    `pipeline_parallel` are the section's own; `min_workers` is one replica unless it is set."""
+
+    @property
+    def block(self) -> int:
+        """Ranks of one replica."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     def group(self) -> ElasticSettings:
         """The elastic settings, complete; `min_workers` in whole blocks."""
-        given, block = self.elastic.model_dump(exclude_unset=True), self.tensor_parallel
+        given, block = self.elastic.model_dump(exclude_unset=True), self.block
         given["min_workers"] = -(-self.elastic.min_workers // block) * block
-        return ElasticSettings(**_group(given, self.workers, block))
+        return ElasticSettings(**_group(given, self.workers, self.tensor_parallel, self.pipeline_parallel))
 
     @model_validator(mode="before")
     @classmethod
     def _says_it_once(cls, values: Any) -> Any:
-        """`workers` and `tensor_parallel` complete the elastic settings before these are checked."""
+        """`workers` and the section's own parallelism complete the elastic settings before these are checked."""
         if not isinstance(values, Mapping) or not isinstance(values.get("elastic", {}), Mapping):
             return values
-        given = values.get("elastic", {})
-        workers, tensor_parallel = values.get("workers"), values.get("tensor_parallel")
-        for name, value in (("max_workers", workers), ("tensor_parallel", tensor_parallel)):
-            if name in given and given[name] != value:
-                where = "workers" if name == "max_workers" else name
-                raise ValueError(f"elastic.{name} is {where}: leave it out")
-        own = {name: field.default for name, field in cls.model_fields.items()}
-        workers = own["workers"] if workers is None else workers
-        tensor_parallel = own["tensor_parallel"] if tensor_parallel is None else tensor_parallel
-        if not isinstance(workers, int) or not isinstance(tensor_parallel, int) or min(workers, tensor_parallel) < 1:
+        given, own = values.get("elastic", {}), {}
+        for theirs, name in _SHARED.items():
+            if theirs in given and given[theirs] != values.get(name):
+                raise ValueError(f"elastic.{theirs} is {name}: leave it out")
+            own[name] = cls.model_fields[name].default if values.get(name) is None else values[name]
+        if not all(isinstance(size, int) and size >= 1 for size in own.values()):
             return values  # their own checks say what is wrong
-        if workers % tensor_parallel:
+        if own["workers"] % (own["tensor_parallel"] * own["pipeline_parallel"]):
             return values
-        return {**values, "elastic": _group(given, workers, tensor_parallel)}
+        return {**values, "elastic": _group(given, **own)}
 
     @model_validator(mode="after")
     def _fits(self) -> "PretrainSettings":
-        if self.workers % self.tensor_parallel:
-            raise ValueError(f"workers {self.workers} must divide by tensor_parallel {self.tensor_parallel}")
+        if self.workers % self.block:
+            size = f"tensor_parallel {self.tensor_parallel}"
+            size += f" x pipeline_parallel {self.pipeline_parallel}" if self.pipeline_parallel > 1 else ""
+            raise ValueError(f"workers {self.workers} must divide by {size}")
         if self.sequence_length % self.tensor_parallel:
             raise ValueError(
                 f"sequence_length {self.sequence_length} must divide by tensor_parallel {self.tensor_parallel}"
@@ -124,9 +130,13 @@ class PretrainSettings(Settings):
         return self
 
 
-def _group(given: Mapping[str, Any], workers: int, tensor_parallel: int) -> dict[str, Any]:
-    whole = {"max_workers": workers, "tensor_parallel": tensor_parallel}
-    return {"min_workers": tensor_parallel, **given, **whole}
+_SHARED = {"max_workers": "workers", "tensor_parallel": "tensor_parallel", "pipeline_parallel": "pipeline_parallel"}
+"""What the elastic settings have from the section around them."""
+
+
+def _group(given: Mapping[str, Any], workers: int, tensor_parallel: int, pipeline_parallel: int) -> dict[str, Any]:
+    whole = {"max_workers": workers, "tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
+    return {"min_workers": tensor_parallel * pipeline_parallel, **given, **whole}
 
 
 class SftSettings(Settings):

@@ -123,7 +123,7 @@ def _lead(job: PretrainJob, listener: Listener, first_row: int, accounts: tuple[
         env=env,
     )
     fleet = Fleet(group, kind, PretrainAgent, accounts=accounts, notices=elastic.notices)
-    replicated = settings.sharding == "replicate" and settings.tensor_parallel == 1
+    replicated = settings.sharding == "replicate" and settings.block == 1
     task = PretrainTask(group, job.state, store, elastic, replicated)
     exporter = Exporter("" if accounts is None else accounts[1], group)
     heard = metered(listener, exporter, elastic.max_workers + elastic.spares)
@@ -200,7 +200,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _claim(job: PretrainJob) -> None:
     """The state folder belongs to one job: what decides the numbers may not change under it."""
     irrelevant = {"workers", "sharding", "tensor_parallel", "compile", "num_cpus", "num_gpus", "threads", "placement"}
-    irrelevant |= {"save_every", "keep_states", "micro_batch_size", "elastic"}
+    irrelevant |= {"pipeline_parallel", "save_every", "keep_states", "micro_batch_size", "elastic"}
     settings = job.settings.model_dump(mode="json", exclude=irrelevant)
     identity = {"model": asdict(job.model), "settings": settings, "seed": job.seed}
     text = json.dumps(identity, sort_keys=True, default=str, indent=1)

@@ -276,6 +276,7 @@ def _recipe(job: PretrainJob) -> Recipe:
         optimizer,
         snapshots,
         tensor_parallel=settings.tensor_parallel,
+        pipeline_parallel=settings.pipeline_parallel,
         fsdp=settings.sharding == "fsdp",
         compile_blocks=settings.compile,
         seed=job.seed,

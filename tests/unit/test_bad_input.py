@@ -77,6 +77,7 @@ def model(tmp_path: Path) -> Path:
         ("sft.batch_size=many", "sft.batch_size: Input should be a valid integer"),
         ("ppo.batch_size=0", "ppo.batch_size: Input should be greater than or equal to 1"),
         ("pretrain.tensor_parallel=3", "pretrain: workers 2 must divide by tensor_parallel 3"),
+        ("pretrain.pipeline_parallel=3", "pretrain: workers 2 must divide by tensor_parallel 1 x pipeline_parallel 3"),
         ("model.preset=llama9-8b", "model.preset: unknown model preset 'llama9-8b'"),
         ("tasks.kinds={'reasoning/adition'=1.0}", "unknown kind 'reasoning/adition'; did you mean reasoning/addition?"),
         ("sft.max_length=4096", "sft.max_length = 4096 is above model.context = 256"),

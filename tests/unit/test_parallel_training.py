@@ -17,6 +17,7 @@ from test_torch_learner_parallel import (
     train_layout,
 )
 
+from actors.config import PretrainSettings
 from engines.base import Batch
 from engines.ranks import Ranks
 from engines.snapshots import FolderSource, SnapshotName, Snapshots, Sources
@@ -57,6 +58,17 @@ def test_parallel_stage_of_every_parameter() -> None:
     assert [stage_of(config, f"{end}.weight", 2) for end in ("tok_embeddings", "norm", "output")] == [0, 1, 1]
     with pytest.raises(ValueError, match="pipeline_parallel 4 exceeds the network's 3 layers"):
         stage_layers(config, 4)
+
+
+def test_parallel_settings_of_pretraining_say_the_block_once() -> None:
+    settings = PretrainSettings(workers=8, tensor_parallel=2, pipeline_parallel=2)
+    assert settings.block == 4
+    group = settings.group()
+    assert (group.min_workers, group.max_workers, group.tensor_parallel, group.pipeline_parallel) == (4, 8, 2, 2)
+    with pytest.raises(ValueError, match="workers 6 must divide by tensor_parallel 2 x pipeline_parallel 2"):
+        PretrainSettings(workers=6, tensor_parallel=2, pipeline_parallel=2)
+    with pytest.raises(ValueError, match="pipeline_parallel is pipeline_parallel: leave it out"):
+        PretrainSettings(workers=2, pipeline_parallel=2, elastic={"pipeline_parallel": 1})
 
 
 @pytest.mark.parametrize(
