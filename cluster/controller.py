@@ -33,7 +33,7 @@ from cluster.policies.hang import Beacon
 from cluster.policies.rollback import SavedState, judge_step, leave_out
 from cluster.ray_drain import draining_nodes
 from infra.errors import NodeLost, RecuaError, StepError, StoreError
-from infra.notices import Notice
+from infra.notices import Notice, in_words
 from infra.storage import open_store
 
 log = logging.getLogger(__name__)
@@ -406,11 +406,11 @@ class GroupController:
 
     def _drain(self, notice: Notice) -> None:
         """A node goes: told once, and again where it goes sooner than it said."""
-        left = notice.deadline - time.time()
-        at = time.monotonic() + max(0.0, left)
-        if at < self._draining.get(notice.node, math.inf) - SOONER_S:
+        at = time.monotonic() + max(0.0, notice.deadline - time.time())
+        known = self._draining.get(notice.node)
+        if known is None or at < known - SOONER_S:
             self._draining[notice.node] = at
-            what = f"node {notice.node[:12]} will go in {max(0.0, left):.0f} s ({notice.kind})"
+            what = f"node {notice.node[:12]} {in_words(notice)}"
             self._say("detected", what=what, node=notice.node, notice=notice.kind)
             self._tell(m.NodesDraining({notice.node: at}))
 

@@ -13,6 +13,7 @@ Sources:
 import http.client
 import json
 import logging
+import math
 import os
 import signal
 import threading
@@ -34,8 +35,6 @@ log = logging.getLogger(__name__)
 AWS_URL, GCP_URL = "http://169.254.169.254", "http://metadata.google.internal"
 ANSWER_S = 2.0
 """How long a metadata service may take to answer; it is on the machine itself, or next to it."""
-REBALANCE_S = 120.0
-"""A machine at risk has at least as long as the notice that may follow at once gives it."""
 GCP_PREEMPTION_S, GCP_MAINTENANCE_S = 30.0, 60.0
 TOKEN_LIFE_S = 21600
 
@@ -49,14 +48,14 @@ class NoticeSettings(Settings):
     metadata_url: str = ""
     """The metadata service's address, where it is not the cloud's usual one (a proxy, IPv6)."""
     on_rebalance: bool = True
-    """Leave a machine that AWS recommends to leave, before the notice of its end (which may still never come)."""
+    """Leave a machine that AWS recommends to leave as soon as a replacement is ready; its end may never come."""
     sigterm_grace_s: float = Field(default=30, gt=0)
     """How long after SIGTERM the machine goes: a pod's terminationGracePeriodSeconds, GCP's or init's time-out."""
 
 
 @dataclass(frozen=True)
 class Notice:
-    """A node goes, at `deadline` at the earliest (seconds since the epoch).
+    """A node goes, at `deadline` at the earliest (seconds since the epoch; infinite: it may go, nobody knows when).
 
     `kind`: spot-terminate, spot-stop, spot-hibernate, rebalance, preempted, maintenance or sigterm.
     Example: Notice("4f1c", "spot-terminate", 1763718000.0).
@@ -89,8 +88,8 @@ class AwsNotices:
         if action is not None:
             tree = json.loads(action)
             return Notice(self.node, f"spot-{tree['action']}", _epoch(tree["time"]))
-        if self.on_rebalance and (advice := self._get("events/recommendations/rebalance")) is not None:
-            return Notice(self.node, "rebalance", _epoch(json.loads(advice)["noticeTime"]) + REBALANCE_S)
+        if self.on_rebalance and self._get("events/recommendations/rebalance") is not None:
+            return Notice(self.node, "rebalance", math.inf)
         return None
 
     def _get(self, path: str) -> str | None:
@@ -206,7 +205,13 @@ class NoticeWatch:
             new = self._found.get(notice.kind) != notice
             self._found[notice.kind] = notice
         if new:
-            log.warning("%s: %s in %.0f s", notice.node[:12], notice.kind, notice.deadline - time.time())
+            log.warning("%s: %s", notice.node[:12], in_words(notice))
+
+
+def in_words(notice: Notice) -> str:
+    """For people. Example: "will go in 118 s (spot-terminate)"."""
+    left = max(0.0, notice.deadline - time.time())
+    return f"may go at any time ({notice.kind})" if math.isinf(left) else f"will go in {left:.0f} s ({notice.kind})"
 
 
 def sources(node: str, settings: NoticeSettings) -> list[NoticeSource]:

@@ -1,5 +1,6 @@
 """Preemption notices: leave before the deadline at a step boundary, as late as is safe, so that no step is lost."""
 
+import math
 from dataclasses import dataclass
 
 from cluster.config import ElasticSettings
@@ -8,7 +9,8 @@ from cluster.decision import Decision, key
 
 @dataclass(frozen=True)
 class DrainView:
-    """One notice, seen now. Times in seconds of the same clock; e.g. now 100, deadline 220, steps of 2 s."""
+    """One notice, seen now. Times in seconds of the same clock; e.g. now 100, deadline 220, steps of 2 s; an infinite
+    deadline is a risk without a time."""
 
     node: str
     now: float
@@ -29,7 +31,7 @@ def leave_by(view: DrainView, settings: ElasticSettings) -> float:
 def decide_drain(view: DrainView, settings: ElasticSettings) -> Decision:
     """leave-at-boundary, hold (for a replacement that warms up, until `leave_by`) or leave-now (no boundary fits)."""
     left = view.deadline - view.now
-    notice = f"{view.node} goes in {left:.1f} s"
+    notice = f"{view.node} may go at any time" if math.isinf(left) else f"{view.node} goes in {left:.1f} s"
     if left < view.step_s + settings.drain_margin_s:
         return Decision("leave-now", f"{notice}, less than a step of {view.step_s:.1f} s", key("drain_margin_s"))
     if view.covered:
@@ -37,4 +39,5 @@ def decide_drain(view: DrainView, settings: ElasticSettings) -> Decision:
     if view.now >= leave_by(view, settings):
         return Decision("leave-at-boundary", f"{notice}, no time for a replacement", key("drain_margin_s"))
     until = leave_by(view, settings) - view.now
-    return Decision("hold", f"{notice}, up to {until:.1f} s for a replacement to warm up", key("drain_margin_s"))
+    wait = "until a replacement is ready" if math.isinf(until) else f"up to {until:.1f} s for a replacement to warm up"
+    return Decision("hold", f"{notice}, {wait}", key("drain_margin_s"))

@@ -1,20 +1,27 @@
 """Notices of preemption, read from a real HTTP server that speaks the clouds' protocols, and from a real signal."""
 
+import math
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.config import ElasticSettings
+from cluster.controller import GroupController, Listener
+from cluster.fleet import Fleet, WorkerKind
+from cluster.group_journal import GroupJournal
 from cluster.node_agent import AgentPlace, NodeAgent
+from cluster.node_watch import Beat
+from cluster.policies.drain import DrainView, decide_drain
 from infra.notices import (
-    REBALANCE_S,
     AwsNotices,
     GcpNotices,
     Notice,
@@ -110,7 +117,7 @@ def test_spot_aws_action_and_recommendation(metadata: Metadata) -> None:
     source = AwsNotices("n0", metadata.url)
     assert source.read() is None
     metadata.answers[REBALANCE] = '{"noticeTime": "2020-10-27T08:22:00Z"}'
-    assert source.read() == Notice("n0", "rebalance", 1603786920.0 + REBALANCE_S)
+    assert source.read() == Notice("n0", "rebalance", math.inf)
     assert AwsNotices("n0", metadata.url, on_rebalance=False).read() is None
     metadata.answers[ACTION] = '{"action": "stop", "time": "2017-09-18T08:22:00Z"}'
     assert source.read() == Notice("n0", "spot-stop", 1505722920.0)
@@ -266,3 +273,43 @@ def test_spot_sources_follow_the_settings() -> None:
     thread.start()
     thread.join()
     assert [[type(source) for source in some] for some in found] == [[AwsNotices], [GcpNotices], []]
+
+
+class Quiet:
+    """A group's task with nothing in storage."""
+
+    replicated = True
+
+    def orders(self, join: Any, fleet: Any, history: Any, high_step: int) -> dict[str, Any]:
+        return {}
+
+    def stored(self) -> list[tuple[int, int]]:
+        return []
+
+
+def test_spot_controller_drains_a_node_once_and_again_when_it_goes_sooner(tmp_path: Path) -> None:
+    """What the agents' beats say becomes the core's drains, in the core's clock."""
+    told: list[dict[str, Any]] = []
+    controller = GroupController(
+        Fleet("g", WorkerKind(object)),
+        Quiet(),
+        ElasticSettings(),
+        GroupJournal(tmp_path / "group.json", "g"),
+        Listener(event=told.append),
+    )
+    soon = time.time() + 100
+    for deadline in (math.inf, math.inf, soon, soon, soon + 30, soon - 50):
+        controller._hear(Beat("n0", 1, notice=Notice("n0", "some-notice", deadline)))
+    drains = [event for event in told if event.get("notice") == "some-notice"]
+    assert drains[0]["what"].split(" (")[0] == "node n0 may go at any time"
+    assert len(drains) == 3
+    assert all(event["event"] == "detected" and event["node"] == "n0" for event in drains)
+    left = controller.core.roster.draining["n0"] - time.monotonic()
+    assert 40 < left <= 50
+
+
+def test_spot_a_risk_without_a_time_waits_for_a_replacement() -> None:
+    view = DrainView("n0", now=100.0, deadline=math.inf, step_s=2.0, pause_s=0.5, covered=False)
+    held = decide_drain(view, ElasticSettings())
+    assert held.action == "hold" and held.reason == "n0 may go at any time, until a replacement is ready"
+    assert decide_drain(replace(view, covered=True), ElasticSettings()).action == "leave-at-boundary"
