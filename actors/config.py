@@ -67,6 +67,9 @@ class PretrainSettings(Settings):
     sharding: Literal["replicate", "fsdp"] = "replicate"
     """`fsdp` shards weights, gradients and optimizer over the replicas; `replicate` keeps them whole on each: faster
     for a model that fits easily."""
+    shard_over: int = Field(default=0, ge=0)
+    """With `fsdp`: the replicas that one copy is sharded over, the others hold further copies (HSDP). 0 is all of them,
+    and so is a number that does not divide the replicas that are left after a loss."""
     compile: bool = False
     """Compile each block with torch.compile (pays on GPU)."""
     num_cpus: float = Field(default=0.5, gt=0)

@@ -200,7 +200,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _claim(job: PretrainJob) -> None:
     """The state folder belongs to one job: what decides the numbers may not change under it."""
     irrelevant = {"workers", "sharding", "tensor_parallel", "compile", "num_cpus", "num_gpus", "threads", "placement"}
-    irrelevant |= {"pipeline_parallel", "save_every", "keep_states", "micro_batch_size", "elastic"}
+    irrelevant |= {"pipeline_parallel", "shard_over", "save_every", "keep_states", "micro_batch_size", "elastic"}
     settings = job.settings.model_dump(mode="json", exclude=irrelevant)
     identity = {"model": asdict(job.model), "settings": settings, "seed": job.seed}
     text = json.dumps(identity, sort_keys=True, default=str, indent=1)

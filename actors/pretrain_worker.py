@@ -278,6 +278,7 @@ def _recipe(job: PretrainJob) -> Recipe:
         tensor_parallel=settings.tensor_parallel,
         pipeline_parallel=settings.pipeline_parallel,
         fsdp=settings.sharding == "fsdp",
+        shard_over=settings.shard_over,
         compile_blocks=settings.compile,
         seed=job.seed,
         tokenizer_dir=job.tokenizer_dir,

@@ -46,6 +46,7 @@ class Recipe:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     fsdp: bool = True
+    shard_over: int = 0
     compile_blocks: bool = False
     seed: int = 0
     tokenizer_dir: Path | None = None
@@ -235,7 +236,8 @@ class ElasticLearner:
                 self.flusher.wait()
 
     def _ranks(self) -> Ranks:
-        return Ranks.over_all(self.recipe.tensor_parallel, self.device, self.recipe.pipeline_parallel)
+        recipe = self.recipe
+        return Ranks.over_all(recipe.tensor_parallel, self.device, recipe.pipeline_parallel, recipe.shard_over)
 
     def _flush(self) -> None:
         """Send what was sealed before the last commit on to the store, where it is one of those to send."""

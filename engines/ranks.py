@@ -9,19 +9,24 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
 class Ranks:
-    """A device mesh with the dimensions ("dp", "tp") or ("dp", "pp", "tp"), or one process without torch.distributed.
+    """A device mesh, or one process without torch.distributed. Its dimensions: "dp", or "replicate" and "shard" where
+    FSDP shards over some of the replicas only (HSDP); "pp" where there are stages; "tp".
 
     Ranks with the same `data_rank` hold pieces of the same replica and read the same batch; `data_size` replicas
     divide a batch between them. `stage` of `stages` is the part of the layers that this rank holds.
     """
 
-    def __init__(self, mesh: DeviceMesh | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self, mesh: DeviceMesh | None = None, device: torch.device | None = None, data: DeviceMesh | None = None
+    ) -> None:
         self.mesh = mesh
         self.device = device or torch.device("cpu")
         self.rank = dist.get_rank() if mesh is not None else 0
         self.world_size = dist.get_world_size() if mesh is not None else 1
-        self.data_rank = mesh["dp"].get_local_rank() if mesh is not None else 0
-        self.data_size = mesh["dp"].size() if mesh is not None else 1
+        self.data = data or (mesh["dp"] if mesh is not None else None)
+        """The ranks that hold the same part of other replicas."""
+        self.data_rank = self.data.get_local_rank() if self.data is not None else 0
+        self.data_size = self.data.size() if self.data is not None else 1
         staged = mesh is not None and "pp" in (mesh.mesh_dim_names or ())
         self.stage = mesh["pp"].get_local_rank() if mesh is not None and staged else 0
         self.stages = mesh["pp"].size() if mesh is not None and staged else 1
@@ -34,12 +39,17 @@ class Ranks:
 
     @classmethod
     def over_all(
-        cls, tensor_parallel: int = 1, device: torch.device | None = None, pipeline_parallel: int = 1
+        cls,
+        tensor_parallel: int = 1,
+        device: torch.device | None = None,
+        pipeline_parallel: int = 1,
+        shard_over: int = 0,
     ) -> "Ranks":
         """All ranks of the default process group.
 
         Neighbours share a model-parallel block, the unit of capacity: one replica's stages after each other, and in
-        each the ranks that share its matrices.
+        each the ranks that share its matrices. `shard_over` is the number of replicas that FSDP shards over; 0, or a
+        number that does not divide the replicas there are, is all of them.
         """
         device = device or torch.device("cpu")
         world_size = dist.get_world_size()
@@ -48,11 +58,15 @@ class Ranks:
             size = f"tensor_parallel {tensor_parallel}"
             size += f" x pipeline_parallel {pipeline_parallel}" if pipeline_parallel > 1 else ""
             raise ValueError(f"{size} does not divide the {world_size} ranks")
-        shape: tuple[int, ...] = (world_size // block, tensor_parallel)
-        names: tuple[str, ...] = ("dp", "tp")
+        replicas = world_size // block
+        sizes = {"dp": replicas}
+        if hybrid := 0 < shard_over < replicas and replicas % shard_over == 0:
+            sizes = {"replicate": replicas // shard_over, "shard": shard_over}
         if pipeline_parallel > 1:
-            shape, names = (world_size // block, pipeline_parallel, tensor_parallel), ("dp", "pp", "tp")
-        return cls(init_device_mesh(device.type, shape, mesh_dim_names=names), device)
+            sizes["pp"] = pipeline_parallel
+        sizes["tp"] = tensor_parallel
+        mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        return cls(mesh, device, mesh["replicate", "shard"]._flatten("dp") if hybrid else None)
 
     def should_commit(self, grad_norm: float, metrics: Mapping[str, float] | None = None) -> bool:
         """(collective) True on every rank or on none: whether the gradient is finite everywhere.
@@ -75,10 +89,10 @@ class Ranks:
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """(collective) Sum over the replicas; every rank passes the same names."""
-        if self.mesh is None:
+        if self.data is None:
             return dict(values)
         total = torch.tensor([values[name] for name in sorted(values)], dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self.mesh["dp"].get_group())
+        dist.all_reduce(total, group=self.data.get_group())
         return dict(zip(sorted(values), total.tolist(), strict=True))
 
     def gather(self, value: object) -> list[object]:

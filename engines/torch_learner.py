@@ -288,10 +288,10 @@ class TorchLearner:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = self.optimizer.gradients()
-        if self.ranks.mesh is None or self.ranks.data_size == 1:
+        if self.ranks.data is None or self.ranks.data_size == 1:
             return
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat, group=self.ranks.mesh["dp"].get_group())
+        dist.all_reduce(flat, group=self.ranks.data.get_group())
         pieces = flat.split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
 

@@ -33,9 +33,10 @@ def parallelize(
     compile_blocks: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Llama:
-    """Shard `model` in place over a mesh with the dimensions "dp", "tp" and perhaps "pp"; returns it.
+    """Shard `model` in place over a mesh with the dimensions "dp" and "tp"; returns it.
 
-    With "pp" the model becomes this rank's stage (see `cut`), which takes, or returns, hidden states.
+    With a dimension "pp" the model becomes this rank's stage (see `cut`), which takes, or returns, hidden states. With
+    "replicate" and "shard" in place of "dp", FSDP shards over the second and keeps copies over the first (HSDP).
 
     The model may be on the meta device; call `materialize` afterwards then. Every rank holds the same full weights
     otherwise. With tp > 1 the sequence length must divide by tp: between the matrices activations are split over the
@@ -55,7 +56,8 @@ def parallelize(
     """
     if dtype != torch.float32 and not (fsdp and mesh is not None):
         raise ValueError(f"dtype {dtype} needs fsdp: replicated weights are kept and used in float32")
-    if mesh is not None and "pp" in (mesh.mesh_dim_names or ()):
+    names = (mesh.mesh_dim_names or ()) if mesh is not None else ()
+    if mesh is not None and "pp" in names:
         cut(model, mesh["pp"].get_local_rank(), mesh["pp"].size())
     if mesh is not None and mesh["tp"].size() > 1:
         _split_tensors(model, mesh["tp"])
@@ -66,7 +68,7 @@ def parallelize(
         if compile_blocks:
             block.compile()
     if fsdp and mesh is not None:
-        _shard_replicas(model, blocks, mesh["dp"], dtype)
+        _shard_replicas(model, blocks, mesh["replicate", "shard"] if "replicate" in names else mesh["dp"], dtype)
     return model
 
 

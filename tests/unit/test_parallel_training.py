@@ -1,16 +1,19 @@
 """Pipeline stages, alone and with the other ways to shard: the run of one process, from real gloo ranks."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_torch_learner_parallel import (
+    Digits,
     Layout,
     assert_same_run,
     build,
     go_on,
     on_ranks,
+    pretrain_steps,
     save_in_the_middle,
     take_step,
     train,
@@ -18,6 +21,7 @@ from test_torch_learner_parallel import (
 )
 
 from actors.config import PretrainSettings
+from data.tokenized import write_shards
 from engines.base import Batch
 from engines.ranks import Ranks
 from engines.snapshots import FolderSource, SnapshotName, Snapshots, Sources
@@ -78,20 +82,31 @@ def test_parallel_settings_of_pretraining_say_the_block_once() -> None:
         Layout(2, pipeline_parallel=2, tied=True, micro_batches=4, activation_checkpointing=True),
         Layout(4, pipeline_parallel=2, micro_batches=2, tied=True),
         Layout(4, pipeline_parallel=2, tensor_parallel=2, micro_batches=4, fsdp=False),
+        Layout(4, shard_over=2, tied=True),
+        Layout(8, tensor_parallel=2, shard_over=2, micro_batches=2),
+        Layout(8, pipeline_parallel=2, tensor_parallel=2, micro_batches=2, activation_checkpointing=True),
     ],
-    ids=str,
+    ids=["pp2", "pp2-tied", "dp2-pp2", "pp2-tp2", "hsdp4", "hsdp4-tp2", "dp2-pp2-tp2"],
 )
-def test_parallel_pipeline_training_is_that_of_one_process(layout: Layout, tmp_path: Path) -> None:
+def test_parallel_training_is_that_of_one_process(layout: Layout, tmp_path: Path) -> None:
     expected = train(build(Layout(1, tied=layout.tied), Ranks()))
     assert_same_run(on_ranks(train_layout, layout, tmp_path), expected)
+
+
+@pytest.mark.parametrize("layout", [Layout(2, pipeline_parallel=2, tied=True), Layout(4, pipeline_parallel=2)], ids=str)
+def test_parallel_stages_take_rows_as_they_come(layout: Layout, tmp_path: Path) -> None:
+    """5 rows in micro-batches of 2 for one replica or two: uneven ones, an empty one, documents within rows (tied)."""
+    write_shards((str(10**30 + 7**k) for k in range(12)), Digits(), tmp_path / "tokens")
+    alone = pretrain_steps(dataclasses.replace(layout, world_size=1), Ranks(), tmp_path)
+    assert on_ranks(pretrain_steps, layout, tmp_path) == pytest.approx(alone, rel=1e-4)
 
 
 def test_parallel_state_of_stages_goes_on_at_any_other_mesh(tmp_path: Path) -> None:
     saved = on_ranks(save_in_the_middle, Layout(4, pipeline_parallel=2, tied=True), tmp_path)
     for other in (
         Layout(2, pipeline_parallel=2, tied=True, fsdp=False, micro_batches=2),
-        Layout(2, tensor_parallel=2, tied=True),
-        Layout(1, tied=True),
+        Layout(4, tensor_parallel=2, tied=True),
+        Layout(4, shard_over=2, tied=True),
     ):
         assert_same_run(on_ranks(go_on, other, tmp_path), saved)
 

@@ -283,8 +283,9 @@ def test_shrunk_then_grown_it_stays_on_the_quiet_curve(fsdp: bool, steps: int, s
         (Recipe(MODEL, SETTINGS, seed=3, tensor_parallel=2), (3, 0)),
         (Recipe(MODEL, SETTINGS, seed=3, fsdp=False), (0, 1)),
         (Recipe(MODEL, SETTINGS, seed=3, pipeline_parallel=2), (3, 0)),
+        (Recipe(MODEL, SETTINGS, seed=3, shard_over=2), (3, 0)),
     ],
-    ids=["dp4", "dp2 x tp2", "replicas", "dp2 x pp2"],
+    ids=["dp4", "dp2 x tp2", "replicas", "dp2 x pp2", "hsdp 2 x 2"],
 )
 def test_with_spares_the_curve_is_bitwise_that_of_a_quiet_run(
     recipe: Recipe, victims: tuple[int, int], shared: Path

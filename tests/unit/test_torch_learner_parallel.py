@@ -35,6 +35,7 @@ class Layout:
     world_size: int
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    shard_over: int = 0
     fsdp: bool = True
     tied: bool = False
     activation_checkpointing: bool = False
@@ -87,7 +88,7 @@ def train(learner: TorchLearner, micro_batches: int = 1, start: int = 0) -> dict
 def in_rank(rank: int, task: Callable, layout: Layout, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=layout.world_size)
-    ranks = Ranks.over_all(layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel)
+    ranks = Ranks.over_all(layout.tensor_parallel, None, layout.pipeline_parallel, layout.shard_over)
     result = task(layout, ranks, folder)
     if rank == 0:
         torch.save(result, folder / "result.pt")
