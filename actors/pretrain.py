@@ -126,8 +126,8 @@ def _lead(job: PretrainJob, listener: Listener, first_row: int, accounts: tuple[
     replicated = settings.sharding == "replicate" and settings.block == 1
     task = PretrainTask(group, job.state, store, elastic, replicated)
     exporter = Exporter("" if accounts is None else accounts[1], group)
-    heard = metered(listener, exporter, elastic.max_workers + elastic.spares)
-    GroupController(fleet, task, elastic, journal, heard, first_row).run()
+    with metered(listener, exporter, elastic.max_workers + elastic.spares) as heard:
+        GroupController(fleet, task, elastic, journal, heard, first_row).run()
     del served  # until here it was where ranks met
 
 

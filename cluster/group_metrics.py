@@ -1,14 +1,17 @@
 """What an elastic group's controller tells Prometheus: everything that its listener hears, counted."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cluster.controller import Listener
 from cluster.exporter import Exporter
 
 
-def metered(listener: Listener, exporter: Exporter, ranks_asked: int) -> Listener:
-    """A listener that exports what it hears before it passes it on."""
+@contextlib.contextmanager
+def metered(listener: Listener, exporter: Exporter, ranks_asked: int) -> Iterator[Listener]:
+    """A listener that exports what it hears before it passes it on. Afterwards the group has no ranks and wants none:
+    this process may live on, and Ray exports a gauge as long as its process lives."""
     exporter.set("recua_ranks_asked", ranks_asked)
 
     def row(values: dict[str, Any]) -> None:
@@ -19,7 +22,11 @@ def metered(listener: Listener, exporter: Exporter, ranks_asked: int) -> Listene
         export_event(exporter, values)
         listener.event(values)
 
-    return Listener(row, event)
+    try:
+        yield Listener(row, event)
+    finally:
+        exporter.set("recua_ranks", 0)
+        exporter.set("recua_ranks_asked", 0)
 
 
 def export_row(exporter: Exporter, row: Mapping[str, Any]) -> None:

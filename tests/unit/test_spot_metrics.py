@@ -90,17 +90,26 @@ class Heard(Exporter):
 
 def test_spot_what_the_controller_says_is_counted() -> None:
     heard, passed = Heard(), list[dict[str, Any]]()
-    listener = metered(Listener(passed.append, passed.append), heard, 5)
-    row = {"step": 6, "loss": 2.5, "committed": True, "tokens": 512, "tokens_per_s": 900.0}
-    listener.row(row)
-    listener.row({**row, "step": 7, "loss": float("nan"), "committed": False})
-    listener.event({"event": "detected", "generation": 1, "what": "w1 died", "worker": "w1"})
-    listener.event({"event": "detected", "generation": 1, "what": "goes", "node": "n", "notice": "preempted"})
-    pause = {"pause_s": 0.25, "lost_steps": 1, "action": "shrink", "reason": "w1 died", "key": "elastic.min_workers"}
-    listener.event({"event": "started", "generation": 2, "ranks": 3, "pids": [], "step": 7, **pause})
-    listener.event({"event": "started", "generation": 3, "ranks": 4, "pids": [], "step": 7, **pause, "lost_steps": 0})
+    with metered(Listener(passed.append, passed.append), heard, 5) as listener:
+        row = {"step": 6, "loss": 2.5, "committed": True, "tokens": 512, "tokens_per_s": 900.0}
+        listener.row(row)
+        listener.row({**row, "step": 7, "loss": float("nan"), "committed": False})
+        listener.event({"event": "detected", "generation": 1, "what": "w1 died", "worker": "w1"})
+        listener.event({"event": "detected", "generation": 1, "what": "goes", "node": "n", "notice": "preempted"})
+        pause = {
+            "pause_s": 0.25,
+            "lost_steps": 1,
+            "action": "shrink",
+            "reason": "w1 died",
+            "key": "elastic.min_workers",
+        }
+        listener.event({"event": "started", "generation": 2, "ranks": 3, "pids": [], "step": 7, **pause})
+        listener.event(
+            {"event": "started", "generation": 3, "ranks": 4, "pids": [], "step": 7, **pause, "lost_steps": 0}
+        )
+        during = dict(heard.values)
     assert len(passed) == 6
-    assert heard.values == {
+    assert during == {
         ("recua_ranks_asked",): 5,
         ("recua_step",): 8,
         ("recua_tokens_per_second",): 900.0,
@@ -116,6 +125,7 @@ def test_spot_what_the_controller_says_is_counted() -> None:
         ("recua_pause_seconds_total", "shrink"): 0.5,
         ("recua_lost_steps_total",): 1,
     }
+    assert heard.values["recua_ranks",] == heard.values["recua_ranks_asked",] == 0  # the group has ended
 
 
 def test_spot_a_nodes_ledger_is_whole() -> None:
