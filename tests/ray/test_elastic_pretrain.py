@@ -261,10 +261,11 @@ def test_elastic_run_whose_every_process_died_goes_on_from_what_is_left(left: st
     assert again.curve == quiet.curve and again.heard("started")[0]["step"] == STEPS
 
 
-def test_elastic_other_shards_go_on_from_the_same_state(run: Run, quiet: Run) -> None:
-    """FSDP x tensor parallel, two blocks of two; a lost rank is replaced in its block; then one rank alone goes on."""
+@pytest.mark.parametrize("block", [{"tensor_parallel": 2, "micro_batch_size": 5}, {"pipeline_parallel": 2}], ids=str)
+def test_elastic_other_shards_go_on_from_the_same_state(run: Run, quiet: Run, block: dict[str, int]) -> None:
+    """FSDP x two ranks a block, two blocks; a lost rank is replaced in its block; then one rank alone goes on."""
     kill = "pretrain.generation-1.rank-3.step:5=kill"
-    run.train(kill, sharding="fsdp", tensor_parallel=2, workers=4, micro_batch_size=5, elastic={"spares": 1})
+    run.train(kill, sharding="fsdp", workers=4, elastic={"spares": 1}, **block)
     assert [row["loss"] for row in run.rows] == pytest.approx([row["loss"] for row in quiet.rows], rel=1e-4)
     run.assert_lost_at_most_one()
     assert [event["ranks"] for event in run.heard("started")] == [4, 4], run.said()

@@ -93,6 +93,13 @@ def test_parallel_training_is_that_of_one_process(layout: Layout, tmp_path: Path
     assert_same_run(on_ranks(train_layout, layout, tmp_path), expected)
 
 
+def test_parallel_stages_in_bfloat16_follow_float32(tmp_path: Path) -> None:
+    expected = train(build(Layout(1), Ranks()))
+    found = on_ranks(train_layout, Layout(4, pipeline_parallel=2, tensor_parallel=2, dtype="bfloat16"), tmp_path)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=3e-3)
+    assert found["weights"]["lm_head.weight"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("layout", [Layout(2, pipeline_parallel=2, tied=True), Layout(4, pipeline_parallel=2)], ids=str)
 def test_parallel_stages_take_rows_as_they_come(layout: Layout, tmp_path: Path) -> None:
     """5 rows in micro-batches of 2 for one replica or two: uneven ones, an empty one, documents within rows (tied)."""

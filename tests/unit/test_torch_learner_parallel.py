@@ -39,6 +39,7 @@ class Layout:
     fsdp: bool = True
     tied: bool = False
     activation_checkpointing: bool = False
+    dtype: str = "float32"
     micro_batches: int = 1
 
 
@@ -49,7 +50,8 @@ def config(tied: bool) -> LlamaConfig:
 
 
 def build(layout: Layout, ranks: Ranks) -> TorchLearner:
-    settings = SETTINGS.model_copy(update={"activation_checkpointing": layout.activation_checkpointing})
+    chosen = {"activation_checkpointing": layout.activation_checkpointing, "dtype": layout.dtype}
+    settings = SETTINGS.model_copy(update=chosen)
     return build_learner(config(layout.tied), settings, ranks, fsdp=layout.fsdp, seed=3)
 
 
