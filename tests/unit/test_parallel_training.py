@@ -82,14 +82,15 @@ def test_parallel_settings_of_pretraining_say_the_block_once() -> None:
         Layout(2, pipeline_parallel=2, tied=True, micro_batches=4, activation_checkpointing=True),
         Layout(4, pipeline_parallel=2, micro_batches=2, tied=True),
         Layout(4, pipeline_parallel=2, tensor_parallel=2, micro_batches=4, fsdp=False),
+        Layout(8, pipeline_parallel=4, tied=True, micro_batches=2, layers=5),
         Layout(4, shard_over=2, tied=True),
         Layout(8, tensor_parallel=2, shard_over=2, micro_batches=2),
         Layout(8, pipeline_parallel=2, tensor_parallel=2, micro_batches=2, activation_checkpointing=True),
     ],
-    ids=["pp2", "pp2-tied", "dp2-pp2", "pp2-tp2", "hsdp4", "hsdp4-tp2", "dp2-pp2-tp2"],
+    ids=["pp2", "pp2-tied", "dp2-pp2", "pp2-tp2", "dp2-pp4", "hsdp4", "hsdp4-tp2", "dp2-pp2-tp2"],
 )
 def test_parallel_training_is_that_of_one_process(layout: Layout, tmp_path: Path) -> None:
-    expected = train(build(Layout(1, tied=layout.tied), Ranks()))
+    expected = train(build(Layout(1, tied=layout.tied, layers=layout.layers), Ranks()))
     assert_same_run(on_ranks(train_layout, layout, tmp_path), expected)
 
 

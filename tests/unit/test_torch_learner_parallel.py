@@ -40,19 +40,20 @@ class Layout:
     tied: bool = False
     activation_checkpointing: bool = False
     dtype: str = "float32"
+    layers: int = 2
     micro_batches: int = 1
 
 
-def config(tied: bool) -> LlamaConfig:
+def config(tied: bool, layers: int = 2) -> LlamaConfig:
     return LlamaConfig(
-        dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48, vocab_size=40, context=TOKENS, tied=tied
+        dim=32, layers=layers, heads=4, kv_heads=2, ffn_dim=48, vocab_size=40, context=TOKENS, tied=tied
     )  # fmt: skip
 
 
 def build(layout: Layout, ranks: Ranks) -> TorchLearner:
     chosen = {"activation_checkpointing": layout.activation_checkpointing, "dtype": layout.dtype}
     settings = SETTINGS.model_copy(update=chosen)
-    return build_learner(config(layout.tied), settings, ranks, fsdp=layout.fsdp, seed=3)
+    return build_learner(config(layout.tied, layout.layers), settings, ranks, fsdp=layout.fsdp, seed=3)
 
 
 def take_step(learner: TorchLearner, step: int, micro_batches: int, poison: bool = False) -> dict[str, Any]:
