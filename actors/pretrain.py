@@ -25,6 +25,7 @@ from engines.process_groups import host_store
 from engines.torch_learner import LlamaConfig
 from infra.errors import CheckpointError
 from infra.faults import VARIABLE
+from infra.storage import write_text
 
 METRICS, JOURNAL, JOB = "metrics.jsonl", "group.json", "job.json"
 
@@ -177,9 +178,7 @@ class MetricsFile:
         self._file.close()
 
     def _rewrite(self) -> None:
-        draft = self.path.with_suffix(".partial")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        draft.replace(self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = self.path.open("a")
 
 
@@ -206,8 +205,6 @@ def _claim(job: PretrainJob) -> None:
     text = json.dumps(identity, sort_keys=True, default=str, indent=1)
     file = job.state / JOB
     if not file.exists():
-        draft = file.with_suffix(".partial")
-        draft.write_text(text)
-        draft.replace(file)
+        write_text(file, text)
     elif file.read_text() != text:
         raise CheckpointError(f"state {job.state} belongs to a pretraining with other settings (see {file})")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.stopwatch import MEMORY_BYTES
+from infra.processes import process_start
 
 SUFFIX = ".beacon"
 MAGIC = b"RECUABC1"
@@ -49,7 +50,7 @@ class Record:
     """What a rank last wrote. `start` and `step`: committed steps, at the start of its generation and
     now; `ticks`: how far it is within its generation.
 
-    `started` (see `process_start`) tells the process from a later one under the same number; `thread` is the kernel's
+    `started` (see infra.processes) tells the process from a later one under the same number; `thread` is the kernel's
     number of the one that trains.
     Example: Record(4711, 8812345, 4730, "joined", 3, 1, 4, 90, 120, "collective", 9311, 5000.2).
     """
@@ -81,7 +82,7 @@ class BeaconWriter:
         with draft.open("wb+") as file:
             file.truncate(FILE_BYTES)
             self._memory = mmap.mmap(file.fileno(), FILE_BYTES)
-        self.record = Record(os.getpid(), process_start(os.getpid()) or 0, entered_at=time.monotonic())
+        self.record = Record(os.getpid(), int(process_start(os.getpid()) or 0), entered_at=time.monotonic())
         self._lock = threading.Lock()
         self._written = self._pulse = 0
         self._memory[:PULSE_AT] = MAGIC
@@ -194,12 +195,3 @@ class BeaconReader:
             return None
         row: dict[str, Any] = json.loads(text)
         return row
-
-
-def process_start(pid: int) -> int | None:
-    """When a living process began, in clock ticks since boot; None where it is dead or a zombie."""
-    try:
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if words[0] in "ZX" else int(words[19])

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.beacons import SUFFIX, BeaconReader, Record, process_start
+from cluster.beacons import SUFFIX, BeaconReader, Record
 from cluster.goodput_records import NodeAccount, RankAccount
 from cluster.stopwatch import read_account
 from infra.notices import Notice
+from infra.processes import process_start, process_state
 
 SHARD = re.compile(r"generation-(\d{5})\.step-(\d{10})\.rank-(\d{5})-of-(\d{5})\.shard")
 """Names of engines.snapshots, which this layer does not import; a test holds the two together."""
@@ -74,7 +75,7 @@ class _Watched:
         self.path, self.reader = path, BeaconReader(path)
         self.record = self.reader.read()
         self.pid = self.record.pid
-        self.died_at = None if process_start(self.pid) == self.record.started else now
+        self.died_at = None if process_start(self.pid) == str(self.record.started) else now
         self.pidfd: int | None = None
         if self.died_at is None:
             try:
@@ -276,7 +277,7 @@ def _look(one: _Watched, now: float, ran_s: float, asks_kernel: bool) -> tuple[b
     one.pulse = pulse
     stood = _stands(one, now)
     if asks_kernel:
-        if _state(one.pid) not in "Tt":
+        if process_state(one.pid) not in "Tt":
             one.stopped_since = None
         elif one.stopped_since is None:
             one.stopped_since = now
@@ -311,10 +312,3 @@ def _account(one: _Watched) -> RankAccount:
     ledger = read_account(one.reader.account, until, died=died)
     ended = clock - (now - until)
     return RankAccount(one.reader.name, ended - ledger.lived_s, ended, ledger, one.died_at is not None)
-
-
-def _state(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return "X"

@@ -21,6 +21,7 @@ from cluster.faults import name_fault
 from cluster.worker import Seat, Worker, WorkerInfo
 from infra.bundles import show_bundle, unplaceable
 from infra.errors import ResourceError, StepTimeout, SystemFault
+from infra.processes import process_start
 
 log = logging.getLogger(__name__)
 
@@ -290,16 +291,8 @@ def _amounts(available: Mapping[str, float], wanted: Mapping[str, float]) -> str
 def _await_exit(pid: int, deadline: float) -> None:
     """Wait until a process of this node is gone; one that outlives Ray's kill (stopped, stuck) gets SIGKILL."""
     while time.monotonic() < deadline:
-        if not _alive(pid):
+        if process_start(pid) is None:
             return
         time.sleep(0.005)
     log.warning("worker process %d outlived its kill, sending SIGKILL", pid)
     os.kill(pid, signal.SIGKILL)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False

@@ -20,15 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from infra.errors import StoreError, UserError
+from infra.processes import process_start, this_machine
 from infra.storage import TEMPORARY_PREFIX, Store
 from workflows.journal import (
     Journal,
     driver_is_gone,
     lease_key,
-    process_start,
     read_journal,
     removed_key,
-    this_machine,
 )
 from workflows.marks import Marks, read_marks, write_marks
 from workflows.survey import Reference, StoredRun, Survey, survey

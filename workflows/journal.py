@@ -23,10 +23,10 @@ import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from infra.errors import FencedError, RunBusy, StoreError, UserError
+from infra.processes import process_start, this_machine
 from infra.storage import Store
 
 FORMAT = 1
@@ -113,21 +113,6 @@ def _replay(state: JournalState, store: Store, run_id: str, keys: list[str], blo
             state.apply(number, tree["records"])
         except (ValueError, KeyError, TypeError):
             raise StoreError(f"--store {store.url}: {key} is damaged") from None
-
-
-def this_machine() -> str:
-    """Names the kernel and the process-id space: where two are equal, a process id means the same process."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
-
-
-def process_start(pid: int) -> str | None:
-    """When a process of this machine started, in kernel ticks; None where it is gone (or a zombie)."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in ("Z", "X") else fields[19]
 
 
 def driver_is_gone(lease: Record) -> bool:

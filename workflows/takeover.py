@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from workflows.journal import this_machine
+from infra.processes import this_machine
 
 Record = dict[str, Any]
 Everywhere = Callable[[Callable[[list[Record]], list[int]], list[Record], Callable[[list[int]], None]], None]

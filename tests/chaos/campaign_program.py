@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from infra.errors import RecuaError
+from infra.processes import process_start
 from workflows import session
 from workflows.config import RunSettings
 from workflows.events import Event
 from workflows.graph import Artifact, context, step, workflow
-from workflows.journal import process_start
 from workflows.waits import approval, event
 
 

@@ -334,6 +334,6 @@ class Run:
 
 def alive(line: dict[str, Any]) -> bool:
     """Whether the process of a mark still lives: its id may have gone to another."""
-    from workflows.journal import process_start
+    from infra.processes import process_start
 
     return process_start(line["pid"]) == line["start"]

@@ -14,9 +14,9 @@ from typing import Any
 import keeping_program as program
 import pytest
 
+from infra.processes import process_start
 from workflows import session
 from workflows.config import RunSettings
-from workflows.journal import process_start
 from workflows.reaper import LOCAL_RAY, marked
 
 Start = Callable[..., subprocess.Popen[str]]

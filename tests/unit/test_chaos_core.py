@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from infra.errors import FencedError, StoreError
+from infra.processes import process_start, this_machine
 from infra.storage import FolderStore
 from workflows import journal, session
 from workflows.channel import Listener, Sender
@@ -131,7 +132,7 @@ time.sleep(600)
         assert worker.stdout.readline() == "again\n"
         worker.kill()
     wait_for(lambda: not scratch.exists(), "the scratch folder was left")
-    wait_for(lambda: journal.process_start(child) is None, "the child was left")
+    wait_for(lambda: process_start(child) is None, "the child was left")
 
 
 def reapers(worker: int) -> list[int]:
@@ -144,7 +145,7 @@ def reapers(worker: int) -> list[int]:
             continue
         if len(command) > 3 and command[-3] == str(worker).encode() and any(b"reaper.py" in part for part in command):
             found.append(int(folder.name))
-    return [pid for pid in found if journal.process_start(pid) is not None]
+    return [pid for pid in found if process_start(pid) is not None]
 
 
 def test_a_lost_log_leaves_the_bodys_end_as_it_was(s3_url: str, tmp_path: Path) -> None:
@@ -188,8 +189,8 @@ def test_only_stopped_drivers_of_this_machine_are_killed_and_other_machines_are_
     with subprocess.Popen(["sleep", "600"]) as stopped, subprocess.Popen(["sleep", "600"]) as busy:
         os.kill(stopped.pid, signal.SIGSTOP)
         wait_for(lambda: psutil.Process(stopped.pid).status() == psutil.STATUS_STOPPED, "it does not stop")
-        pids = {process.pid: journal.process_start(process.pid) for process in (stopped, busy)}
-        here = [{"machine": journal.this_machine(), "pid": pid, "process_start": start} for pid, start in pids.items()]
+        pids = {process.pid: process_start(process.pid) for process in (stopped, busy)}
+        here = [{"machine": this_machine(), "pid": pid, "process_start": start} for pid, start in pids.items()]
         reborn = {**here[0], "process_start": "1"}
         asked: list[Any] = []
         killed: list[int] = []

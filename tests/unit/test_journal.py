@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import FencedError, StoreError, UserError
+from infra.processes import process_start, this_machine
 from infra.storage import FolderStore
 from workflows.journal import (
     GroupCommit,
@@ -18,10 +19,8 @@ from workflows.journal import (
     cancel_key,
     driver_is_gone,
     lease_key,
-    process_start,
     read_journal,
     slot_key,
-    this_machine,
 )
 
 

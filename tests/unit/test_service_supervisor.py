@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from infra.errors import UserError
+from infra.processes import process_start
 from infra.storage import open_store
-from workflows.journal import Journal, lease_key, process_start, read_journal
+from workflows.journal import Journal, lease_key, read_journal
 from workflows.runs import load_run
 from workflows.service import driver, packages, records, supervisor
 from workflows.service.driver import CLUSTER_GONE, Watch

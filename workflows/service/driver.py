@@ -23,11 +23,11 @@ from urllib.parse import urlsplit
 
 from infra.config import override_tree, parse_tree
 from infra.errors import RecuaError, RunBusy, StoreError, UserError
+from infra.processes import process_start
 from infra.storage import open_store, write_text
 from workflows import launch, session
 from workflows.cli import guarded
 from workflows.config import RunSettings
-from workflows.journal import process_start
 from workflows.launch import Launch
 from workflows.progress import PlainDisplay
 from workflows.service.processes import Process

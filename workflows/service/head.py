@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import SystemFault
-from workflows.journal import process_start
+from infra.processes import process_start
 from workflows.service.places import home, write_secret
 
 MARK = "RECUA_HEAD"

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from infra.processes import process_start
 from infra.storage import Store, write_text
-from workflows.journal import process_start
 from workflows.service.packages import package_key, unpack
 
 Record = dict[str, Any]

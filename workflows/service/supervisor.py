@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.errors import RecuaError, RunBusy, StoreError, UserError
+from infra.processes import this_machine
 from infra.storage import Store
 from infra.telemetry import redact
-from workflows.journal import Journal, JournalState, driver_is_gone, lease_key, read_journal, this_machine
+from workflows.journal import Journal, JournalState, driver_is_gone, lease_key, read_journal
 from workflows.runs import run_status
 from workflows.service import packages, processes, records
 from workflows.service.logs import DriverLog

@@ -1,0 +1,32 @@
+"""Processes of this machine, as the kernel shows them under /proc: a number alone may belong to a later process."""
+
+import os
+from pathlib import Path
+
+GONE = "ZX"
+"""States of a process that has ended: a zombie still has its number."""
+
+
+def this_machine() -> str:
+    """Names the kernel and the process-id space: where two are equal, a process id means the same process."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def process_start(pid: int) -> str | None:
+    """When a process began, in kernel ticks since boot; None where it is gone (or a zombie)."""
+    words = _stat(pid)
+    return None if words[0] in GONE else words[19]
+
+
+def process_state(pid: int) -> str:
+    """The kernel's letter: R runs, S sleeps, T is stopped, t is traced, Z is a zombie; X where there is none."""
+    return _stat(pid)[0]
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third on (the second, a name, may hold spaces and brackets)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return ["X"]
