@@ -11,7 +11,7 @@ ARGS        ?=
 SUDO        := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test page-test graph-chaos bench-graph lint clean
+.PHONY: help venv demo test page-test chaos graph-chaos bench-graph lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -31,6 +31,9 @@ test: lint ## lint, types, import rules, then every test; the last line is pytes
 	@$(VENV)/bin/lint-imports
 	@echo "==> tests: $(TESTS)"
 	@$(PY) -m pytest $(TESTS) $(ARGS)
+
+chaos: $(VENV)/.installed ## random faults on elastic pretraining over four raylets; ARGS="--faults 300" or "--for 10m"; SEED=n replays
+	@$(PY) -m tests.chaos.elastic_campaign $(ARGS)
 
 graph-chaos: $(VENV)/.installed ## random faults on a 50-step graph, RUNS=20 of them; SEED=n replays one run
 	@$(PY) -m tests.chaos.campaign $(if $(RUNS),--runs $(RUNS)) $(ARGS)

@@ -82,6 +82,8 @@ class PretrainSettings(Settings):
     """How Ray places the ranks on nodes."""
     save_every: int = Field(default=50, ge=1)
     """Steps between snapshots that also go to storage, in the background: what the loss of all memory can cost."""
+    snapshot_store: str = ""
+    """Folder or s3:// URL that they go to; empty: the run's own state folder."""
     keep_states: int = Field(default=2, ge=1)
     """Snapshots that are kept in storage; a damaged newest one falls back to the one before."""
     elastic: ElasticSettings = ElasticSettings()

@@ -25,7 +25,7 @@ from engines.process_groups import host_store
 from engines.torch_learner import LlamaConfig
 from infra.errors import CheckpointError
 from infra.faults import VARIABLE
-from infra.storage import write_text
+from infra.storage import open_store, write_text
 
 METRICS, JOURNAL, JOB = "metrics.jsonl", "group.json", "job.json"
 
@@ -66,7 +66,8 @@ def pretrain(
     Args:
         tokens_dir: shards written by `data.tokenized`.
         tokenizer_dir: copied into `out`.
-        state: on a file system that all workers see; holds flushed snapshots, the group's journal and metrics.jsonl.
+        state: on a file system that all workers see; holds the group's journal, metrics.jsonl and, unless
+            `settings.snapshot_store` says otherwise, flushed snapshots.
         on_metrics: called once per step, in order, also for the steps of earlier calls: {"step", "steps", "loss", "lr",
             "grad_norm", "tokens", "tokens_per_s", "committed", "time"}. Steps that a rollback undid come again.
         seed: of initialisation and data order.
@@ -99,9 +100,11 @@ def pretrain(
     def hear(event: dict[str, Any]) -> None:
         if event["event"] == "started":
             formed.append(event)
+        elif event["event"] == "rolled-back":
+            metrics.undo(event["to_step"])
         on_event(event)
 
-    _lead(job, Listener(on_row, hear), len(metrics.rows), accounts)
+    _lead(job, Listener(on_row, hear), metrics.rows, accounts)
     metrics.close()
     rows, again = metrics.rows, formed[1:]
     tokens, lost = sum(row["tokens"] for row in rows), sum(event.get("lost_steps", 0) for event in again)
@@ -109,7 +112,9 @@ def pretrain(
     return PretrainResult(len(rows), tokens, rows[-1]["loss"], len(again), lost, round(longest, 3))
 
 
-def _lead(job: PretrainJob, listener: Listener, first_row: int, accounts: tuple[str, str, str] | None) -> None:
+def _lead(
+    job: PretrainJob, listener: Listener, rows: list[dict[str, Any]], accounts: tuple[str, str, str] | None
+) -> None:
     settings, elastic = job.settings, job.settings.group()
     journal = GroupJournal(job.state / JOURNAL, "pretrain")
     group = journal.history.group
@@ -125,10 +130,10 @@ def _lead(job: PretrainJob, listener: Listener, first_row: int, accounts: tuple[
     )
     fleet = Fleet(group, kind, PretrainAgent, accounts=accounts, notices=elastic.notices)
     replicated = settings.sharding == "replicate" and settings.block == 1
-    task = PretrainTask(group, job.state, store, elastic, replicated)
+    task = PretrainTask(group, open_store(job.snapshot_store), store, elastic, replicated)
     exporter = Exporter("" if accounts is None else accounts[1], group)
     with metered(listener, exporter, elastic.max_workers + elastic.spares) as heard:
-        GroupController(fleet, task, elastic, journal, heard, first_row).run()
+        GroupController(fleet, task, elastic, journal, heard, tuple(rows)).run()
     del served  # until here it was where ranks met
 
 
@@ -165,13 +170,17 @@ class MetricsFile:
         self._rewrite()
 
     def write(self, row: dict[str, Any]) -> None:
-        if row["step"] < len(self.rows):
-            del self.rows[row["step"] :]
-            self._file.close()
-            self._rewrite()
+        self.undo(row["step"])
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+
+    def undo(self, step: int) -> None:
+        """Take back what was written of this step and later ones."""
+        if step < len(self.rows):
+            del self.rows[step:]
+            self._file.close()
+            self._rewrite()
 
     def close(self) -> None:
         os.fsync(self._file.fileno())
@@ -200,6 +209,7 @@ def _claim(job: PretrainJob) -> None:
     """The state folder belongs to one job: what decides the numbers may not change under it."""
     irrelevant = {"workers", "sharding", "tensor_parallel", "compile", "num_cpus", "num_gpus", "threads", "placement"}
     irrelevant |= {"pipeline_parallel", "shard_over", "save_every", "keep_states", "micro_batch_size", "elastic"}
+    irrelevant |= {"snapshot_store"}
     settings = job.settings.model_dump(mode="json", exclude=irrelevant)
     identity = {"model": asdict(job.model), "settings": settings, "seed": job.seed}
     text = json.dumps(identity, sort_keys=True, default=str, indent=1)

@@ -1,9 +1,10 @@
 """What the controller of a pretraining must know of it: where ranks meet, what they load, who keeps replicas."""
 
+import logging
 import secrets
 import threading
 from collections.abc import Mapping
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -16,6 +17,10 @@ from cluster.group_journal import GroupHistory
 from cluster.node_agent import AgentPlace, NodeAgent
 from cluster.policies.snapshot import place_replicas
 from engines.process_groups import StoreAddress
+from infra.errors import StoreError
+from infra.storage import Store
+
+log = logging.getLogger(__name__)
 
 ANSWER_S = 30.0
 
@@ -45,17 +50,21 @@ class PretrainTask:
     """See cluster.controller.Task.
 
     Args:
-        state: the folder that snapshots are flushed to.
+        snapshots: the store that snapshots are flushed to.
         store: where the ranks meet.
         replicated: every rank holds the whole state.
     """
 
     def __init__(
-        self, group: str, state: Path, store: StoreAddress, settings: ElasticSettings, replicated: bool
+        self, group: str, snapshots: Store, store: StoreAddress, settings: ElasticSettings, replicated: bool
     ) -> None:
-        self.group, self.state, self.store, self.settings = group, state, store, settings
+        self.group, self.store, self.settings = group, store, settings
         self.replicated = replicated
-        self._places: dict[str, ReplicaPlace] = {}
+        self._snapshots = snapshots
+        self._looking: Future[set[tuple[int, int]]] | None = None
+        self._looker = ThreadPoolExecutor(1, thread_name_prefix="stored")
+        self._stored: set[tuple[int, int]] | None = None
+        self._places: dict[str, tuple[Any, ReplicaPlace]] = {}  # by node; an agent that was replaced serves elsewhere
 
     def orders(self, join: Join, fleet: Fleet, history: GroupHistory, high_step: int) -> Mapping[str, Order]:
         ranks = join.ranks()
@@ -81,11 +90,28 @@ class PretrainTask:
         return orders
 
     def stored(self) -> set[tuple[int, int]]:
+        """What the store is known to have. The first call asks it; later ones tell what the one before began to ask:
+        whoever leads a group does not wait for a slow store.
+
+        Raises:
+            StoreError: the first call got no answer.
+        """
+        if self._stored is None:
+            self._stored = self._look()
+        elif self._looking is None or self._looking.done():
+            if self._looking is not None:
+                try:
+                    self._stored = self._looking.result()
+                except StoreError as error:
+                    log.warning("%s; what it has is asked again", error)
+            self._looking = self._looker.submit(self._look)
+        return self._stored
+
+    def _look(self) -> set[tuple[int, int]]:
         """Names of manifests: generation and step, see engines.snapshots.flush."""
         found = set()
-        folder = self.state / "snapshots" / self.group / "manifests"
-        for path in folder.iterdir() if folder.is_dir() else ():
-            generation, _, step = path.name.partition("-")
+        for key in self._snapshots.list(f"snapshots/{self.group}/manifests"):
+            generation, _, step = key.rpartition("/")[2].partition("-")
             if generation.isdigit() and step.isdigit():
                 found.add((int(generation), int(step)))
         return found
@@ -95,10 +121,12 @@ class PretrainTask:
         living = nodes & fleet.agents.keys()
         if len(living) < 2:
             return {}
-        asked = {node: fleet.agents[node].replica_server.remote() for node in living if node not in self._places}
+        known = {node: found for node, found in self._places.items() if found[0] is fleet.agents.get(node)}
+        asked = {node: fleet.agents[node].replica_server.remote() for node in living - known.keys()}
         for node, reference in asked.items():
             try:
-                self._places[node] = ray.get(reference, timeout=ANSWER_S)
+                known[node] = fleet.agents[node], ray.get(reference, timeout=ANSWER_S)
             except ray.exceptions.RayError:
                 continue  # it is lost, which will be heard; a rank without replicas trains on
-        return {node: self._places[node] for node in living if node in self._places}
+        self._places = known
+        return {node: place for node, (_, place) in known.items() if node in living}

@@ -2,18 +2,17 @@
 
 Who waits for whom: the training thread waits for the controller's word (`join`), and then for its peers in collectives.
 The actor's methods only leave words and return at once, except `abort`, which wakes the training thread wherever it
-waits. What comes of it all is in the beacon, for whoever leads the group then.
-
-Fault points (see `infra.faults`), hit once per process: `pretrain.generation-G.rank-R.join` (before the groups are
-formed), `.step` (before a step's computation, while the others enter it), `.finish` (before the model is saved).
+waits. What comes of it all is in the beacon, for whoever leads the group then. Where tests break it is said in
+`actors.pretrain_points`.
 """
 
+import json
 import os
 import queue
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,24 +25,27 @@ import torch
 import torch.nn.functional as F
 
 from actors.config import PretrainSettings
+from actors.pretrain_points import FaultPoints
 from cluster.beacons import SUFFIX, BeaconWriter
 from cluster.fleet import node_root
 from cluster.stopwatch import Stopwatch
 from data.config import BatchSettings
 from data.loader import DataLoader
+from data.mixture import SampleIds
 from data.tokenized import TokenWindows, document_segments
 from engines.base import Batch, LossFn
 from engines.config import SnapshotSettings
 from engines.elastic import ElasticLearner, Recipe
 from engines.process_groups import Rendezvous, StoreAddress
 from engines.ranks import Ranks
-from engines.snapshots import Peer, Source, StoreSource
+from engines.snapshots import Peer, StoreSource
 from engines.torch_learner import LlamaConfig, TorchLearner
 from infra.errors import NodeLost, RecuaError, StepError
-from infra.faults import FaultSchedule
 from infra.storage import open_store
 
 NO_TARGET = -100
+REFUSED = "refused.jsonl"
+"""In the state folder: which copies of snapshots were not taken, and why."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class PretrainJob:
     state: Path
     seed: int
     faults: str = ""
+
+    @property
+    def snapshot_store(self) -> str:
+        """URL of the store that snapshots are flushed to."""
+        return self.settings.snapshot_store or str(self.state)
 
 
 @dataclass(frozen=True)
@@ -104,19 +111,21 @@ class PretrainRank:
         self.beacon = BeaconWriter(self.shared / f"recua-{group}" / "beacons" / f"{name}{SUFFIX}")
         self.watch = Stopwatch(born=born, memory=self.beacon.account)
         self.watch.enter("init")
-        self.faults = FaultSchedule.parse(job.faults)
+        self.points = FaultPoints(job.faults, job.state / "faults")
         self._store = store
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._stop_generation = -1
         self._failure: Exception | None = None
         torch.set_num_threads(settings.threads)
+        self._snapshot_store = open_store(job.snapshot_store)
         self.elastic = ElasticLearner(
             _recipe(job),
             group,
             Rendezvous(store),
             device=torch.device("cuda", 0) if settings.num_gpus > 0 else torch.device("cpu"),
             shared=self.shared,
-            store=open_store(job.state),
+            store=self._snapshot_store,
+            reach=self.points.reach,
         )
         threading.Thread(target=self._live, name="training", daemon=True).start()
 
@@ -182,11 +191,10 @@ class PretrainRank:
 
     def _train(self, order: Order) -> str:
         """(collective) Returns how the generation ended here: "finished" or "boundary"."""
-        place = f"pretrain.generation-{order.generation}.rank-{order.rank}"
         seat = {"generation": order.generation, "rank": order.rank, "world_size": order.world_size}
         self.beacon.set(state="joining", phase="wait", ticks=0, **seat)
         self.watch.enter("re_forming")
-        self.faults.reach(f"{place}.join")
+        self.points.reach("join", order.rank, order.generation)
         learner = self._join(order)
         loader = BatchLoader(self.job, learner.ranks, order.skipped)
         if learner.last_step:
@@ -197,41 +205,51 @@ class PretrainRank:
             step, started = learner.step, time.perf_counter()
             self.beacon.enter("data")
             self.watch.enter("data_wait")
+            self.points.reach("data", order.rank, step)
             micro_batches, tokens = loader.micro_batches(step)
-            self.faults.reach(f"{place}.step")
+            self.points.count_step(order.rank, order.generation)
             self.beacon.enter("collective")
             learner.ranks.stop_asked = self._stop_generation >= order.generation
             with self._computing(step < order.high_step):
-                self.elastic.train_step(micro_batches, next_token_loss(tokens))
+                ask = next_token_loss(tokens, self.beacon.tick)
+                self.elastic.train_step(micro_batches, self.points.in_loss(ask, order.rank, step, loader.window(step)))
             rate = round(tokens / (time.perf_counter() - started), 1)
             self._say(learner, order, tokens, tokens_per_s=rate)
             self.beacon.set(step=learner.step, phase="wait")
             if learner.ranks.stop_agreed and learner.step < steps:
                 self.elastic.take_last()
                 return "boundary"
-        self._finish(learner, place)
+        self._finish(learner, order)
         return "finished"
 
     def _join(self, order: Order) -> TorchLearner:
         if order.store != self._store:
             self._store, self.elastic.rendezvous = order.store, Rendezvous(order.store)
-        sources: list[Source] = [Peer(p.host, p.port, p.token, self.group) for p in order.sources]
-        sources.append(StoreSource(open_store(self.job.state), self.group, self.shared / "fetched"))
-        self.elastic.join(
+        joined = self.elastic.join(
             order.generation,
             order.rank,
             order.world_size,
-            sources=sources,
+            sources=[Peer(p.host, p.port, p.token, self.group) for p in order.sources],
+            stores=[StoreSource(self._snapshot_store, self.group, self.shared / "fetched")],
             holders=[Peer(p.host, p.port, p.token, self.group) for p in order.holders],
             at_most=order.at_most,
             fresh=order.at_most is None,
         )
+        if joined.refused:
+            self._note_refused(order, joined.refused)
         learner = self.elastic.learner
         assert learner is not None
+        learner.ranks.on_vote = self.beacon.tick
         if not self.job.settings.compile:
             for block in learner.module.layers.values():  # type: ignore[union-attr,operator]
                 block.register_forward_pre_hook(lambda *_: self.beacon.tick())
         return learner
+
+    def _note_refused(self, order: Order, refused: Sequence[str]) -> None:
+        """Copies of shards that were damaged, or could not be reached."""
+        note = {"generation": order.generation, "rank": order.rank, "refused": refused, "time": round(time.time(), 3)}
+        with (self.job.state / REFUSED).open("a") as file:
+            file.write(json.dumps(note) + "\n")
 
     @contextmanager
     def _computing(self, again: bool) -> Iterator[None]:
@@ -249,12 +267,19 @@ class PretrainRank:
         row = {"step": step, "steps": self.job.settings.steps, **learner.last_step, "tokens": tokens, **more}
         self.beacon.say(step, {**row, "time": round(time.time(), 4), "generation": order.generation})
 
-    def _finish(self, learner: TorchLearner, place: str) -> None:
+    def _finish(self, learner: TorchLearner, order: Order) -> None:
         """(collective) The last state into storage, the model into its folder."""
         self.beacon.enter("save")
         self.watch.enter("checkpoint_stall")
-        self.faults.reach(f"{place}.finish")
-        self.elastic.flush_last()
+        self.points.reach("finish", order.rank, order.generation)
+        deadline = time.monotonic() + self.job.settings.elastic.flush_timeout_s
+
+        def moving() -> None:  # for whoever looks for hangs
+            if time.monotonic() < deadline:
+                self.beacon.tick()
+
+        self.elastic.flush_last(moving)
+        self.beacon.tick()
         assert self.elastic.groups is not None
         with self.elastic.groups.naming_lost_peers():
             learner.save_hf(self.job.out)
@@ -299,27 +324,36 @@ class BatchLoader:
         """Target tokens in the global batch of a step."""
         return self._loader.ids.batch_size(step) * self._settings.sequence_length
 
+    def window(self, step: int) -> int:
+        """Of the data order, that a step takes."""
+        return self._loader.ids.window(step)
+
     def micro_batches(self, step: int) -> tuple[list[Batch], int]:
         """(micro-batches, target tokens in the whole global batch).
 
         Equally many on every rank; one that got no row holds a row without targets, so that all join equal collectives.
         """
         size, ranks = self._settings.micro_batch_size, self._ranks
-        pieces = self._loader.micro_batches(step, ranks.data_rank, ranks.data_size, size)
+        pieces = self._loader.ids.micro_batches(step, ranks.data_rank, ranks.data_size, size)
         return [self._tensors(piece) for piece in pieces], self.tokens(step)
 
-    def _tensors(self, piece: list[np.ndarray]) -> Batch:
+    def _tensors(self, ids: SampleIds) -> Batch:
+        piece = self._loader.fetch(ids)
         rows = np.stack(piece or [self._windows[0]])  # [B, T + 1]
         inputs, targets = rows[:, :-1], rows[:, 1:] if piece else np.full_like(rows[:, 1:], NO_TARGET)
         arrays = {"input_ids": inputs, "targets": targets}
         if self._settings.within_documents:
             segments, positions = document_segments(inputs, self._windows.index["end_id"])
             arrays |= {"segment_ids": segments, "position_ids": positions}
-        return {name: torch.from_numpy(np.ascontiguousarray(a)).to(self._ranks.device) for name, a in arrays.items()}
+        batch = {name: torch.from_numpy(np.ascontiguousarray(a)).to(self._ranks.device) for name, a in arrays.items()}
+        return {**batch, "samples": torch.tensor(ids.checksum())}
 
 
-def next_token_loss(tokens: int) -> LossFn:
-    """Sum of -log p(target) over this micro-batch / target tokens of the global batch, in nats per token."""
+def next_token_loss(tokens: int, tick: Callable[[], None] | None = None) -> LossFn:
+    """Sum of -log p(target) over this micro-batch / target tokens of the global batch, in nats per token.
+
+    `tick` is called where backward begins. The metric "samples" adds up the checksums of the samples' ids.
+    """
 
     def loss_fn(module: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
         logits = module(batch["input_ids"], batch.get("position_ids"), batch.get("segment_ids"))  # [B, T, V]
@@ -327,6 +361,9 @@ def next_token_loss(tokens: int) -> LossFn:
             logits.float().flatten(0, 1), batch["targets"].flatten(), ignore_index=NO_TARGET, reduction="sum"
         )
         loss = losses / tokens
-        return loss, {"loss": float(loss.detach())}
+        if tick is not None and loss.requires_grad:
+            loss.register_hook(lambda gradient: tick())
+        samples = {"samples": float(batch["samples"])} if "samples" in batch else {}
+        return loss, {"loss": float(loss.detach()), **samples}
 
     return loss_fn

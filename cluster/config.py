@@ -45,6 +45,8 @@ class ElasticSettings(Settings):
     """A process whose beacon pulse stands still for this long is stopped or locked."""
     hang_factor: float = Field(default=5, gt=1)
     """No progress for this many of the run's own median step times is a hang."""
+    flush_timeout_s: float = Field(default=1800, gt=0)
+    """How long the last snapshot's way to storage may take before its rank counts as hung."""
     hang_floor_s: float = Field(default=5, gt=0)
     """Never call a hang sooner than this, however short the steps."""
     first_step_grace_s: float = Field(default=120, gt=0)

@@ -30,7 +30,7 @@ from cluster.goodput_watch import GroupWatch
 from cluster.group_journal import GroupJournal
 from cluster.node_watch import Beat, Shard, Sight
 from cluster.policies.hang import Beacon
-from cluster.policies.rollback import SavedState, judge_step, leave_out
+from cluster.policies.rollback import SavedState, judge_step, judged_loss, leave_out
 from cluster.ray_drain import draining_nodes
 from infra.errors import NodeLost, RecuaError, StepError, StoreError
 from infra.notices import Notice, in_words
@@ -83,7 +83,7 @@ class GroupController:
     """Leads one group from its start, or from where an earlier controller left it, to its end.
 
     Args:
-        first_row: the step whose outcome is wanted first.
+        rows: the outcomes that are known from earlier; that of the next step is wanted first.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class GroupController:
         settings: ElasticSettings,
         journal: GroupJournal,
         listener: Listener,
-        first_row: int = 0,
+        rows: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.fleet, self.task, self.settings, self.journal, self.listener = fleet, task, settings, journal, listener
         history = journal.history
@@ -107,8 +107,8 @@ class GroupController:
         journal.note(controllers=number + 1)
         self.board = BeatBoard(settings)
         self.watch = GroupWatch("group" if fleet.accounts is None else fleet.accounts[2], self.core, time.time())
-        self.next_row, self.row_floor = first_row, 0
-        self._losses: list[float] = []
+        self.next_row, self.row_floor = len(rows), 0
+        self._losses = [judged_loss(row) for row in rows[-4 * settings.spike_window :]]
         self._last_row: dict[str, Any] | None = None
         self._sights: dict[str, Sight] = {}
         self._shards: dict[str, tuple[Shard, ...]] = {}
@@ -297,13 +297,13 @@ class GroupController:
                 ready[name] = self.fleet.node_of[name]
             elif state == "failed" and name in core.roster.node_of:
                 self._left(name, sight, now, ERROR_GRACE_S)
+            elif core.phase == "aborting" and name in core.roster.joined and state in OUT:
+                out.append(name)  # of an older generation too, where a controller died between two
             elif mine and name in core.roster.joined:
                 if state in ("joined", "finished"):
                     joined.append((name, sight.record.start))
                 if state == "boundary" and core.phase == "stopping":
                     boundary[sight.record.step].append(name)
-                elif state in OUT and core.phase == "aborting":
-                    out.append(name)
                 elif state == "aborted":
                     self._left(name, sight, now, DEATH_GRACE_S)
                 if state == "finished":
@@ -457,7 +457,7 @@ class GroupController:
         self.next_row += 1
         row.setdefault("tokens_per_s", (self._last_row or {}).get("tokens_per_s", 0.0))
         self._last_row = row
-        self._losses.append(row["loss"] if row["committed"] else math.nan)
+        self._losses.append(judged_loss(row))
         del self._losses[: -4 * self.settings.spike_window]
         self.listener.row(row)
         self._judge_loss(row["step"])
@@ -471,8 +471,9 @@ class GroupController:
         elif action == "roll-back" and verdict.to_step is not None and self.core.phase in ("running", "stopping"):
             window = verdict.skip
             skipped = history.skipped if window is None else leave_out(history.skipped, window)
-            self.journal.note(skipped=skipped, rollbacks=history.rollbacks + 1)
             self._say("rolled-back", step=step, to_step=verdict.to_step, decision=str(verdict.decision))
+            joins = {**history.joins, self.core.generation + 1: verdict.to_step}  # also for whoever leads by then
+            self.journal.note(skipped=skipped, rollbacks=history.rollbacks + 1, joins=joins)
             self.next_row, self.row_floor = verdict.to_step, self.core.generation + 1
             del self._losses[len(self._losses) - (step + 1 - verdict.to_step) :]
             self._tell(m.RollBack(self.core.generation, verdict.to_step, verdict.decision))

@@ -9,7 +9,7 @@ finds shards, is decided elsewhere.
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,12 +24,14 @@ from engines.snapshots import (
     Flusher,
     FolderSource,
     Holder,
+    Reach,
     SnapshotName,
     Snapshots,
     Source,
     Sources,
     forget,
     node_folder,
+    unheard,
 )
 from engines.torch_learner import LlamaConfig, TorchLearner, build
 from infra.errors import CheckpointError, NodeLost
@@ -65,6 +67,7 @@ class Joined:
     load_s: float
 
 
+FLUSH_LOOK_S = 0.5
 TINY = LlamaConfig(dim=8, layers=1, heads=2, kv_heads=1, ffn_dim=8, vocab_size=8, context=8)
 
 
@@ -77,6 +80,8 @@ class ElasticLearner:
         device: of this rank.
         shared: this node's memory file system.
         store: where every `snapshots.flush_every`-th step goes too, in the background.
+        reach: of "load" (its third argument is the generation: the groups are formed, nothing is read), "snapshot" and
+            "flush"; see `engines.snapshots.memory`.
     """
 
     def __init__(
@@ -88,7 +93,9 @@ class ElasticLearner:
         device: torch.device | None = None,
         shared: Path = Path("/dev/shm"),
         store: Store | None = None,
+        reach: Reach = unheard,
     ) -> None:
+        self._reach = reach
         self.recipe, self.run, self.rendezvous = recipe, run, rendezvous
         self.device = device or torch.device("cpu")
         self.folder = node_folder(run, shared)
@@ -121,6 +128,7 @@ class ElasticLearner:
         world_size: int,
         *,
         sources: Sequence[Source] = (),
+        stores: Sequence[Source] = (),
         holders: Sequence[Holder] = (),
         at_most: int | None = None,
         fresh: bool = False,
@@ -128,7 +136,9 @@ class ElasticLearner:
         """(collective) Take a place in a new generation and load the newest snapshot that all its ranks can read.
 
         Args:
-            sources: where shards may be beside this node's memory (peers, then a store).
+            sources: where shards may be beside this node's memory.
+            stores: places that are asked only where memory has neither the state after `at_most` steps nor the one
+                before it: they may be slow, or fail.
             holders: who keeps replicas of this rank's shards from here on.
             at_most: ignore snapshots after this step (roll back).
             fresh: start from the seed's values instead of a snapshot.
@@ -160,16 +170,25 @@ class ElasticLearner:
             )
             self.learner = learner
             build_s = watch.lap()
+            self._reach("load", rank, generation)
             available = Sources([FolderSource(self.folder), *sources])
-            snapshot = None if fresh else self._load(learner, available, at_most)
+            snapshot = None if fresh else self._load(learner, available, stores, at_most)
             load_s = watch.lap()
         keep, every = self.recipe.snapshots.keep, self.recipe.snapshots.every
         self.snapshots = learner.snapshots = Snapshots(
-            self.folder, self.run, generation, rank, world_size, keep=keep, every=every, holders=holders
+            self.folder,
+            self.run,
+            generation,
+            rank,
+            world_size,
+            keep=keep,
+            every=every,
+            holders=holders,
+            reach=self._reach,
         )
         if self._store is not None and self.recipe.snapshots.flush_every:
             flush_keep = self.recipe.snapshots.flush_keep
-            self.flusher = Flusher(self._store, self.run, self.snapshots.reading, keep=flush_keep)
+            self.flusher = Flusher(self._store, self.run, self.snapshots.reading, keep=flush_keep, reach=self._reach)
         learner.take_snapshot()  # under the new mesh and on the new holders, while the next step runs
         self._older_kept = True
         return Joined(learner.step, snapshot, tuple(available.refused), form_s, build_s, load_s)
@@ -226,14 +245,16 @@ class ElasticLearner:
             self.snapshots.settle()
         return self.learner.step
 
-    def flush_last(self) -> None:
-        """The same, and wait until this rank's part is in the store too."""
+    def flush_last(self, waiting: Callable[[], None] = lambda: None) -> None:
+        """The same, and wait until this rank's part is in the store too; `waiting` is called while that takes time."""
         step = self.take_last()
-        if self.flusher is not None:
-            self.flusher.wait()
-            if self.flusher.flushed[-1:] != [step]:
+        if self.flusher is None:
+            return
+        for last in (False, True):
+            if last and self.flusher.flushed[-1:] != [step]:
                 self.flusher.offer(step)
-                self.flusher.wait()
+            while not self.flusher.wait(FLUSH_LOOK_S):
+                waiting()
 
     def _ranks(self) -> Ranks:
         recipe = self.recipe
@@ -247,11 +268,28 @@ class ElasticLearner:
         if sealed % snapshots.flush_every == 0 and sealed % snapshots.every == 0:
             self.flusher.offer(sealed)
 
-    def _load(self, learner: TorchLearner, sources: Sources, at_most: int | None) -> SnapshotName:
+    def _load(
+        self, learner: TorchLearner, sources: Sources, stores: Sequence[Source], at_most: int | None
+    ) -> SnapshotName:
         """(collective) The best snapshot that every rank can read, read by every rank."""
-        seen = [name for name in sources.snapshots() if at_most is None or name.step <= at_most]
-        common = set.intersection(*(set(names) for names in learner.ranks.gather(seen)))  # type: ignore[call-overload]
         problems: list[str] = []
+        if at_most is not None and stores:
+            recent = range(at_most - self.recipe.snapshots.every, at_most + 1)
+            if (snapshot := self._load_one(learner, sources, lambda step: step in recent, problems)) is not None:
+                return snapshot
+        sources.add(stores)
+        found = self._load_one(learner, sources, lambda step: at_most is None or step <= at_most, problems)
+        if found is None:
+            why = "; ".join(problems) or "none is whole"
+            raise CheckpointError(f"run {self.run}: no snapshot to go on from; {why}")
+        return found
+
+    def _load_one(
+        self, learner: TorchLearner, sources: Sources, wanted: Callable[[int], bool], problems: list[str]
+    ) -> SnapshotName | None:
+        """(collective) The same of the steps that are `wanted`; why one was not taken is added to `problems`."""
+        seen = [name for name in sources.snapshots() if wanted(name.step)]
+        common = set.intersection(*(set(names) for names in learner.ranks.gather(seen)))  # type: ignore[call-overload]
         for snapshot in sorted(common, reverse=True):
             problem = None
             try:
@@ -262,7 +300,7 @@ class ElasticLearner:
             if not found:
                 return snapshot
             problems += found
-        raise CheckpointError(f"run {self.run}: no snapshot to go on from; {'; '.join(problems) or 'none is whole'}")
+        return None
 
 
 class _Watch:

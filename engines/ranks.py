@@ -1,7 +1,7 @@
 """The ranks that train one torch-native model together, and what they decide together."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,8 @@ class Ranks:
         """Some rank had asked before the last vote: all stop after that step."""
         self.totals: dict[str, float] = {}
         """What the last vote added up over the replicas."""
+        self.on_vote: Callable[[], None] = lambda: None
+        """Called before every vote: from there on this rank waits for the others."""
 
     @classmethod
     def over_all(
@@ -74,6 +76,7 @@ class Ranks:
         The same exchange adds up `metrics` over the replicas (`totals`; every rank passes the same names) and settles
         whether to stop after this step (`stop_agreed`): who has voted knows all that there is to know of the step.
         """
+        self.on_vote()
         finite = math.isfinite(grad_norm)
         values = dict(metrics or {})
         if self.mesh is None:

@@ -5,9 +5,10 @@ rollback to step s that drops the batches of steps s to b - 1 adds their window 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from cluster.config import ElasticSettings
 from cluster.decision import Decision, key
@@ -53,6 +54,11 @@ def spike_score(losses: Sequence[float], window: int) -> float:
     middle = median(past)
     deviation = MAD_TO_SIGMA * median(abs(loss - middle) for loss in past)
     return (losses[-1] - middle) / max(deviation, 1e-3 * abs(middle), 1e-12)
+
+
+def judged_loss(row: Mapping[str, Any]) -> float:
+    """Of a step's outcome: NaN where the update was not applied, because the gradient was not finite."""
+    return float(row["loss"]) if row["committed"] else math.nan
 
 
 def judge_step(

@@ -2,7 +2,7 @@
 
 from engines.snapshots.catalog import SnapshotName
 from engines.snapshots.flush import Flusher, StoreSource
-from engines.snapshots.memory import Acknowledged, Holder, Snapshots
+from engines.snapshots.memory import Acknowledged, Holder, Reach, Snapshots, unheard
 from engines.snapshots.reader import SnapshotReader, restore
 from engines.snapshots.replicas import Peer, ReplicaServer
 from engines.snapshots.segments import forget, node_folder, sealed
@@ -17,6 +17,7 @@ __all__ = [
     "Layout",
     "Peer",
     "Piece",
+    "Reach",
     "ReplicaServer",
     "Shard",
     "ShardName",
@@ -31,4 +32,5 @@ __all__ = [
     "open_shard",
     "restore",
     "sealed",
+    "unheard",
 ]

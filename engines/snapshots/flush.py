@@ -12,6 +12,7 @@ Retention removes a manifest before its shards.
 
 import hashlib
 import json
+import logging
 import queue
 import tempfile
 import threading
@@ -20,9 +21,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from engines.snapshots.memory import Reach, unheard
 from engines.snapshots.shard import Layout, Shard, ShardName, open_shard
 from infra.errors import CheckpointError, StoreError
 from infra.storage import Store, sha256_file
+
+log = logging.getLogger(__name__)
 
 RECEIPT, LAYOUT = ".receipt", ".layout"
 
@@ -33,10 +37,17 @@ class Flusher:
     Args:
         reading: `Snapshots.reading`, which keeps a file from being recycled.
         keep: complete snapshots that stay in the store.
+        reach: of "flush", where a shard is in the store and its receipt is not.
     """
 
     def __init__(
-        self, store: Store, run: str, reading: Callable[[int], AbstractContextManager[Path | None]], *, keep: int = 2
+        self,
+        store: Store,
+        run: str,
+        reading: Callable[[int], AbstractContextManager[Path | None]],
+        *,
+        keep: int = 2,
+        reach: Reach = unheard,
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep {keep}: at least one snapshot stays in the store")
@@ -45,7 +56,7 @@ class Flusher:
         """Steps whose shard of this rank is in the store."""
         self.problems: list[str] = []
         """Store errors; a later flush starts afresh."""
-        self._reading = reading
+        self._reading, self._reach = reading, reach
         self._steps: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
@@ -79,15 +90,16 @@ class Flusher:
             try:
                 with self._reading(step) as path:
                     if path is not None:
-                        upload(self.store, self.run, path, self.keep)
+                        upload(self.store, self.run, path, self.keep, self._reach)
                         self.flushed.append(step)
             except (StoreError, CheckpointError, OSError) as error:
+                log.warning("snapshot %d of run %s is not in the store: %s", step, self.run, error)
                 self.problems.append(f"step {step}: {error}")
             finally:
                 self._idle.set()
 
 
-def upload(store: Store, run: str, path: Path, keep: int) -> None:
+def upload(store: Store, run: str, path: Path, keep: int, reach: Reach = unheard) -> None:
     """One sealed shard; the last rank to come completes the snapshot and removes older ones.
 
     Raises:
@@ -101,6 +113,7 @@ def upload(store: Store, run: str, path: Path, keep: int) -> None:
     key = f"{_folder(run, name)}/{name}"
     store.upload_file(key, path)
     store.put(key + LAYOUT, layout)
+    reach("flush", name.rank, name.step)
     receipt = {
         "bytes": path.stat().st_size,
         "sha256": sha256_file(path),

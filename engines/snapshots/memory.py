@@ -34,6 +34,14 @@ class Holder(Protocol):
         ...
 
 
+Reach = Callable[[str, int, int], None]
+"""`reach(moment, rank, step)`: told of the moments at which a test may want to break this process."""
+
+
+def unheard(moment: str, rank: int, step: int) -> None:
+    """Nobody listens."""
+
+
 @dataclass(frozen=True)
 class Acknowledged:
     """Snapshot `step` is sealed here; `problems` name the replicas that are missing. Times in seconds."""
@@ -63,6 +71,7 @@ class Snapshots:
         keep: sealed snapshots that stay while the next is written.
         every: steps between snapshots.
         holders: who gets a replica of each.
+        reach: of "snapshot", where a shard is half written.
     """
 
     def __init__(
@@ -76,7 +85,9 @@ class Snapshots:
         keep: int = 2,
         every: int = 1,
         holders: Sequence[Holder] = (),
+        reach: Reach = unheard,
     ) -> None:
+        self._reach = reach
         self.folder, self.run, self.generation, self.rank, self.world_size = folder, run, generation, rank, world_size
         self.keep, self.every, self.holders = keep, every, tuple(holders)
         self.stall_s = 0.0
@@ -170,11 +181,15 @@ class Snapshots:
         started, cpu = time.perf_counter(), time.thread_time()
         slot = self.segments.begin(job.step)
         pieces = [piece for piece in job.pieces if piece.tensor.numel()]
+        half = len(pieces) // 2
         if job.ready is not None:
+            self._reach("snapshot", self.rank, job.step)
             self._copier = self._copier or _CudaCopier()
             self._copier.copy(slot, pieces, job.ready)
         else:
             for index, piece in enumerate(pieces):
+                if index == half:
+                    self._reach("snapshot", self.rank, job.step)
                 source = piece.tensor.contiguous()
                 slot.writer.write(index, source.data_ptr())
         path = self.segments.seal(slot, job.step, job.progress)

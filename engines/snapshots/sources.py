@@ -59,6 +59,10 @@ class Sources:
     def __init__(self, sources: Sequence[Source]) -> None:
         self.refused: list[str] = []
         self._places: dict[ShardName, list[Source]] = {}
+        self.add(sources)
+
+    def add(self, sources: Sequence[Source]) -> None:
+        """More places, farther away."""
         for source in sources:
             try:
                 names = source.names()

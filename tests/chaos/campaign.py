@@ -1,29 +1,24 @@
 """The chaos campaign: `python -m tests.chaos.campaign --runs 200` (or `make graph-chaos RUNS=200`).
 
-Every run takes the next seed, and its line goes to the end of a file, so that a long campaign can be stopped and
-continued. `SEED=n` in the environment replays one schedule. The last line printed sums up the whole file;
-`--runs 0` prints that alone.
+See `campaign_results` for seeds and results. The last line printed sums up the whole file; `--runs 0` prints
+that alone.
 """
 
-import argparse
+import contextlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from tests.chaos.campaign_checks import check, outcome
 from tests.chaos.campaign_place import Place, open_place
+from tests.chaos.campaign_results import Record, main
 from tests.chaos.campaign_run import Run, Schedule
 
 RESULTS = Path("runs") / "chaos" / "campaign.jsonl"
-FAILURES = 20
-Record = dict[str, Any]
 
 
 class Campaign:
@@ -110,26 +105,12 @@ def summary(lines: list[Record]) -> str:
     return json.dumps(total)
 
 
-def carry_out(seeds: Iterable[int], results: Path) -> Iterator[Record]:
-    """Run these seeds; each line is kept and given. Where the surroundings fail, on an overloaded machine say, the
-    seed is run again in new ones."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    left, failures = deque(seeds), 0
-    while left:
-        try:
-            with open_place() as place:
-                campaign = Campaign(place, results.parent)
-                while left:
-                    line = {**campaign.perform(Schedule.of(left[0])), "commit": commit, "time": round(time.time())}
-                    left.popleft()
-                    with results.open("a") as stream:
-                        stream.write(json.dumps(line) + "\n")
-                    yield line
-        except Exception as error:
-            failures += 1
-            if failures > FAILURES:
-                raise
-            print(f"the surroundings of SEED={left[0]} failed, which is run again: {error!r}", flush=True)
+@contextlib.contextmanager
+def surroundings(kept: Path) -> Iterator[Callable[[int], Record]]:
+    """For `campaign_results`."""
+    with open_place() as place:
+        campaign = Campaign(place, kept)
+        yield lambda seed: campaign.perform(Schedule.of(seed))
 
 
 def show(line: Record) -> None:
@@ -139,26 +120,5 @@ def show(line: Record) -> None:
         print(f"  VIOLATION {violation}", flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos.campaign", description=__doc__)
-    parser.add_argument("--runs", type=int, default=20, help="how many more runs (20)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help=f"the file of results ({RESULTS})")
-    parser.add_argument("--first-seed", type=int, help="default: after the last seed in the file")
-    arguments = parser.parse_args()
-    results: Path = arguments.results
-    results.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(text) for text in results.read_text().splitlines()] if results.exists() else []
-    first = arguments.first_seed or max((line["seed"] for line in lines), default=0) + 1
-    seeds = range(first, first + arguments.runs)
-    if replay := os.environ.get("SEED"):
-        seeds = range(int(replay), int(replay) + 1)
-    fresh = []
-    for line in carry_out(seeds, results):
-        show(line)
-        fresh.append(line)
-    print(summary([*lines, *fresh]), flush=True)
-    return 1 if any(line["violations"] for line in fresh) else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("python -m tests.chaos.campaign", __doc__, RESULTS, surroundings, show, summary))

@@ -1,4 +1,4 @@
-"""What all runs of a campaign share: a Ray cluster of two nodes, an S3 server, the proxy before it, a folder."""
+"""What all runs of a campaign share: a Ray cluster of several raylets, an S3 server, the proxy before it, a folder."""
 
 import contextlib
 import json
@@ -10,7 +10,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,27 @@ from tests.conftest import moto_server
 
 HEALTH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_timeout_ms": 3000}
 HEALTH |= {"health_check_failure_threshold": 4}
-NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
-NODES = 2
 BUCKET = "chaos"
+MARK = "RECUA_CHAOS"
+"""In the environment of every process of a place: its folder."""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """`count` raylets beside the head's, all of `each`; `head` says otherwise for that one."""
+
+    count: int = 1
+    each: Mapping[str, Any] = field(default_factory=lambda: {"num_cpus": 1, "object_store_memory": 80 << 20})
+    head: Mapping[str, Any] = field(default_factory=lambda: {"_system_config": HEALTH})
 
 
 class Place:
-    """The shared surroundings. `environment`: what a driver needs beside its own."""
+    """The shared surroundings. `environment`: what a driver needs beside its own. `nodes`: those ever started."""
 
-    def __init__(self, folder: Path, server: str, proxy: str, cluster: Any) -> None:
+    def __init__(self, folder: Path, server: str, proxy: str, cluster: Any, layout: Nodes) -> None:
         self.folder = folder
+        self.nodes: list[str] = [node.node_id for node in cluster.list_all_nodes()]
+        self._layout = layout
         self.environment = {**os.environ}
         self._server = server
         self._proxy = proxy
@@ -68,27 +80,45 @@ class Place:
         """SIGKILL a node other than the head, its workers first or left to notice; another one joins."""
         self.settle()
         node = next(iter(self._cluster.worker_nodes))
-        if chance.random() < 0.5:
-            raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-            for process in raylet.children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-        self._cluster.remove_node(node, allow_graceful=False)
-        self._join()
+        self.lose_node(node.node_id, with_workers=chance.random() < 0.5)
+        self.join_node()
 
-    def _join(self) -> None:
+    def lose_node(self, node_id: str, with_workers: bool) -> bool:
+        """SIGKILL a raylet, `with_workers` or without; False where there is no such node any more."""
+        node = next((one for one in self._cluster.worker_nodes if one.node_id == node_id), None)
+        if node is None:
+            return False
+        for process in self.children(node_id) if with_workers else ():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._cluster.remove_node(node, allow_graceful=False)
+        return True
+
+    def children(self, node_id: str) -> list[psutil.Process]:
+        """Processes of a node, its raylet apart."""
+        node = next((one for one in self._cluster.worker_nodes if one.node_id == node_id), None)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if node is not None:
+                return psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True)
+        return []
+
+    def join_node(self) -> None:
+        """One more node."""
         try:
-            self._cluster.add_node(wait=False, **NODE)
+            self.nodes.append(self._cluster.add_node(wait=False, **self._layout.each).node_id)
         except Exception as error:  # Ray gives a raylet 30 s to start, too little on an overloaded machine
             print(f"a node did not join in time: {error!r}", flush=True)
 
     def settle(self) -> None:
         """Wait until there are as many nodes as there were, and one to kill."""
         deadline = time.monotonic() + 240
-        while not self._cluster.worker_nodes:
-            self._join()
+        for node in list(self._cluster.worker_nodes):
+            if node.all_processes["raylet"][0].process.poll() is not None:  # it has ended by itself
+                self.lose_node(node.node_id, with_workers=False)
+        while len(self._cluster.worker_nodes) < self._layout.count:
+            self.join_node()
             assert time.monotonic() < deadline, "no node joins"
-        while sum(node["Alive"] for node in self._cluster.global_state.node_table()) < NODES:
+        while sum(node["Alive"] for node in self._cluster.global_state.node_table()) < self._layout.count + 1:
             assert time.monotonic() < deadline, "a node that joined does not show"
             time.sleep(0.1)
 
@@ -99,7 +129,7 @@ class Place:
 
 
 @contextlib.contextmanager
-def open_place() -> Iterator[Place]:
+def open_place(layout: Nodes | None = None) -> Iterator[Place]:
     """Start everything, with one temporary folder for Ray's, the steps' and the runs' files."""
     folder = Path(tempfile.mkdtemp(prefix="rc-", dir="/tmp"))  # short: Ray's socket names must stay under 107 letters
     (folder / "scratch").mkdir()
@@ -107,13 +137,14 @@ def open_place() -> Iterator[Place]:
     root = str(Path(__file__).resolve().parents[2])
     os.environ |= {"RAY_TMPDIR": str(folder), "TMPDIR": str(folder / "scratch"), "PYTHONPATH": root}
     os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RECUA_FAULTS": "", "RAY_worker_niceness": "0"}
+    os.environ |= {MARK: str(folder), "RAY_USAGE_STATS_ENABLED": "0", "RECUA_FAULTS": "", "RAY_worker_niceness": "0"}
     os.environ.pop("RAY_ADDRESS", None)
     try:
         with moto_server() as server, _proxy(server) as proxy:
             os.environ["AWS_ENDPOINT_URL"] = proxy
-            with _cluster() as cluster:
-                yield Place(folder, server, proxy, cluster)
+            layout = layout or Nodes()
+            with _cluster(layout) as cluster:
+                yield Place(folder, server, proxy, cluster, layout)
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -133,15 +164,13 @@ def _proxy(server: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _cluster() -> Iterator[Any]:
+def _cluster(layout: Nodes) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(
-        initialize_head=True, head_node_args={**NODE, "include_dashboard": False, "_system_config": HEALTH}
-    )
+    cluster = Cluster(initialize_head=True, head_node_args={**layout.each, "include_dashboard": False, **layout.head})
     try:
-        for _ in range(NODES - 1):
-            cluster.add_node(**NODE)
+        for _ in range(layout.count):
+            cluster.add_node(**layout.each)
         yield cluster
     finally:
         cluster.shutdown()

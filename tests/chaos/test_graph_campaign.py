@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from tests.chaos.campaign import carry_out
+from tests.chaos.campaign import surroundings
+from tests.chaos.campaign_results import carry_out
 
 SEEDS = {
     6: "a driver stops itself after a commit and its successor goes on; a worker is killed",
@@ -14,7 +15,7 @@ SEEDS = {
 
 def test_runs_under_random_faults_end_like_the_fault_free_one(tmp_path: Path) -> None:
     results = tmp_path / "campaign.jsonl"
-    lines = {line["seed"]: line for line in carry_out(SEEDS, results)}
+    lines = {line["seed"]: line for line in carry_out(SEEDS, results, surroundings)}
     for seed, what in SEEDS.items():
         line = lines[seed]
         assert not line["violations"], f"{what}; replay: SEED={seed} make graph-chaos"

@@ -1,0 +1,59 @@
+"""Where a schedule of faults (see `infra.faults`) may break a rank of pretraining. Without a schedule nothing happens.
+
+By generation, where no step counts yet: `pretrain.generation-G.rank-R.join` (before the groups are formed), `.load`
+(they are formed, nothing is read), `.step` (before a step's computation: its n-th hit is the process's n-th step of
+that generation), `.finish` (before the model is saved).
+
+By step, the run's own count: `pretrain.step-S.rank-R.data` (before the batch is loaded), `.compute` (between forward
+and backward of the first micro-batch, while the others wait in collectives), `.snapshot` (the state after S steps is
+half written, beside the next step), `.flush` (the shard of that state is in the store, its receipt is not).
+
+By window of the data order, whoever trains on it: `pretrain.window-W.loss` with the actions `nan` and `spike`, which
+are carried out on the loss itself. Bad data is bad every time: write `:*=nan`.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+from engines.base import Batch, LossFn
+from infra.faults import FaultSchedule
+
+BY_GENERATION = ("join", "load", "finish")
+FACTORS = {"nan": math.nan, "spike": 40.0}
+
+
+class FaultPoints:
+    """See the module's docstring.
+
+    Args:
+        schedule: text for `infra.faults`.
+        taken: folder that remembers which entries have happened, so that a process that replaces a killed one, or a
+            step that is computed again, is left alone.
+    """
+
+    def __init__(self, schedule: str, taken: Path) -> None:
+        self._schedule = FaultSchedule.parse(schedule, once=taken)
+
+    def reach(self, moment: str, rank: int, number: int) -> None:
+        """`number` is the generation or the step, as the moment wants it. Callable from any thread."""
+        scope = "generation" if moment in BY_GENERATION else "step"
+        self._schedule.reach(f"pretrain.{scope}-{number}.rank-{rank}.{moment}")
+
+    def count_step(self, rank: int, generation: int) -> None:
+        """One hit of `.step`."""
+        self._schedule.reach(f"pretrain.generation-{generation}.rank-{rank}.step")
+
+    def in_loss(self, ask: LossFn, rank: int, step: int, window: int) -> LossFn:
+        """The loss function of one step with the points in it."""
+        if not self._schedule.actions:
+            return ask
+        factor = FACTORS.get(self._schedule.take(f"pretrain.window-{window}.loss") or "", 1.0)
+
+        def loss_fn(module: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+            loss, sums = ask(module, batch)
+            self.reach("compute", rank, step)
+            return (loss, sums) if factor == 1 else (loss * factor, {**sums, "loss": sums["loss"] * factor})
+
+        return loss_fn

@@ -1,0 +1,323 @@
+"""Fault points of pretraining, and what its campaign found: stores that are slow or down, agents that were replaced."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from actors.pretrain import MetricsFile, read_metrics
+from actors.pretrain_points import FaultPoints
+from actors.pretrain_task import PretrainTask
+from actors.pretrain_worker import ReplicaPlace, next_token_loss
+from cluster.config import ElasticSettings
+from cluster.controller import GroupController, Listener
+from cluster.fleet import Fleet, WorkerKind
+from cluster.group_journal import GroupJournal
+from cluster.policies.rollback import DataWindow
+from data.mixture import Mixture, Source
+from engines.config import LearnerSettings, SnapshotSettings
+from engines.elastic import ElasticLearner, Recipe
+from engines.process_groups import Rendezvous, StoreAddress, host_store
+from engines.snapshots import ShardName, StoreSource, node_folder, sealed
+from infra.errors import ConfigError, StoreError, SystemFault
+from infra.faults import FaultSchedule
+from infra.storage import FolderStore
+from models.llama import LlamaConfig
+
+MODEL = LlamaConfig(dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=16, vocab_size=16, context=8)
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def test_chaos_an_entry_happens_once_in_all_processes_and_a_star_every_time(tmp_path: Path) -> None:
+    text = "a:2=fault,b:*=nan"
+    first, second = (FaultSchedule.parse(text, once=tmp_path / "taken") for _ in range(2))
+    assert [first.take("a") for _ in range(3)] == [None, "fault", None]
+    assert [second.take("a") for _ in range(3)] == [None, None, None]
+    assert [schedule.take("b") for schedule in (first, second, first)] == ["nan"] * 3
+    (note,) = (tmp_path / "taken").iterdir()
+    assert note.name == "a:2" and json.loads(note.read_text())["pid"] == os.getpid()
+    for wrong in ("a:1=delay-", "a:1=delay-x", "a:**=kill", "a:1=delay-SECONDS"):
+        with pytest.raises(ConfigError, match="point:hit=action"):
+            FaultSchedule.parse(wrong)
+    with pytest.raises(ValueError, match="nothing is computed"):
+        FaultSchedule.parse("a:1=spike").reach("a")
+
+
+@pytest.mark.parametrize(("action", "beats"), [("spin", True), ("deadlock", True), ("lock", False)])
+def test_chaos_hangs_are_real(action: str, beats: bool) -> None:
+    """Another thread of the process goes on, unless the interpreter is locked."""
+    program = (
+        "import sys, threading, time\n"
+        "from infra.faults import perform\n"
+        f"threading.Thread(target=perform, args=('{action}', 'x'), daemon=True).start()\n"
+        "time.sleep(0.5)\n"
+        "while True: print('beat', flush=True); time.sleep(0.05)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    heard: list[str] = []
+    reader = threading.Thread(target=lambda: heard.extend(process.stdout or ()))
+    reader.start()
+    try:
+        if beats:
+            wait_for(lambda: len(heard) > 3, f"{action} stopped the other thread")
+        else:
+            time.sleep(3)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        reader.join()
+    assert bool(heard) == beats
+
+
+def test_chaos_points_of_pretraining(tmp_path: Path) -> None:
+    text = "pretrain.step-3.rank-1.compute:1=fault,pretrain.generation-2.rank-0.load:1=error"
+    points = FaultPoints(f"{text},pretrain.window-5.loss:*=spike", tmp_path)
+
+    def ask(module: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, float]]:
+        return torch.tensor(2.0), {"loss": 2.0, "samples": 7.0}
+
+    module = torch.nn.Module()
+    loss, sums = points.in_loss(ask, rank=0, step=3, window=5)(module, {})
+    assert float(loss) == 80.0 and sums == {"loss": 80.0, "samples": 7.0}
+    assert points.in_loss(ask, rank=0, step=3, window=6)(module, {})[1]["loss"] == 2.0
+    with pytest.raises(SystemFault):
+        points.in_loss(ask, rank=1, step=3, window=4)(module, {})
+    points.reach("load", 0, 1)
+    with pytest.raises(RuntimeError):
+        points.reach("load", 0, 2)
+    assert FaultPoints("", tmp_path).in_loss(ask, 0, 0, 0) is ask
+
+
+def test_chaos_checksums_of_samples_add_up_over_any_parts() -> None:
+    mixture = Mixture([Source("a", 50, 1.0), Source("b", 50, 1.0)], seed=3)
+    batch = mixture.samples(90, 40)
+    whole = batch.checksum()
+    assert whole == batch[:13].checksum() + batch[13:13].checksum() + batch[13:].checksum() < 40 * 2**31
+    assert float(whole) == whole
+    others = [mixture.samples(start, 40).checksum() for start in (89, 91, 190)]  # neighbours, and a later epoch
+    assert len({whole, *others}) == 4
+
+
+class Down(FolderStore):
+    """A store that answers nobody, and counts who asked."""
+
+    asked = 0
+
+    def list(self, prefix: str) -> Iterator[str]:
+        Down.asked += 1
+        raise StoreError("down")
+
+
+def steps(elastic: ElasticLearner, count: int) -> None:
+    ids = torch.arange(9).repeat(2, 1) % 16
+    batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
+    for _ in range(count):
+        elastic.train_step([batch], next_token_loss(16))
+    assert elastic.snapshots is not None
+    elastic.snapshots.settle()
+
+
+def test_chaos_recovery_asks_a_store_only_for_what_memory_has_lost(tmp_path: Path) -> None:
+    shared, down, store = tmp_path / "shm", Down(tmp_path / "down"), FolderStore(tmp_path / "store")
+    host, address = host_store()
+    recipe = Recipe(MODEL, LearnerSettings(), SnapshotSettings(flush_every=2), fsdp=False)
+    elastic = ElasticLearner(recipe, "run", Rendezvous(address), shared=shared, store=store)
+    elastic.join(0, 0, 1, fresh=True)
+    steps(elastic, 5)
+    assert elastic.flusher is not None and elastic.flusher.wait(60)
+    unreachable = StoreSource(down, "run", tmp_path / "a")
+    joined = elastic.join(1, 0, 1, stores=[unreachable], at_most=5)
+    assert joined.step == 5 and Down.asked == 0
+    steps(elastic, 1)
+    elastic.leave()
+    for name in sealed(node_folder("run", shared)):
+        (node_folder("run", shared) / str(name)).unlink()
+    joined = elastic.join(2, 0, 1, stores=[unreachable, StoreSource(store, "run", tmp_path / "b")], at_most=6)
+    assert joined.step == 4 and Down.asked == 1 and "down" in "".join(joined.refused)
+    elastic.leave()
+    del host
+
+
+def test_chaos_moments_of_snapshots_are_between_nothing_and_whole(tmp_path: Path) -> None:
+    """At "snapshot" the shard has no name yet; at "flush" it is in the store and does not count."""
+    shared, store = tmp_path / "shm", FolderStore(tmp_path / "store")
+    host, address = host_store()
+    seen: list[tuple[str, int, bool]] = []
+
+    def reach(moment: str, rank: int, number: int) -> None:
+        whole = (node_folder("run", shared) / str(ShardName(0, number, 0, 1))).exists()
+        if moment == "flush":
+            whole = bool(list(store.list("snapshots/run/manifests")))
+            assert any(key.endswith(".shard") for key in store.list("snapshots/run"))
+        seen.append((moment, number, whole))
+
+    recipe = Recipe(MODEL, LearnerSettings(), SnapshotSettings(flush_every=100), fsdp=False)
+    elastic = ElasticLearner(recipe, "run", Rendezvous(address), shared=shared, store=store, reach=reach)
+    elastic.join(0, 0, 1, fresh=True)
+    steps(elastic, 2)
+    assert elastic.flusher is not None and elastic.flusher.wait(60)
+    elastic.leave()
+    assert seen[0] == ("load", 0, False)
+    assert [entry for entry in seen if entry[0] == "snapshot"] == [
+        ("snapshot", 0, False),
+        ("snapshot", 1, False),
+        ("snapshot", 2, False),
+    ]
+    assert [entry for entry in seen if entry[0] == "flush"] == [("flush", 0, False)]
+    del host
+
+
+class Slow(FolderStore):
+    """Answers when it is let."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.let = threading.Event()
+        self.let.set()
+        self.fails = False
+
+    def list(self, prefix: str) -> Iterator[str]:
+        assert self.let.wait(60)
+        if self.fails:
+            raise StoreError("failing")
+        return super().list(prefix)
+
+
+def test_chaos_a_controller_does_not_wait_for_a_slow_store(tmp_path: Path) -> None:
+    store = Slow(tmp_path)
+    task = PretrainTask("g", store, StoreAddress("127.0.0.1", 1), ElasticSettings(), False)
+    store.put("snapshots/g/manifests/00001-0000000008", b"{}")
+    assert task.stored() == {(1, 8)}
+    store.put("snapshots/g/manifests/00002-0000000016", b"{}")
+    store.let.clear()
+    assert task.stored() == task.stored() == {(1, 8)}, "it would wait for the store"
+    store.let.set()
+    wait_for(lambda: task.stored() == {(1, 8), (2, 16)}, "what was stored is never seen")
+    store.fails = True
+    for _ in range(5):
+        assert task.stored() == {(1, 8), (2, 16)}
+        time.sleep(0.01)
+    store.fails = False
+    store.put("snapshots/g/manifests/00002-0000000024", b"{}")
+    wait_for(lambda: (2, 24) in task.stored(), "a store that failed is never asked again")
+
+
+class Nothing:
+    """A task with nothing stored."""
+
+    replicated = False
+
+    def orders(self, *_: Any) -> dict[str, Any]:
+        return {}
+
+    def stored(self) -> list[tuple[int, int]]:
+        return []
+
+
+def leader(folder: Path, rows: Sequence[Mapping[str, Any]], heard: list[Any]) -> GroupController:
+    """A controller of generation 1, which runs."""
+    journal = GroupJournal(folder / "group.json", "g")
+    settings = ElasticSettings(nonfinite_patience=2)
+
+    def event(event: dict[str, Any]) -> None:
+        heard.append((event["event"], GroupJournal(folder / "group.json", "g").history.rollbacks))
+
+    made = GroupController(Fleet("g", WorkerKind(object)), Nothing(), settings, journal, Listener(event=event), rows)
+    made.core.phase, made.core.generation = "running", 1
+    return made
+
+
+def outcome(step: int, committed: bool = True) -> dict[str, Any]:
+    return {"step": step, "loss": 3.0 if committed else math.nan, "committed": committed, "generation": 1}
+
+
+def test_chaos_a_rollback_is_known_to_whoever_leads_next(tmp_path: Path) -> None:
+    """Bad losses on both sides of a controller's death are one streak; what is decided holds for its successors."""
+    heard: list[Any] = []
+    first = leader(tmp_path, [], heard)
+    rows = [outcome(0), outcome(1), outcome(2, committed=False)]
+    for row in rows:
+        first._row(dict(row))
+    assert first.journal.history.rollbacks == 0
+    second = leader(tmp_path, rows, heard)
+    second._row(outcome(3, committed=False))
+    assert ("rolled-back", 0) in heard, "whoever hears of it must have taken back its rows before it is journaled"
+    history = GroupJournal(tmp_path / "group.json", "g").history
+    assert (history.rollbacks, history.joins, history.skipped) == (1, {2: 0}, (DataWindow(2, 3),))
+    journal = GroupJournal(tmp_path / "group.json", "g")
+    third = GroupController(Fleet("g", WorkerKind(object)), Nothing(), ElasticSettings(), journal, Listener())
+    assert third.core.generation == 2 and not third.core._valid(1, 3), "what was undone counts again"
+
+
+def test_chaos_undone_rows_are_taken_back_at_once(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in range(5):
+        metrics.write({"step": step})
+    metrics.undo(3)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+    metrics.write({"step": 3})
+    metrics.close()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def test_chaos_an_agent_that_was_replaced_is_asked_again_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its predecessor's replica server is gone: shards sent there would have no replica."""
+    monkeypatch.setattr("actors.pretrain_task.ray.get", lambda reference, timeout: reference)
+
+    class Agent:
+        def __init__(self, port: int) -> None:
+            self.port = port
+            self.replica_server = self
+
+        def remote(self) -> ReplicaPlace:
+            return ReplicaPlace("127.0.0.1", self.port, "token")
+
+    task = PretrainTask("g", FolderStore(Path("/nowhere")), StoreAddress("", 1), ElasticSettings(), False)
+    fleet = Fleet("g", WorkerKind(object))
+    fleet.agents = {"n0": Agent(1), "n1": Agent(2)}
+    assert {node: place.port for node, place in task._replica_places(fleet, {"n0", "n1"}).items()} == {"n0": 1, "n1": 2}
+    fleet.agents["n1"] = Agent(3)
+    assert {node: place.port for node, place in task._replica_places(fleet, {"n0", "n1"}).items()} == {"n0": 1, "n1": 3}
+
+
+def test_chaos_a_slow_last_flush_is_no_hang(tmp_path: Path) -> None:
+    host, address = host_store()
+    let, waited = threading.Event(), 0
+
+    def reach(moment: str, rank: int, number: int) -> None:
+        assert moment != "flush" or let.wait(60)
+
+    def waiting() -> None:
+        nonlocal waited
+        waited += 1
+        if waited == 2:
+            let.set()
+
+    recipe = Recipe(MODEL, LearnerSettings(), SnapshotSettings(flush_every=100), fsdp=False)
+    store = FolderStore(tmp_path / "store")
+    elastic = ElasticLearner(recipe, "run", Rendezvous(address), shared=tmp_path / "shm", store=store, reach=reach)
+    elastic.join(0, 0, 1, fresh=True)
+    steps(elastic, 2)
+    elastic.flush_last(waiting)
+    elastic.leave()
+    assert waited == 2
+    assert [name.step for name in StoreSource(store, "run", tmp_path / "a").names()] == [0, 2]
+    del host
