@@ -1,11 +1,16 @@
 """Pretraining: an elastic group of ranks runs the loop; this module leads it, and tells what comes of every step.
 
 Who waits for whom: the caller's thread leads the group (see cluster.controller). The ranks wait for nobody but each
-other: they train on while this process is gone, and the next call with the same state takes them over.
+other: they train on while this process is gone, and the next call with the same state takes them over. So no further
+actor has to keep the controller: whoever repeats a lost call (the executor does, and so does the next driver) restarts
+it, and the group's journal tells which of two calls leads.
 """
 
+import hashlib
 import json
+import logging
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,15 +24,21 @@ from actors.pretrain_worker import PretrainJob, PretrainRank
 from cluster.controller import GroupController, Listener
 from cluster.exporter import Exporter
 from cluster.fleet import Fleet, WorkerKind
+from cluster.group_actors import end_group
 from cluster.group_journal import GroupJournal
 from cluster.group_metrics import metered
+from cluster.host_memory import AskStanding
 from engines.process_groups import host_store
 from engines.torch_learner import LlamaConfig
 from infra.errors import CheckpointError
 from infra.faults import VARIABLE
 from infra.storage import open_store, write_text
 
-METRICS, JOURNAL, JOB = "metrics.jsonl", "group.json", "job.json"
+log = logging.getLogger(__name__)
+
+METRICS, JOURNAL, JOB, MODEL = "metrics.jsonl", "group.json", "job.json", "model"
+CODE = ("actors", "cluster", "data", "engines", "infra", "models")
+"""Packages that a rank runs."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,8 @@ def pretrain(
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     faults: str | None = None,
     accounts: tuple[str, str, str] | None = None,
+    ask_standing: AskStanding | None = None,
+    nodes_come: bool = False,
 ) -> PretrainResult:
     """Train `model` from scratch on the token shards of `tokens_dir`; leaves an HF model folder in `out`.
 
@@ -75,6 +88,9 @@ def pretrain(
         on_event: {"event": "ready" | "started" | "detected" | "decided" | "rolled-back" | "stacks", "generation", ...}:
             what was seen and decided, why, how long it took ("started": pids by rank, step, pause_s, lost_steps).
         accounts: (store URL, run id, group) for the goodput records.
+        ask_standing: tells ranks without a controller whether the run of `accounts` goes on; None: they wait
+            `elastic.orphan_s` for the next one.
+        nodes_come: do not refuse more ranks than the cluster has room for now.
 
     Raises:
         CheckpointError: `state` belongs to another job.
@@ -85,7 +101,7 @@ def pretrain(
     state.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     tokens_dir, tokenizer_dir, out, state = (p.resolve() for p in (tokens_dir, tokenizer_dir, out, state))
-    job = PretrainJob(tokens_dir, tokenizer_dir, model, settings, out, state, seed, faults)
+    job = PretrainJob(tokens_dir, tokenizer_dir, model, settings, state / MODEL, state, seed, faults)
     _claim(job)
     metrics = MetricsFile(state / METRICS)
     for row in metrics.rows:
@@ -104,7 +120,9 @@ def pretrain(
             metrics.undo(event["to_step"])
         on_event(event)
 
-    _lead(job, Listener(on_row, hear), metrics.rows, accounts)
+    _lead(job, Listener(on_row, hear), metrics.rows, accounts, ask_standing, nodes_come)
+    for path in job.out.iterdir():  # ranks of an earlier call know its `out`, not this one's
+        shutil.move(path, out / path.name)
     metrics.close()
     rows, again = metrics.rows, formed[1:]
     tokens, lost = sum(row["tokens"] for row in rows), sum(event.get("lost_steps", 0) for event in again)
@@ -113,10 +131,15 @@ def pretrain(
 
 
 def _lead(
-    job: PretrainJob, listener: Listener, rows: list[dict[str, Any]], accounts: tuple[str, str, str] | None
+    job: PretrainJob,
+    listener: Listener,
+    rows: list[dict[str, Any]],
+    accounts: tuple[str, str, str] | None,
+    ask_standing: AskStanding | None,
+    nodes_come: bool,
 ) -> None:
     settings, elastic = job.settings, job.settings.group()
-    journal = GroupJournal(job.state / JOURNAL, "pretrain")
+    journal = GroupJournal(job.state / JOURNAL, "pretrain" if accounts is None else f"{accounts[1]}.{accounts[2]}")
     group = journal.history.group
     served, store = host_store(ray.util.get_node_ip_address())
     env = {"OMP_NUM_THREADS": str(settings.threads), "RES_OPTIONS": "timeout:1 attempts:1"}
@@ -128,13 +151,39 @@ def _lead(
         spread=settings.placement.endswith("SPREAD"),
         env=env,
     )
-    fleet = Fleet(group, kind, PretrainAgent, accounts=accounts, notices=elastic.notices)
+    fleet = Fleet(
+        group,
+        kind,
+        PretrainAgent,
+        orphan_s=elastic.orphan_s,
+        accounts=accounts,
+        notices=elastic.notices,
+        journal=journal.path,
+        leader=journal.history.controllers + 1,
+        ask_standing=ask_standing,
+        nodes_come=nodes_come,
+    )
+    ranks = _digest(job)
+    if journal.history.controllers and journal.history.ranks != ranks:
+        log.info("group %s: code or settings are not those that its ranks were started with: new ones start", group)
+        end_group(group, fleet.leader)
+    journal.note(ranks=ranks)
     replicated = settings.sharding == "replicate" and settings.block == 1
     task = PretrainTask(group, open_store(job.snapshot_store), store, elastic, replicated)
     exporter = Exporter("" if accounts is None else accounts[1], group)
     with metered(listener, exporter, elastic.max_workers + elastic.spares) as heard:
         GroupController(fleet, task, elastic, journal, heard, tuple(rows)).run()
     del served  # until here it was where ranks met
+
+
+def _digest(job: PretrainJob) -> str:
+    """Of all that makes a rank what it is, where data and results lie aside."""
+    made_of = [job.settings.model_dump_json(), repr(job.model), str(job.seed)]
+    here = Path(__file__).parents[1]
+    for package in CODE:
+        for path in sorted((here / package).rglob("*.py")):
+            made_of += [str(path.relative_to(here)), path.read_text()]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
 def in_words(event: Mapping[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ waits. What comes of it all is in the beacon, for whoever leads the group then. 
 """
 
 import json
+import logging
 import os
 import queue
 import threading
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from actors.config import PretrainSettings
 from actors.pretrain_points import FaultPoints
 from cluster.beacons import SUFFIX, BeaconWriter
-from cluster.fleet import node_root
+from cluster.host_memory import BEACONS, end_when_unwatched, group_folder, node_root
 from cluster.stopwatch import Stopwatch
 from data.config import BatchSettings
 from data.loader import DataLoader
@@ -40,8 +41,10 @@ from engines.process_groups import Rendezvous, StoreAddress
 from engines.ranks import Ranks
 from engines.snapshots import Peer, StoreSource
 from engines.torch_learner import LlamaConfig, TorchLearner
-from infra.errors import NodeLost, RecuaError, StepError
+from infra.errors import NodeLost, RecuaError, ResourceError, StepError
 from infra.storage import open_store
+
+log = logging.getLogger(__name__)
 
 NO_TARGET = -100
 REFUSED = "refused.jsonl"
@@ -106,9 +109,15 @@ class PretrainRank:
         self.name, self.group, self.job = name, group, job
         settings = job.settings
         self.node = ray.get_runtime_context().get_node_id()
+        if not job.state.exists():
+            what = f"node {self.node[:12]} does not see {job.state}"
+            raise ResourceError(f"{what}: ranks on several nodes need a --store in a folder that all nodes share")
         self.shared = node_root(self.node)
         born = time.monotonic() - (time.time() - max(ordered_at, psutil.Process().create_time()))
-        self.beacon = BeaconWriter(self.shared / f"recua-{group}" / "beacons" / f"{name}{SUFFIX}")
+        folder = group_folder(self.node, group)
+        self.beacon = BeaconWriter(folder / BEACONS / f"{name}{SUFFIX}")
+        end_when_unwatched(folder, settings.elastic.orphan_s)
+        self.fetched = folder / "fetched"
         self.watch = Stopwatch(born=born, memory=self.beacon.account)
         self.watch.enter("init")
         self.points = FaultPoints(job.faults, job.state / "faults")
@@ -157,13 +166,21 @@ class PretrainRank:
         self.beacon.set(thread=threading.get_native_id())
         try:
             self.elastic.warm_up()
-            self.elastic.rendezvous.store()
+            self._meet()
             self.beacon.set(state="standby")
             while True:
                 self.watch.enter("idle")
                 self._serve(self._orders.get())
         except Exception as error:
             self._fail(error)
+
+    def _meet(self) -> None:
+        """Connect to where ranks meet, which can take seconds. The controller may be gone by now: the order that comes
+        from the next one says where its own is."""
+        try:
+            self.elastic.rendezvous.store()
+        except RuntimeError as error:
+            log.warning("worker %s: %s", self.name, error)
 
     def _serve(self, order: Order) -> None:
         """One generation, from its order to its end."""
@@ -230,7 +247,7 @@ class PretrainRank:
             order.rank,
             order.world_size,
             sources=[Peer(p.host, p.port, p.token, self.group) for p in order.sources],
-            stores=[StoreSource(self._snapshot_store, self.group, self.shared / "fetched")],
+            stores=[StoreSource(self._snapshot_store, self.group, self.fetched)],
             holders=[Peer(p.host, p.port, p.token, self.group) for p in order.holders],
             at_most=order.at_most,
             fresh=order.at_most is None,

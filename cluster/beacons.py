@@ -181,11 +181,12 @@ class BeaconReader:
     def rows(self, first: int, floor: int) -> Iterator[dict[str, Any]]:
         """Rows of step `first` and the ones after it without a gap, of generation `floor` or later."""
         step = first
-        while (row := self._row(step)) is not None and row["generation"] >= floor:
+        while (row := self.row(step)) is not None and row["generation"] >= floor:
             yield row
             step += 1
 
-    def _row(self, step: int) -> dict[str, Any] | None:
+    def row(self, step: int) -> dict[str, Any] | None:
+        """The outcome of a step, as long as it is there."""
         place = ROWS_AT + step % ROWS * ROW_BYTES
         written, length = ROW_HEAD.unpack_from(self._memory, place)
         if written != step + 1:

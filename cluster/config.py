@@ -36,6 +36,9 @@ class ElasticSettings(Settings):
     """Longest wait for a step boundary that was asked for; after that the step is abandoned."""
     adopt_timeout_s: float = Field(default=5, gt=0)
     """How long a restarted controller waits for node agents to name their living workers before it asks again."""
+    orphan_s: float = Field(default=300, gt=0)
+    """How long ranks train on without a controller before they end: the time that a lost driver has to be replaced in.
+    A run that was cancelled or has failed ends its ranks within seconds."""
     growth_must_pay: bool = True
     """Grow only if the ranks gained, over the time until the next expected re-forming, outweigh the pause of all."""
 

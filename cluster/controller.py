@@ -27,7 +27,7 @@ from cluster.decision import Decision
 from cluster.fleet import AgentLost, Fleet, News, Started
 from cluster.goodput_records import PERIOD_S, Pause, write_group
 from cluster.goodput_watch import GroupWatch
-from cluster.group_journal import GroupJournal
+from cluster.group_journal import GroupJournal, Superseded
 from cluster.node_watch import Beat, Shard, Sight
 from cluster.policies.hang import Beacon
 from cluster.policies.rollback import SavedState, judge_step, judged_loss, leave_out
@@ -107,7 +107,8 @@ class GroupController:
         journal.note(controllers=number + 1)
         self.board = BeatBoard(settings)
         self.watch = GroupWatch("group" if fleet.accounts is None else fleet.accounts[2], self.core, time.time())
-        self.next_row, self.row_floor = len(rows), 0
+        self.next_row = len(rows)
+        self.row_floor = max((one for one, step in history.joins.items() if step <= self.next_row), default=0)
         self._losses = [judged_loss(row) for row in rows[-4 * settings.spike_window :]]
         self._last_row: dict[str, Any] | None = None
         self._sights: dict[str, Sight] = {}
@@ -137,16 +138,20 @@ class GroupController:
             StepError, UserError: what a rank raised by itself.
             SystemFault: the group cannot go on; the message has the decision and its setting.
             ResourceError: `min_workers` can never be there.
+            Superseded: a later controller leads.
         """
         ended = False
         try:
             self.fleet.open_agents()
-            if self.core.phase != "adopting":
+            if not self.journal.history.joins:  # a group that was there before waits for its nodes to come back
                 self.fleet.refuse_impossible(self.settings.min_workers)
             self._tell(m.Tick())
             while self._end is None:
                 self._listen()
             ended = self._end.succeeded
+        except Superseded:
+            self.fleet.hand_over()
+            raise
         finally:
             self.fleet.close(remove=ended)
             self._write_account(last=True)

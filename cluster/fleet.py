@@ -2,7 +2,7 @@
 
 Who waits for whom: `wait` waits for the next word of any agent or of any worker that starts; every other call only
 sends. Workers and agents are detached and named by their group, so that a later controller finds them; agents end their
-node's workers, and themselves, when no controller listens to them any more.
+node's workers, and themselves, when the run has ended or no controller comes for long (see cluster.node_agent).
 """
 
 import contextlib
@@ -19,6 +19,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, NodeLabelSchedulingStrategy, NotIn
 
 from cluster.faults import name_fault
+from cluster.group_actors import NAMESPACE, agent_name, end_pending, end_workers, worker_name
+from cluster.group_journal import Superseded
+from cluster.host_memory import AskStanding, group_folder
 from cluster.node_agent import AgentPlace, NodeAgent
 from cluster.node_watch import Beat
 from infra.bundles import show_bundle, unplaceable
@@ -27,18 +30,12 @@ from infra.notices import NoticeSettings
 
 log = logging.getLogger(__name__)
 
-NAMESPACE = "recua"
 BEAT_S = 0.4
 """Longest silence of a living agent."""
 PROBE_S = 0.5
 """How long a raylet's port may take to accept a connection before its node counts as gone."""
 CALLS = 8
 """Threads of an actor: a call that takes long (a kill with its stacks) must not delay the others."""
-
-
-def node_root(node: str, shared: Path = Path("/dev/shm")) -> Path:
-    """Where everything of one Ray node lies in its machine's memory (several nodes may share a machine in tests)."""
-    return shared / f"recua-node-{node[:16]}"
 
 
 @dataclass(frozen=True)
@@ -94,6 +91,12 @@ class Fleet:
     Args:
         group: its name, unique in the cluster.
         agent_class: cluster.node_agent.NodeAgent or a subclass.
+        orphan_s: how long agents and workers go on without a controller.
+        accounts: (store URL, run id, group) for the goodput records.
+        journal: the group's file, see cluster.host_memory.Owner.
+        leader: number of the controller that this is the fleet of; later ones have higher numbers.
+        ask_standing: knows whether the run of `accounts` goes on.
+        nodes_come: nodes that are not there yet may be added to the cluster by itself.
     """
 
     def __init__(
@@ -102,13 +105,18 @@ class Fleet:
         kind: WorkerKind,
         agent_class: type[NodeAgent] = NodeAgent,
         *,
-        orphan_s: float = 60.0,
+        orphan_s: float = 300.0,
         accounts: tuple[str, str, str] | None = None,
         notices: NoticeSettings | None = None,
+        journal: Path | None = None,
+        leader: int = 0,
+        ask_standing: AskStanding | None = None,
+        nodes_come: bool = False,
     ) -> None:
         self.group, self.kind, self.agent_class = group, kind, agent_class
-        self.orphan_s, self.accounts = orphan_s, accounts
+        self.orphan_s, self.accounts, self.leader, self.nodes_come = orphan_s, accounts, leader, nodes_come
         self.notices = notices or NoticeSettings()
+        self._journal, self._ask_standing = journal, ask_standing
         self.agents: dict[str, Any] = {}
         self.node_of: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
@@ -117,12 +125,13 @@ class Fleet:
         self._starting: dict[Any, str] = {}
         self._sent: list[Any] = []
         self._lost: set[str] = set()
+        self._handed_over = False
 
     # ---- nodes
 
     def folder(self, node: str) -> Path:
         """The group's memory on a node, as its processes see it."""
-        return node_root(node) / f"recua-{self.group}"
+        return group_folder(node, self.group)
 
     def open_agents(self) -> list[str]:
         """An agent on every living node that could hold a worker; returns the nodes that had none before."""
@@ -139,11 +148,23 @@ class Fleet:
         """Find this group's agent on a node, or start one."""
         if living is None:
             living = tuple(one["NodeID"] for one in ray.nodes() if one["Alive"])
-        place = AgentPlace(self.group, node, self.folder(node), self.orphan_s, self.accounts, living, self.notices)
+        place = AgentPlace(
+            self.group,
+            node,
+            self.folder(node),
+            self.orphan_s,
+            self.accounts,
+            living,
+            self.notices,
+            self._journal,
+            self.leader,
+            self._ask_standing,
+            end_pending,
+        )
         agent = (
             ray.remote(self.agent_class)
             .options(
-                name=f"{self.group}/agent/{node}",
+                name=agent_name(self.group, node),
                 namespace=NAMESPACE,
                 lifetime="detached",
                 get_if_exists=True,
@@ -169,6 +190,8 @@ class Fleet:
 
     def refuse_impossible(self, count: int) -> None:
         """Raises ResourceError when `count` workers can never be there together."""
+        if self.nodes_come:
+            return
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if why := unplaceable([self.kind.bundle] * count, "PACK", nodes):
             asked = f"{count} ranks x ({show_bundle(self.kind.bundle)})"
@@ -186,7 +209,7 @@ class Fleet:
             handle: Any = (
                 ray.remote(kind.actor_class)
                 .options(
-                    name=f"{self.group}/{worker}",
+                    name=worker_name(self.group, worker),
                     namespace=NAMESPACE,
                     lifetime="detached",
                     num_cpus=kind.num_cpus,
@@ -208,7 +231,7 @@ class Fleet:
         self.node_of[worker] = node
         if worker not in self._handles:
             try:
-                self._handles[worker] = ray.get_actor(f"{self.group}/{worker}", namespace=NAMESPACE)
+                self._handles[worker] = ray.get_actor(worker_name(self.group, worker), namespace=NAMESPACE)
             except ValueError:
                 return False
         return True
@@ -243,14 +266,24 @@ class Fleet:
 
     def close(self, remove: bool, timeout_s: float = 15.0) -> None:
         """Every process ends; `remove` frees the group's memory."""
+        if self._handed_over:
+            return
         for worker in list(self._handles):
             with contextlib.suppress(Exception):  # it may have ended by itself
                 ray.kill(self._handles[worker], no_restart=True)
-        closing = [agent.close.remote(remove) for agent in self.agents.values()]
+        closing = [agent.close.remote(remove, self.leader) for agent in self.agents.values()]
         ray.wait(closing, num_returns=len(closing), timeout=timeout_s) if closing else None
         for agent in self.agents.values():
             with contextlib.suppress(Exception):
                 ray.kill(agent, no_restart=True)
+        self.agents.clear()
+        self._handles.clear()
+        with contextlib.suppress(Exception):  # the cluster may be going down, and everything with it
+            end_workers(self.group)
+
+    def hand_over(self) -> None:
+        """A later controller leads: leave everything as it is."""
+        self._handed_over = True
         self.agents.clear()
         self._handles.clear()
 
@@ -261,7 +294,7 @@ class Fleet:
         listening = set(self._listening.values())
         for node, agent in self.agents.items():
             if node not in listening:
-                self._listening[agent.listen.remote(self._numbers[node], BEAT_S, *rows(node))] = node
+                self._listening[agent.listen.remote(self._numbers[node], BEAT_S, *rows(node), self.leader)] = node
         pending = [*self._listening, *self._starting]
         if not pending:
             time.sleep(timeout_s)
@@ -275,6 +308,8 @@ class Fleet:
             try:
                 beat: Beat = ray.get(reference)
             except ray.exceptions.RayError as error:
+                if isinstance(cause := getattr(error, "cause", None), Superseded):
+                    raise cause from None
                 log.warning("agent of node %s: %s", node[:12], str(error).strip().splitlines()[-1])
                 with contextlib.suppress(Exception):  # it has ended already, as a rule
                     ray.kill(self.agents[node], no_restart=True)

@@ -1,7 +1,7 @@
 """What a group's controller must not forget when it is killed: one small file, replaced as a whole.
 
     {"format", "group", "controllers", "joins": {generation: step that it loaded}, "skipped": [[first, last], ...],
-     "rollbacks"}
+     "rollbacks", "ranks"}
 
 `group` is drawn once: a state folder that was removed and made again never meets what the older one left in memory.
 """
@@ -13,21 +13,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster.policies.rollback import DataWindow
-from infra.errors import CheckpointError
+from infra.errors import CheckpointError, SystemFault
 from infra.storage import write_text
 
 FORMAT = 1
 
 
+class Superseded(SystemFault):
+    """A later controller leads the group: this one leaves everything to it."""
+
+
 @dataclass(frozen=True)
 class GroupHistory:
-    """See the module's docstring. `controllers`: how many have led this group so far, the present one included."""
+    """See the module's docstring. `controllers`: how many have led this group so far, the present one included.
+    `ranks`: a digest of the code and the settings that its ranks were started with."""
 
     group: str
     controllers: int = 0
     joins: Mapping[int, int] = field(default_factory=dict)
     skipped: tuple[DataWindow, ...] = ()
     rollbacks: int = 0
+    ranks: str = ""
 
 
 class GroupJournal:
@@ -42,7 +48,13 @@ class GroupJournal:
         self.history = self._read() if path.exists() else GroupHistory(f"{prefix}-{uuid.uuid4().hex[:12]}")
 
     def note(self, **changes: object) -> None:
-        """Change some fields, durably."""
+        """Change some fields, durably.
+
+        Raises:
+            Superseded: another controller has written the file since.
+        """
+        if self.path.exists() and self._read().controllers > self.history.controllers:
+            raise Superseded(f"group {self.history.group}: another controller leads it (see {self.path})")
         self.history = history = replace(self.history, **changes)  # type: ignore[arg-type]
         tree = {
             "format": FORMAT,
@@ -51,6 +63,7 @@ class GroupJournal:
             "joins": {str(generation): step for generation, step in history.joins.items()},
             "skipped": [[window.first, window.last] for window in history.skipped],
             "rollbacks": history.rollbacks,
+            "ranks": history.ranks,
         }
         write_text(self.path, json.dumps(tree, indent=1) + "\n")
 
@@ -65,6 +78,7 @@ class GroupJournal:
                 {int(generation): step for generation, step in tree["joins"].items()},
                 tuple(DataWindow(first, last) for first, last in tree["skipped"]),
                 tree["rollbacks"],
+                tree.get("ranks", ""),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.path}: not a group's journal: {error}") from error

@@ -1,42 +1,61 @@
 """One Ray actor per node: a NodeWatch that the controller can call, and the node's part of the accounts.
 
-Who waits for whom: the controller keeps one `listen` open per agent; an agent waits for nobody. An agent that nobody
-listens to for `orphan_s` has lost its controller for good: it ends the workers of its node, and itself.
+Who waits for whom: the controller keeps one `listen` open per agent; an agent waits for nobody. While nobody listens
+the ranks train on, and the agent keeps the outcomes of their steps for the next controller. It asks whether the run
+goes on: where that has ended (cancelled, failed), or nobody listened for `orphan_s`, it ends the workers of its node,
+and itself. Of two controllers the later one is heard, and the other told to leave.
 """
 
 import contextlib
 import os
+import select
 import shutil
+import signal
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from cluster import host_memory
 from cluster.exporter import Exporter, export_account
 from cluster.goodput_records import PERIOD_S, write_node
+from cluster.group_journal import Superseded
+from cluster.host_memory import AskStanding, Standing
 from cluster.node_watch import Beat, NodeWatch
 from infra.errors import StoreError
 from infra.notices import NoticeSettings, NoticeWatch, sources
+from infra.processes import this_machine
 from infra.storage import open_store
 
 GOING_S = 2.0
 """How long workers that were told to go may take before they are killed."""
+KEEP_S = 0.5
+"""How often an agent looks after itself."""
+UNLED_S = 2.0
+"""A controller that has not listened for so long may be gone; the run is asked about then."""
 
 
 @dataclass(frozen=True)
 class AgentPlace:
     """What an agent is told at its start. `accounts`: (store URL, run id, group) for the goodput records and the
-    stacks of killed ranks, or None."""
+    stacks of killed ranks, or None. `journal`: the group's, by which its memory is known to be needed."""
 
     group: str
     node: str
     folder: Path
-    orphan_s: float = 60.0
+    orphan_s: float = 300.0
     accounts: tuple[str, str, str] | None = None
     living: tuple[str, ...] = ()
     """Nodes of the cluster: what the group has in this machine's memory under another node's name is taken over."""
     notices: NoticeSettings = field(default_factory=NoticeSettings)
+    journal: Path | None = None
+    leader: int = 0
+    """Number of the controller that started it."""
+    ask_standing: AskStanding | None = None
+    """Knows runs; None: only `orphan_s` counts."""
+    end_actors: Callable[[str], None] = lambda group: None
+    """Ends the group's actors that have no beacon yet."""
 
 
 class NodeAgent:
@@ -44,17 +63,27 @@ class NodeAgent:
 
     def __init__(self, place: AgentPlace) -> None:
         self.place = place
-        inherit(place.folder, place.living)
+        inherit(place.folder, place.living, place.leader)
+        host_memory.claim(place.folder, place.group, place.journal, place.accounts, place.leader)
         self._watch = NodeWatch(place.node, place.folder)
         self._notices = NoticeWatch(sources(place.node, place.notices))
         self._heard_at = time.monotonic()
+        self._leader = place.leader
         self._ended = threading.Event()
+        self._failure: BaseException | None = None
         self._store = None if place.accounts is None else open_store(place.accounts[0])
         self._exporter = Exporter("" if place.accounts is None else place.accounts[1], place.group)
         threading.Thread(target=self._keep, name="keeper", daemon=True).start()
 
-    def listen(self, after: int, timeout_s: float, first_row: int = 0, row_floor: int = 0) -> Beat:
-        """See NodeWatch.wait."""
+    def listen(self, after: int, timeout_s: float, first_row: int = 0, row_floor: int = 0, leader: int = 0) -> Beat:
+        """See NodeWatch.wait.
+
+        Raises:
+            Superseded: a controller with a higher number than `leader` has listened.
+        """
+        self._follow(leader)
+        if self._failure is not None:
+            raise self._failure
         self._heard_at = time.monotonic()
         return replace(self._watch.wait(after, timeout_s, first_row, row_floor), notice=self._notices.earliest())
 
@@ -77,8 +106,21 @@ class NodeAgent:
         """These deaths are known."""
         self._watch.discard(workers)
 
-    def close(self, remove: bool) -> None:
-        """The group has ended: no worker lives on, the accounts are written, the memory is freed where asked."""
+    def close(self, remove: bool, leader: int = 0) -> None:
+        """The group has ended: no worker lives on, the accounts are written, the memory is freed where asked.
+
+        Raises:
+            Superseded: a later controller leads.
+        """
+        self._follow(leader)
+        self._end(remove)
+
+    def _follow(self, leader: int) -> None:
+        if leader < self._leader:
+            raise Superseded(f"group {self.place.group}: controller {self._leader} leads, this is number {leader}")
+        self._leader = leader
+
+    def _end(self, remove: bool) -> None:
         self._ended.set()
         self._notices.close()
         if not self._await_deaths(GOING_S):
@@ -96,13 +138,41 @@ class NodeAgent:
         return not self._watch.workers()
 
     def _keep(self) -> None:
-        """Write the account now and then; notice that the controller is gone."""
-        slice_s = min(PERIOD_S, self.place.orphan_s / 4)
-        while not self._ended.wait(slice_s):
-            self._write()
-            if time.monotonic() - self._heard_at > self.place.orphan_s:
-                self.close(remove=False)
-                os._exit(0)
+        """What ended runs left on this machine goes; the account is written now and then; a lost controller is
+        noticed."""
+        written_at = 0.0
+        try:
+            shared = self.place.folder.parent.parent
+            host_memory.free(host_memory.survey(self.place.ask_standing, shared), shared)
+            while not self._ended.wait(min(KEEP_S, self.place.orphan_s / 4)):
+                host_memory.touch(self.place.folder)
+                now = time.monotonic()
+                if now - written_at > PERIOD_S:
+                    written_at = now
+                    self._write()
+                if now - self._heard_at > UNLED_S:
+                    self._watch.keep_rows()
+                    self._leave_if_over(now)
+        except BaseException as error:  # raised again in listen(); without our touch the workers end by themselves
+            self._failure = error
+
+    def _leave_if_over(self, now: float) -> None:
+        standing = self._standing()
+        if standing == "open" and now - self._heard_at <= self.place.orphan_s:
+            return
+        with contextlib.suppress(Exception):  # the cluster may be going down; the workers are ended here, by ourselves
+            self.place.end_actors(self.place.group)
+        self._watch.end(self._watch.workers())
+        self._end(remove=standing == "over")
+        os._exit(0)
+
+    def _standing(self) -> Standing:
+        if self.place.ask_standing is None or self.place.accounts is None:
+            return "open"
+        try:
+            return self.place.ask_standing(*self.place.accounts[:2])
+        except StoreError:
+            return "open"
 
     def _write(self, last: bool = False) -> None:
         account = self._watch.account()
@@ -115,23 +185,41 @@ class NodeAgent:
                 return  # the next write says everything again
 
 
-def inherit(folder: Path, living: Collection[str]) -> None:
+def inherit(folder: Path, living: Collection[str], leader: int = 0) -> None:
     """Take over the shards that nodes before this one left in the machine's memory (Ray was started again here).
 
-    What is still of a living node, or of a living process, stays where it is.
+    What is of a living node stays where it is, and what living agents of this very controller have. Workers that still
+    live there (of a cluster that lost its head) are killed: whoever leads now cannot reach them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = {f"recua-node-{node[:16]}" for node in living}
     for other in folder.parent.parent.glob(f"recua-node-*/{folder.name}"):
+        owner = host_memory.owner_of(other)
         if other == folder or other.parent.name in names:
             continue
+        if owner is not None and owner.leader >= leader and host_memory.agent_lives(owner):
+            continue  # of a node that came a moment ago
+        if owner is not None and owner.machine == this_machine():
+            _kill(host_memory.living_workers(other))
         heirs = [*other.glob("*.shard")]
         for path in heirs:
             path.rename(folder / path.name)
-        beacons = other / "beacons"
+        beacons = other / host_memory.BEACONS
         for path in beacons.glob("*.beacon"):
-            (folder / "beacons").mkdir(exist_ok=True)
-            path.rename(folder / "beacons" / path.name)
+            (folder / host_memory.BEACONS).mkdir(exist_ok=True)
+            path.rename(folder / host_memory.BEACONS / path.name)
         shutil.rmtree(other, ignore_errors=True)
         with contextlib.suppress(OSError):
             other.parent.rmdir()
+
+
+def _kill(pids: Collection[int]) -> None:
+    """SIGKILL, and wait until they are gone: they may be sealing a shard."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(pid)
+            try:
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                select.select([descriptor], [], [], GOING_S)
+            finally:
+                os.close(descriptor)

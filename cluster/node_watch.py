@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.beacons import SUFFIX, BeaconReader, Record
+from cluster.beacons import ROWS, SUFFIX, BeaconReader, Record
 from cluster.goodput_records import NodeAccount, RankAccount
 from cluster.stopwatch import read_account
 from infra.notices import Notice
@@ -36,6 +36,9 @@ Shard = tuple[int, int, int, int]
 SCAN_PERIOD_S = 0.05
 PROGRESS_PERIOD_S = 0.1
 """Ranks that only go on as usual wake a waiting caller this often at most."""
+ROWS_A_BEAT = 4096
+KEPT_ROWS = 1 << 20
+"""Steps' outcomes that are kept while nobody asks for them (about 300 bytes each)."""
 STOPPED_AFTER_S = 0.1
 """How long the kernel must call a process stopped (a debugger stops one for less)."""
 
@@ -104,6 +107,7 @@ class NodeWatch:
         self._beacons.mkdir(parents=True, exist_ok=True)
         self._watched: dict[str, _Watched] = {}
         self._gone: list[RankAccount] = []
+        self._kept: dict[int, Mapping[str, Any]] = {}
         self._news = threading.Condition()
         self._number, self._gap_s, self._progress_at = 0, 0.0, 0.0
         self._poll = select.poll()
@@ -124,10 +128,34 @@ class NodeWatch:
             sights = tuple(_sight(one, now) for one in watched)
             gap, self._gap_s = self._gap_s, 0.0
             number = self._number
-        rows: list[Mapping[str, Any]] = []
+            rows = self._kept_from(first_row, row_floor)
         for one in watched:
             rows += one.reader.rows(first_row + len(rows), row_floor)
+        del rows[ROWS_A_BEAT:]
         return Beat(self.node, number, sights, tuple(self.shards()), tuple(rows), gap)
+
+    def keep_rows(self) -> None:
+        """Keep the outcomes that the beacons hold: they have room for the last `ROWS` only. For an agent that nobody
+        listens to; call it more often than they fill."""
+        with self._news:
+            newest = max(self._kept, default=0)
+            for one in self._watched.values():
+                until = one.reader.read().step
+                oldest = until - ROWS * 3 // 4  # what is older may be overwritten under our eyes
+                for row in map(one.reader.row, range(max(0, oldest, newest), until)):
+                    if row is not None and row["generation"] >= self._kept.get(row["step"], row)["generation"]:
+                        self._kept[row["step"]] = row
+            while len(self._kept) > KEPT_ROWS:
+                del self._kept[next(iter(self._kept))]
+
+    def _kept_from(self, first: int, floor: int) -> list[Mapping[str, Any]]:
+        """Without a gap; what is before them has been heard."""
+        for step in [step for step in self._kept if step < first]:
+            del self._kept[step]
+        rows: list[Mapping[str, Any]] = []
+        while (row := self._kept.get(first + len(rows))) is not None and row["generation"] >= floor:
+            rows.append(row)
+        return rows
 
     def shards(self) -> list[Shard]:
         """Sealed in this node's memory, own and replicas."""

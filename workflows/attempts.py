@@ -189,6 +189,7 @@ class Attempts:
             "cache": self._source.cache,
             "channel": self._listener.address,
             "driver_pid": os.getpid(),
+            "nodes_come": self._settings.wait_for_nodes,
         }
         self._placement.prepare(json.dumps(run))
         if replaced := self._journal.state.replaced:
@@ -384,6 +385,8 @@ class Attempts:
             return
         system = record["kind"] == "system"
         if system:
+            if call.started is not None and time.monotonic() - call.started > self._settings.retry_window_s:
+                call.system_failures = 0  # weeks of training may lose more processes than a step that always crashes
             call.system_failures += blamed
             final = call.system_failures > self._settings.system_retries
         else:

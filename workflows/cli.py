@@ -225,9 +225,15 @@ def gc(
 
     Artifacts that another run reuses stay. What goes is marked first and deleted by a later `recua gc --yes`, when the
     grace period is over.
+
+    The same for snapshots in this machine's memory (/dev/shm/recua-node-*) that crashed pretrainings left: those that
+    no process works with go, where their run is finished or removed. What a run may still go on from stays. Other
+    machines are swept when the next pretraining starts on them.
     """
+    from cluster import host_memory
     from workflows import gc as collector
     from workflows import housekeeping
+    from workflows.status import standing
 
     if yes and dry_run:
         raise click.UsageError("--yes and --dry-run contradict each other")
@@ -238,9 +244,13 @@ def gc(
         return
     policy = collector.Policy(runs, keep_runs, keep_days, grace_s)
     if yes:
-        housekeeping.show_result(collector.collect(opened, policy), policy, as_json)
+        result = collector.collect(opened, policy)
+        memory = host_memory.survey(standing)
+        host_memory.free(memory)
+        housekeeping.show_result(result, policy, memory, as_json)
     else:
-        housekeeping.show_plan(collector.plan_gc(opened, policy), policy, as_json)
+        plan = collector.plan_gc(opened, policy)
+        housekeeping.show_plan(plan, policy, host_memory.survey(standing), as_json)
 
 
 @main_group.command()

@@ -42,6 +42,9 @@ class RunSettings(Settings):
     system_retries: int = Field(default=5, ge=0)
     """How often an attempt that the platform broke (node lost, preempted, out of memory, store trouble) is repeated."""
 
+    retry_window_s: float = Field(default=600.0, ge=0)
+    """An attempt that ran for so long before the platform broke it is the first one that counts again."""
+
     backoff_s: float = Field(default=1.0, ge=0)
     """First pause before a repeated attempt; doubles up to 30 s."""
 

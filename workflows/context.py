@@ -32,6 +32,8 @@ class StepContext:
     source: ArtifactSource
     send: Callable[[dict[str, Any]], None]
     on_file: Callable[[], None]
+    nodes_come: bool = False
+    """Whether an autoscaler may add nodes to the cluster (RunSettings.wait_for_nodes)."""
     saves_state: bool = False
     """Whether `state_folder` was asked for: the driver removes that after the commit."""
     _last_progress: float = 0.0

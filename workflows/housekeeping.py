@@ -7,20 +7,22 @@ from dataclasses import asdict
 
 import click
 
+from cluster.host_memory import Held
 from infra.machine import show_size
 from workflows.gc import GcPlan, GcResult, Item, Kept, Policy
 
 
-def show_plan(plan: GcPlan, policy: Policy, as_json: bool = False) -> None:
+def show_plan(plan: GcPlan, policy: Policy, memory: list[Held], as_json: bool = False) -> None:
     """What `recua gc --yes` would do."""
     if as_json:
-        click.echo(json.dumps({**asdict(plan), "due": sorted(plan.due)}, indent=2))
+        click.echo(json.dumps({**asdict(plan), "due": sorted(plan.due), "memory": _as_json(memory)}, indent=2))
         return
+    _memory(memory, "would go")
     for run_id in plan.runs:
         click.echo(f"run {run_id} would be removed")
     _table(plan.items, "would go")
     _kept(plan.kept)
-    if not plan.items and not plan.runs:
+    if not plan.items and not plan.runs and all(held.needed for held in memory):
         click.echo("nothing to remove: every artifact is needed by a run")
         return
     due = sum(item.size for item in plan.items if item.key in plan.due)
@@ -28,11 +30,12 @@ def show_plan(plan: GcPlan, policy: Policy, as_json: bool = False) -> None:
                f"{_minutes(policy.grace_s)} ({show_size(due)} now)")  # fmt: skip
 
 
-def show_result(result: GcResult, policy: Policy, as_json: bool = False) -> None:
+def show_result(result: GcResult, policy: Policy, memory: list[Held], as_json: bool = False) -> None:
     """What `recua gc --yes` did."""
     if as_json:
-        click.echo(json.dumps(asdict(result), indent=2))
+        click.echo(json.dumps({**asdict(result), "memory": _as_json(memory)}, indent=2))
         return
+    _memory(memory, "deleted")
     for run_id in result.removed_runs:
         click.echo(f"run {run_id} was removed")
     _table(result.deleted, "deleted")
@@ -46,6 +49,16 @@ def show_result(result: GcResult, policy: Policy, as_json: bool = False) -> None
     elif result.marked:
         click.echo(f"what is marked goes with `recua gc --yes` in {_minutes(policy.grace_s)} (or now with --grace 0)")
     click.echo(f"freed {show_size(sum(item.size for item in result.deleted))}")
+
+
+def _memory(memory: list[Held], what: str) -> None:
+    for held in memory:
+        done = "kept" if held.needed else what
+        click.echo(f"{done}: memory of this machine  {show_size(held.size)}  {held.folder}: {held.reason}")
+
+
+def _as_json(memory: list[Held]) -> list[dict[str, object]]:
+    return [{**asdict(held), "folder": str(held.folder)} for held in memory]
 
 
 def _table(items: Iterable[Item], what: str) -> None:

@@ -14,11 +14,11 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from infra.errors import StoreError
-from infra.storage import Store
-from workflows.journal import Journal, JournalState, slot_key
+from infra.storage import Store, open_store
+from workflows.journal import Journal, JournalState, removed_key, slot_key
 
 FORMAT = 1
 COUNTED = ("committed", "reused", "running", "failed", "waiting")
@@ -128,3 +128,19 @@ def read_status(store: Store, run_id: str) -> Record | None:
     except (ValueError, KeyError, AttributeError):
         return None
     return tree
+
+
+def standing(store_url: str, run_id: str) -> Literal["open", "stopped", "over"]:
+    """For what a run has started and left: "open" goes on, or has lost its driver; "stopped" has ended and may be
+    resumed; "over" is finished or removed. Cheap, so that it can be asked every second.
+
+    Raises:
+        StoreError: the store fails.
+    """
+    store = open_store(store_url)
+    if store.exists(removed_key(run_id)):
+        return "over"
+    status = read_status(store, run_id)
+    if status is None or status["ended"] is None:
+        return "open"
+    return "over" if status["status"] == "finished" else "stopped"

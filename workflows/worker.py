@@ -109,6 +109,7 @@ def _body(task: Payload, store: Store, scratch: Path) -> dict[str, Any]:
         source,
         tell,
         functools.partial(_fault, task, "artifact.upload"),
+        bool(task.get("nodes_come")),
     )
     _check_lease(task, store, sender)
     alarm.set(show)

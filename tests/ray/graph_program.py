@@ -71,6 +71,15 @@ def crash(folder: str, times: int) -> int:
     return seen
 
 
+@step
+def crash_late(folder: str, times: int) -> int:
+    seen = trace(folder, "crash_late")
+    if seen <= times:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return seen
+
+
 @step(timeout=1.0)
 def endless(folder: str) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)

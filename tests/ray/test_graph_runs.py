@@ -128,6 +128,12 @@ def test_retries_of_the_user_and_of_the_platform_are_apart(bench: Bench) -> None
     assert bench.trace.count("crash") == 5
 
 
+def test_detached_attempts_that_ran_for_long_are_not_counted_with_those_before(bench: Bench) -> None:
+    with pytest.raises(NodeLost, match=r"crash_late\[0\]"):
+        bench.run(program.one, "crash_late", bench.folder, 2, system_retries=0)
+    assert bench.run(program.one, "crash_late", bench.folder, 3, system_retries=1, retry_window_s=0).value == 4
+
+
 def test_a_timeout_ends_the_step_and_its_children(bench: Bench) -> None:
     with pytest.raises(StepTimeout, match=r"endless\[0\].*timeout of 1 s"):
         bench.run(program.one, "endless", bench.folder)

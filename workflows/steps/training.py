@@ -9,6 +9,7 @@ from actors.config import DpoSettings, PpoSettings, PretrainSettings, RewardSett
 from infra.telemetry import MetricsWriter
 from workflows.graph import Artifact, context, step
 from workflows.recipe import ModelSettings, PoolSettings
+from workflows.status import standing
 from workflows.steps.text import read_problems, read_rows
 
 
@@ -62,7 +63,7 @@ def pretrain(
 
     result = run_pretrain(
         tokens.path(), tokenizer.path(), config, section, out.path, state, curve, seed=seed, on_event=tell,
-        accounts=(run.store_url, run.run_id, "pretrain"),
+        accounts=(run.store_url, run.run_id, "pretrain"), ask_standing=standing, nodes_come=run.nodes_come,
     )  # fmt: skip
     return Trained("pretrain", out.seal(), curve.seal(), {"loss": result.final_loss, "tokens": result.tokens})
 
