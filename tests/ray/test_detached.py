@@ -115,7 +115,7 @@ def start(cluster: Cluster, tmp_path: Path) -> Iterator[Callable[[], Driver]]:
 
 
 def test_detached_ranks_outlive_step_and_driver_and_end_with_the_run(
-    start: Callable[[], Driver], tmp_path: Path, record_property: Any
+    start: Callable[[], Driver], tmp_path: Path
 ) -> None:
     state = tmp_path / "store" / "runs" / RUN / "state" / "pretrain[0]"
 
@@ -160,7 +160,7 @@ def test_detached_ranks_outlive_step_and_driver_and_end_with_the_run(
     second.hears("decision: adopt")
     seen = step()
     wait_for(lambda: told() > seen, f"rows do not go on: {second.said()}")
-    record_property("led_again_s", time.monotonic() - lost)
+    print(f"led again {time.monotonic() - lost:.1f} s after the driver was killed")
     assert places() == before, "the same processes in the same generation"
     rows = read_metrics(state / METRICS)
     assert [row["step"] for row in rows] == list(range(len(rows))) and len(rows) > left + 50
@@ -172,7 +172,7 @@ def test_detached_ranks_outlive_step_and_driver_and_end_with_the_run(
     assert cancel_run(open_store(tmp_path / "store"), RUN) == "cancelled"
     processes = [agent, *(pid for pid, _, _ in before.values())]
     wait_for(lambda: all(process_start(pid) is None for pid in processes), "something of the group lives on")
-    record_property("cancelled_s", time.monotonic() - cancelled)
+    print(f"no process {time.monotonic() - cancelled:.1f} s after it was cancelled")
     second.process.wait(60)
     wait_for(lambda: not [one for one in actors() if one.startswith(name)], f"{actors()} are left")
     assert list(folder.glob("*.shard")), "a cancelled run can be resumed"
