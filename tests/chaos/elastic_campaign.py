@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from cluster.fleet import node_root
+from cluster.host_memory import node_root
 from tests.chaos.campaign_place import Nodes, Place, open_place
 from tests.chaos.campaign_results import Record, main
 from tests.chaos.elastic_checks import Reference, check

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from cluster.fleet import NAMESPACE
+from cluster.group_actors import NAMESPACE
 from data.config import BatchSettings
 from data.loader import Loader
 from data.mixture import Mixture, Source
