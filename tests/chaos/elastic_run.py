@@ -49,7 +49,7 @@ def settings_of(schedule: Schedule, patience: float, url: str) -> dict[str, Any]
         "elastic": {
             "min_workers": block if schedule.shrinks else variant.ranks,
             "spares": schedule.spares,
-            "max_faults_without_progress": 12,
+            "max_faults_without_progress": 20,
             "capacity_wait_s": 200,
             "start_timeout_s": 200,
             "respawn_backoff_s": 2,

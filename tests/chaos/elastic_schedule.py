@@ -110,7 +110,7 @@ class Schedule:
         variant = chance.choices(VARIANTS, [3, 4, 1, 2, 1])[0]
         s3 = chance.random() < 0.4
         known = [kind for kind in kinds if s3 or kind != "store"]
-        drawn = chance.choices(known, [WEIGHTS.get(kind, 1.0) for kind in known], k=chance.choice([3, 4, 5, 6]))
+        drawn = chance.choices(known, [WEIGHTS.get(kind, 1.0) for kind in known], k=chance.choice([4, 5, 6, 7, 8]))
         found: list[Fault] = []
         for kind in drawn:
             if kind in VALUES and any(one.kind in VALUES for one in found):
