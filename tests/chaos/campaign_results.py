@@ -70,7 +70,7 @@ def main(
     seeds = range(first, first + runs)
     if replay := os.environ.get("SEED"):
         seeds = range(int(replay), int(replay) + 1)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what runs in its background
     deadline = None if given.seconds is None else time.monotonic() + given.seconds
     fresh: list[Record] = []
     enough = given.faults is not None and _hits(lines) >= given.faults
