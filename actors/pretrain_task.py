@@ -1,5 +1,6 @@
 """What the controller of a pretraining must know of it: where ranks meet, what they load, who keeps replicas."""
 
+import json
 import logging
 import secrets
 import threading
@@ -18,15 +19,21 @@ from cluster.node_agent import AgentPlace, NodeAgent
 from cluster.policies.snapshot import place_replicas
 from engines.process_groups import StoreAddress
 from infra.errors import StoreError
-from infra.storage import Store
+from infra.storage import Store, appear
 
 log = logging.getLogger(__name__)
 
 ANSWER_S = 30.0
+SERVED = "replicas.json"
+"""Port and token of a node's replica server, in the group's folder."""
 
 
 class PretrainAgent(NodeAgent):
-    """A node agent that also serves its node's shards to the others, once there are others."""
+    """A node agent that also serves its node's shards to the others, once there are others.
+
+    An agent that follows one that has ended serves at the same place, where the ranks of other nodes still put their
+    replicas.
+    """
 
     def __init__(self, place: AgentPlace) -> None:
         super().__init__(place)
@@ -42,8 +49,22 @@ class PretrainAgent(NodeAgent):
                 from engines.snapshots import ReplicaServer  # torch comes with it, which takes seconds
 
                 host, root = ray.util.get_node_ip_address(), self.place.folder.parent
-                self._server = ReplicaServer(secrets.token_hex(16), host=host, root=root)
+                port, token = self._place_before()
+                try:
+                    self._server = ReplicaServer(token, host=host, port=port, root=root)
+                except OSError:  # somebody else has the port by now
+                    self._server = ReplicaServer(token, host=host, root=root)
+                with appear(self.place.folder / SERVED) as draft:
+                    draft.touch(0o600)
+                    draft.write_text(json.dumps([self._server.port, token]))
             return ReplicaPlace(self._server.host, self._server.port, self._server.token)
+
+    def _place_before(self) -> tuple[int, str]:
+        try:
+            port, token = json.loads((self.place.folder / SERVED).read_text())
+            return int(port), str(token)
+        except (OSError, ValueError, TypeError):
+            return 0, secrets.token_hex(16)
 
 
 class PretrainTask:
@@ -66,14 +87,15 @@ class PretrainTask:
         self._stored: set[tuple[int, int]] | None = None
         self._places: dict[str, tuple[Any, ReplicaPlace]] = {}  # by node; an agent that was replaced serves elsewhere
 
-    def orders(self, join: Join, fleet: Fleet, history: GroupHistory, high_step: int) -> Mapping[str, Order]:
+    def orders(self, join: Join, fleet: Fleet, history: GroupHistory, high_step: int) -> Mapping[str, Order | None]:
+        """A place for every member, None for everybody else."""
         ranks = join.ranks()
         nodes = [fleet.node_of[worker] for worker in ranks]
         places = self._replica_places(fleet, {*nodes, *join.restore.on})
         copies = 0 if self.replicated else self.settings.snapshot_replicas
         held = place_replicas(nodes, copies)
         skipped = tuple(one for window in history.skipped for one in range(window.first, window.last + 1))
-        orders = {}
+        orders: dict[str, Order | None] = {}
         for (worker, rank), node in zip(ranks.items(), nodes, strict=True):
             others = {name: place for name, place in places.items() if name != node}
             orders[worker] = Order(
@@ -87,7 +109,7 @@ class PretrainTask:
                 skipped,
                 high_step,
             )
-        return orders
+        return {**dict.fromkeys(fleet.node_of), **orders}
 
     def stored(self) -> set[tuple[int, int]]:
         """What the store is known to have. The first call asks it; later ones tell what the one before began to ask:

@@ -13,8 +13,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 
 from actors.config import PretrainSettings
 from actors.pretrain_points import FaultPoints
+from actors.rank_time import Aborted, RankTime
 from cluster.beacons import SUFFIX, BeaconWriter
 from cluster.host_memory import BEACONS, end_when_unwatched, group_folder, node_root
 from cluster.stopwatch import Stopwatch
@@ -118,11 +118,11 @@ class PretrainRank:
         self.beacon = BeaconWriter(folder / BEACONS / f"{name}{SUFFIX}")
         end_when_unwatched(folder, settings.elastic.orphan_s)
         self.fetched = folder / "fetched"
-        self.watch = Stopwatch(born=born, memory=self.beacon.account)
-        self.watch.enter("init")
+        self.ledger = RankTime(Stopwatch(born=born, memory=self.beacon.account))
+        self.ledger.enter("init")
         self.points = FaultPoints(job.faults, job.state / "faults")
         self._store = store
-        self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+        self._words: queue.SimpleQueue[Order | Aborted | None] = queue.SimpleQueue()
         self._stop_generation = -1
         self._failure: Exception | None = None
         torch.set_num_threads(settings.threads)
@@ -144,12 +144,14 @@ class PretrainRank:
         """(pid, node id): the process answers."""
         return os.getpid(), self.node
 
-    def join(self, order: Order) -> None:
-        """Take a place in a new generation, as soon as the last one is left."""
-        self._orders.put(order)
+    def join(self, order: Order | None) -> None:
+        """Take a place in a new generation, as soon as the last one is left. None: it has none for this rank."""
+        self._words.put(order)
 
-    def abort(self, generation: int, deadline_s: float) -> None:
-        """Out of the collectives of this generation and of any older one."""
+    def abort(self, generation: int, deadline_s: float, fault_age_s: float = 0.0) -> None:
+        """Out of the collectives of this generation and of any older one; what is wrong with it is so old."""
+        now = time.monotonic()
+        self._words.put(Aborted(generation, now, now - fault_age_s))
         self.elastic.abort(generation, deadline_s)
 
     def stop_at_boundary(self, generation: int) -> None:
@@ -168,9 +170,15 @@ class PretrainRank:
             self.elastic.warm_up()
             self._meet()
             self.beacon.set(state="standby")
+            self.ledger.enter("idle")
             while True:
-                self.watch.enter("idle")
-                self._serve(self._orders.get())
+                word = self._words.get()
+                if word is None:
+                    self.ledger.enter("idle")
+                elif isinstance(word, Aborted):
+                    self.ledger.heard(word)
+                else:
+                    self._serve(word)
         except Exception as error:
             self._fail(error)
 
@@ -186,10 +194,11 @@ class PretrainRank:
         """One generation, from its order to its end."""
         try:
             state = self._train(order)
-            self.watch.enter("re_forming")
+            self.ledger.enter("idle" if state == "finished" else "re_forming")
             self.elastic.leave()
         except Exception as error:
-            self.watch.step_lost()
+            waits = None if self.elastic.learner is None else self.elastic.learner.ranks.waits
+            self.ledger.broken(order.generation, waits)
             groups = self.elastic.groups
             lost = isinstance(error, NodeLost) or (groups is not None and groups.aborted)
             self.elastic.leave()
@@ -210,7 +219,7 @@ class PretrainRank:
         """(collective) Returns how the generation ended here: "finished" or "boundary"."""
         seat = {"generation": order.generation, "rank": order.rank, "world_size": order.world_size}
         self.beacon.set(state="joining", phase="wait", ticks=0, **seat)
-        self.watch.enter("re_forming")
+        self.ledger.enter("re_forming")
         self.points.reach("join", order.rank, order.generation)
         learner = self._join(order)
         loader = BatchLoader(self.job, learner.ranks, order.skipped)
@@ -221,19 +230,20 @@ class PretrainRank:
         while learner.step < steps:
             step, started = learner.step, time.perf_counter()
             self.beacon.enter("data")
-            self.watch.enter("data_wait")
+            self.ledger.enter("data_wait")
             self.points.reach("data", order.rank, step)
             micro_batches, tokens = loader.micro_batches(step)
             self.points.count_step(order.rank, order.generation)
             self.beacon.enter("collective")
             learner.ranks.stop_asked = self._stop_generation >= order.generation
-            with self._computing(step < order.high_step):
-                ask = next_token_loss(tokens, self.beacon.tick)
-                self.elastic.train_step(micro_batches, self.points.in_loss(ask, order.rank, step, loader.window(step)))
+            ask = self.points.in_loss(next_token_loss(tokens, self.beacon.tick), order.rank, step, loader.window(step))
+            with self.ledger.step(learner.ranks.waits, again=step < order.high_step):
+                self.elastic.train_step(micro_batches, ask)
             rate = round(tokens / (time.perf_counter() - started), 1)
             self._say(learner, order, tokens, tokens_per_s=rate)
             self.beacon.set(step=learner.step, phase="wait")
             if learner.ranks.stop_agreed and learner.step < steps:
+                self.ledger.enter("checkpoint_stall")
                 self.elastic.take_last()
                 return "boundary"
         self._finish(learner, order)
@@ -268,16 +278,6 @@ class PretrainRank:
         with (self.job.state / REFUSED).open("a") as file:
             file.write(json.dumps(note) + "\n")
 
-    @contextmanager
-    def _computing(self, again: bool) -> Iterator[None]:
-        """A step's time: computing, less what it waited for the snapshot before it."""
-        assert self.elastic.snapshots is not None
-        stalled = self.elastic.snapshots.stall_s
-        self.watch.begin_step(again)
-        yield
-        bucket = "recomputed" if again else "compute"
-        self.watch.reattribute(bucket, "checkpoint_stall", self.elastic.snapshots.stall_s - stalled)
-
     def _say(self, learner: TorchLearner, order: Order, tokens: int, **more: Any) -> None:
         """Leave the outcome of the last step where the node agent reads it."""
         step = learner.step - 1
@@ -287,7 +287,7 @@ class PretrainRank:
     def _finish(self, learner: TorchLearner, order: Order) -> None:
         """(collective) The last state into storage, the model into its folder."""
         self.beacon.enter("save")
-        self.watch.enter("checkpoint_stall")
+        self.ledger.enter("checkpoint_stall")
         self.points.reach("finish", order.rank, order.generation)
         deadline = time.monotonic() + self.job.settings.elastic.flush_timeout_s
 

@@ -24,6 +24,7 @@ from cluster.beats import BeatBoard
 from cluster.config import ElasticSettings
 from cluster.controller_state import ENDED, Controller
 from cluster.decision import Decision
+from cluster.fault_times import FaultTimes
 from cluster.fleet import AgentLost, Fleet, News, Started
 from cluster.goodput_records import PERIOD_S, Pause, write_group
 from cluster.goodput_watch import GroupWatch
@@ -105,7 +106,7 @@ class GroupController:
         valid = {step for generation, step in stored if _on_trajectory(generation, step, joins)}
         self.core = Controller(settings, prefix=f"c{number}w", stored=valid, joins=joins, adopting=number > 0)
         journal.note(controllers=number + 1)
-        self.board = BeatBoard(settings)
+        self.board, self.faults = BeatBoard(settings), FaultTimes()
         self.watch = GroupWatch("group" if fleet.accounts is None else fleet.accounts[2], self.core, time.time())
         self.next_row = len(rows)
         self.row_floor = max((one for one, step in history.joins.items() if step <= self.next_row), default=0)
@@ -120,7 +121,6 @@ class GroupController:
         self._end: m.End | None = None
         self._error: Exception | None = None
         self._looked_at = self._wrote_at = 0.0
-        self._detected_at = 0.0
         self._stacks: list[Any] = []
         self._draining: dict[str, float] = {}
         self._silent_since: dict[str, float] = {}
@@ -201,6 +201,7 @@ class GroupController:
 
     def _hear_beat(self, beat: Beat, now: float) -> None:
         self._silent_since.pop(beat.node, None)
+        self.faults.heard(beat, now)
         for row in beat.rows:
             self._row(dict(row))
         self._shards[beat.node] = beat.shards
@@ -495,22 +496,20 @@ class GroupController:
     def _tell(self, event: m.Event) -> None:
         before, now = self.core.phase, time.monotonic()
         commands = self.core.handle(event, now)
-        if before == "running" and self.core.phase == "aborting":
-            self._detected_at = now
         pause = self.watch.saw(event, commands, time.time())
         for command in commands:
-            self._carry_out(command, now)
+            self._carry_out(command, now, self.faults.age_s(event, now))
         if self.core.phase == "running" and before != "running":
             self.board.begin(self.core.generation, now)
             self._out_since.clear()
             self._started(pause)
 
-    def _carry_out(self, command: m.Command, now: float) -> None:
+    def _carry_out(self, command: m.Command, now: float, fault_age_s: float) -> None:
         if isinstance(command, m.Spawn):
             self._to_spawn.append(command)
         elif isinstance(command, m.Abort):
             for worker in command.workers:
-                self.fleet.tell(worker, "abort", command.generation, max(0.1, command.deadline - now))
+                self.fleet.tell(worker, "abort", command.generation, max(0.1, command.deadline - now), fault_age_s)
         elif isinstance(command, m.Kill):
             self._say("decided", decision=f"kill {', '.join(sorted(command.workers))} | {command.reason}")
             self._dismissed |= command.workers

@@ -78,16 +78,23 @@ def merge(ledgers: Iterable[Ledger]) -> Ledger:
 @dataclass(frozen=True)
 class Goodput:
     """A group's account. All seconds are rank-seconds; `capacity` counts ranks asked for, spares included (their mean
-    over the wall time, where it changed)."""
+    over the wall time, where it changed), `spares` how many of them are spares."""
 
     ledger: Ledger
     capacity: float
     wall_s: float
+    spares: float = 0.0
 
     @property
     def goodput(self) -> float:
         total = self.capacity * self.wall_s
         return self.ledger.seconds.get("compute", 0.0) / total if total else 0.0
+
+    @property
+    def goodput_without_spares(self) -> float:
+        """As if the spares had cost nothing."""
+        total = (self.capacity - self.spares) * self.wall_s
+        return self.ledger.seconds.get("compute", 0.0) / total if total > 0 else 0.0
 
     @property
     def absent_s(self) -> float:
@@ -100,14 +107,20 @@ class Goodput:
         shares |= {"absent": self.absent_s / total, "unattributed": self.ledger.unattributed_s / total}
         return {
             "goodput": round(self.goodput, 6),
+            "goodput_without_spares": round(self.goodput_without_spares, 6),
             "capacity": self.capacity,
+            "spares": self.spares,
             "wall_s": round(self.wall_s, 3),
             "shares": {name: round(share, 6) for name, share in shares.items()},
             "ledger": self.ledger.to_json(),
         }
 
     def to_text(self) -> str:
-        """One line per share, largest first."""
+        """One line per share of the capacity, largest first; what nobody claims is always among them."""
         shares = sorted(self.to_json()["shares"].items(), key=lambda item: -item[1])
-        rows = [f"  {name.replace('_', ' '):<24}{share:>9.3%}" for name, share in shares if abs(share) >= 5e-6]
-        return "\n".join([f"goodput {self.goodput:.4f} of {self.capacity:g} ranks over {self.wall_s:.1f} s", *rows])
+        shown = [(name, share) for name, share in shares if abs(share) >= 5e-6 or name == "unattributed"]
+        rows = [f"  {name.replace('_', ' '):<24}{share:>9.3%}" for name, share in shown]
+        head = f"goodput {self.goodput:.4f} of {self.capacity:g} ranks over {self.wall_s:.1f} s"
+        if self.spares:
+            head += f"; {self.goodput_without_spares:.4f} of the {self.capacity - self.spares:g} that are no spares"
+        return "\n".join([head, *rows])

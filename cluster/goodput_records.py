@@ -94,7 +94,8 @@ class NodeLife:
 class GroupAccount:
     """What the controller keeps of its group. Times in seconds since the epoch (the twin's: since the start).
 
-    `capacity`: (since, ranks asked for, spares included), in order. `until`: when this was written.
+    `capacity`: (since, ranks asked for, spares included), in order; `spares`: how many of the last. `until`: when this
+    was written.
     """
 
     group: str
@@ -104,6 +105,7 @@ class GroupAccount:
     capacity: tuple[tuple[float, int], ...]
     nodes: Mapping[str, NodeLife] = field(default_factory=dict)
     pauses: tuple[Pause, ...] = ()
+    spares: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
@@ -120,24 +122,30 @@ class GroupAccount:
             tuple((since, ranks) for since, ranks in tree["capacity"]),
             {node: NodeLife(**life) for node, life in tree["nodes"].items()},
             tuple(Pause(**pause) for pause in tree["pauses"]),
+            tree.get("spares", 0),
         )
 
 
 @dataclass(frozen=True)
 class GroupReport:
-    """A group's goodput, its pauses, and what its records do not say."""
+    """A group's goodput, its pauses, and what its records do not say. `lives`: processes that had a place in it;
+    `worst_unattributed`: the largest share of one of their lives that no bucket claims."""
 
     group: str
     ended: bool
     goodput: Goodput
     pauses: tuple[Pause, ...]
     missing: tuple[str, ...]
+    lives: int = 0
+    worst_unattributed: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return {
             "group": self.group,
             "ended": self.ended,
             **self.goodput.to_json(),
+            "lives": self.lives,
+            "worst_unattributed": round(self.worst_unattributed, 6),
             "pauses": [asdict(pause) for pause in self.pauses],
             "missing": list(self.missing),
         }
@@ -145,6 +153,9 @@ class GroupReport:
     def to_text(self) -> str:
         """Shares, pauses, gaps: for people."""
         lines = [f"{self.group}: {self.goodput.to_text()}"]
+        if self.lives:
+            worst = f"of one at most {self.worst_unattributed:.3%} of its life"
+            lines.append(f"ranks that lived: {self.lives}, unattributed {worst}")
         if self.pauses:
             seconds = sorted(pause.ended - pause.began for pause in self.pauses)
             middle, lost = seconds[len(seconds) // 2], sum(p.lost_steps for p in self.pauses if not p.rolled_back)
@@ -183,8 +194,11 @@ def account(group: GroupAccount, nodes: Sequence[NodeAccount]) -> GroupReport:
     for node in sorted(known.keys() - group.nodes.keys()):
         ledgers += [rank.ledger for rank in known[node].ranks]
         missing.append(f"{node}: has an account, and the controller's record does not know it")
-    goodput = Goodput(merge(ledgers), asked / wall if wall else float(group.capacity[-1][1]), wall)
-    return GroupReport(group.group, group.ended, goodput, group.pauses, tuple(missing))
+    capacity = asked / wall if wall else float(group.capacity[-1][1])
+    goodput = Goodput(merge(ledgers), capacity, wall, group.spares)
+    shares = [abs(one.unattributed_s) / one.lived_s for one in ledgers if one.lived_s]
+    lives = sum(len(node.ranks) for node in nodes)
+    return GroupReport(group.group, group.ended, goodput, group.pauses, tuple(missing), lives, max(shares, default=0.0))
 
 
 def write_group(store: Store, run_id: str, group: GroupAccount) -> None:

@@ -53,7 +53,8 @@ class GroupWatch:
         """Everything so far."""
         ended = self._core.phase in ENDED
         nodes, pauses = dict(self.nodes), tuple(self.pauses)
-        return GroupAccount(self._group, self._started, now, ended, tuple(self.capacity), nodes, pauses)
+        spares = self._core.settings.spares
+        return GroupAccount(self._group, self._started, now, ended, tuple(self.capacity), nodes, pauses, spares)
 
     def _note_nodes(self, event: m.Event, now: float) -> None:
         if isinstance(event, m.WorkersReady):

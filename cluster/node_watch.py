@@ -41,6 +41,8 @@ KEPT_ROWS = 1 << 20
 """Steps' outcomes that are kept while nobody asks for them (about 300 bytes each)."""
 STOPPED_AFTER_S = 0.1
 """How long the kernel must call a process stopped (a debugger stops one for less)."""
+STILL_S = 1.0
+"""A pulse that is late by less is nothing to account for."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Sight:
     pulse_age: float = 0.0
     starved_s: float = 0.0
     """How long its training thread has waited for a processor so far."""
+    out_s: float = 0.0
+    """How long ago it died, was stopped or locked up; 0 where nothing of that."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,14 @@ class _Watched:
                 self.died_at = now
         self.pulse, self.still_s = self.reader.pulse, 0.0
         self.stopped_since: float | None = None
+        self.looked_at = now
+
+    @property
+    def still_since(self) -> float | None:
+        """When it was stopped, or its interpreter locked; None for one that goes on, or went on until it died."""
+        if self.stopped_since is not None:
+            return self.stopped_since
+        return self.looked_at - self.still_s if self.still_s > STILL_S else None
 
     def close(self) -> None:
         if self.pidfd is not None:
@@ -302,7 +314,7 @@ def _look(one: _Watched, now: float, ran_s: float, asks_kernel: bool) -> tuple[b
     before, one.record = one.record, one.reader.read()
     pulse = one.reader.pulse
     one.still_s = 0.0 if pulse != one.pulse else one.still_s + ran_s
-    one.pulse = pulse
+    one.pulse, one.looked_at = pulse, now
     stood = _stands(one, now)
     if asks_kernel:
         if process_state(one.pid) not in "Tt":
@@ -321,7 +333,9 @@ def _stands(one: _Watched, now: float) -> bool:
 def _sight(one: _Watched, now: float) -> Sight:
     pulse_age = float("inf") if _stands(one, now) else one.still_s
     age = max(0.0, now - one.record.entered_at)
-    return Sight(one.reader.name, one.died_at is None, one.record, age, pulse_age, _starved_s(one.record))
+    began = [moment for moment in (one.died_at, one.still_since) if moment is not None]
+    out_s = now - min(began) if began else 0.0
+    return Sight(one.reader.name, one.died_at is None, one.record, age, pulse_age, _starved_s(one.record), out_s)
 
 
 def _starved_s(record: Record) -> float:
@@ -337,6 +351,6 @@ def _account(one: _Watched) -> RankAccount:
     now, clock = time.monotonic(), time.time()
     until = now if one.died_at is None else one.died_at
     died = one.died_at is not None and one.record.state not in ("finished", "failed")
-    ledger = read_account(one.reader.account, until, died=died)
+    ledger = read_account(one.reader.account, until, died, one.still_since)
     ended = clock - (now - until)
     return RankAccount(one.reader.name, ended - ledger.lived_s, ended, ledger, one.died_at is not None)

@@ -47,6 +47,7 @@ class Stopwatch:
         self._seconds[BUCKETS.index("init")] = self._since - self._born
         self._recomputing = False
         self._at_step = 0.0
+        self._entered = 0.0
         self._write()
 
     def enter(self, bucket: str) -> None:
@@ -54,6 +55,7 @@ class Stopwatch:
         index = _index(bucket)
         self._close()
         self._open = RECOMPUTED if self._recomputing and index == COMPUTE else index
+        self._entered = self._since
         self._write()
 
     def leave(self) -> None:
@@ -82,21 +84,42 @@ class Stopwatch:
         self._at_step = self._seconds[COMPUTE]
         self._write()
 
-    def step_lost(self, since_fault_s: float = 0.0) -> None:
-        """The step under way will not count: the last `since_fault_s` of it were spent until the fault was known
-        (detection), the rest will be computed again. Time now goes to re-forming."""
-        self.enter("re_forming")
-        lost = self._seconds[COMPUTE] - self._at_step
-        unnoticed = min(since_fault_s, lost)
-        self._seconds[COMPUTE] -= lost
-        self._seconds[DETECTION] += unnoticed
-        self._seconds[RECOMPUTED] += lost - unnoticed
+    def end_step(self) -> None:
+        """The step counts, whatever happens next."""
+        self._close()
+        self._at_step = self._seconds[COMPUTE]
         self._write()
 
+    def step_lost(self) -> None:
+        """The step under way, if there is one, will not count: its computing will be done again. Time now goes to
+        detection: something is wrong, and nobody has said what."""
+        self.enter("detection")
+        lost = self._seconds[COMPUTE] - self._at_step
+        self._seconds[COMPUTE] -= lost
+        self._seconds[RECOMPUTED] += lost
+        self._write()
+
+    def fault_known(self, began: float, heard: float, waited: tuple[str, float, float] | None = None) -> None:
+        """Somebody has said what was wrong: from `began` to `heard` it was not known. Time now goes to re-forming.
+
+        Args:
+            waited: (bucket, start, end) of the wait that the fault ended, as it was booked: its part since `began` was
+                in vain. Computing in that time is computed again, so it stays where `step_lost` has put it.
+        """
+        self._close()
+        if self._open == DETECTION:
+            self.reattribute("detection", "re_forming", self._since - max(heard, self._entered))
+        self.enter("re_forming")
+        if waited is not None:
+            bucket, start, end = waited
+            self.reattribute(bucket, "detection", min(end, heard) - max(start, began))
+            self.reattribute(bucket, "re_forming", end - max(start, heard))
+
     def reattribute(self, source: str, target: str, seconds: float) -> None:
-        """Move measured seconds, e.g. what a trace shows as exposed communication within compute."""
+        """Move measured seconds, e.g. what was waited for others within a step. Nothing where they are negative."""
+        self._close()
         origin, place = _index(source), _index(target)
-        moved = min(seconds, self._seconds[origin])
+        moved = max(0.0, min(seconds, self._seconds[origin]))
         self._seconds[origin] -= moved
         self._seconds[place] += moved
         self._write()
@@ -124,11 +147,16 @@ def _index(bucket: str) -> int:
     return BUCKETS.index(bucket)
 
 
-def read_account(memory: memoryview | bytearray | bytes, until: float, died: bool = False) -> Ledger:
+def read_account(
+    memory: memoryview | bytearray | bytes, until: float, died: bool = False, still_since: float | None = None
+) -> Ledger:
     """The account of the rank that writes (or wrote) into `memory`, up to `until` on its clock.
 
-    died: the rank ended at `until` in the middle of a step, whose computing is therefore computed again by others.
     An account that was never written is empty.
+
+    Args:
+        died: the rank ended at `until`; if in the middle of a step, its computing is computed again by others.
+        still_since: it was stopped before that (or is now), which others had to find out.
     """
     (written,) = WRITTEN.unpack_from(memory, 0)
     if written == 0:
@@ -136,7 +164,9 @@ def read_account(memory: memoryview | bytearray | bytes, until: float, died: boo
     born, since, opened, at_step, *seconds = COPY.unpack_from(memory, WRITTEN.size + written % 2 * COPY.size)
     until = max(until, since)
     if opened != NONE:
-        seconds[int(opened)] += until - since
+        still = 0.0 if still_since is None else max(0.0, until - max(since, still_since))
+        seconds[int(opened)] += until - since - still
+        seconds[DETECTION] += still
     if died and int(opened) == COMPUTE:
         lost = seconds[COMPUTE] - at_step
         seconds[COMPUTE] -= lost

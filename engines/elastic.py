@@ -189,7 +189,9 @@ class ElasticLearner:
         if self._store is not None and self.recipe.snapshots.flush_every:
             flush_keep = self.recipe.snapshots.flush_keep
             self.flusher = Flusher(self._store, self.run, self.snapshots.reading, keep=flush_keep, reach=self._reach)
-        learner.take_snapshot()  # under the new mesh and on the new holders, while the next step runs
+        # Under the new mesh and on the new holders, while the next step runs: from its commit on every shard of the
+        # step that was loaded has all its copies again. Until then the older generation's are kept.
+        learner.take_snapshot(due=True)
         self._older_kept = True
         return Joined(learner.step, snapshot, tuple(available.refused), form_s, build_s, load_s)
 
@@ -198,8 +200,8 @@ class ElasticLearner:
         assert self.learner is not None and self.groups is not None and self.snapshots is not None, "join() first"
         with self.groups.naming_lost_peers():
             output = self.learner.train_step(micro_batches, loss_fn)
-        if self._older_kept and self.snapshots.last is not None:
-            # The ranks agreed on a step after this generation's first snapshot was sealed on all of them.
+        if self._older_kept and self.learner.ranks.copies_agreed:
+            # The ranks agreed on a step after a snapshot of this generation was sealed on all of them, with all copies.
             self._older_kept = False
             folder, generation = self.folder, self.groups.generation
             self.snapshots.soon(lambda: forget(folder, before=generation))
@@ -240,8 +242,7 @@ class ElasticLearner:
         assert self.learner is not None and self.snapshots is not None, "join() first"
         self.snapshots.settle()
         if self.snapshots.last is None or self.snapshots.last.step != self.learner.step:
-            self.snapshots.every = 1
-            self.learner.take_snapshot()
+            self.learner.take_snapshot(due=True)
             self.snapshots.settle()
         return self.learner.step
 

@@ -4,8 +4,12 @@ Who waits for whom: stage s waits for the hidden states of stage s - 1 and the g
 1F1B (PipeDream-Flush, Narayanan et al. 2021: one forward, one backward, so that a stage keeps the activations of at
 most as many micro-batches as there are stages from it on). All stages of a replica are given the same micro-batches, so
 every one of them knows all shapes; only hidden states [B, T / tp, D] and their gradients travel.
+
+What a stage waits for its neighbours (until they have sent, or are ready to take what it sends, and at the end until
+the slowest stage is done) is the pipeline's bubble, and counted as such (see `engines.waits`).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,11 +17,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, schedules
 
 from engines.base import Batch, LossFn
 from engines.ranks import Ranks
+from engines.waits import replaced
 from models.llama import Llama
+
+BUBBLE = "pipeline_bubble"
 
 
 class Pipeline:
@@ -51,7 +58,11 @@ class Pipeline:
             return loss
 
         self._run(micro_batches, loss_fn, finish, backward=True)
-        return self._from_last(metrics)
+        gathered: list[Any] = [None] * self._ranks.stages
+        with self._ranks.waits.counted_as(BUBBLE):  # the last stage has them, and is done before the first one
+            dist.all_gather_object(gathered, metrics, group=self._group)
+        last: dict[str, float] = gathered[-1]
+        return last
 
     def evaluate(self, micro_batches: Sequence[Batch], fn: Callable[[nn.Module, Batch], Any]) -> list[Any]:
         """(collective) `fn` per micro-batch without gradients, on all stages of the replica."""
@@ -62,8 +73,9 @@ class Pipeline:
             return logits.new_zeros(())
 
         self._run(micro_batches, fn, finish, backward=False)
-        results: list[Any] = self._from_last([found[number] for number in sorted(found)])
-        return results
+        results = [[found[number] for number in sorted(found)]]
+        dist.broadcast_object_list(results, src=self._last, group=self._group)
+        return results[0]
 
     def add_twin(self, gradient: Tensor) -> None:
         """(first and last stage) Add the other's gradient of the tied matrix that both hold; the same bits on both."""
@@ -103,9 +115,10 @@ class Pipeline:
 
         schedule = self._schedule(count, rows, tokens)
         self._finish = padded_loss
+        run: Callable[..., Any] = schedule.step if backward else schedule.eval
         try:
-            run: Callable[..., Any] = schedule.step if backward else schedule.eval
-            run(*first, target=numbers, return_outputs=False, **inputs)
+            with replaced(schedules, "_wait_batch_p2p", functools.partial(self._ranks.waits.counting_as, BUBBLE)):
+                run(*first, target=numbers, return_outputs=False, **inputs)
         except RuntimeError as error:
             if error.__cause__ is None:
                 raise
@@ -138,11 +151,6 @@ class Pipeline:
     def _loss(self, logits: Tensor, number: Tensor) -> Tensor:
         assert self._finish is not None
         return self._finish(logits, number)
-
-    def _from_last(self, value: Any) -> Any:
-        values = [value]
-        dist.broadcast_object_list(values, src=self._last, group=self._group)
-        return values[0]
 
 
 class _AskedFor(Exception):

@@ -1,4 +1,4 @@
-"""The ranks that train one torch-native model together, and what they decide together."""
+"""The ranks that train one torch-native model together, what they decide together, how long they wait for it."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from engines.waits import Waits
 
 
 class Ranks:
@@ -34,10 +36,16 @@ class Ranks:
         """Set by any thread: this rank wants to stop after the step under way."""
         self.stop_agreed = False
         """Some rank had asked before the last vote: all stop after that step."""
+        self.copies_missing = False
+        """This rank's last snapshot lacks replicas."""
+        self.copies_agreed = False
+        """No rank's snapshot lacked any at the last vote."""
         self.totals: dict[str, float] = {}
         """What the last vote added up over the replicas."""
         self.on_vote: Callable[[], None] = lambda: None
         """Called before every vote: from there on this rank waits for the others."""
+        self.waits = Waits(self.device, alone=mesh is None)
+        """How long this rank waited for the others within steps."""
 
     @classmethod
     def over_all(
@@ -74,20 +82,23 @@ class Ranks:
         """(collective) True on every rank or on none: whether the gradient is finite everywhere.
 
         The same exchange adds up `metrics` over the replicas (`totals`; every rank passes the same names) and settles
-        whether to stop after this step (`stop_agreed`): who has voted knows all that there is to know of the step.
+        whether to stop after this step (`stop_agreed`) and whether the snapshot before it has all its replicas
+        (`copies_agreed`): who has voted knows all that there is to know of the step.
         """
         self.on_vote()
         finite = math.isfinite(grad_norm)
         values = dict(metrics or {})
         if self.mesh is None:
-            self.totals, self.stop_agreed = values, self.stop_asked
+            self.totals, self.stop_agreed, self.copies_agreed = values, self.stop_asked, not self.copies_missing
             return finite
         counts = self.stage == self.mesh["tp"].get_local_rank() == 0  # the others of its block have the same numbers
         own = [values[name] if counts else 0.0 for name in sorted(values)]
-        vote = torch.tensor([float(not finite), float(self.stop_asked), *own], dtype=torch.float64, device=self.device)
+        words = [float(word) for word in (not finite, self.stop_asked, self.copies_missing)]
+        vote = torch.tensor([*words, *own], dtype=torch.float64, device=self.device)
         dist.all_reduce(vote)
-        broken, stop, *sums = vote.tolist()
-        self.totals, self.stop_agreed = dict(zip(sorted(values), sums, strict=True)), stop > 0
+        broken, stop, missing, *sums = vote.tolist()
+        self.totals = dict(zip(sorted(values), sums, strict=True))
+        self.stop_agreed, self.copies_agreed = stop > 0, missing == 0
         return bool(broken == 0)
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:

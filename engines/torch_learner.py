@@ -117,6 +117,10 @@ class TorchLearner:
 
     def train_step(self, micro_batches: Sequence[Batch], loss_fn: LossFn) -> StepOutput:
         """(collective) One optimizer step. Every rank passes equally many micro-batches (FSDP gathers in each)."""
+        with self.ranks.waits.watching():
+            return self._train_step(micro_batches, loss_fn)
+
+    def _train_step(self, micro_batches: Sequence[Batch], loss_fn: LossFn) -> StepOutput:
         self.module.train()
         metrics = self._backward(micro_batches, loss_fn)
         if not self._reduces_gradients:
@@ -126,7 +130,9 @@ class TorchLearner:
         rate = self.learning_rate(self.step)
         grad_norm = self.optimizer.clip()
         if self.snapshots is not None:
-            self.snapshots.settle()  # the weights may change only once they are copied
+            with self.ranks.waits.waiting("checkpoint_stall"):  # the weights may change only once they are copied
+                sealed = self.snapshots.settle()
+            self.ranks.copies_missing = sealed is None or bool(sealed.problems)
         if committed := self.ranks.should_commit(grad_norm, metrics):
             self.optimizer.update(rate)
         self.optimizer.clear_gradients()
@@ -199,11 +205,11 @@ class TorchLearner:
         self.step = int(state["progress.step"].item())
         self.optimizer.updates = float(state["progress.updates"].item())
 
-    def take_snapshot(self) -> None:
-        """Begin to copy the state before the next step, where `snapshots` is set and wants this step."""
+    def take_snapshot(self, due: bool = False) -> None:
+        """Begin to copy the state before the next step, where `snapshots` is set and wants this step, or it is due."""
         if self.snapshots is not None:
             tensors = len(self._shapes) * (1 + len(MOMENTS)) if self.ranks.stages > 1 else 0
-            self.snapshots.take(self.step, self.pieces(), self._progress(), tensors)
+            self.snapshots.take(self.step, self.pieces(), self._progress(), tensors, due)
 
     def load_snapshot(self, reader: SnapshotReader) -> None:
         """The state of a snapshot, from any mesh to this one, without a collective.

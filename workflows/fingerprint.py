@@ -25,8 +25,8 @@ PLATFORM = {
     "alarm", "artifacts", "attempts", "batches", "bundle", "channel", "cli", "config", "context", "events", "executor",
     "fanout", "fingerprint", "gangs", "gc", "graph", "history", "housekeeping", "indexer", "journal", "known", "launch",
     "listing", "loop", "marks", "names", "outcome", "output", "placement", "planning", "progress", "reaper", "report",
-    "report_page", "runs", "saved", "session", "source", "status", "survey", "taken", "takeover", "values", "waits",
-    "why", "worker",
+    "report_groups", "report_page", "runs", "saved", "session", "source", "status", "survey", "taken", "takeover",
+    "values", "waits", "why", "worker",
 }  # fmt: skip
 """Modules of `workflows` that carry, show and keep results. What remains are recipes and their steps."""
 BLINDING = {"exec", "eval", "globals", "__import__"}

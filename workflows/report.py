@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster import goodput_records
-from infra.errors import DataError
 from infra.storage import Store, write_text
 from infra.telemetry import parse_metrics
+from workflows import report_groups
 from workflows.artifacts import Artifact
 from workflows.runs import RunView
 
@@ -81,7 +80,7 @@ def read_run(store: Store, view: RunView) -> RunRecord:
     ends = [step.ended for step in steps if step.ended is not None]
     ended = view.ended or max(ends, default=view.created)
     metrics = gather_metrics(store, steps)
-    wall_s, groups = ended - view.created, gather_groups(store, view.run_id)
+    wall_s, groups = ended - view.created, report_groups.gather_groups(store, view.run_id)
     return RunRecord(view.run_id, view.workflow, view.status, steps, metrics, wall_s, groups)
 
 
@@ -146,34 +145,6 @@ def gather_metrics(store: Store, steps: list[StepRecord]) -> list[dict[str, Any]
     return rows
 
 
-def gather_groups(store: Store, run_id: str) -> list[dict[str, Any]]:
-    """Goodput and pauses of the run's elastic groups; a damaged record costs them, not the report."""
-    try:
-        return [report.to_json() for report in goodput_records.read_run(store, run_id)]
-    except DataError:
-        return []
-
-
-def interruptions(record: RunRecord) -> list[list[str]]:
-    """Every time that training stood still after its start, as rows of text, a header first; empty: it never did."""
-    rows = [
-        [
-            group["group"],
-            f"{1000 * (pause['ended'] - pause['began']):.0f} ms",
-            str(pause["lost_steps"]),
-            str(pause["ranks"]),
-            pause["action"],
-            pause["reason"],
-            pause["key"],
-        ]
-        for group in record.groups
-        for pause in group["pauses"]
-        if pause["generation"] > 1
-    ]
-    header = ["group", "pause", "lost steps", "ranks after", "decision", "reason", "governed by"]
-    return [header, *rows] if rows else []
-
-
 def evaluations(record: RunRecord) -> list[dict[str, Any]]:
     """The evaluation results, one per stage, in the order in which they were made (the last of a stage wins)."""
     found: dict[str, dict[str, Any]] = {}
@@ -195,7 +166,7 @@ def differences(evaluation: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def summarise(record: RunRecord) -> dict[str, Any]:
     """The content of report.json: `run`, `workflow`, `status`, `wall_s`, `stages`, `eval`, `served`,
-    `groups` (goodput and pauses of elastic training)."""
+    `groups` (goodput, ledger and pauses of elastic training)."""
     served: dict[str, Any] = {"grpc": False, "openai": False}
     for step in record.steps:
         found = [item for item in dictionaries(step.result) if {"grpc", "openai", "weight_version"} <= item.keys()]
@@ -221,9 +192,7 @@ def summarise(record: RunRecord) -> dict[str, Any]:
             for item in evaluations(record)
         },
         "served": served,
-        "groups": [
-            {"group": group["group"], "goodput": group["goodput"], "pauses": group["pauses"]} for group in record.groups
-        ],
+        "groups": report_groups.summary(record.groups),
     }
 
 

@@ -8,9 +8,13 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from infra.telemetry import redact
-from workflows.report import RunRecord, StepRecord, evaluations, interruptions, table
+from workflows.report import RunRecord, StepRecord, evaluations, table
+from workflows.report_groups import interruptions, time_spent
 
 COLOURS = {"committed": "#2a9d8f", "reused": "#8ab6d6", "running": "#e9c46a", "failed": "#d1495b"}
+LEDGER_NOTE = (
+    "Every second of every rank stands in one row, as a share of the capacity asked for; compute is useful work only."
+)
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #222 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
@@ -26,7 +30,8 @@ def render(record: RunRecord, summary: dict[str, Any]) -> str:
     sections = [
         _head(record, summary),
         _section("Timeline", timeline(record.steps)),
-        _section("Interruptions of training", _interruptions(record)) if interruptions(record) else "",
+        _section("Interruptions of training", _optional_table(interruptions(record.groups))),
+        _section("Where the time of the ranks went", _optional_table(time_spent(record.groups)), LEDGER_NOTE),
         _section("Evaluation", _evaluation(summary), "An asterisk marks a difference beyond two standard errors."),
         _section("Loss per stage", curves(record.metrics, lambda name: name == "loss")),
         *_losses_by_type(record.metrics),
@@ -107,8 +112,8 @@ def _head(record: RunRecord, summary: dict[str, Any]) -> str:
     )
 
 
-def _interruptions(record: RunRecord) -> str:
-    return _table(interruptions(record))
+def _optional_table(rows: list[list[str]]) -> str | None:
+    return _table(rows) if rows else None
 
 
 def _evaluation(summary: dict[str, Any]) -> str | None:

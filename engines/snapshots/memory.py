@@ -103,13 +103,15 @@ class Snapshots:
         self._thread = threading.Thread(target=self._work, name=f"snapshots-{generation}", daemon=True)
         self._thread.start()
 
-    def take(self, step: int, pieces: Sequence[Piece], progress: dict[str, Any], tensors: int = 0) -> bool:
-        """Begin to copy the state after `step` steps; False where `every` skips it, and after `cut`.
+    def take(
+        self, step: int, pieces: Sequence[Piece], progress: dict[str, Any], tensors: int = 0, due: bool = False
+    ) -> bool:
+        """Begin to copy the state after `step` steps; False after `cut`, and where `every` skips it (not if `due`).
 
         The tensors may be read but not written until `settle` returns. `progress` is JSON. `tensors` is how many the
         whole state has, where this rank has no part of some.
         """
-        if step % self.every or self._cut:
+        if (step % self.every and not due) or self._cut:
             return False
         self.settle()
         if self.segments is None:

@@ -15,7 +15,7 @@ import torch
 from actors.config import PretrainSettings
 from actors.pretrain import PretrainResult, pretrain
 from cluster.fleet import Fleet, WorkerKind
-from cluster.goodput_records import read_run
+from cluster.goodput_records import GroupReport, read_run
 from cluster.group_actors import NAMESPACE
 from cluster.group_journal import GroupJournal
 from data.tokenized import write_shards
@@ -180,7 +180,19 @@ def test_elastic_spares_make_two_kills_invisible(run: Run, quiet: Run) -> None:
     decided = [event["decision"] for event in run.heard("decided") if event.get("action") == "replace"]
     assert "restore from host memory" in decided[-1] and "elastic.spares" in decided[-1]
     report = read_run(open_store(str(run.folder / "store")), "run")[0]
-    assert len(report.pauses) == 3 and report.goodput.ledger.unattributed_s < 0.02 * report.goodput.ledger.lived_s
+    assert len(report.pauses) == 3
+    assert_accounted(report)
+
+
+def assert_accounted(report: GroupReport) -> None:
+    """Two faults: every second of every life, from the birth of a process to its end, is in a bucket that names it."""
+    ledger, goodput = report.goodput.ledger, report.goodput
+    assert report.missing == () and report.lives >= 4 and report.worst_unattributed < 0.01
+    assert sum(ledger.seconds.values()) == pytest.approx(ledger.lived_s, rel=0.01)
+    assert goodput.absent_s > -0.01 * goodput.capacity * goodput.wall_s, "never more processes than were asked for"
+    for bucket in ("init", "compute", "data_wait", "detection", "re_forming", "exposed_communication", "idle"):
+        assert ledger.seconds[bucket] > 0, (bucket, ledger.seconds)
+    print(report.to_text())
 
 
 def test_elastic_group_goes_on_smaller_and_grows_back(run: Run) -> None:

@@ -1,0 +1,62 @@
+"""What a rank of pretraining books around its steps: its waits within them, and the faults that break them off."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cluster.stopwatch import Stopwatch
+from engines.waits import Wait, Waits
+
+
+@dataclass(frozen=True)
+class Aborted:
+    """The controller's word that a generation cannot go on: when it was heard, and since when that was so; both by
+    time.monotonic()."""
+
+    generation: int
+    heard: float
+    began: float
+
+
+class RankTime:
+    """Used by the training thread.
+
+    Example: a peer dies at 10.0 s while this rank waits for it (since 9.8 s), its connection breaks at 10.02 s, the
+    controller's word comes at 10.1 s: 0.2 s exposed communication, 0.1 s detection, then re-forming.
+    """
+
+    def __init__(self, watch: Stopwatch) -> None:
+        self.watch = watch
+        self._broken: tuple[int, Wait | None] | None = None
+
+    @contextmanager
+    def step(self, waits: Waits, again: bool) -> Iterator[None]:
+        """A step's time: computing, less what it waited for others and for the snapshot before it.
+
+        again: it had been committed before a fault undid it.
+        """
+        self.watch.begin_step(again)
+        try:
+            yield
+        finally:
+            for kind, seconds in waits.take().items():
+                self.watch.reattribute("recomputed" if again else "compute", kind, seconds)
+        self.watch.end_step()
+
+    def broken(self, generation: int, waits: Waits | None) -> None:
+        """This generation has ended here with an error; `heard` will say more."""
+        self.watch.step_lost()
+        self._broken = generation, None if waits is None else waits.last
+
+    def heard(self, word: Aborted) -> None:
+        """Before or after the error, but after `broken`. A word on an older generation says nothing."""
+        if self._broken is None or word.generation < self._broken[0]:
+            return
+        wait = self._broken[1]
+        waited = None if wait is None else (wait.kind, wait.began, wait.ended)
+        self.watch.fault_known(word.began, word.heard, waited)
+        self._broken = None
+
+    def enter(self, bucket: str) -> None:
+        self._broken = None
+        self.watch.enter(bucket)

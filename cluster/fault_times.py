@@ -1,0 +1,50 @@
+"""When a fault began that the controller has heard of, from what the beats before it said.
+
+A dead or stopped process: its node agent saw the moment. A hung one: its last sign of progress. A lost node: its last
+beat. These are what the ledgers count as detection from; a fault that nobody can date begins when it is heard of.
+"""
+
+from cluster import controller_messages as m
+from cluster.node_watch import Beat, Sight
+
+
+class FaultTimes:
+    """Times are the controller's clock; what agents say of their past is as late as their beat."""
+
+    def __init__(self) -> None:
+        self._beats: dict[str, float] = {}
+        self._ends: dict[str, float] = {}
+        self._progress: dict[str, tuple[tuple[int, str, int], float]] = {}
+
+    def heard(self, beat: Beat, now: float) -> None:
+        """Before what follows from the beat is decided."""
+        self._beats[beat.node] = now
+        for sight in beat.sights:
+            self._see(sight, now)
+
+    def age_s(self, event: m.Event, now: float) -> float:
+        """Seconds since the fault that `event` tells of began; 0 where that is not known, or it tells of none."""
+        moments: list[float] = []
+        if isinstance(event, m.NodesLost):
+            moments = [self._beats[node] for node in event.nodes if node in self._beats]
+        elif isinstance(event, m.WorkersLost):
+            moments = [self._ends[worker] for worker in event.workers if worker in self._ends]
+        elif isinstance(event, m.Suspected):
+            for worker in event.workers:
+                if worker in self._ends:
+                    moments.append(self._ends[worker])
+                elif worker in self._progress:
+                    moments.append(self._progress[worker][1])
+        return max(0.0, now - min(moments, default=now))
+
+    def _see(self, sight: Sight, now: float) -> None:
+        worker, record = sight.worker, sight.record
+        if sight.out_s:
+            self._ends.setdefault(worker, now - sight.out_s)
+        else:
+            self._ends.pop(worker, None)
+        place = record.step, record.phase, record.ticks
+        if not sight.alive:
+            self._progress.pop(worker, None)
+        elif worker not in self._progress or self._progress[worker][0] != place:
+            self._progress[worker] = place, now
