@@ -94,6 +94,7 @@ class PretrainTask:
         places = self._replica_places(fleet, {*nodes, *join.restore.on})
         copies = 0 if self.replicated else self.settings.snapshot_replicas
         held = place_replicas(nodes, copies)
+        at_most = self._at_most(join, history)
         skipped = tuple(one for window in history.skipped for one in range(window.first, window.last + 1))
         orders: dict[str, Order | None] = {}
         for (worker, rank), node in zip(ranks.items(), nodes, strict=True):
@@ -103,7 +104,7 @@ class PretrainTask:
                 rank,
                 len(ranks),
                 self.store,
-                None if join.restore.source == "start" else join.restore.step,
+                at_most,
                 tuple(others.values()),
                 tuple(place for name, place in others.items() if rank in held.get(name, ())),
                 skipped,
@@ -128,6 +129,17 @@ class PretrainTask:
                     log.warning("%s; what it has is asked again", error)
             self._looking = self._looker.submit(self._look)
         return self._stored
+
+    def _at_most(self, join: Join, history: GroupHistory) -> int | None:
+        """The step to go on from. Storage is looked at once more: what was there may have given way to a newer one."""
+        step = None if join.restore.source == "start" else join.restore.step
+        if join.restore.source == "storage":
+            try:
+                self._stored = self._look()
+            except StoreError as error:
+                log.warning("%s; the ranks are sent to step %d", error, join.restore.step)
+            step = max((step for gen, step in self._stored or () if history.on_trajectory(gen, step)), default=step)
+        return step
 
     def _look(self) -> set[tuple[int, int]]:
         """Names of manifests: generation and step, see engines.snapshots.flush."""

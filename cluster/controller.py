@@ -103,7 +103,8 @@ class GroupController:
         for generation, step in stored:
             joins.setdefault(generation, step)
         number = history.controllers
-        valid = {step for generation, step in stored if _on_trajectory(generation, step, joins)}
+        known = replace(history, joins=joins)
+        valid = {step for generation, step in stored if known.on_trajectory(generation, step)}
         self.core = Controller(settings, prefix=f"c{number}w", stored=valid, joins=joins, adopting=number > 0)
         journal.note(controllers=number + 1)
         self.board, self.faults = BeatBoard(settings), FaultTimes()
@@ -323,9 +324,9 @@ class GroupController:
             self._tell(m.BoundaryReached(core.generation, step, names))
         if core.phase == "forming" and len(joined) == len(core.roster.joined):
             step = min(step for _, step in joined)
-            if step < core.step:
+            if step != core.step:
                 self.journal.note(joins={**self.journal.history.joins, core.generation: step})
-            self._tell(m.Joined(core.generation, [name for name, _ in joined], min(step, core.step)))
+            self._tell(m.Joined(core.generation, [name for name, _ in joined], step))
         if finished and len(finished) == len(core.roster.joined):
             self._tell(m.Finished(core.generation, self._sights[finished[0]].record.step))
 
@@ -586,8 +587,3 @@ def vars_of(decision: Decision) -> dict[str, str]:
 
 def _deaths(lost: Sequence[Sight]) -> str:
     return ", ".join(f"{sight.worker} (pid {sight.record.pid})" for sight in lost) + " died"
-
-
-def _on_trajectory(generation: int, step: int, joins: Mapping[int, int]) -> bool:
-    """Whether a snapshot belongs to what later generations went on from."""
-    return all(step <= start for later, start in joins.items() if later > generation)

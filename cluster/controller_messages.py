@@ -74,7 +74,7 @@ class AbortAcked:
 @dataclass(frozen=True)
 class Joined:
     """Workers have formed their groups and hold the restored state: that of `step`, where damaged copies made them take
-    an earlier one than they were told (None: as told)."""
+    an earlier one than they were told, or storage had a newer one by then (None: as told)."""
 
     generation: int
     workers: Collection[str]

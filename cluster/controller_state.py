@@ -375,7 +375,7 @@ class Controller:
     def _joined(self, event: m.Joined, now: float) -> None:
         if event.generation != self.generation or self.phase != "forming":
             return
-        if event.step is not None and event.step < self.step:
+        if event.step is not None and event.step != self.step:
             self.book.truncate(event.step)
             self.step = self.joins[self.generation] = event.step
         self._awaiting.difference_update(event.workers)

@@ -35,6 +35,10 @@ class GroupHistory:
     rollbacks: int = 0
     ranks: str = ""
 
+    def on_trajectory(self, generation: int, step: int) -> bool:
+        """Whether what a generation saved after `step` steps belongs to what later ones went on from."""
+        return all(step <= start for later, start in self.joins.items() if later > generation)
+
 
 class GroupJournal:
     """The file of one group, with one writer.

@@ -147,7 +147,7 @@ def _two_copies_gone(run: Run) -> bool:
 def _left_behind(run: Run) -> Iterator[str]:
     checks: dict[str, Callable[[], list[Any]]] = {
         "processes": lambda: [" ".join(process.cmdline())[:60] for process in run.processes()],
-        "memory": lambda: [str(path) for path in run.memory()],
+        "memory": lambda: [] if run.violations else [str(path) for path in run.memory()],  # kept where it is not ended
         "actors": lambda: [name for name in run.place.actors() if run.group and run.group in name],
     }
     deadline = time.monotonic() + GONE_S

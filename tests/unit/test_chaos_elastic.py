@@ -21,9 +21,12 @@ from actors.pretrain_task import PretrainTask
 from actors.pretrain_worker import ReplicaPlace, next_token_loss
 from cluster.config import ElasticSettings
 from cluster.controller import GroupController, Listener
+from cluster.controller_messages import Join, Joined, Spawn, Tick, WorkersReady
+from cluster.controller_state import Controller
 from cluster.fleet import Fleet, WorkerKind
-from cluster.group_journal import GroupJournal
+from cluster.group_journal import GroupHistory, GroupJournal
 from cluster.policies.rollback import DataWindow
+from cluster.policies.snapshot import Restore
 from data.mixture import Mixture, Source
 from engines.config import LearnerSettings, SnapshotSettings
 from engines.elastic import ElasticLearner, Recipe
@@ -321,3 +324,32 @@ def test_chaos_a_slow_last_flush_is_no_hang(tmp_path: Path) -> None:
     assert waited == 2
     assert [name.step for name in StoreSource(store, "run", tmp_path / "a").names()] == [0, 2]
     del host
+
+
+def test_chaos_storage_is_looked_at_again_before_ranks_are_sent_there(tmp_path: Path) -> None:
+    """Retention has removed what was known of; the newer snapshot that it made room for is taken, if it may be."""
+    store = Slow(tmp_path)
+    task = PretrainTask("g", store, StoreAddress("127.0.0.1", 1), ElasticSettings(), False)
+    store.put("snapshots/g/manifests/00001-0000000008", b"{}")
+    assert task.stored() == {(1, 8)}
+    for step in (16, 24):
+        store.put(f"snapshots/g/manifests/00001-{step:010d}", b"{}")
+    store.delete("snapshots/g/manifests/00001-0000000008")
+    gone_back = GroupHistory("g", joins={1: 0, 2: 23})
+    join = Join(2, (), Restore(8, "storage"), 0.0)
+    assert task._at_most(join, gone_back) == 16
+    assert task._at_most(join, GroupHistory("g", joins={1: 0})) == 24
+    assert task._at_most(Join(2, (), Restore(8, "memory"), 0.0), gone_back) == 8
+    assert task._at_most(Join(1, (), Restore(0, "start"), 0.0), gone_back) is None
+    store.fails = True
+    assert task._at_most(join, gone_back) == 16
+
+
+def test_chaos_a_newer_state_than_asked_for_counts_as_it_is() -> None:
+    core = Controller(ElasticSettings(max_workers=1, min_workers=1, start_timeout_s=1))
+    (spawn,) = core.handle(Tick(), 0.0)
+    assert isinstance(spawn, Spawn)
+    core.handle(WorkersReady({spawn.workers[0]: "n0"}), 1.0)
+    core.step = 8
+    core.handle(Joined(1, spawn.workers, 16), 2.0)
+    assert (core.phase, core.step, core.joins) == ("running", 16, {1: 16})
