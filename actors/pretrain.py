@@ -158,6 +158,7 @@ def _lead(
         orphan_s=elastic.orphan_s,
         accounts=accounts,
         notices=elastic.notices,
+        health=elastic.health,
         journal=journal.path,
         leader=journal.history.controllers + 1,
         ask_standing=ask_standing,

@@ -2,7 +2,8 @@
 
 By generation, where no step counts yet: `pretrain.generation-G.rank-R.join` (before the groups are formed), `.load`
 (they are formed, nothing is read), `.step` (before a step's computation: its n-th hit is the process's n-th step of
-that generation), `.finish` (before the model is saved).
+that generation), `.finish` (before the model is saved). With the action `flip`, hit once per step: `.answer` (one bit
+of what the network gives, in that step and its replay), `.weights` (one bit of this rank's weights, after that step).
 
 By step, the run's own count: `pretrain.step-S.rank-R.data` (before the batch is loaded), `.compute` (between forward
 and backward of the first micro-batch, while the others wait in collectives), `.snapshot` (the state after S steps is
@@ -17,7 +18,9 @@ from pathlib import Path
 
 import torch
 
+from actors.flips import answered_wrongly, flip_weight
 from engines.base import Batch, LossFn
+from engines.elastic import ElasticLearner
 from infra.faults import FaultSchedule
 
 BY_GENERATION = ("join", "load", "finish")
@@ -44,6 +47,16 @@ class FaultPoints:
     def count_step(self, rank: int, generation: int) -> None:
         """One hit of `.step`."""
         self._schedule.reach(f"pretrain.generation-{generation}.rank-{rank}.step")
+
+    def in_answer(self, ask: LossFn, rank: int, generation: int) -> LossFn:
+        """The loss function of one step, of a network that answers wrongly where that is due."""
+        wrong = self._schedule.take(f"pretrain.generation-{generation}.rank-{rank}.answer") == "flip"
+        return answered_wrongly(ask) if wrong else ask
+
+    def flip_weight(self, elastic: ElasticLearner, rank: int, generation: int) -> None:
+        """After a step."""
+        if self._schedule.take(f"pretrain.generation-{generation}.rank-{rank}.weights") == "flip":
+            flip_weight(elastic)
 
     def in_loss(self, ask: LossFn, rank: int, step: int, window: int) -> LossFn:
         """The loss function of one step with the points in it."""

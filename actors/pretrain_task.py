@@ -109,6 +109,7 @@ class PretrainTask:
                 tuple(place for name, place in others.items() if rank in held.get(name, ())),
                 skipped,
                 high_step,
+                min(history.verified, join.restore.step),
             )
         return {**dict.fromkeys(fleet.node_of), **orders}
 

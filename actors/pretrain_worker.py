@@ -24,12 +24,16 @@ import ray
 import torch
 import torch.nn.functional as F
 
+from actors.burning_in import BurningIn
 from actors.config import PretrainSettings
 from actors.pretrain_points import FaultPoints
+from actors.proving import Prover
 from actors.rank_time import Aborted, RankTime
 from cluster.beacons import SUFFIX, BeaconWriter
 from cluster.host_memory import BEACONS, end_when_unwatched, group_folder, node_root
+from cluster.own_time import OwnTime
 from cluster.stopwatch import Stopwatch
+from cluster.wire_speed import SinkAddress
 from data.config import BatchSettings
 from data.loader import DataLoader
 from data.mixture import SampleIds
@@ -49,6 +53,8 @@ log = logging.getLogger(__name__)
 NO_TARGET = -100
 REFUSED = "refused.jsonl"
 """In the state folder: which copies of snapshots were not taken, and why."""
+SAMPLE_TOKENS = 512
+"""As long as a sample needs to be to find a rank that computes wrongly."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ class ReplicaPlace:
 class Order:
     """A place in the next generation. `at_most`: load no later step; None: start afresh. `sources`: nodes that may hold
     shards; `holders`: nodes that keep replicas of this rank's. `skipped`: windows of data left out. `high_step`: steps
-    below it were computed before."""
+    below it were computed before. `verified`: the last step whose state is known to be right."""
 
     generation: int
     rank: int
@@ -94,6 +100,7 @@ class Order:
     holders: tuple[ReplicaPlace, ...] = ()
     skipped: tuple[int, ...] = ()
     high_step: int = 0
+    verified: int = 0
 
 
 class PretrainRank:
@@ -136,6 +143,7 @@ class PretrainRank:
             store=self._snapshot_store,
             reach=self.points.reach,
         )
+        self.burning_in = BurningIn(self.beacon, self.elastic.device)
         threading.Thread(target=self._live, name="training", daemon=True).start()
 
     # ---- words of the controller
@@ -158,6 +166,10 @@ class PretrainRank:
         """Ask the others to stop after the same step; see `Ranks.should_commit`."""
         self._stop_generation = max(self._stop_generation, generation)
 
+    def burn_in(self, again: bool, peer: SinkAddress | None) -> None:
+        """Measure this machine again, and the way to another node."""
+        self.burning_in.run(again, peer)
+
     def failure(self) -> Exception | None:
         """What this rank raised by itself."""
         return self._failure
@@ -169,6 +181,7 @@ class PretrainRank:
         try:
             self.elastic.warm_up()
             self._meet()
+            self.burning_in.run(again=True, peer=None)
             self.beacon.set(state="standby")
             self.ledger.enter("idle")
             while True:
@@ -223,42 +236,59 @@ class PretrainRank:
         self.points.reach("join", order.rank, order.generation)
         learner = self._join(order)
         loader = BatchLoader(self.job, learner.ranks, order.skipped)
+        own, own_s = OwnTime(self.job.settings.elastic.straggler_crowding), 0.0
+        prover = Prover(self.beacon, self.elastic, self.job.settings.elastic, self.job.settings.steps)
         if learner.last_step:
             self._say(learner, order, loader.tokens(learner.step - 1))
-        self.beacon.set(state="joined", start=learner.step, step=learner.step)
+        self.beacon.set(state="joined", start=learner.step, step=learner.step, own_s=own_s)
         steps = self.job.settings.steps
         while learner.step < steps:
             step, started = learner.step, time.perf_counter()
             self.beacon.enter("data")
             self.ledger.enter("data_wait")
             self.points.reach("data", order.rank, step)
+            own.begin()
             micro_batches, tokens = loader.micro_batches(step)
+            own.fetched()
             self.points.count_step(order.rank, order.generation)
             self.beacon.enter("collective")
             learner.ranks.stop_asked = self._stop_generation >= order.generation
-            ask = self.points.in_loss(next_token_loss(tokens, self.beacon.tick), order.rank, step, loader.window(step))
+            ask = self.points.in_answer(next_token_loss(tokens, self.beacon.tick), order.rank, order.generation)
             with self.ledger.step(learner.ranks.waits, again=step < order.high_step):
-                self.elastic.train_step(micro_batches, ask)
+                self.elastic.train_step(micro_batches, self.points.in_loss(ask, order.rank, step, loader.window(step)))
+            own_s += own.end() / loader.weight(step)
             rate = round(tokens / (time.perf_counter() - started), 1)
             self._say(learner, order, tokens, tokens_per_s=rate)
-            self.beacon.set(step=learner.step, phase="wait")
+            self.beacon.set(step=learner.step, phase="wait", own_s=own_s)
+            prover.leave()
+            if (replica := prover.wants_replay(learner.step)) is not None:
+                self.beacon.enter("collective")
+                self.ledger.enter("detection")
+                prover.prove(loader.sample(step, replica), ask)
+                self.beacon.set(phase="wait")
             if learner.ranks.stop_agreed and learner.step < steps:
                 self.ledger.enter("checkpoint_stall")
                 self.elastic.take_last()
+                prover.leave()
                 return "boundary"
+            self.points.flip_weight(self.elastic, order.rank, order.generation)
         self._finish(learner, order)
+        prover.leave()
         return "finished"
 
     def _join(self, order: Order) -> TorchLearner:
         if order.store != self._store:
             self._store, self.elastic.rendezvous = order.store, Rendezvous(order.store)
+        self.elastic.milestones.verified = order.verified
         joined = self.elastic.join(
             order.generation,
             order.rank,
             order.world_size,
             sources=[Peer(p.host, p.port, p.token, self.group) for p in order.sources],
             stores=[StoreSource(self._snapshot_store, self.group, self.fetched)],
-            holders=[Peer(p.host, p.port, p.token, self.group) for p in order.holders],
+            holders=[
+                Peer(p.host, p.port, p.token, self.group, milestones=self.elastic.milestones) for p in order.holders
+            ],
             at_most=order.at_most,
             fresh=order.at_most is None,
         )
@@ -310,6 +340,7 @@ def _recipe(job: PretrainJob) -> Recipe:
     snapshots = SnapshotSettings(
         every=elastic.snapshot_every,
         replicas=elastic.snapshot_replicas,
+        milestones=elastic.verify_every,
         flush_every=settings.save_every,
         flush_keep=settings.keep_states,
     )
@@ -345,6 +376,12 @@ class BatchLoader:
         """Of the data order, that a step takes."""
         return self._loader.ids.window(step)
 
+    def weight(self, step: int) -> float:
+        """How much more than the average replica this one has to compute in a step: 1 where it is not more."""
+        ids, replicas = self._loader.ids, self._ranks.data_size
+        first, end = ids.share_range(step, self._ranks.data_rank, replicas)
+        return max(1.0, (end - first) * replicas / ids.batch_size(step))
+
     def micro_batches(self, step: int) -> tuple[list[Batch], int]:
         """(micro-batches, target tokens in the whole global batch).
 
@@ -353,6 +390,12 @@ class BatchLoader:
         size, ranks = self._settings.micro_batch_size, self._ranks
         pieces = self._loader.ids.micro_batches(step, ranks.data_rank, ranks.data_size, size)
         return [self._tensors(piece) for piece in pieces], self.tokens(step)
+
+    def sample(self, step: int, replica: int) -> Batch:
+        """The beginning of the first row of a replica's batch: the same on all of them."""
+        first, _ = self._loader.ids.share_range(step, replica, self._ranks.data_size)
+        batch = self._tensors(self._loader.ids.batch(step)[first : first + 1])
+        return {name: tensor[:, :SAMPLE_TOKENS] for name, tensor in batch.items() if tensor.dim() > 1}
 
     def _tensors(self, ids: SampleIds) -> Batch:
         piece = self._loader.fetch(ids)

@@ -21,7 +21,7 @@ from cluster.stopwatch import MEMORY_BYTES
 from infra.processes import process_start
 
 SUFFIX = ".beacon"
-MAGIC = b"RECUABC1"
+MAGIC = b"RECUABC2"
 PULSE_PERIOD_S = 0.05
 STATES = ("starting", "standby", "joining", "joined", "aborted", "boundary", "finished", "failed")
 """A worker's life: the last five are ends of a generation that it was in (see cluster.controller_messages.Found)."""
@@ -29,9 +29,9 @@ IDLE_STATES = frozenset({"aborted", "boundary"})
 PHASES = ("wait", "data", "collective", "save")
 """`collective`: inside a step, which all ranks take together; what tells them apart there are the ticks."""
 
-RECORD = struct.Struct("<11q1d")
+RECORD = struct.Struct("<11q2d")
 """pid, its start, its training thread, state, generation, rank, world size, first step, step, phase, ticks; when the
-phase was entered."""
+phase was entered, own computing so far."""
 WORD = struct.Struct("<Q")
 PULSE_AT = len(MAGIC)
 WRITTEN_AT = PULSE_AT + WORD.size
@@ -42,13 +42,18 @@ ROW_HEAD = struct.Struct("<QQ")
 """Step + 1 (0: nothing here), bytes that follow."""
 ROW_BYTES = 320
 ROWS = 2048
-FILE_BYTES = ROWS_AT + ROWS * ROW_BYTES
+NOTES = ("burn-in", "proof-0", "proof-1")
+"""What a rank measured before it said standby; what it computed for the last verifications (see cluster.proofs)."""
+NOTES_AT = ROWS_AT + ROWS * ROW_BYTES
+NOTE_BYTES = 1024
+FILE_BYTES = NOTES_AT + len(NOTES) * NOTE_BYTES
 
 
 @dataclass(frozen=True)
 class Record:
     """What a rank last wrote. `start` and `step`: committed steps, at the start of its generation and
-    now; `ticks`: how far it is within its generation.
+    now; `ticks`: how far it is within its generation; `own_s`: seconds of its own computing in it, up to `step` (see
+    cluster.own_time).
 
     `started` (see infra.processes) tells the process from a later one under the same number; `thread` is the kernel's
     number of the one that trains.
@@ -67,6 +72,7 @@ class Record:
     phase: str = "wait"
     ticks: int = 0
     entered_at: float = 0.0
+    own_s: float = 0.0
 
 
 class BeaconWriter:
@@ -84,7 +90,7 @@ class BeaconWriter:
             self._memory = mmap.mmap(file.fileno(), FILE_BYTES)
         self.record = Record(os.getpid(), int(process_start(os.getpid()) or 0), entered_at=time.monotonic())
         self._lock = threading.Lock()
-        self._written = self._pulse = 0
+        self._written = self._pulse = self._notes = 0
         self._memory[:PULSE_AT] = MAGIC
         self._write()
         draft.rename(path)
@@ -123,6 +129,19 @@ class BeaconWriter:
             WORD.pack_into(self._memory, place + WORD.size, len(text))
             WORD.pack_into(self._memory, place, step + 1)
 
+    def note(self, name: str, content: Mapping[str, Any]) -> None:
+        """Leave one of NOTES, in place of the last one of that name."""
+        text = json.dumps(content, separators=(",", ":")).encode()
+        if len(text) > NOTE_BYTES - ROW_HEAD.size:
+            raise ValueError(f"a note of {len(text)} bytes, at most {NOTE_BYTES - ROW_HEAD.size} fit")
+        place = NOTES_AT + NOTES.index(name) * NOTE_BYTES
+        with self._lock:
+            self._notes += 1
+            WORD.pack_into(self._memory, place, 0)
+            self._memory[place + ROW_HEAD.size : place + ROW_HEAD.size + len(text)] = text
+            WORD.pack_into(self._memory, place + WORD.size, len(text))
+            WORD.pack_into(self._memory, place, self._notes)
+
     def close(self) -> None:
         """The pulse stops; the file stays."""
         self._ended.set()
@@ -138,8 +157,8 @@ class BeaconWriter:
         place = RECORDS_AT + self._written % 2 * RECORD.size
         numbers = (record.generation, record.rank, record.world_size, record.start, record.step)
         state, phase = STATES.index(record.state), PHASES.index(record.phase)
-        process = (record.pid, record.started, record.thread)
-        RECORD.pack_into(self._memory, place, *process, state, *numbers, phase, record.ticks, record.entered_at)
+        process, times = (record.pid, record.started, record.thread), (record.entered_at, record.own_s)
+        RECORD.pack_into(self._memory, place, *process, state, *numbers, phase, record.ticks, *times)
         WORD.pack_into(self._memory, WRITTEN_AT, self._written)
 
 
@@ -158,6 +177,7 @@ class BeaconReader:
         if self._memory[:PULSE_AT] != MAGIC:
             raise ValueError(f"{path} is no beacon")
         self.name = path.name.removesuffix(SUFFIX)
+        self._notes: dict[str, tuple[int, dict[str, Any]]] = {}
 
     @property
     def pulse(self) -> int:
@@ -171,12 +191,23 @@ class BeaconReader:
         """The newest record; read again where the writer has overtaken."""
         while True:
             (written,) = WORD.unpack_from(self._memory, WRITTEN_AT)
-            pid, born, thread, state, generation, rank, world, start, step, phase, ticks, entered = RECORD.unpack_from(
-                self._memory, RECORDS_AT + written % 2 * RECORD.size
-            )
+            numbers = RECORD.unpack_from(self._memory, RECORDS_AT + written % 2 * RECORD.size)
             if WORD.unpack_from(self._memory, WRITTEN_AT)[0] == written:
+                pid, born, thread, state, generation, rank, world, start, step, phase, ticks, at, own_s = numbers
                 seat = (generation, rank, world, start, step)
-                return Record(pid, born, thread, STATES[state], *seat, PHASES[phase], ticks, entered)
+                return Record(pid, born, thread, STATES[state], *seat, PHASES[phase], ticks, at, own_s)
+
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """The newest of each name, as far as there are any."""
+        for index, name in enumerate(NOTES):
+            place = NOTES_AT + index * NOTE_BYTES
+            number, length = ROW_HEAD.unpack_from(self._memory, place)
+            if not number or self._notes.get(name, (0,))[0] == number:
+                continue
+            text = self._memory[place + ROW_HEAD.size : place + ROW_HEAD.size + length]
+            if WORD.unpack_from(self._memory, place)[0] == number:  # else it is being written: the next look has it
+                self._notes[name] = number, json.loads(text)
+        return {name: content for name, (_, content) in self._notes.items()}
 
     def rows(self, first: int, floor: int) -> Iterator[dict[str, Any]]:
         """Rows of step `first` and the ones after it without a gap, of generation `floor` or later."""

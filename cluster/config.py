@@ -1,9 +1,20 @@
 """Settings of elastic training. Every decision of cluster.policies names one of these keys. No torch, no ray."""
 
+from pathlib import Path
+
 from pydantic import Field, model_validator
 
 from infra.config import Settings
 from infra.notices import NoticeSettings
+
+
+class HealthSettings(Settings):
+    """How each node's error counters and temperatures are read (see cluster.health)."""
+
+    period_s: float = Field(default=10, gt=0)
+    """Seconds between two readings."""
+    root: Path = Path("/")
+    """Where the node's own /sys and /proc are: below another folder in a container that has the host's there."""
 
 
 class ElasticSettings(Settings):
@@ -63,6 +74,9 @@ class ElasticSettings(Settings):
     """Windows in a row in which a rank is slow before it is evicted; it is reported after the first."""
     straggler_evict: bool = True
     """Evict slow ranks; otherwise they are only reported."""
+    straggler_crowding: bool = False
+    """Time in which a rank has no processor, because others use it, counts as its own slowness: for ranks that have
+    their processors to themselves."""
 
     nonfinite_patience: int = Field(default=2, ge=1)
     """NaN or Inf steps in a row (none is applied) before rolling back."""
@@ -97,6 +111,8 @@ class ElasticSettings(Settings):
     """The same for memory, loopback and peer bandwidth."""
     predicted_risk: float = Field(default=0.5, gt=0, le=1)
     """A node whose predicted risk of failing reaches this is drained before it fails."""
+    health: HealthSettings = HealthSettings()
+    """How the signs of a coming failure are read."""
 
     @property
     def block(self) -> int:

@@ -13,29 +13,31 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import ray
 
 from cluster import controller_messages as m
+from cluster.account_writer import AccountWriter
 from cluster.beats import BeatBoard
 from cluster.config import ElasticSettings
 from cluster.controller_state import ENDED, Controller
 from cluster.decision import Decision
 from cluster.fault_times import FaultTimes
 from cluster.fleet import AgentLost, Fleet, News, Started
-from cluster.goodput_records import PERIOD_S, Pause, write_group
+from cluster.goodput_records import Pause
 from cluster.goodput_watch import GroupWatch
 from cluster.group_journal import GroupJournal, Superseded
-from cluster.node_watch import Beat, Shard, Sight
+from cluster.guard import Finding, Guard
+from cluster.held_shards import HeldShards
+from cluster.node_watch import Beat, Sight
+from cluster.outcomes import Outcomes
 from cluster.policies.hang import Beacon
-from cluster.policies.rollback import SavedState, judge_step, judged_loss, leave_out
+from cluster.policies.rollback import Rollback, SavedState, judge_step, leave_out
 from cluster.ray_drain import draining_nodes
-from infra.errors import NodeLost, RecuaError, StepError, StoreError
+from infra.errors import NodeLost, RecuaError, StepError
 from infra.notices import Notice, in_words
-from infra.storage import open_store
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +49,6 @@ SURROUNDINGS_PERIOD_S = 1.0
 """How often storage, new nodes and drained ones are looked for."""
 FIRST_STEP_S = 2.0
 """New processes wait for a generation's first step so long."""
-ROWS_LATE_S = 3.0
-"""How long the outcomes of steps before this generation are waited for."""
 SILENCE_FACTOR = 4.0
 """A silent node whose raylet still takes connections is starved rather than gone, up to so many `node_timeout_s`."""
 SOONER_S = 1.0
@@ -106,31 +106,28 @@ class GroupController:
         known = replace(history, joins=joins)
         valid = {step for generation, step in stored if known.on_trajectory(generation, step)}
         self.core = Controller(settings, prefix=f"c{number}w", stored=valid, joins=joins, adopting=number > 0)
+        self.core.book.verified = history.verified
         journal.note(controllers=number + 1)
         self.board, self.faults = BeatBoard(settings), FaultTimes()
+        self.guard = Guard(settings, self.core, journal, self._saved)
         self.watch = GroupWatch("group" if fleet.accounts is None else fleet.accounts[2], self.core, time.time())
-        self.next_row = len(rows)
-        self.row_floor = max((one for one, step in history.joins.items() if step <= self.next_row), default=0)
-        self._losses = [judged_loss(row) for row in rows[-4 * settings.spike_window :]]
-        self._last_row: dict[str, Any] | None = None
+        floor = max((one for one, step in history.joins.items() if step <= len(rows)), default=0)
+        self.outcomes = Outcomes(rows, floor, 4 * settings.spike_window)
+        self._shards = HeldShards(task.replicated)
+        self._account = AccountWriter(fleet.accounts)
         self._sights: dict[str, Sight] = {}
-        self._shards: dict[str, tuple[Shard, ...]] = {}
-        self._told: dict[tuple[int, int], dict[str, frozenset[int]]] = {}
         self._stored = stored
         self._unheard: set[str] = set()
         self._out_since: dict[tuple[str, int], float] = {}
         self._end: m.End | None = None
         self._error: Exception | None = None
-        self._looked_at = self._wrote_at = 0.0
+        self._looked_at = 0.0
         self._stacks: list[Any] = []
         self._draining: dict[str, float] = {}
         self._silent_since: dict[str, float] = {}
         self._dismissed: set[str] = set()
         self._to_spawn: list[m.Spawn] = []
         self._formed_at, self._formed_row = 0.0, 0
-        self._rows_late_since: float | None = None
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="accounts")
-        self._writing: Future[None] | None = None
 
     def run(self) -> None:
         """Until the last step is committed.
@@ -155,8 +152,7 @@ class GroupController:
             raise
         finally:
             self.fleet.close(remove=ended)
-            self._write_account(last=True)
-            self._writer.shutdown()
+            self._account.close(self.watch)
         if not ended:
             raise self._error or NodeLost(f"group {self.fleet.group}: {self._end.decision}")
 
@@ -180,7 +176,7 @@ class GroupController:
             first = self.core.blocks[0][0]
             if self.core.roster.node_of.get(first) != node:
                 return 1 << 60, 0
-        return self.next_row, self.row_floor
+        return self.outcomes.next, self.outcomes.floor
 
     def _hear(self, news: News) -> None:
         now = time.monotonic()
@@ -205,8 +201,8 @@ class GroupController:
         self.faults.heard(beat, now)
         for row in beat.rows:
             self._row(dict(row))
-        self._shards[beat.node] = beat.shards
-        self._hold()
+        for held in self._shards.saw(beat.node, beat.shards):
+            self._tell(held)
         lost, starved = [], 0.0
         for sight in beat.sights:
             known = self._sights.get(sight.worker)
@@ -219,6 +215,8 @@ class GroupController:
             self._lose(beat.node, lost)
         self.board.excuse(starved, now)
         self._on_board(beat, now)
+        for finding in self.guard.saw(beat, now):
+            self._follow(finding)
         if beat.notice is not None and self.core.phase not in ENDED:
             self._drain(beat.notice)
         if beat.node in self._unheard:
@@ -243,9 +241,10 @@ class GroupController:
     def _lose_node(self, node: str, why: str) -> None:
         self._say("detected", what=f"node {node[:12]} is lost: {why}", node=node)
         self.fleet.lose_node(node)
-        self._shards.pop(node, None)
+        self._shards.lose(node)
         self._unheard.discard(node)
         here = [name for name in self._sights if self.fleet.node_of.get(name) == node]
+        self.guard.lose_node(node, here)
         for name in here:
             del self._sights[name]
         self._tell(m.NodesLost([node], f"node {node[:12]} lost ({why})"))
@@ -272,25 +271,6 @@ class GroupController:
             if step > core.step:
                 self._tell(m.Progress(core.generation, step, self.board.step_s))
 
-    def _hold(self) -> None:
-        """Tell the core of snapshots that are whole, from all nodes' lists together."""
-        found: dict[tuple[int, int, int], dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
-        for node, shards in self._shards.items():
-            for generation, step, rank, world in shards:
-                found[generation, step, world][node].add(rank)
-        for (generation, step, world), on in found.items():
-            whole = (
-                {node: frozenset([0]) for node in on}
-                if self.task.replicated
-                else {n: frozenset(r) for n, r in on.items()}
-            )
-            size = 1 if self.task.replicated else world
-            if len(frozenset().union(*whole.values())) == size and self._told.get((generation, step)) != whole:
-                self._told[generation, step] = whole
-                self._tell(m.SnapshotHeld(generation, step, size, whole))
-        current = {(generation, step) for generation, step, _ in found}
-        self._told = {key: value for key, value in self._told.items() if key in current}
-
     # ---- what follows from the beacons
 
     def _settle(self, now: float) -> None:
@@ -316,8 +296,7 @@ class GroupController:
                 if state == "finished":
                     finished.append(name)
         if ready:
-            self._say("ready", workers=sorted(ready))
-            self._tell(m.WorkersReady(ready))
+            self._admit(ready, now)
         if out:
             self._tell(m.AbortAcked(core.generation, out))
         for step, names in boundary.items():
@@ -325,10 +304,27 @@ class GroupController:
         if core.phase == "forming" and len(joined) == len(core.roster.joined):
             step = min(step for _, step in joined)
             if step != core.step:
-                self.journal.note(joins={**self.journal.history.joins, core.generation: step})
+                self._note_join(step)
             self._tell(m.Joined(core.generation, [name for name, _ in joined], step))
         if finished and len(finished) == len(core.roster.joined):
             self._tell(m.Finished(core.generation, self._sights[finished[0]].record.step))
+
+    def _admit(self, ready: Mapping[str, str], now: float) -> None:
+        """Workers on standby join once they have measured what is asked of them, and it is good enough."""
+        fit = {}
+        for name, node in ready.items():
+            answer = self.guard.admission.ask(name, node, self._sights[name].notes.get("burn-in"), now)
+            if answer.decision.action == "accept":
+                fit[name] = node
+            elif answer.decision.action == "measure":
+                self.fleet.tell(name, "burn_in", answer.again, answer.peer)
+            elif answer.decision.action == "quarantine":
+                self._say("detected", what=answer.decision.reason, worker=name, node=node)
+                self._tell(m.BurnInFailed(name, node, answer.decision))
+        if fit:
+            measured = {name: self._sights[name].notes.get("burn-in") for name in fit}
+            self._say("ready", workers=sorted(fit), burn_in=measured)
+            self._tell(m.WorkersReady(fit))
 
     def _left(self, name: str, sight: Sight, now: float, grace_s: float) -> None:
         """A rank is out of its generation though nobody told it to: a death will explain it, or an error of its own."""
@@ -381,6 +377,14 @@ class GroupController:
         self.board.beat(node, -1, (), now)
         return False
 
+    def _follow(self, finding: Finding) -> None:
+        for kind, facts in finding.said:
+            self._say(kind, **facts)
+        if finding.event is not None:
+            self._tell(finding.event)
+        if finding.back is not None:
+            self._roll_back(finding.step, finding.back, finding.guilty)
+
     def _suspect(self, ranks: Sequence[int], why: str) -> None:
         core = self.core
         members = [worker for block in core.blocks for worker in block]
@@ -401,10 +405,10 @@ class GroupController:
                 self._tell(m.SnapshotFlushed(generation, step))
             self._hear_of_drains()
             self.fleet.open_agents()
-            self._give_up_rows(now)
+            if self.core.phase == "running":
+                self.outcomes.give_up_before(self.core.joins.get(self.core.generation, 0), now)
         self._show_stacks()
-        if now - self._wrote_at > PERIOD_S:
-            self._write_account()
+        self._account.write(self.watch)
 
     def _hear_of_drains(self) -> None:
         for node, deadline in draining_nodes().items():
@@ -432,22 +436,11 @@ class GroupController:
                 except ray.exceptions.RayError as error:
                     log.warning("the stacks of a killed rank are lost: %s", error)
 
-    def _give_up_rows(self, now: float) -> None:
-        """Rows of steps before this generation that nobody has any more (the machine itself was lost)."""
-        start = self.core.joins.get(self.core.generation, 0)
-        if self.core.phase != "running" or self.next_row >= start:
-            self._rows_late_since = None
-        elif self._rows_late_since is None:
-            self._rows_late_since = now
-        elif now - self._rows_late_since > ROWS_LATE_S:
-            log.warning("the outcomes of steps %d to %d are lost", self.next_row, start - 1)
-            self.next_row = start
-
     def _spawn(self) -> None:
         """Order new workers, but not while the living ones re-form or take their first step: starting a process takes
         seconds of computing, which would be taken from them."""
         busy = self.core.phase in ("aborting", "forming")
-        if self.core.phase == "running" and self.next_row <= self._formed_row:
+        if self.core.phase == "running" and self.outcomes.next <= self._formed_row:
             busy = time.monotonic() - self._formed_at < FIRST_STEP_S
         if self._to_spawn and not busy:
             for command in self._to_spawn:
@@ -459,19 +452,23 @@ class GroupController:
 
     def _row(self, row: dict[str, Any]) -> None:
         """One step's outcome, in order, each once."""
-        if row["step"] != self.next_row or row.pop("generation") < self.row_floor:
-            return
-        self.next_row += 1
-        row.setdefault("tokens_per_s", (self._last_row or {}).get("tokens_per_s", 0.0))
-        self._last_row = row
-        self._losses.append(judged_loss(row))
-        del self._losses[: -4 * self.settings.spike_window]
-        self.listener.row(row)
-        self._judge_loss(row["step"])
+        taken = self.outcomes.take(row)
+        if taken is not None:
+            self.listener.row(taken)
+            self._judge_loss(taken["step"])
 
     def _judge_loss(self, step: int) -> None:
         history = self.journal.history
-        verdict = judge_step(self._losses, step, self._saved(), history.skipped, history.rollbacks, self.settings)
+        losses, settings = self.outcomes.losses, self.settings
+        verdict = judge_step(losses, step, self._saved(), history.skipped, history.rollbacks, settings)
+        if verdict.decision.action == "skip-update":
+            self._say("decided", decision=str(verdict.decision))
+        else:
+            self._roll_back(step, verdict)
+
+    def _roll_back(self, step: int, verdict: Rollback, guilty: Sequence[str] = ()) -> None:
+        """What follows from a judgement after step `step`, if anything does; `guilty` workers are replaced."""
+        history = self.journal.history
         action = verdict.decision.action
         if action == "fail":
             self._fail(StepError(f"training does not recover: {verdict.decision}"))
@@ -480,17 +477,17 @@ class GroupController:
             skipped = history.skipped if window is None else leave_out(history.skipped, window)
             self._say("rolled-back", step=step, to_step=verdict.to_step, decision=str(verdict.decision))
             joins = {**history.joins, self.core.generation + 1: verdict.to_step}  # also for whoever leads by then
-            self.journal.note(skipped=skipped, rollbacks=history.rollbacks + 1, joins=joins)
-            self.next_row, self.row_floor = verdict.to_step, self.core.generation + 1
-            del self._losses[len(self._losses) - (step + 1 - verdict.to_step) :]
-            self._tell(m.RollBack(self.core.generation, verdict.to_step, verdict.decision))
-        elif action == "skip-update":
-            self._say("decided", decision=str(verdict.decision))
+            verified = min(history.verified, verdict.to_step)
+            self.journal.note(skipped=skipped, rollbacks=history.rollbacks + 1, joins=joins, verified=verified)
+            self.outcomes.back_to(verdict.to_step, self.core.generation + 1)
+            self._tell(m.RollBack(self.core.generation, verdict.to_step, verdict.decision, guilty))
 
     def _saved(self) -> list[SavedState]:
         book = self.core.book
         whole = {step for step, snapshot in book.snapshots.items() if snapshot.whole}
-        return [SavedState(step) for step in sorted({0} | whole | (book.flushed & {step for _, step in self._stored}))]
+        steps = {0} | whole | (book.flushed & {step for _, step in self._stored})
+        verified = self.journal.history.verified
+        return [SavedState(step, step <= verified) for step in sorted(steps)]
 
     # ---- telling the core, and doing what it says
 
@@ -502,6 +499,7 @@ class GroupController:
             self._carry_out(command, now, self.faults.age_s(event, now))
         if self.core.phase == "running" and before != "running":
             self.board.begin(self.core.generation, now)
+            self.guard.begin(now)
             self._out_since.clear()
             self._started(pause)
 
@@ -532,16 +530,22 @@ class GroupController:
             self._end = command
 
     def _join(self, command: m.Join) -> None:
-        high = max(self.core.high_step, self.next_row)
+        high = max(self.core.high_step, self.outcomes.next)
         orders = self.task.orders(command, self.fleet, self.journal.history, high)
         for worker, order in orders.items():
             self.fleet.tell(worker, "join", order)
-        joins = {**self.journal.history.joins, command.generation: command.restore.step}
-        self.journal.note(joins=joins)  # a controller that dies before this line is told by the beacons
+        self._note_join(command.restore.step)  # a controller that dies before this line is told by the beacons
+
+    def _note_join(self, step: int) -> None:
+        """This generation goes on from `step`: what older ones had verified after it will be computed again."""
+        history = self.journal.history
+        joins = {**history.joins, self.core.generation: step}
+        self.core.book.verified = min(history.verified, step)
+        self.journal.note(joins=joins, verified=self.core.book.verified)
 
     def _started(self, pause: Pause | None) -> None:
         core = self.core
-        self._formed_at, self._formed_row = time.monotonic(), max(self.next_row, core.step)
+        self._formed_at, self._formed_row = time.monotonic(), max(self.outcomes.next, core.step)
         members = [worker for block in core.blocks for worker in block]
         pids = [self._sights[worker].record.pid for worker in members if worker in self._sights]
         event = {"generation": core.generation, "ranks": len(members), "pids": pids, "step": core.step}
@@ -559,26 +563,6 @@ class GroupController:
 
     def _say(self, kind: str, **facts: Any) -> None:
         self.listener.event({"event": kind, "generation": self.core.generation, **facts})
-
-    def _write_account(self, last: bool = False) -> None:
-        accounts = self.fleet.accounts
-        if accounts is None or (not last and self._writing is not None and not self._writing.done()):
-            return
-        self._wrote_at = time.monotonic()
-        url, run, _ = accounts
-        account = self.watch.account(time.time())
-        if last:
-            account = replace(account, ended=True)
-
-        def write() -> None:
-            try:
-                write_group(open_store(url), run, account)
-            except StoreError as error:  # the next write says everything again
-                log.warning("goodput record not written: %s", error)
-
-        self._writing = self._writer.submit(write)
-        if last:
-            self._writing.result()
 
 
 def vars_of(decision: Decision) -> dict[str, str]:

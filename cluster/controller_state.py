@@ -24,6 +24,7 @@ from cluster import controller_messages as m
 from cluster.adoption import read_inventory
 from cluster.config import ElasticSettings
 from cluster.decision import Decision, key
+from cluster.policies.corruption import is_due
 from cluster.policies.drain import DrainView, decide_drain, leave_by
 from cluster.policies.failure import FailureView, decide_adoption, decide_failure
 from cluster.policies.layout import Block, mend
@@ -61,7 +62,8 @@ class Controller:
         self.settings, self.joins = settings, dict(joins or {})
         self.generation = max(self.joins, default=0)
         self.phase = "adopting" if adopting else "starting"
-        self.roster, self.book = Roster(prefix), SnapshotBook()
+        self.roster = Roster(prefix)
+        self.book = SnapshotBook(lambda step: is_due(step, settings))
         self.book.flushed.update(stored)
         self.blocks: tuple[Block, ...] = ()
         self.step = self.high_step = max(self.book.flushed, default=0)
@@ -232,14 +234,17 @@ class Controller:
         history.append(now)
         del history[: -self.settings.quarantine_faults]
         verdict = decide_history(node, history, now, self.settings)
-        if verdict.action != "quarantine" or node in self.roster.unfit:
-            return
-        if self.roster.usable_outside(node) + len(self.roster.ordered) < self.settings.min_workers:
-            text = f"{verdict.reason}, but without it fewer than {self.settings.min_workers} ranks are left"
+        if verdict.action == "quarantine" and node not in self.roster.unfit and self._can_spare(node, verdict.reason):
+            self._report(verdict)
+            self._take_out(node, verdict.reason)
+
+    def _can_spare(self, node: str, why: str) -> bool:
+        """Whether enough ranks are left without a node; says so where not."""
+        spared = self.roster.usable_outside(node) + len(self.roster.ordered) >= self.settings.min_workers
+        if not spared:
+            text = f"{why}, but without it fewer than {self.settings.min_workers} ranks are left"
             self._report(Decision("keep", text, key("min_workers")))
-            return
-        self._report(verdict)
-        self._take_out(node, verdict.reason)
+        return spared
 
     def _take_out(self, node: str, why: str) -> None:
         """Quarantine: nothing new starts there, its idle workers end, its ranks leave with the next generation."""
@@ -471,7 +476,8 @@ class Controller:
             nodes = sorted({self.roster.node_of[worker] for worker in guilty})
             self.roster.forget(guilty)
             for node in nodes:
-                self._take_out(node, event.decision.reason)
+                if self._can_spare(node, f"{node[:12]}: {event.decision.reason}"):
+                    self._take_out(node, event.decision.reason)
         self._fault(event.decision.reason, now, counted=False)
 
     def _finished(self, event: m.Finished, now: float) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, NodeLabelSchedulingStrategy, NotIn
 
+from cluster.config import HealthSettings
 from cluster.faults import name_fault
 from cluster.group_actors import NAMESPACE, agent_name, end_pending, end_workers, worker_name
 from cluster.group_journal import Superseded
@@ -108,6 +109,7 @@ class Fleet:
         orphan_s: float = 300.0,
         accounts: tuple[str, str, str] | None = None,
         notices: NoticeSettings | None = None,
+        health: HealthSettings | None = None,
         journal: Path | None = None,
         leader: int = 0,
         ask_standing: AskStanding | None = None,
@@ -115,7 +117,7 @@ class Fleet:
     ) -> None:
         self.group, self.kind, self.agent_class = group, kind, agent_class
         self.orphan_s, self.accounts, self.leader, self.nodes_come = orphan_s, accounts, leader, nodes_come
-        self.notices = notices or NoticeSettings()
+        self.notices, self.health = notices or NoticeSettings(), health or HealthSettings()
         self._journal, self._ask_standing = journal, ask_standing
         self.agents: dict[str, Any] = {}
         self.node_of: dict[str, str] = {}
@@ -160,6 +162,7 @@ class Fleet:
             self.leader,
             self._ask_standing,
             end_pending,
+            self.health,
         )
         agent = (
             ray.remote(self.agent_class)

@@ -1,7 +1,9 @@
 """What a group's controller must not forget when it is killed: one small file, replaced as a whole.
 
     {"format", "group", "controllers", "joins": {generation: step that it loaded}, "skipped": [[first, last], ...],
-     "rollbacks", "ranks"}
+     "rollbacks", "ranks", "verified", "corruptions": [{"step", "to_step", "workers", "nodes"}, ...]}
+
+`verified`: digests agreed there, so every state up to this step may be gone back to.
 
 `group` is drawn once: a state folder that was removed and made again never meets what the older one left in memory.
 """
@@ -11,6 +13,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from cluster.policies.rollback import DataWindow
 from infra.errors import CheckpointError, SystemFault
@@ -34,6 +37,8 @@ class GroupHistory:
     skipped: tuple[DataWindow, ...] = ()
     rollbacks: int = 0
     ranks: str = ""
+    verified: int = 0
+    corruptions: tuple[Mapping[str, Any], ...] = ()
 
     def on_trajectory(self, generation: int, step: int) -> bool:
         """Whether what a generation saved after `step` steps belongs to what later ones went on from."""
@@ -68,6 +73,8 @@ class GroupJournal:
             "skipped": [[window.first, window.last] for window in history.skipped],
             "rollbacks": history.rollbacks,
             "ranks": history.ranks,
+            "verified": history.verified,
+            "corruptions": [dict(one) for one in history.corruptions],
         }
         write_text(self.path, json.dumps(tree, indent=1) + "\n")
 
@@ -83,6 +90,8 @@ class GroupJournal:
                 tuple(DataWindow(first, last) for first, last in tree["skipped"]),
                 tree["rollbacks"],
                 tree.get("ranks", ""),
+                tree.get("verified", 0),
+                tuple(tree.get("corruptions", ())),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.path}: not a group's journal: {error}") from error

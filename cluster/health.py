@@ -170,9 +170,15 @@ class Readers:
         return found
 
 
-def default_readers() -> list[Reader]:
-    """Linux's, and nvidia-ml's where pynvml and a driver are there."""
-    readers: list[Reader] = [EdacReader(), ThermalReader(), NetworkReader(), KernelReader()]
+def default_readers(root: Path = Path("/")) -> list[Reader]:
+    """Linux's, whose /sys and /proc lie below `root`, and nvidia-ml's where pynvml and a driver are there."""
+    sys, proc = root / "sys", root / "proc"
+    readers: list[Reader] = [
+        EdacReader(sys / "devices/system/edac/mc"),
+        ThermalReader(sys / "devices/system/cpu", sys / "class/thermal"),
+        NetworkReader(proc, sys / "class/infiniband"),
+        KernelReader(proc),
+    ]
     nvidia = open_nvidia()
     return readers if nvidia is None else [*readers, nvidia]
 

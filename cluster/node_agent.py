@@ -17,12 +17,17 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ray.util import get_node_ip_address
+
 from cluster import host_memory
+from cluster.config import HealthSettings
 from cluster.exporter import Exporter, export_account
 from cluster.goodput_records import PERIOD_S, write_node
 from cluster.group_journal import Superseded
+from cluster.health_watch import HealthWatch
 from cluster.host_memory import AskStanding, Standing
 from cluster.node_watch import Beat, NodeWatch
+from cluster.wire_speed import Sink
 from infra.errors import StoreError
 from infra.notices import NoticeSettings, NoticeWatch, sources
 from infra.processes import this_machine
@@ -56,6 +61,7 @@ class AgentPlace:
     """Knows runs; None: only `orphan_s` counts."""
     end_actors: Callable[[str], None] = lambda group: None
     """Ends the group's actors that have no beacon yet."""
+    health: HealthSettings = field(default_factory=HealthSettings)
 
 
 class NodeAgent:
@@ -67,6 +73,8 @@ class NodeAgent:
         host_memory.claim(place.folder, place.group, place.journal, place.accounts, place.leader)
         self._watch = NodeWatch(place.node, place.folder)
         self._notices = NoticeWatch(sources(place.node, place.notices))
+        self._health = HealthWatch(place.health)
+        self._sink = Sink(get_node_ip_address())
         self._heard_at = time.monotonic()
         self._leader = place.leader
         self._ended = threading.Event()
@@ -85,7 +93,8 @@ class NodeAgent:
         if self._failure is not None:
             raise self._failure
         self._heard_at = time.monotonic()
-        return replace(self._watch.wait(after, timeout_s, first_row, row_floor), notice=self._notices.earliest())
+        beat = self._watch.wait(after, timeout_s, first_row, row_floor)
+        return replace(beat, notice=self._notices.earliest(), health=self._health.latest(), sink=self._sink.address)
 
     def kill(self, workers: Collection[str], reason: str) -> dict[str, str]:
         """SIGKILL, after their stacks were taken: {worker: where the stacks are (or the stacks themselves)}."""
@@ -123,6 +132,8 @@ class NodeAgent:
     def _end(self, remove: bool) -> None:
         self._ended.set()
         self._notices.close()
+        self._health.close()
+        self._sink.close()
         if not self._await_deaths(GOING_S):
             self._watch.end(self._watch.workers())
             self._await_deaths(GOING_S)

@@ -19,15 +19,17 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.beacons import ROWS, SUFFIX, BeaconReader, Record
 from cluster.goodput_records import NodeAccount, RankAccount
+from cluster.health_watch import Reading
 from cluster.stopwatch import read_account
+from cluster.wire_speed import SinkAddress
 from infra.notices import Notice
-from infra.processes import process_start, process_state
+from infra.processes import process_start, process_state, starved_s
 
 SHARD = re.compile(r"generation-(\d{5})\.step-(\d{10})\.rank-(\d{5})-of-(\d{5})\.shard")
 """Names of engines.snapshots, which this layer does not import; a test holds the two together."""
@@ -58,6 +60,8 @@ class Sight:
     """How long its training thread has waited for a processor so far."""
     out_s: float = 0.0
     """How long ago it died, was stopped or locked up; 0 where nothing of that."""
+    notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """See cluster.beacons.NOTES."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ class Beat:
     """Longest time since the last beat in which the agent itself did not get the processor."""
     notice: Notice | None = None
     """That the node will go."""
+    health: Reading = field(default_factory=Reading)
+    sink: SinkAddress | None = None
+    """Where it takes bytes from who measures the way to it."""
 
 
 class _Watched:
@@ -332,18 +339,19 @@ def _stands(one: _Watched, now: float) -> bool:
 
 def _sight(one: _Watched, now: float) -> Sight:
     pulse_age = float("inf") if _stands(one, now) else one.still_s
-    age = max(0.0, now - one.record.entered_at)
+    record = one.record
+    age = max(0.0, now - record.entered_at)
     began = [moment for moment in (one.died_at, one.still_since) if moment is not None]
-    out_s = now - min(began) if began else 0.0
-    return Sight(one.reader.name, one.died_at is None, one.record, age, pulse_age, _starved_s(one.record), out_s)
-
-
-def _starved_s(record: Record) -> float:
-    """The kernel's count; 0 where it keeps none."""
-    try:
-        return int(Path(f"/proc/{record.pid}/task/{record.thread}/schedstat").read_text().split()[1]) / 1e9
-    except (OSError, IndexError, ValueError):
-        return 0.0
+    return Sight(
+        one.reader.name,
+        one.died_at is None,
+        record,
+        age,
+        pulse_age,
+        starved_s(record.pid, record.thread),
+        now - min(began) if began else 0.0,
+        one.reader.notes(),
+    )
 
 
 def _account(one: _Watched) -> RankAccount:

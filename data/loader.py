@@ -68,10 +68,15 @@ class Loader:
 
         Any world size works; shares differ by at most one sample and may be empty.
         """
+        first, end = self.share_range(step, rank, world_size)
+        return self.batch(step)[first:end]
+
+    def share_range(self, step: int, rank: int, world_size: int) -> tuple[int, int]:
+        """Which samples of the batch are the share: (first, one after the last)."""
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
-        batch = self.batch(step)
-        return batch[len(batch) * rank // world_size : len(batch) * (rank + 1) // world_size]
+        size = self.batch_size(step)
+        return size * rank // world_size, size * (rank + 1) // world_size
 
     def micro_batches(self, step: int, rank: int, world_size: int, size: int) -> list[SampleIds]:
         """The share in pieces of at most `size`, equally many on every rank, so that all join equal collectives.

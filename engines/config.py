@@ -74,6 +74,9 @@ class SnapshotSettings(Settings):
     keep: int = Field(default=2, ge=1)
     """Whole snapshots kept while the next is written: a rank's host memory is one more than this times its shard."""
 
+    milestones: int = Field(default=0, ge=0)
+    """Steps between snapshots that stay in memory for longer, the newest two of them, beyond `keep`; 0 keeps none."""
+
     replicas: int = Field(default=1, ge=0)
     """Copies of every shard on other nodes; 0 survives lost processes but no lost node."""
 

@@ -24,6 +24,7 @@ from engines.snapshots import (
     Flusher,
     FolderSource,
     Holder,
+    Milestones,
     Reach,
     SnapshotName,
     Snapshots,
@@ -104,7 +105,9 @@ class ElasticLearner:
         self.snapshots: Snapshots | None = None
         self.flusher: Flusher | None = None
         self._store = store
+        self.milestones = Milestones(recipe.snapshots.every, recipe.snapshots.milestones)
         self._older_kept = False
+        self._began = 0
         self._aborted = -1
 
     def warm_up(self) -> None:
@@ -174,15 +177,15 @@ class ElasticLearner:
             available = Sources([FolderSource(self.folder), *sources])
             snapshot = None if fresh else self._load(learner, available, stores, at_most)
             load_s = watch.lap()
-        keep, every = self.recipe.snapshots.keep, self.recipe.snapshots.every
         self.snapshots = learner.snapshots = Snapshots(
             self.folder,
             self.run,
             generation,
             rank,
             world_size,
-            keep=keep,
-            every=every,
+            keep=self.recipe.snapshots.keep,
+            every=self.recipe.snapshots.every,
+            milestones=self.milestones,
             holders=holders,
             reach=self._reach,
         )
@@ -192,7 +195,7 @@ class ElasticLearner:
         # Under the new mesh and on the new holders, while the next step runs: from its commit on every shard of the
         # step that was loaded has all its copies again. Until then the older generation's are kept.
         learner.take_snapshot(due=True)
-        self._older_kept = True
+        self._older_kept, self._began = True, learner.step
         return Joined(learner.step, snapshot, tuple(available.refused), form_s, build_s, load_s)
 
     def train_step(self, micro_batches: Sequence[Batch], loss_fn: LossFn) -> StepOutput:
@@ -203,8 +206,9 @@ class ElasticLearner:
         if self._older_kept and self.learner.ranks.copies_agreed:
             # The ranks agreed on a step after a snapshot of this generation was sealed on all of them, with all copies.
             self._older_kept = False
-            folder, generation = self.folder, self.groups.generation
-            self.snapshots.soon(lambda: forget(folder, before=generation))
+            self._forget_older()
+        elif not self._older_kept and self.milestones.has(self.learner.step - 1):
+            self._forget_older()
         self._flush()
         return output
 
@@ -256,6 +260,12 @@ class ElasticLearner:
                 self.flusher.offer(step)
             while not self.flusher.wait(FLUSH_LOOK_S):
                 waiting()
+
+    def _forget_older(self) -> None:
+        """Free what earlier generations left on this node, but milestones that are still wanted."""
+        assert self.groups is not None and self.snapshots is not None
+        folder, generation, until, stay = self.folder, self.groups.generation, self._began, self.milestones
+        self.snapshots.soon(lambda: forget(folder, before=generation, milestones=stay, until=until))
 
     def _ranks(self) -> Ranks:
         recipe = self.recipe

@@ -6,6 +6,7 @@ it saves has the parameters' names and global shapes, so that any other mesh loa
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from engines import random_state, state_folder
 from engines.base import Batch, LossFn, StepOutput
@@ -104,7 +105,7 @@ class TorchLearner:
         self.last_step: dict[str, Any] = {}
         """What the ranks agreed on for step `step - 1`: grad_norm, lr, committed, metrics added up over the replicas.
         Kept in snapshots, so that who goes on from one knows the outcome of the step before it."""
-        self._reduces_gradients = reduces_gradients
+        self.reduces_gradients = reduces_gradients
         self._tokenizer = tokenizer
         self._pieces: list[Piece] | None = None
         self._shapes = parameter_shapes(self.config) if ranks.stages > 1 else {}
@@ -123,7 +124,7 @@ class TorchLearner:
     def _train_step(self, micro_batches: Sequence[Batch], loss_fn: LossFn) -> StepOutput:
         self.module.train()
         metrics = self._backward(micro_batches, loss_fn)
-        if not self._reduces_gradients:
+        if not self.reduces_gradients:
             self._sum_gradients()
         if self._pipeline is not None and self.optimizer.twin is not None:
             self._pipeline.add_twin(self.optimizer.gradient(self.optimizer.twin))
@@ -228,7 +229,8 @@ class TorchLearner:
     def pieces(self) -> list[Piece]:
         """This rank's part of weights and moments: the live tensors, and where each lies in the whole."""
         if self._pieces is None:
-            self._pieces = [_piece(name, tensor) for name, tensor in self.optimizer.state().items()]
+            stage = f"pp={self.ranks.stage}" if self.ranks.stages > 1 else ""
+            self._pieces = [_piece(name, tensor, stage) for name, tensor in self.optimizer.state().items()]
         return self._pieces
 
     def close(self) -> None:
@@ -312,9 +314,18 @@ def _full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _piece(name: str, tensor: torch.Tensor) -> Piece:
+def _piece(name: str, tensor: torch.Tensor, stage: str) -> Piece:
     if not isinstance(tensor, DTensor):
-        return Piece.whole(name, tensor)
+        return replace(Piece.whole(name, tensor), place=stage)
     chunks = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
     assert len(chunks) == 1, f"{name} is in {len(chunks)} pieces on one rank"
-    return Piece(name, tensor.to_local(), tuple(tensor.shape), tuple(chunks[0].offsets))
+    return Piece(name, tensor.to_local(), tuple(tensor.shape), tuple(chunks[0].offsets), _place(tensor, stage))
+
+
+def _place(tensor: DTensor, stage: str) -> str:
+    """Where this rank sits among those that hold other pieces, e.g. "shard=1,tp=0"; replicas of it sit there too."""
+    mesh = tensor.device_mesh
+    names, coordinate = mesh.mesh_dim_names or (), mesh.get_coordinate() or ()
+    cut = zip(names, coordinate, tensor.placements, strict=True)
+    places = [f"{name}={position}" for name, position, placed in cut if not isinstance(placed, Replicate)]
+    return ",".join([*filter(None, [stage]), *places])

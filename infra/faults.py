@@ -10,9 +10,9 @@ written, nobody has been told), `executor.between-steps` (the workflow asks for 
 are in `actors.pretrain_worker`.
 
 Actions on the process: `kill` (SIGKILL), `stop` (SIGSTOP), `interrupt` (SIGINT). On the thread that comes by: `fault`
-(raise SystemFault), `error` (raise RuntimeError), `spin` (an endless loop in Python), `lock` (one in native code that
-keeps the interpreter locked), `deadlock`, `delay-SECONDS`. On what is computed there, carried out by who asks for them
-with `take`: `nan`, `spike`.
+(raise SystemFault), `error` (raise RuntimeError), `slow` (compute `SLOW_S` longer), `spin` (an endless loop in Python),
+`lock` (one in native code that keeps the interpreter locked), `deadlock`, `delay-SECONDS`. On what is computed there,
+carried out by who asks for them with `take`: `nan`, `spike`, `flip` (one bit of it).
 """
 
 import json
@@ -29,9 +29,10 @@ from infra.errors import ConfigError, SystemFault
 
 VARIABLE = "RECUA_FAULTS"
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "interrupt": signal.SIGINT}
-ACTIONS = (*SIGNALS, "fault", "error", "spin", "lock", "deadlock", "nan", "spike", "delay-SECONDS")
+ACTIONS = (*SIGNALS, "fault", "error", "slow", "spin", "lock", "deadlock", "nan", "spike", "flip", "delay-SECONDS")
 DELAY = re.compile(r"delay-(\d+(?:\.\d+)?)")
 EVERY = 0
+SLOW_S = 0.05
 
 
 @dataclass
@@ -113,6 +114,10 @@ def perform(action: str | None, point: str, pid: int | None = None) -> None:
         lock = threading.Lock()
         lock.acquire()
         lock.acquire()
+    elif action == "slow":
+        end = time.thread_time() + SLOW_S
+        while time.thread_time() < end:
+            pass
     elif action == "fault":
         raise SystemFault(f"fault injected at {point}")
     elif action == "error":

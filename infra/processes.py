@@ -24,6 +24,14 @@ def process_state(pid: int) -> str:
     return _stat(pid)[0]
 
 
+def starved_s(pid: int, thread: int) -> float:
+    """How long a thread has waited for a processor so far; 0 where the kernel does not count that."""
+    try:
+        return int(Path(f"/proc/{pid}/task/{thread}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the third on (the second, a name, may hold spaces and brackets)."""
     try:

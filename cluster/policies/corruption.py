@@ -37,8 +37,9 @@ class Replay:
 
 
 def is_due(step: int, settings: ElasticSettings) -> bool:
-    """Whether the state after `step` steps is verified."""
-    return step > 0 and step % settings.verify_every == 0
+    """Whether the state after `step` steps is verified: the first snapshot at or after every multiple."""
+    every = settings.snapshot_every
+    return step > 0 and step % every == 0 and step % settings.verify_every < every
 
 
 def plan_replay(step: int, nodes: Sequence[str], seed: int = 0) -> Replay | None:
@@ -72,12 +73,13 @@ def judge_digests(step: int, groups: Sequence[Mapping[int, str]], settings: Elas
         else:
             undecided += digests
     name = key("verify_every")
+    guilty, undecided = sorted(set(guilty)), sorted(set(undecided))
     if guilty:
         text = f"step {step}: ranks {_list(guilty)} differ from those that must agree with them"
-        return Verdict(Decision("roll-back", text, name), tuple(sorted(guilty)), tuple(sorted(undecided)))
+        return Verdict(Decision("roll-back", text, name), tuple(guilty), tuple(undecided))
     if undecided:
         text = f"step {step}: ranks {_list(undecided)} disagree, and none has a majority: another rank computes it too"
-        return Verdict(Decision("arbitrate", text, name), (), tuple(sorted(undecided)))
+        return Verdict(Decision("arbitrate", text, name), (), tuple(undecided))
     return Verdict(Decision("go-on", f"step {step}: all digests agree", name))
 
 

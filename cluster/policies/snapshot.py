@@ -5,13 +5,13 @@ so a dead process loses none; a dead node loses all of its own.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.decision import Decision, key
 
 KEPT = 2
-"""Snapshots kept whole in host memory: k and k-1."""
+"""Snapshots kept whole in host memory: k and k-1. So many of those that are verified, or will be, stay for longer."""
 
 
 def place_replicas(nodes: Sequence[str], replicas: int) -> dict[str, set[int]]:
@@ -101,9 +101,16 @@ class Restore:
 
 
 class SnapshotBook:
-    """Snapshots of this run's present trajectory, by step."""
+    """Snapshots of this run's present trajectory, by step.
 
-    def __init__(self) -> None:
+    Args:
+        stays: whether ranks keep the snapshot of a step for longer: the newest two, and the newest that is verified.
+    """
+
+    def __init__(self, stays: Callable[[int], bool] = lambda step: False) -> None:
+        self._stays = stays
+        self.verified = 0
+        """The last step whose state is known to be right."""
         self.snapshots: dict[int, Snapshot] = {}
         self.flushed: set[int] = set()
         """Steps whose state is whole in storage (manifest written)."""
@@ -118,8 +125,11 @@ class SnapshotBook:
         for node, shards in shards_on.items():
             snapshot.add(node, shards)
         whole = sorted(step for step, one in self.snapshots.items() if one.whole)
-        for old in [step for step in self.snapshots if len(whole) >= KEPT and step < whole[-KEPT]]:
-            del self.snapshots[old]
+        if len(whole) >= KEPT:
+            stay = [step for step in whole if self._stays(step)]
+            kept = {*whole[-KEPT:], *stay[-KEPT:], *[step for step in stay if step <= self.verified][-1:]}
+            for old in [step for step in self.snapshots if step < whole[-KEPT] and step not in kept]:
+                del self.snapshots[old]
 
     def drop_nodes(self, nodes: Iterable[str]) -> None:
         """Their memory is gone."""

@@ -3,6 +3,7 @@
 from engines.snapshots.catalog import SnapshotName
 from engines.snapshots.flush import Flusher, StoreSource
 from engines.snapshots.memory import Acknowledged, Holder, Reach, Snapshots, unheard
+from engines.snapshots.milestones import Milestones
 from engines.snapshots.reader import SnapshotReader, restore
 from engines.snapshots.replicas import Peer, ReplicaServer
 from engines.snapshots.segments import forget, node_folder, sealed
@@ -15,6 +16,7 @@ __all__ = [
     "FolderSource",
     "Holder",
     "Layout",
+    "Milestones",
     "Peer",
     "Piece",
     "Reach",

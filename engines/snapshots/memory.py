@@ -7,19 +7,26 @@ replicated on every rank: the agreement of step k acknowledges snapshot k, and a
 """
 
 import queue
+import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import xxhash
 
+from engines.snapshots.milestones import NO_MILESTONES, Milestones
 from engines.snapshots.segments import Segments, Slot
 from engines.snapshots.shard import Layout, Piece, ShardName
 from infra.errors import CheckpointError, StoreError
+
+REMEMBERED = 3
+"""Steps whose digests are at hand beside the newest one's."""
 
 
 class Holder(Protocol):
@@ -70,6 +77,7 @@ class Snapshots:
         run, generation, rank, world_size: whose they are.
         keep: sealed snapshots that stay while the next is written.
         every: steps between snapshots.
+        milestones: older ones that stay too.
         holders: who gets a replica of each.
         reach: of "snapshot", where a shard is half written.
     """
@@ -84,15 +92,18 @@ class Snapshots:
         *,
         keep: int = 2,
         every: int = 1,
+        milestones: Milestones = NO_MILESTONES,
         holders: Sequence[Holder] = (),
         reach: Reach = unheard,
     ) -> None:
         self._reach = reach
         self.folder, self.run, self.generation, self.rank, self.world_size = folder, run, generation, rank, world_size
-        self.keep, self.every, self.holders = keep, every, tuple(holders)
+        self.keep, self.every, self.milestones, self.holders = keep, every, milestones, tuple(holders)
         self.stall_s = 0.0
         """Seconds that `settle` has waited in all: the checkpoint stall."""
         self.last: Acknowledged | None = None
+        self.digests: dict[int, Mapping[str, str]] = {}
+        """Of the newest snapshots that were sealed: {step: {place: digest of all pieces there}}."""
         self.segments: Segments | None = None
         self._jobs: queue.SimpleQueue[_Job | Callable[[], None] | None] = queue.SimpleQueue()
         self._idle = threading.Event()
@@ -116,7 +127,7 @@ class Snapshots:
         self.settle()
         if self.segments is None:
             layout = Layout.of(self.run, self.generation, self.rank, self.world_size, pieces, tensors)
-            self.segments = Segments(self.folder, layout, self.keep)
+            self.segments = Segments(self.folder, layout, self.keep, self.milestones)
         ready = None
         if any(piece.tensor.is_cuda for piece in pieces):
             ready = torch.cuda.Event()
@@ -195,6 +206,7 @@ class Snapshots:
                 source = piece.tensor.contiguous()
                 slot.writer.write(index, source.data_ptr())
         path = self.segments.seal(slot, job.step, job.progress)
+        self._note_digests(job.step, pieces, slot.writer.checksums)
         copied = time.perf_counter()
         problems = []
         for holder in self.holders:
@@ -210,6 +222,13 @@ class Snapshots:
             time.thread_time() - cpu,
             tuple(problems),
         )
+
+    def _note_digests(self, step: int, pieces: Sequence[Piece], checksums: Sequence[int]) -> None:
+        folded: dict[str, Any] = defaultdict(xxhash.xxh3_64)
+        for piece, checksum in zip(pieces, checksums, strict=True):
+            folded[piece.place].update(struct.pack("<Q", checksum))
+        newest = dict(sorted(self.digests.items())[-REMEMBERED:])
+        self.digests = {**newest, step: {place: one.hexdigest() for place, one in folded.items()}}
 
 
 class _CudaCopier:

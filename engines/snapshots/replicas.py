@@ -4,12 +4,13 @@
 `segments.node_folder(run)`. It acknowledges a replica after verifying it. `Peer` is the other end: a `memory.Holder`
 for whoever takes snapshots and a `sources.Source` for whoever recovers.
 
-Request: one line of JSON {"token", "op", "run", "name", "bytes"}, then the bytes of a put. Answer: one line of JSON
-{"bytes"} and that many bytes, or {"error"}. The token keeps strangers out; the stream is not encrypted, so it belongs
-into the cluster's own network.
+Request: one line of JSON {"token", "op", "run", "name", "bytes", "milestones"}, then the bytes of a put. Answer: one
+line of JSON {"bytes"} and that many bytes, or {"error"}. The token keeps strangers out; the stream is not encrypted, so
+it belongs into the cluster's own network.
 """
 
 import contextlib
+import dataclasses
 import hmac
 import json
 import mmap
@@ -23,6 +24,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from engines.snapshots.milestones import NO_MILESTONES, Milestones
 from engines.snapshots.segments import WRITING, node_folder, sealed
 from engines.snapshots.shard import Layout, Shard, ShardName, parse_shard, read_layout
 from infra.errors import CheckpointError, StoreError
@@ -73,7 +75,8 @@ class ReplicaServer:
         if name is None:
             raise StoreError(f"not a shard: {request['name']!r}")
         if request["op"] == "put":
-            receive(folder, name, int(request["bytes"]), stream, self.keep)
+            milestones = Milestones(*map(int, request["milestones"]))
+            receive(folder, name, int(request["bytes"]), stream, self.keep, milestones)
             return b""
         path = folder / str(name)
         if not path.is_file():
@@ -81,7 +84,14 @@ class ReplicaServer:
         return read_layout(path).encode() if request["op"] == "layout" else path
 
 
-def receive(folder: Path, name: ShardName, size: int, stream: BufferedIOBase, keep: int) -> None:
+def receive(
+    folder: Path,
+    name: ShardName,
+    size: int,
+    stream: BufferedIOBase,
+    keep: int,
+    milestones: Milestones = NO_MILESTONES,
+) -> None:
     """Read `size` bytes into a file that appears under its name only once it is verified.
 
     Raises:
@@ -90,8 +100,9 @@ def receive(folder: Path, name: ShardName, size: int, stream: BufferedIOBase, ke
     folder.mkdir(parents=True, exist_ok=True)
     writing = folder / f"{name}{WRITING}"
     older = [one for one in sealed(folder) if (one.generation, one.rank) == (name.generation, name.rank)]
-    older = [one for one in older if one.step < name.step]
-    if len(older) > keep:  # its memory is used again: cheaper than fresh pages
+    stay = milestones.kept(one.step for one in older) | {one.step for one in older[-keep:]}
+    older = [one for one in older if one.step < name.step and one.step not in stay]
+    if older:  # its memory is used again: cheaper than fresh pages
         (folder / str(older[0])).rename(writing)
     descriptor = os.open(writing, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -125,10 +136,21 @@ class Peer:
     Args:
         run: whose shards.
         timeout_s: of every wait for the network.
+        milestones: of the replicas put there.
     """
 
-    def __init__(self, host: str, port: int, token: str, run: str, *, timeout_s: float = 20.0) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        token: str,
+        run: str,
+        *,
+        timeout_s: float = 20.0,
+        milestones: Milestones = NO_MILESTONES,
+    ) -> None:
         self.host, self.port, self.run, self.timeout_s = host, port, run, timeout_s
+        self._milestones = milestones
         self._token = token
         self._connection: socket.socket | None = None
         self._cut = False
@@ -171,6 +193,7 @@ class Peer:
             request["name"] = str(name)
         if payload is not None:
             request["bytes"] = os.fstat(payload.fileno()).st_size
+            request["milestones"] = list(dataclasses.astuple(self._milestones))
         with self._lock, self._errors(op):
             connection = self._connect()
             connection.sendall(json.dumps(request).encode() + b"\n")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from engines.snapshots.milestones import NO_MILESTONES, Milestones
 from engines.snapshots.shard import Layout, ShardName, ShardWriter
 from infra.errors import ResourceError
 
@@ -32,12 +33,21 @@ def sealed(folder: Path) -> list[ShardName]:
     return sorted(name for name in names if name is not None)
 
 
-def forget(folder: Path, *, before: int) -> None:
-    """Free all shards of generations below `before`, and what interrupted writers left of them."""
+def forget(folder: Path, *, before: int, milestones: Milestones = NO_MILESTONES, until: int = 0) -> None:
+    """Free all shards of generations below `before`, and what interrupted writers left of them.
+
+    Milestones stay, as far as they are among those to keep and no later than step `until`, where generation `before`
+    began: what older generations took after it is a discarded future.
+    """
+    names = sealed(folder)
+    newer = {name.step for name in names if name.generation >= before}
+    kept = milestones.kept(newer | {name.step for name in names if name.step <= until}) - newer
     with contextlib.suppress(FileNotFoundError):
         for entry in os.listdir(folder):
             name = ShardName.parse(entry.split(".shard")[0] + ".shard")
-            if name is not None and name.generation < before:
+            if name is None or name.generation >= before:
+                continue
+            if name.step not in kept or name.step > until or entry != str(name):
                 (folder / entry).unlink(missing_ok=True)
 
 
@@ -58,11 +68,11 @@ class Segments:
     Args:
         folder: of this node; made if missing.
         layout: of this rank's shard.
-        keep: sealed steps that stay while the next one is written.
+        keep: sealed steps that stay while the next one is written; the newest `milestones` stay too.
     """
 
-    def __init__(self, folder: Path, layout: Layout, keep: int = 2) -> None:
-        self.folder, self.layout, self.keep = folder, layout, keep
+    def __init__(self, folder: Path, layout: Layout, keep: int = 2, milestones: Milestones = NO_MILESTONES) -> None:
+        self.folder, self.layout, self.keep, self.milestones = folder, layout, keep, milestones
         self._slots: list[Slot] = []
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +130,8 @@ class Segments:
         """The oldest file beyond the newest `keep`, already under its new name."""
         with self._lock:
             done = sorted((slot for slot in self._slots if slot.step >= 0), key=lambda slot: slot.step)
-            spare = [slot for slot in done[: -self.keep] if not slot.readers]
+            kept = self.milestones.kept(slot.step for slot in done)
+            spare = [slot for slot in done[: -self.keep] if not slot.readers and slot.step not in kept]
             if not spare:
                 return None
             slot = spare[0]

@@ -38,12 +38,16 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Piece:
-    """A live tensor and where it lies in the whole one: `offsets` and `tensor.shape` cut it out of `global_shape`."""
+    """A live tensor and where it lies in the whole one: `offsets` and `tensor.shape` cut it out of `global_shape`.
+
+    `place` names the part of the mesh that holds such pieces: ranks with the same place hold the same bits.
+    """
 
     name: str
     tensor: torch.Tensor
     global_shape: tuple[int, ...]
     offsets: tuple[int, ...]
+    place: str = ""
 
     @classmethod
     def whole(cls, name: str, tensor: torch.Tensor) -> "Piece":
@@ -236,6 +240,11 @@ class ShardWriter:
     def data(self) -> tuple[int, int]:
         """(address, bytes) of all parts together."""
         return self._address + self.data_start, self.layout.data_bytes
+
+    @property
+    def checksums(self) -> tuple[int, ...]:
+        """Of all parts, as sealed."""
+        return tuple(self._checksums)
 
     def view(self, index: int) -> torch.Tensor:
         """Part `index` as a tensor that writes through."""

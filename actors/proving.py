@@ -1,0 +1,56 @@
+"""A rank's proofs of the steps that are verified, left in its beacon for the controller to compare."""
+
+from cluster.beacons import BeaconWriter
+from cluster.config import ElasticSettings
+from cluster.policies.corruption import is_due, plan_replay
+from cluster.proofs import Proof, judge
+from engines.base import Batch, LossFn
+from engines.elastic import ElasticLearner
+from engines.replay import processor_kind, replay
+
+
+class Prover:
+    """Of one generation; used by the training thread.
+
+    Args:
+        last: the step after which training ends: verified in any case.
+    """
+
+    def __init__(self, beacon: BeaconWriter, elastic: ElasticLearner, settings: ElasticSettings, last: int) -> None:
+        assert elastic.learner is not None
+        self._beacon, self._elastic, self._settings, self._last = beacon, elastic, settings, last
+        self._ranks = elastic.learner.ranks
+        self._kind = processor_kind(self._ranks.device)
+        self._open: Proof | None = None
+        self._left = 0
+
+    def wants_replay(self, step: int) -> int | None:
+        """Whose data (by replica) all compute after `step` steps; None: this step is not verified, or nobody else is
+        there to compare with. The same on every rank, without a word between them; everyone's turn comes."""
+        if not (is_due(step, self._settings) or step == self._last):
+            return None
+        plan = plan_replay(step, [f"replica {replica}" for replica in range(self._ranks.data_size)])
+        return None if plan is None else plan.checked
+
+    def prove(self, sample: Batch, loss_fn: LossFn) -> None:
+        """(collective) Replay `sample` from the state as it is now. The proof is left once that state is sealed."""
+        learner, groups = self._elastic.learner, self._elastic.groups
+        assert learner is not None and groups is not None
+        with groups.naming_lost_peers():
+            digest = replay(learner, sample, loss_fn)
+        self._open = Proof(groups.generation, learner.step, {}, digest, self._kind)
+
+    def leave(self) -> None:
+        """(collective where a proof is due) Call it after every step: the snapshot of the verified one is sealed with
+        the step after it. The ranks also tell each other, so that they know which snapshot has to stay."""
+        snapshots, proof = self._elastic.snapshots, self._open
+        if proof is None or snapshots is None or proof.step not in snapshots.digests:
+            return
+        whole = Proof(proof.generation, proof.step, snapshots.digests[proof.step], proof.replay, proof.kind)
+        self._beacon.note(f"proof-{self._left % 2}", whole.to_note())
+        assert self._elastic.groups is not None
+        with self._elastic.groups.naming_lost_peers():
+            told = {rank: Proof.from_note(note) for rank, note in enumerate(self._ranks.gather(whole.to_note()))}  # type: ignore[arg-type]
+        if judge(proof.step, told, self._settings).decision.action == "go-on":
+            self._elastic.milestones.verified = proof.step
+        self._left, self._open = self._left + 1, None

@@ -1,0 +1,134 @@
+"""What the policies say of ranks that live and train: slow, wrong, or about to fail. Nothing here knows Ray.
+
+Who waits for whom: nobody. The controller passes on what it hears, and does what comes back.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster import controller_messages as m
+from cluster.admission import Admission
+from cluster.config import ElasticSettings
+from cluster.controller_state import Controller
+from cluster.group_journal import GroupJournal
+from cluster.health_watch import Reading
+from cluster.node_watch import Beat, Sight
+from cluster.policies.corruption import Verdict
+from cluster.policies.rollback import Rollback, SavedState, after_corruption
+from cluster.prediction import NodeTrend, decide_drain_ahead
+from cluster.proofs import Proof, Proofs
+from cluster.stragglers import Straggler, StragglerWatch
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`said` is for people: (kind, facts), see actors.pretrain; `event` for the core; `back`: training has gone wrong
+    after step `step`, and `guilty` workers are to be replaced."""
+
+    said: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    event: m.Event | None = None
+    back: Rollback | None = None
+    step: int = 0
+    guilty: tuple[str, ...] = ()
+
+
+class Guard:
+    """Of one group.
+
+    Args:
+        saved: the states that can be loaded now.
+    """
+
+    def __init__(
+        self,
+        settings: ElasticSettings,
+        core: Controller,
+        journal: GroupJournal,
+        saved: Callable[[], Sequence[SavedState]],
+    ) -> None:
+        self._settings, self._core, self._journal, self._saved = settings, core, journal, saved
+        self._stragglers, self._proofs = StragglerWatch(settings), Proofs(settings)
+        self.admission = Admission(settings)
+        self._trends: dict[str, NodeTrend] = defaultdict(NodeTrend)
+        self._readings: dict[str, int] = {}
+        self._verified_at = 0.0
+
+    def begin(self, now: float) -> None:
+        """A generation runs."""
+        self._stragglers.begin()
+        self._proofs.begin(sum(map(len, self._core.blocks)))
+        self._verified_at = now
+
+    def saw(self, beat: Beat, now: float) -> Iterator[Finding]:
+        """One node's word."""
+        self.admission.heard(beat.node, beat.sink)
+        yield from self._foresee(beat.node, beat.health, now)
+        yield from self._watch(beat.sights, now)
+
+    def lose_node(self, node: str, workers: Iterable[str]) -> None:
+        """It is gone."""
+        self.admission.lose(node, workers)
+        self._trends.pop(node, None)
+        self._readings.pop(node, None)
+
+    def _foresee(self, node: str, reading: Reading, now: float) -> Iterator[Finding]:
+        """A node that looks like failing leaves before it does: as soon as there is a replacement."""
+        if self._readings.get(node, 0) == reading.number:
+            return
+        self._readings[node] = reading.number
+        self._trends[node].observe(now, reading.signals)
+        decision = decide_drain_ahead(node[:12], self._trends[node], self._settings)
+        if decision.action == "drain" and node not in self._core.roster.draining:
+            facts = {"what": f"node {node[:12]} may fail soon: {decision.reason}", "node": node, "notice": "predicted"}
+            said = ("detected", facts), ("decided", {"decision": str(decision), "action": "drain"})
+            yield Finding(said=said, event=m.NodesDraining({node: math.inf}))
+
+    def _watch(self, sights: Iterable[Sight], now: float) -> Iterator[Finding]:
+        core = self._core
+        if core.phase not in ("running", "stopping"):
+            return
+        for sight in sights:
+            record = sight.record
+            if record.generation != core.generation or not sight.alive:
+                continue
+            if record.state == "joined":
+                self._stragglers.saw(record.rank, record.step, record.own_s)
+            for proof in (Proof.from_note(note) for name, note in sight.notes.items() if name.startswith("proof")):
+                if proof.generation == core.generation:
+                    self._proofs.heard(record.rank, proof)
+        for step, verdict, told in self._proofs.judged():
+            yield self._verified(step, verdict, told, now)
+            if core.phase not in ("running", "stopping"):  # what came after a wrong step is wrong too
+                return
+        if core.phase == "running":
+            yield from map(_slow, self._stragglers.judge(core))
+
+    def _verified(self, step: int, verdict: Verdict, told: Mapping[int, Proof], now: float) -> Finding:
+        """Digests of all ranks are there: the state after `step` steps is right, or training goes back."""
+        since, self._verified_at = now - self._verified_at, now
+        history = self._journal.history
+        if verdict.decision.action == "go-on":
+            self._journal.note(verified=step)
+            self._core.book.verified = step
+            return Finding(said=(("verified", {"step": step, "ranks": len(told)}),))
+        members = [worker for block in self._core.blocks for worker in block]
+        guilty = tuple(members[rank] for rank in verdict.guilty)
+        back = after_corruption(step - 1, verdict.guilty, self._saved(), history.rollbacks, self._settings)
+        nodes = [self._core.roster.node_of[worker] for worker in guilty]
+        note = {"step": step, "to_step": back.to_step, "workers": list(guilty), "nodes": nodes}
+        self._journal.note(corruptions=(*history.corruptions, note))
+        who = ", ".join(f"{worker} (rank {members.index(worker)})" for worker in guilty)
+        what = f"{who or 'some rank'} remembers or computes wrongly: {verdict.decision.reason}"
+        facts = {"what": what, "workers": list(guilty), "after_s": since}
+        return Finding(said=(("detected", facts),), back=back, step=step - 1, guilty=guilty)
+
+
+def _slow(one: Straggler) -> Finding:
+    """A straggler is evicted, or reported."""
+    if one.decision.action == "evict":
+        return Finding(event=m.Evict([one.worker], one.decision, one.unfit))
+    facts = {"decision": str(one.decision), "action": "report", "worker": one.worker, "rank": one.slow.rank}
+    return Finding(said=(("decided", {**facts, "ratio": round(one.slow.ratio, 2)}),))

@@ -1,0 +1,43 @@
+"""Reads a node's health now and then, beside everything else that its agent does.
+
+Who waits for whom: one thread reads and sleeps; `latest` waits for nothing. A reader that hangs (a broken driver) hangs
+this thread alone.
+"""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cluster.config import HealthSettings
+from cluster.health import Readers, default_readers
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The `number`-th look at a node; 0: none yet."""
+
+    number: int = 0
+    signals: Mapping[str, float] = field(default_factory=dict)
+
+
+class HealthWatch:
+    """Of this machine."""
+
+    def __init__(self, settings: HealthSettings) -> None:
+        self._settings = settings
+        self._latest = Reading()
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="health", daemon=True).start()
+
+    def latest(self) -> Reading:
+        return self._latest
+
+    def close(self) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        readers = Readers(default_readers(self._settings.root))
+        while True:
+            self._latest = Reading(self._latest.number + 1, readers.read())
+            if self._ended.wait(self._settings.period_s):
+                return

@@ -1,0 +1,33 @@
+"""Snapshots that stay in memory beyond the newest ones: where to go back to from a corruption that is found late."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+KEPT = 2
+"""Of the newest ones: they may not have been verified yet."""
+
+
+@dataclass
+class Milestones:
+    """Of snapshots every `every` steps the first at or after each multiple of `apart`; apart 0: none.
+
+    cluster.policies.corruption.is_due names the same steps (a test holds the two together). `verified`, which its owner
+    moves on, is the last step that is known to be right.
+    Example: Milestones(every=4, apart=10) are 12, 20, 32, 40 ...
+    """
+
+    every: int = 1
+    apart: int = 0
+    verified: int = 0
+
+    def has(self, step: int) -> bool:
+        return self.apart > 0 and step > 0 and step % self.every == 0 and step % self.apart < self.every
+
+    def kept(self, steps: Iterable[int]) -> set[int]:
+        """Of all steps at hand: the newest milestones, and the newest that is verified."""
+        found = sorted({step for step in steps if self.has(step)})
+        right = [step for step in found if step <= self.verified]
+        return {*found[-KEPT:], *right[-1:]}
+
+
+NO_MILESTONES = Milestones()

@@ -1,0 +1,16 @@
+"""A running group without processes, for tests of what the guard makes of it."""
+
+from cluster import controller_messages as m
+from cluster.config import ElasticSettings
+from cluster.controller_state import Controller
+
+
+def running(settings: ElasticSettings, nodes: list[str]) -> Controller:
+    """A group whose worker wN is on nodes[N]; what is beyond `max_workers` are spares."""
+    core = Controller(settings)
+    core.handle(m.Tick(), 0)
+    workers = [f"w{rank}" for rank in range(len(nodes))]
+    core.handle(m.WorkersReady(dict(zip(workers, nodes, strict=True))), 1)
+    core.handle(m.Joined(1, workers), 2)
+    assert core.phase == "running"
+    return core
