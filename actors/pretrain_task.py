@@ -113,15 +113,17 @@ class PretrainTask:
             )
         return {**dict.fromkeys(fleet.node_of), **orders}
 
-    def stored(self) -> set[tuple[int, int]]:
-        """What the store is known to have. The first call asks it; later ones tell what the one before began to ask:
-        whoever leads a group does not wait for a slow store.
+    def stored(self, fresh: bool = False) -> set[tuple[int, int]]:
+        """What the store is known to have. The first call asks it, and one for a `fresh` answer; others tell what the
+        one before began to ask: whoever leads a group does not wait for a slow store.
 
         Raises:
             StoreError: the first call got no answer.
         """
         if self._stored is None:
             self._stored = self._look()
+        elif fresh:
+            self._refresh()
         elif self._looking is None or self._looking.done():
             if self._looking is not None:
                 try:
@@ -131,14 +133,17 @@ class PretrainTask:
             self._looking = self._looker.submit(self._look)
         return self._stored
 
+    def _refresh(self) -> None:
+        try:
+            self._stored = self._look()
+        except StoreError as error:
+            log.warning("%s; what it has is not known now", error)
+
     def _at_most(self, join: Join, history: GroupHistory) -> int | None:
         """The step to go on from. Storage is looked at once more: what was there may have given way to a newer one."""
         step = None if join.restore.source == "start" else join.restore.step
         if join.restore.source == "storage":
-            try:
-                self._stored = self._look()
-            except StoreError as error:
-                log.warning("%s; the ranks are sent to step %d", error, join.restore.step)
+            self._refresh()
             step = max((step for gen, step in self._stored or () if history.on_trajectory(gen, step)), default=step)
         return step
 

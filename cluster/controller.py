@@ -67,8 +67,8 @@ class Task(Protocol):
         """{worker: argument of its `join`}."""
         ...
 
-    def stored(self) -> Iterable[tuple[int, int]]:
-        """(generation, step) of every snapshot that is whole in storage."""
+    def stored(self, fresh: bool = False) -> Iterable[tuple[int, int]]:
+        """(generation, step) of every snapshot that is whole in storage; `fresh`: now, not some time ago."""
         ...
 
 
@@ -400,15 +400,18 @@ class GroupController:
             return
         self._looked_at = now
         if self.core.phase not in ENDED:
-            for generation, step in set(self.task.stored()) - self._stored:
-                self._stored.add((generation, step))
-                self._tell(m.SnapshotFlushed(generation, step))
+            self._see_stored()
             self._hear_of_drains()
             self.fleet.open_agents()
             if self.core.phase == "running":
                 self.outcomes.give_up_before(self.core.joins.get(self.core.generation, 0), now)
         self._show_stacks()
         self._account.write(self.watch)
+
+    def _see_stored(self, fresh: bool = False) -> None:
+        for generation, step in set(self.task.stored(fresh)) - self._stored:
+            self._stored.add((generation, step))
+            self._tell(m.SnapshotFlushed(generation, step))
 
     def _hear_of_drains(self) -> None:
         for node, deadline in draining_nodes().items():
@@ -473,6 +476,7 @@ class GroupController:
         if action == "fail":
             self._fail(StepError(f"training does not recover: {verdict.decision}"))
         elif action == "roll-back" and verdict.to_step is not None and self.core.phase in ("running", "stopping"):
+            self._see_stored(fresh=True)  # by the time that all ranks have left, memory has only newer states
             window = verdict.skip
             skipped = history.skipped if window is None else leave_out(history.skipped, window)
             self._say("rolled-back", step=step, to_step=verdict.to_step, decision=str(verdict.decision))

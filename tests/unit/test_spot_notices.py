@@ -283,7 +283,7 @@ class Quiet:
     def orders(self, join: Any, fleet: Any, history: Any, high_step: int) -> dict[str, Any]:
         return {}
 
-    def stored(self) -> list[tuple[int, int]]:
+    def stored(self, fresh: bool = False) -> list[tuple[int, int]]:
         return []
 
 
