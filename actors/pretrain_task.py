@@ -94,7 +94,6 @@ class PretrainTask:
         places = self._replica_places(fleet, {*nodes, *join.restore.on})
         copies = 0 if self.replicated else self.settings.snapshot_replicas
         held = place_replicas(nodes, copies)
-        at_most = self._at_most(join, history)
         skipped = tuple(one for window in history.skipped for one in range(window.first, window.last + 1))
         orders: dict[str, Order | None] = {}
         for (worker, rank), node in zip(ranks.items(), nodes, strict=True):
@@ -104,7 +103,7 @@ class PretrainTask:
                 rank,
                 len(ranks),
                 self.store,
-                at_most,
+                None if join.restore.source == "start" else join.restore.step,
                 tuple(others.values()),
                 tuple(place for name, place in others.items() if rank in held.get(name, ())),
                 skipped,
@@ -138,14 +137,6 @@ class PretrainTask:
             self._stored = self._look()
         except StoreError as error:
             log.warning("%s; what it has is not known now", error)
-
-    def _at_most(self, join: Join, history: GroupHistory) -> int | None:
-        """The step to go on from. Storage is looked at once more: what was there may have given way to a newer one."""
-        step = None if join.restore.source == "start" else join.restore.step
-        if join.restore.source == "storage":
-            self._refresh()
-            step = max((step for gen, step in self._stored or () if history.on_trajectory(gen, step)), default=step)
-        return step
 
     def _look(self) -> set[tuple[int, int]]:
         """Names of manifests: generation and step, see engines.snapshots.flush."""

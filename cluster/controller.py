@@ -534,11 +534,20 @@ class GroupController:
             self._end = command
 
     def _join(self, command: m.Join) -> None:
+        if command.restore.source == "storage":
+            step = self._newest_stored(command.restore.step)
+            command = replace(command, restore=replace(command.restore, step=step))
         high = max(self.core.high_step, self.outcomes.next)
         orders = self.task.orders(command, self.fleet, self.journal.history, high)
         for worker, order in orders.items():
             self.fleet.tell(worker, "join", order)
         self._note_join(command.restore.step)  # a controller that dies before this line is told by the beacons
+
+    def _newest_stored(self, default: int) -> int:
+        """Storage is looked at once more: what was there may have given way to a newer state since."""
+        history = self.journal.history
+        stored = [step for gen, step in self.task.stored(fresh=True) if history.on_trajectory(gen, step)]
+        return max(stored, default=default)
 
     def _note_join(self, step: int) -> None:
         """This generation goes on from `step`: what older ones had verified after it will be computed again."""

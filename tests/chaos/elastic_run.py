@@ -54,7 +54,7 @@ def settings_of(schedule: Schedule, patience: float, url: str) -> dict[str, Any]
             "start_timeout_s": 200,
             "respawn_backoff_s": 2,
             "abort_timeout_s": 3 * patience,
-            "join_timeout_s": 30 * patience,
+            "join_timeout_s": 15 * patience,
             "boundary_timeout_s": 40 * patience,
             "growth_must_pay": False,
             "hang_floor_s": 5 * patience,

@@ -24,7 +24,7 @@ from cluster.controller import GroupController, Listener
 from cluster.controller_messages import Join, Joined, Spawn, Tick, WorkersReady
 from cluster.controller_state import Controller
 from cluster.fleet import Fleet, WorkerKind
-from cluster.group_journal import GroupHistory, GroupJournal
+from cluster.group_journal import GroupJournal
 from cluster.policies.rollback import DataWindow
 from cluster.policies.snapshot import Restore
 from data.mixture import Mixture, Source
@@ -329,21 +329,22 @@ def test_chaos_a_slow_last_flush_is_no_hang(tmp_path: Path) -> None:
 
 def test_chaos_storage_is_looked_at_again_before_ranks_are_sent_there(tmp_path: Path) -> None:
     """Retention has removed what was known of; the newer snapshot that it made room for is taken, if it may be."""
-    store = Slow(tmp_path)
+    store, heard = Slow(tmp_path / "store"), list[Any]()
     task = PretrainTask("g", store, StoreAddress("127.0.0.1", 1), ElasticSettings(), False)
     store.put("snapshots/g/manifests/00001-0000000008", b"{}")
+    controller = leader(tmp_path, [], heard)
+    controller.task = task
     assert task.stored() == {(1, 8)}
     for step in (16, 24):
         store.put(f"snapshots/g/manifests/00001-{step:010d}", b"{}")
     store.delete("snapshots/g/manifests/00001-0000000008")
-    gone_back = GroupHistory("g", joins={1: 0, 2: 23})
-    join = Join(2, (), Restore(8, "storage"), 0.0)
-    assert task._at_most(join, gone_back) == 16
-    assert task._at_most(join, GroupHistory("g", joins={1: 0})) == 24
-    assert task._at_most(Join(2, (), Restore(8, "memory"), 0.0), gone_back) == 8
-    assert task._at_most(Join(1, (), Restore(0, "start"), 0.0), gone_back) is None
+    assert controller._newest_stored(8) == 24
+    controller.journal.note(joins={1: 0, 2: 23})
+    controller.core.generation = 2
+    controller._join(Join(2, (), Restore(8, "storage"), 0.0))
+    assert controller.journal.history.joins[2] == 16, "a later recovery must count what these ranks were sent to"
     store.fails = True
-    assert task._at_most(join, gone_back) == 16
+    assert controller._newest_stored(8) == 16
 
 
 def test_chaos_a_newer_state_than_asked_for_counts_as_it_is() -> None:
