@@ -194,7 +194,8 @@ def in_words(event: Mapping[str, Any]) -> str | None:
     """
     kind = event["event"]
     if kind == "detected":
-        return f"detected: {event['what']}"
+        after_s = event.get("after_s")
+        return f"detected{'' if after_s is None else _after(after_s)}: {event['what']}"
     if kind == "decided":
         return None if event["generation"] == 0 else str(event["decision"])
     if kind == "stacks":
@@ -210,6 +211,11 @@ def in_words(event: Mapping[str, Any]) -> str | None:
         steps = "no step was lost" if not lost else f"{lost} step{'s' * (lost != 1)} lost and computed again"
         line += f"; the pause took {1000 * event['pause_s']:.0f} ms, {steps}"
     return line
+
+
+def _after(seconds: float) -> str:
+    """How soon something was heard of."""
+    return f" within {1000 * seconds:.0f} ms" if seconds < 1 else f" after {seconds:.1f} s"
 
 
 class MetricsFile:

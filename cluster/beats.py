@@ -61,6 +61,10 @@ class BeatBoard:
         """Median of the recent step times; 0 before the second step."""
         return median(self.step_times) if self.step_times else 0.0
 
+    def stalled_s(self, now: float) -> float:
+        """Since anything last moved in this generation."""
+        return now - self._moved_at
+
     def silent_nodes(self, now: float) -> list[str]:
         """Nodes without a beat for `node_timeout_s`; each is named once, until it beats again."""
         silent = []
@@ -74,7 +78,7 @@ class BeatBoard:
 
     def judge(self, now: float) -> tuple[Decision, Suspects | None]:
         """hang or wait; for a hang also whom to suspect. The beacons are read only when nothing has moved for long."""
-        stalled = now - self._moved_at
+        stalled = self.stalled_s(now)
         decision = decide_hang(stalled, self.step_times, self._settings)
         if decision.action != "hang":
             return decision, None

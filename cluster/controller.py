@@ -230,7 +230,7 @@ class GroupController:
             if seat.state != "gone":
                 rank = f"rank {seat.rank}, " if seat.rank is not None else ""
                 text = f"{sight.worker} ({rank}pid {sight.record.pid}) died in {sight.record.phase}"
-                self._say("detected", what=text, worker=sight.worker, node=node)
+                self._detected(m.WorkersLost([sight.worker], text), text, worker=sight.worker, node=node)
         names = [sight.worker for sight in lost]
         self._tell(m.WorkersLost(names, _deaths(lost)))
         self.fleet.bury(node, names)
@@ -239,7 +239,7 @@ class GroupController:
             self._sights.pop(name, None)
 
     def _lose_node(self, node: str, why: str) -> None:
-        self._say("detected", what=f"node {node[:12]} is lost: {why}", node=node)
+        self._detected(m.NodesLost([node], why), f"node {node[:12]} is lost: {why}", node=node)
         self.fleet.lose_node(node)
         self._shards.lose(node)
         self._unheard.discard(node)
@@ -367,7 +367,7 @@ class GroupController:
         if self.core.phase == "running":
             decision, whom = self.board.judge(now)
             if whom is not None:
-                self._suspect(whom.ranks, f"{decision.reason}: {whom.sign}")
+                self._suspect(whom.ranks, f"{decision.reason}: {whom.sign}", self.board.stalled_s(now))
 
     def _silent_for_long(self, node: str, now: float) -> bool:
         """Silence is named once; what is starved and not gone is asked about again later."""
@@ -385,14 +385,20 @@ class GroupController:
         if finding.back is not None:
             self._roll_back(finding.step, finding.back, finding.guilty)
 
-    def _suspect(self, ranks: Sequence[int], why: str) -> None:
+    def _suspect(self, ranks: Sequence[int], why: str, stalled_s: float = 0.0) -> None:
         core = self.core
         members = [worker for block in core.blocks for worker in block]
         guilty = [members[rank] for rank in ranks if rank < len(members) and members[rank] in core.roster.joined]
         if guilty or not ranks:
             who = ", ".join(f"{name} (rank {members.index(name)})" for name in guilty) or "nobody in particular"
-            self._say("detected", what=f"{who}: {why}", workers=guilty)
-            self._tell(m.Suspected(core.generation, guilty, f"{who}: {why}"))
+            event = m.Suspected(core.generation, guilty, f"{who}: {why}")
+            self._detected(event, event.reason, stalled_s, workers=guilty)
+            self._tell(event)
+
+    def _detected(self, event: m.Event, what: str, since_s: float = 0.0, **facts: Any) -> None:
+        """A fault, and how long it had lasted by then: since a process died, a node last beat, a rank last moved."""
+        after_s = max(since_s, self.faults.age_s(event, time.monotonic()))
+        self._say("detected", what=what, after_s=round(after_s, 4), **facts)
 
     def _look_around(self) -> None:
         now = time.monotonic()

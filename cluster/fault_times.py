@@ -4,6 +4,8 @@ A dead or stopped process: its node agent saw the moment. A hung one: its last s
 beat. These are what the ledgers count as detection from; a fault that nobody can date begins when it is heard of.
 """
 
+import time
+
 from cluster import controller_messages as m
 from cluster.node_watch import Beat, Sight
 
@@ -17,10 +19,11 @@ class FaultTimes:
         self._progress: dict[str, tuple[tuple[int, str, int], float]] = {}
 
     def heard(self, beat: Beat, now: float) -> None:
-        """Before what follows from the beat is decided."""
-        self._beats[beat.node] = now
+        """Before what follows from the beat is decided. How long it was under way counts, as far as clocks agree."""
+        said = now - (max(0.0, time.time() - beat.sent_at) if beat.sent_at else 0.0)
+        self._beats[beat.node] = said
         for sight in beat.sights:
-            self._see(sight, now)
+            self._see(sight, said)
 
     def age_s(self, event: m.Event, now: float) -> float:
         """Seconds since the fault that `event` tells of began; 0 where that is not known, or it tells of none."""

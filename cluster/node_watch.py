@@ -77,6 +77,8 @@ class Beat:
     """Longest time since the last beat in which the agent itself did not get the processor."""
     notice: Notice | None = None
     """That the node will go."""
+    sent_at: float = 0.0
+    """Seconds since the epoch; 0 where that is not told."""
     health: Reading = field(default_factory=Reading)
     sink: SinkAddress | None = None
     """Where it takes bytes from who measures the way to it."""
@@ -142,7 +144,7 @@ class NodeWatch:
             self._news.wait_for(lambda: self._number > after or self._failure is not None, timeout_s)
             if self._failure is not None:
                 raise self._failure
-            now = time.monotonic()
+            now, sent_at = time.monotonic(), time.time()
             watched = list(self._watched.values())
             sights = tuple(_sight(one, now) for one in watched)
             gap, self._gap_s = self._gap_s, 0.0
@@ -151,7 +153,7 @@ class NodeWatch:
         for one in watched:
             rows += one.reader.rows(first_row + len(rows), row_floor)
         del rows[ROWS_A_BEAT:]
-        return Beat(self.node, number, sights, tuple(self.shards()), tuple(rows), gap)
+        return Beat(self.node, number, sights, tuple(self.shards()), tuple(rows), gap, sent_at=sent_at)
 
     def keep_rows(self) -> None:
         """Keep the outcomes that the beacons hold: they have room for the last `ROWS` only. For an agent that nobody
