@@ -13,8 +13,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster.fleet import node_root
 from cluster.group_journal import GroupJournal
+from cluster.host_memory import node_root
 from data.tokenized import write_shards
 from models.tokenizer import load_tokenizer, train_bpe
 from tests.ray.test_elastic_pretrain import STEPS, Enough, Row, Run, lives, memory_of
