@@ -74,22 +74,34 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(corpus: Path, folder: Path, row: Callable[[Row], None], event: Callable[[Row], None], **settings: Any) -> Any:
+def add_nodes(cluster: Cluster, count: int) -> None:
+    """Until there are so many beside the head."""
+    for _ in range(1 + count - len(cluster.list_all_nodes())):
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+
+
+def train(
+    corpus: Path,
+    folder: Path,
+    row: Callable[[Row], None],
+    event: Callable[[Row], None],
+    nodes_come: bool = False,
+    **settings: Any,
+) -> Any:
     vocab_size = load_tokenizer(corpus / "tokenizer").vocab_size
     model = LlamaConfig(
         dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=64, vocab_size=vocab_size, context=16, tied=True
     )  # fmt: skip
     return pretrain(
         corpus / "tokens", corpus / "tokenizer", model, PretrainSettings(**{**SETTINGS, **settings}), folder / "out",
-        folder / "state", row, seed=7, on_event=event, faults="",
+        folder / "state", row, seed=7, on_event=event, faults="", nodes_come=nodes_come,
     )  # fmt: skip
 
 
 def test_elastic_node_is_lost_with_its_memory_and_the_others_go_on_from_replicas(
     cluster: Cluster, corpus: Path, tmp_path: Path
 ) -> None:
-    for _ in range(3):
-        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    add_nodes(cluster, 3)
     events: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     lost: list[float] = []
@@ -221,8 +233,7 @@ def test_detached_nodes_that_say_they_go_cost_no_step(
     """Three nodes in a row, each with a notice of another kind: Ray's own drain, AWS's metadata service, SIGTERM. Each
     rank moves to a free node at a step boundary. Then a node is lost without a word: with one left where two are
     needed the run waits, and says at last which setting ended that."""
-    for _ in range(3):
-        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    add_nodes(cluster, 5)
     reclaimer = Reclaimer(cluster, tmp_path / "state", metadata)
     notices = {"cloud": "aws", "metadata_url": metadata.url, "sigterm_grace_s": NOTICE_S}
     elastic = {**PATIENT, "min_workers": 2, "capacity_wait_s": 3, "notices": notices}
@@ -240,9 +251,13 @@ def test_detached_nodes_that_say_they_go_cost_no_step(
 def test_detached_group_that_can_never_be_is_refused_before_any_work(
     cluster: Cluster, corpus: Path, tmp_path: Path
 ) -> None:
+    """But not where nodes may come by themselves: there it waits, and what it ordered ends with it."""
     heard: list[Row] = []
-    settings = {"workers": 20, "batch_size": 20, "elastic": {"min_workers": 20}}
     for _ in range(2):
-        with pytest.raises(ResourceError, match="asks for 20 ranks"):
-            train(corpus, tmp_path, heard.append, heard.append, **settings)
+        with pytest.raises(ResourceError, match="asks for 1 ranks"):
+            train(corpus, tmp_path, heard.append, heard.append, num_cpus=50)
     assert not heard
+    elastic = {**PATIENT, "start_timeout_s": 1, "capacity_wait_s": 1}
+    with pytest.raises(NodeLost, match="capacity_wait_s"):
+        train(corpus, tmp_path, heard.append, heard.append, nodes_come=True, num_cpus=50, elastic=elastic)
+    assert not [one for one in ray.util.list_named_actors(all_namespaces=True) if one["namespace"] == NAMESPACE]
