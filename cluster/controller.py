@@ -411,6 +411,7 @@ class GroupController:
             self.fleet.open_agents()
             if self.core.phase == "running":
                 self.outcomes.give_up_before(self.core.joins.get(self.core.generation, 0), now)
+            self._answer_enquiry()  # where no node is left nobody answers
         self._show_stacks()
         self._account.write(self.watch)
 
