@@ -114,7 +114,9 @@ def _hits(run: Run) -> list:
 
 
 def _counted(run: Run) -> dict[str, int]:
-    found = Counter(f"{fault.kind} in {fault.phase}" for fault in _hits(run))
+    found: Counter[str] = Counter()
+    for fault in _hits(run):
+        found[f"{fault.kind} in {fault.phase}"] += 2 if fault.kind == "two" else 1
     found.update(f"{fault.kind} in {fault.phase} (nobody to hit)" for fault in run.missed)
     return dict(found)
 

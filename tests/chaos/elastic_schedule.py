@@ -116,7 +116,7 @@ class Schedule:
             if kind in VALUES and any(one.kind in VALUES for one in found):
                 kind = "kill"  # one stretch of bad data per run: a second one would need a reference of its own
             found.append(_fault(kind, variant, chance))
-        return cls(seed, variant, chance.random() < 0.5, int(chance.random() < 0.4), s3, _in_turn(found))
+        return cls(seed, variant, chance.random() < 0.6, int(chance.random() < 0.5), s3, _in_turn(found))
 
     def quiet(self) -> "Schedule":
         """The run to compare with: the same data, bad windows included, and nothing else happens."""
