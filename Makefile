@@ -11,7 +11,7 @@ ARGS        ?=
 SUDO        := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test page-test chaos graph-chaos bench-graph lint clean
+.PHONY: help venv demo test page-test chaos graph-chaos bench-graph bench-recovery lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -50,6 +50,9 @@ lint: $(VENV)/.installed ## ruff: rules and formatting
 
 bench-graph: $(VENV)/.installed ## 10,000 durable steps beside bare Ray and Prefect; ARGS="--peers none" leaves Prefect out
 	@$(PY) -m bench.graph $(ARGS)
+
+bench-recovery: $(VENV)/.installed ## pauses after a SIGKILL beside torchft, Ray Train and torchrun; ARGS="--cases shrink,torchft"
+	@$(PY) -m bench.recovery $(ARGS)
 
 clean: ## remove caches and build outputs; keeps .venv and runs/
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

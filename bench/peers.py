@@ -4,11 +4,14 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-REQUIREMENTS = ROOT / "requirements" / "bench.txt"
+REQUIREMENTS = ROOT / "requirements"
 FOLDER = ROOT / ".venv-peers"
+TORCHFT = FOLDER / "beside-recua"
+PIP = ("-m", "pip", "install", "-qq", "--disable-pip-version-check")
 
 
 def peers_python(say: str = "bench: making an environment for the peers, once (a few minutes of downloads)") -> Path:
@@ -17,19 +20,35 @@ def peers_python(say: str = "bench: making an environment for the peers, once (a
     Raises:
         RuntimeError: it cannot be installed; pip's last words are in the message.
     """
-    python = FOLDER / "bin" / "python"
-    stamp = FOLDER / ".installed"
-    wanted = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
-    if stamp.exists() and stamp.read_text() == wanted:
-        return python
+    python, wanted = FOLDER / "bin" / "python", REQUIREMENTS / "bench.txt"
+    make = [sys.executable, "-m", "venv", str(FOLDER)]
+    _install(FOLDER / ".installed", wanted, [make, [str(python), *PIP, "-r", str(wanted)]], say)
+    return python
+
+
+def torchft_folder(say: str = "bench: installing torchft into .venv-peers, once") -> Path:
+    """A folder for PYTHONPATH that holds torchft (requirements/torchft.txt) for recua's own Python, torch and so on.
+
+    Raises:
+        RuntimeError: it cannot be installed; pip's last words are in the message.
+    """
+    wanted = REQUIREMENTS / "torchft.txt"
+    install = [sys.executable, *PIP, "--no-deps", "--upgrade", "--target", str(TORCHFT), "-r", str(wanted)]
+    _install(TORCHFT / ".installed", wanted, [install], say)
+    return TORCHFT
+
+
+def _install(stamp: Path, wanted: Path, commands: Sequence[Sequence[str]], say: str) -> None:
+    """Run `commands` unless `stamp` says that this was done for the same requirements."""
+    digest = hashlib.sha256(wanted.read_bytes()).hexdigest()
+    if stamp.exists() and stamp.read_text() == digest:
+        return
     print(say, file=sys.stderr, flush=True)
-    install = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "-r", str(REQUIREMENTS)]
-    for command in ([sys.executable, "-m", "venv", str(FOLDER)], install):
+    for command in commands:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()[-500:]}")
-    stamp.write_text(wanted)
-    return python
+    stamp.write_text(digest)
 
 
 def prefect_environment(folder: Path) -> dict[str, str]:

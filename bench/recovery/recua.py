@@ -1,0 +1,103 @@
+"""recua's own runs: a real pretraining (FSDP on gloo) on a Ray of its own, under fire."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.recovery.course import Course
+from bench.recovery.job import BATCH, CLIP, LEARNING_RATE, MODEL, RANKS, THREADS, TOKENS
+
+CASES: dict[str, dict[str, int]] = {"shrink": {}, "spare": {"spares": 1}, "tp": {"spares": 1, "tensor_parallel": 2}}
+
+
+class Enough(Exception):
+    """Every kill is done and overcome."""
+
+
+class Ear:
+    """Hears rows and events of the group, and tells the course. `processes`: ranks and spares."""
+
+    def __init__(self, course: Course, processes: int) -> None:
+        self.course, self.processes = course, processes
+        self.pauses: list[float] = []
+        self.lost_steps: list[int] = []
+        self._ready = 0
+        self._members: dict[int, dict[int, int]] = {}
+
+    def event(self, event: dict[str, Any]) -> None:
+        if event["event"] == "ready":
+            self._ready += len(event["workers"])
+        elif event["event"] == "started":
+            self._members[event["generation"]] = dict(enumerate(event["pids"]))
+            if self.course.kills:
+                self.pauses.append(round(event.get("pause_s", 0.0), 4))
+                self.lost_steps.append(event.get("lost_steps", 0))
+
+    def row(self, row: dict[str, Any]) -> None:
+        members = self._members.get(row["generation"])
+        if members is None or "tokens_per_s" not in row:  # said again, by a generation that loaded this step
+            return
+        spares_back = self._ready - len(self.course.kills) >= self.processes
+        self.course.step(row["step"], row["time"], members, ranks=len(members), ready=spares_back)
+        if self.course.over:
+            raise Enough
+
+
+def measure(case: str, folder: Path, kills: int) -> tuple[Course, dict[str, Any]]:
+    """One run under fire, in `folder` (see `job.prepare`), and the controller's own pauses and lost steps."""
+    from actors.config import PretrainSettings
+    from actors.pretrain import JOURNAL, pretrain
+    from cluster.group_journal import GroupJournal
+    from engines.config import LearnerSettings
+    from models.llama import LlamaConfig
+    from models.tokenizer import load_tokenizer
+
+    spares, tensor_parallel = CASES[case].get("spares", 0), CASES[case].get("tensor_parallel", 1)
+    settings = PretrainSettings.model_validate(
+        {
+            "optimizer": LearnerSettings(learning_rate=LEARNING_RATE, max_grad_norm=CLIP),
+            "steps": 10**6,
+            "batch_size": BATCH,
+            "micro_batch_size": BATCH,
+            "sequence_length": TOKENS,
+            "workers": RANKS,
+            "tensor_parallel": tensor_parallel,
+            "sharding": "fsdp",
+            "num_cpus": 0.25,
+            "threads": THREADS,
+            "save_every": 10**6,
+            "elastic": {"spares": spares, "growth_must_pay": False, "quarantine_faults": 10**6, "hang_floor_s": 30},
+        }
+    )
+    model = LlamaConfig(vocab_size=load_tokenizer(folder / "tokenizer").vocab_size, **MODEL)
+    course, run = Course(kills), Path(tempfile.mkdtemp(dir=folder))
+    ear = Ear(course, RANKS + spares)
+    with local_ray(), contextlib.suppress(Enough):
+        pretrain(
+            folder / "tokens", folder / "tokenizer", model, settings, run / "out", run / "state", ear.row,
+            on_event=ear.event, faults="",
+        )  # fmt: skip
+    group = GroupJournal(run / "state" / JOURNAL, "").history.group
+    for memory in Path("/dev/shm").glob(f"recua-node-*/recua-{group}"):  # kept, because the run has not ended
+        shutil.rmtree(memory)
+    return course, {"pauses_s": ear.pauses, "lost_steps": ear.lost_steps, **CASES[case]}
+
+
+@contextlib.contextmanager
+def local_ray() -> Iterator[None]:
+    """A Ray of this machine alone. Ray's default niceness of workers is 15: behind whatever else runs here."""
+    import ray
+
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    paths = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    ray.init(
+        address="local", num_cpus=RANKS, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": paths}
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
