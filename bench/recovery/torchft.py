@@ -30,6 +30,7 @@ def lighthouse(folder: Path) -> None:
 
 
 def replica(folder: Path, number: int) -> None:
+    import torch
     from torch.distributed import GradBucket, TCPStore
     from torch.futures import Future
     from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
@@ -41,9 +42,9 @@ def replica(folder: Path, number: int) -> None:
         that error, and skips the step."""
 
         @staticmethod
-        def _comm_hook(state: Manager, bucket: GradBucket) -> Future:
+        def _comm_hook(state: Manager, bucket: GradBucket) -> Future[torch.Tensor]:
             state.allreduce(bucket.buffer()).wait()
-            reduced: Future = Future()
+            reduced: Future[torch.Tensor] = Future()
             reduced.set_result(bucket.buffer())
             return reduced
 
