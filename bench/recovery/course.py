@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -68,6 +68,10 @@ class Course:
         usual = median(b.time - a.time for a, b in pairwise(self.steps[-QUIET_STEPS - 1 :]))
         delay = at + PHASE * usual - time.time()
         threading.Timer(max(0.0, delay), self._kill, (rank, pids[rank])).start()
+
+    def resized(self, number: int, ranks: int) -> None:
+        """From step `number` on there are `ranks` ranks, also for steps that were heard of before this word."""
+        self.steps = [replace(step, ranks=ranks) if step.number >= number else step for step in self.steps]
 
     def _kill(self, rank: int, pid: int) -> None:
         os.kill(pid, signal.SIGKILL)

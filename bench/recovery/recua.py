@@ -26,23 +26,23 @@ class Ear:
         self.pauses: list[float] = []
         self.lost_steps: list[int] = []
         self._ready = 0
-        self._members: dict[int, dict[int, int]] = {}
+        self._members: dict[int, int] = {}
 
     def event(self, event: dict[str, Any]) -> None:
         if event["event"] == "ready":
             self._ready += len(event["workers"])
         elif event["event"] == "started":
-            self._members[event["generation"]] = dict(enumerate(event["pids"]))
+            self._members = dict(enumerate(event["pids"]))
+            self.course.resized(event["step"], len(self._members))
             if self.course.kills:
                 self.pauses.append(round(event.get("pause_s", 0.0), 4))
                 self.lost_steps.append(event.get("lost_steps", 0))
 
     def row(self, row: dict[str, Any]) -> None:
-        members = self._members.get(row["generation"])
-        if members is None or "tokens_per_s" not in row:  # said again, by a generation that loaded this step
+        if "tokens_per_s" not in row:  # said again, by a generation that loaded this step
             return
         spares_back = self._ready - len(self.course.kills) >= self.processes
-        self.course.step(row["step"], row["time"], members, ranks=len(members), ready=spares_back)
+        self.course.step(row["step"], row["time"], self._members, ranks=len(self._members), ready=spares_back)
         if self.course.over:
             raise Enough
 
