@@ -27,7 +27,7 @@ from cluster.decision import Decision
 from cluster.fault_times import FaultTimes
 from cluster.fleet import AgentLost, Fleet, News, Started
 from cluster.goodput_records import Pause
-from cluster.goodput_watch import GroupWatch
+from cluster.goodput_watch import watch_group
 from cluster.group_journal import GroupJournal, Superseded
 from cluster.guard import Finding, Guard
 from cluster.held_shards import HeldShards
@@ -110,7 +110,7 @@ class GroupController:
         journal.note(controllers=number + 1)
         self.board, self.faults = BeatBoard(settings), FaultTimes()
         self.guard = Guard(settings, self.core, journal, self._saved)
-        self.watch = GroupWatch("group" if fleet.accounts is None else fleet.accounts[2], self.core, time.time())
+        self.watch = watch_group(fleet.accounts, self.core)
         floor = max((one for one, step in history.joins.items() if step <= len(rows)), default=0)
         self.outcomes = Outcomes(rows, floor, 4 * settings.spike_window)
         self._shards = HeldShards(task.replicated)

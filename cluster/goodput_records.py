@@ -167,7 +167,7 @@ class GroupReport:
 
 def account(group: GroupAccount, nodes: Sequence[NodeAccount]) -> GroupReport:
     """Add up a group's records."""
-    known = {node.node: node for node in nodes}
+    known = _each_once(nodes)
     end = group.until
     if not group.ended:
         end = max([end, *(rank.until for node in nodes for rank in node.ranks)])
@@ -185,6 +185,10 @@ def account(group: GroupAccount, nodes: Sequence[NodeAccount]) -> GroupReport:
             missing.append(f"{node}: no account; {unknown.lived_s:.1f} rank-seconds are unattributed")
             continue
         unwritten = 0.0
+        if (strangers := life.ranks - len(known[node].ranks)) > 0 and last > life.since:
+            unknown = Ledger(strangers * (last - life.since))
+            ledgers.append(unknown)
+            missing.append(f"{node}: no account of {strangers}; {unknown.lived_s:.1f} rank-seconds are unattributed")
         for rank in known[node].ranks:
             tail = 0.0 if rank.gone else max(0.0, last - rank.until)
             unwritten += tail
@@ -197,7 +201,7 @@ def account(group: GroupAccount, nodes: Sequence[NodeAccount]) -> GroupReport:
     capacity = asked / wall if wall else float(group.capacity[-1][1])
     goodput = Goodput(merge(ledgers), capacity, wall, group.spares)
     shares = [abs(one.unattributed_s) / one.lived_s for one in ledgers if one.lived_s]
-    lives = sum(len(node.ranks) for node in nodes)
+    lives = sum(len(node.ranks) for node in known.values())
     return GroupReport(group.group, group.ended, goodput, group.pauses, tuple(missing), lives, max(shares, default=0.0))
 
 
@@ -209,6 +213,18 @@ def write_group(store: Store, run_id: str, group: GroupAccount) -> None:
 def write_node(store: Store, run_id: str, group: str, node: NodeAccount, last: bool = False) -> None:
     """Replace a node's record."""
     store.put(f"{_folder(run_id)}/{group}/nodes/{node.node}.json", _encode(node.to_json()), durable=last)
+
+
+def read_group(store: Store, run_id: str, group: str) -> GroupAccount | None:
+    """What a controller wrote of its group. Raises DataError likewise."""
+    tree = _decode(store, f"{_folder(run_id)}/{group}/group.json")
+    return None if tree is None else GroupAccount.from_json(tree)
+
+
+def read_node(store: Store, run_id: str, group: str, node: str) -> NodeAccount | None:
+    """What an agent wrote of its node. Raises DataError likewise."""
+    tree = _decode(store, f"{_folder(run_id)}/{group}/nodes/{node}.json")
+    return None if tree is None else NodeAccount.from_json(tree)
 
 
 def read_run(store: Store, run_id: str) -> list[GroupReport]:
@@ -227,6 +243,16 @@ def read_run(store: Store, run_id: str) -> list[GroupReport]:
             raise DataError(f"{folder}: {len(lives)} ranks have accounts, and their controller wrote no group.json")
         reports.append(account(GroupAccount.from_json(tree), nodes))
     return reports
+
+
+def _each_once(nodes: Sequence[NodeAccount]) -> dict[str, NodeAccount]:
+    """A rank whose beacon a later node of the same machine took over is in the accounts of both: the longer counts."""
+    newest: dict[str, tuple[float, str]] = {}
+    for node in nodes:
+        for rank in node.ranks:
+            newest[rank.worker] = max(newest.get(rank.worker, (rank.until, node.node)), (rank.until, node.node))
+    kept = {n.node: tuple(rank for rank in n.ranks if newest[rank.worker][1] == n.node) for n in nodes}
+    return {node: NodeAccount(node, ranks) for node, ranks in kept.items()}
 
 
 def _pause_line(pause: Pause) -> str:

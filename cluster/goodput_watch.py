@@ -1,18 +1,26 @@
 """The controller's part of the ledger, read off its own state machine: for a real group and a simulated one alike."""
 
+import logging
+import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 from cluster import controller_messages as m
 from cluster.controller_state import ENDED, Controller
 from cluster.decision import Decision
-from cluster.goodput_records import GroupAccount, NodeLife, Pause
+from cluster.goodput_records import GroupAccount, NodeLife, Pause, read_group
+from infra.errors import DataError, StoreError
+from infra.storage import open_store
+
+log = logging.getLogger(__name__)
 
 
 class GroupWatch:
     """Call `saw` after every `handle` of the core; `account` is what to write.
 
     Args:
-        group: its name in the store, e.g. "pretrain". before: the account that an earlier controller left; it goes on.
+        group: its name in the store, e.g. "pretrain". before: the account that an earlier controller left: it goes on.
+            Where the group had ended, nothing was asked for until now; its nodes are lost until they are heard of.
     """
 
     def __init__(self, group: str, core: Controller, now: float, before: GroupAccount | None = None) -> None:
@@ -20,8 +28,10 @@ class GroupWatch:
         self._core = core
         self._group, self._started = group, now if before is None else before.started
         self.capacity = [(now, asked)] if before is None else list(before.capacity)
-        self.nodes = {} if before is None else dict(before.nodes)
+        self.nodes = {} if before is None else {node: _lost(life, before.until) for node, life in before.nodes.items()}
         self.pauses = [] if before is None else list(before.pauses)
+        if before is not None and before.ended:
+            self.capacity.append((before.until, 0))
         if self.capacity[-1][1] != asked:
             self.capacity.append((now, asked))
         self._step = core.step
@@ -57,8 +67,9 @@ class GroupWatch:
         return GroupAccount(self._group, self._started, now, ended, tuple(self.capacity), nodes, pauses, spares)
 
     def _note_nodes(self, event: m.Event, now: float) -> None:
-        if isinstance(event, m.WorkersReady):
-            for node in set(event.nodes.values()):
+        if isinstance(event, m.WorkersReady | m.Inventory):
+            heard = event.nodes.values() if isinstance(event, m.WorkersReady) else [one.node for one in event.found]
+            for node in set(heard):
                 known = self.nodes.get(node)
                 here = len(self._core.roster.on([node]))
                 since, most = (now, 0) if known is None else (known.since, known.ranks)
@@ -79,3 +90,21 @@ class GroupWatch:
         self.pauses.append(pause)
         self._since, self._lost, self._rolled_back = None, 0, False
         return pause
+
+
+def watch_group(accounts: tuple[str, str, str] | None, core: Controller) -> GroupWatch:
+    """Of a real group, which goes on with what earlier controllers wrote; `accounts` is (store URL, run id, group)."""
+    now = time.time()
+    if accounts is None:
+        return GroupWatch("group", core, now)
+    url, run, group = accounts
+    try:
+        before = read_group(open_store(url), run, group)
+    except (StoreError, DataError) as error:
+        log.warning("the goodput record so far is lost: %s", error)
+        before = None
+    return GroupWatch(group, core, now, before)
+
+
+def _lost(life: NodeLife, at: float) -> NodeLife:
+    return life if life.lost is not None else replace(life, lost=max(at, life.since))

@@ -7,6 +7,7 @@ and itself. Of two controllers the later one is heard, and the other told to lea
 """
 
 import contextlib
+import logging
 import os
 import select
 import shutil
@@ -22,16 +23,18 @@ from ray.util import get_node_ip_address
 from cluster import host_memory
 from cluster.config import HealthSettings
 from cluster.exporter import Exporter, export_account
-from cluster.goodput_records import PERIOD_S, write_node
+from cluster.goodput_records import PERIOD_S, RankAccount, read_node, write_node
 from cluster.group_journal import Superseded
 from cluster.health_watch import HealthWatch
 from cluster.host_memory import AskStanding, Standing
 from cluster.node_watch import Beat, NodeWatch
 from cluster.wire_speed import Sink
-from infra.errors import StoreError
+from infra.errors import DataError, StoreError
 from infra.notices import NoticeSettings, NoticeWatch, sources
 from infra.processes import this_machine
 from infra.storage import open_store
+
+log = logging.getLogger(__name__)
 
 GOING_S = 2.0
 """How long workers that were told to go may take before they are killed."""
@@ -71,7 +74,8 @@ class NodeAgent:
         self.place = place
         inherit(place.folder, place.living, place.leader)
         host_memory.claim(place.folder, place.group, place.journal, place.accounts, place.leader)
-        self._watch = NodeWatch(place.node, place.folder)
+        self._store = None if place.accounts is None else open_store(place.accounts[0])
+        self._watch = NodeWatch(place.node, place.folder, before=self._before())
         self._notices = NoticeWatch(sources(place.node, place.notices))
         self._health = HealthWatch(place.health)
         self._sink = Sink(get_node_ip_address())
@@ -79,7 +83,6 @@ class NodeAgent:
         self._leader = place.leader
         self._ended = threading.Event()
         self._failure: BaseException | None = None
-        self._store = None if place.accounts is None else open_store(place.accounts[0])
         self._exporter = Exporter("" if place.accounts is None else place.accounts[1], place.group)
         threading.Thread(target=self._keep, name="keeper", daemon=True).start()
 
@@ -151,15 +154,15 @@ class NodeAgent:
     def _keep(self) -> None:
         """What ended runs left on this machine goes; the account is written now and then; a lost controller is
         noticed."""
-        written_at = 0.0
+        written_at, known = 0.0, 0
         try:
             shared = self.place.folder.parent.parent
             host_memory.free(host_memory.survey(self.place.ask_standing, shared), shared)
             while not self._ended.wait(min(KEEP_S, self.place.orphan_s / 4)):
                 host_memory.touch(self.place.folder)
                 now = time.monotonic()
-                if now - written_at > PERIOD_S:
-                    written_at = now
+                if now - written_at > PERIOD_S or self._watch.known != known:  # a node may be lost soon
+                    written_at, known = now, self._watch.known
                     self._write()
                 if now - self._heard_at > UNLED_S:
                     self._watch.keep_rows()
@@ -184,6 +187,16 @@ class NodeAgent:
             return self.place.ask_standing(*self.place.accounts[:2])
         except StoreError:
             return "open"
+
+    def _before(self) -> tuple[RankAccount, ...]:
+        if self._store is None or self.place.accounts is None:
+            return ()
+        try:
+            account = read_node(self._store, *self.place.accounts[1:], self.place.node)
+        except (StoreError, DataError) as error:
+            log.warning("the account of this node so far is lost: %s", error)
+            return ()
+        return () if account is None else account.ranks
 
     def _write(self, last: bool = False) -> None:
         account = self._watch.account()

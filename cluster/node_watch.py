@@ -18,15 +18,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cluster.beacons import ROWS, SUFFIX, BeaconReader, Record
 from cluster.goodput_records import NodeAccount, RankAccount
 from cluster.health_watch import Reading
-from cluster.stopwatch import read_account
+from cluster.stopwatch import last_sign, read_account
 from cluster.wire_speed import SinkAddress
 from infra.notices import Notice
 from infra.processes import process_start, process_state, starved_s
@@ -91,13 +91,13 @@ class _Watched:
         self.path, self.reader = path, BeaconReader(path)
         self.record = self.reader.read()
         self.pid = self.record.pid
-        self.died_at = None if process_start(self.pid) == str(self.record.started) else now
+        self.died_at = None if process_start(self.pid) == str(self.record.started) else last_sign(self.reader.account)
         self.pidfd: int | None = None
         if self.died_at is None:
             try:
                 self.pidfd = os.pidfd_open(self.pid)
             except ProcessLookupError:
-                self.died_at = now
+                self.died_at = last_sign(self.reader.account)
         self.pulse, self.still_s = self.reader.pulse, 0.0
         self.stopped_since: float | None = None
         self.looked_at = now
@@ -120,13 +120,16 @@ class NodeWatch:
 
     Args:
         folder: the group's folder in this node's shared memory: shards lie in it, beacons in its folder `beacons`.
+        before: accounts that an earlier agent of this node left; those of ranks that are not found here stay as they
+            are.
     """
 
-    def __init__(self, node: str, folder: Path, *, period_s: float = 0.01) -> None:
+    def __init__(self, node: str, folder: Path, *, period_s: float = 0.01, before: Sequence[RankAccount] = ()) -> None:
         self.node, self.folder, self.period_s = node, folder, period_s
         self._beacons = folder / "beacons"
         self._beacons.mkdir(parents=True, exist_ok=True)
         self._watched: dict[str, _Watched] = {}
+        self._before = [replace(rank, gone=True) for rank in before]
         self._gone: list[RankAccount] = []
         self._kept: dict[int, Mapping[str, Any]] = {}
         self._news = threading.Condition()
@@ -204,6 +207,12 @@ class NodeWatch:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(one.pid, signal.SIGKILL)
 
+    @property
+    def known(self) -> int:
+        """Workers that ever had a beacon here."""
+        with self._news:
+            return len(self._watched) + len(self._gone)
+
     def workers(self) -> list[str]:
         """Those that live."""
         with self._news:
@@ -223,7 +232,9 @@ class NodeWatch:
         """The ledgers of all ranks that ever lived here."""
         with self._news:
             watched = list(self._watched.values())
-        return NodeAccount(self.node, (*self._gone, *map(_account, watched)))
+        found = [*self._gone, *map(_account, watched)]
+        names = {rank.worker for rank in found}
+        return NodeAccount(self.node, (*(rank for rank in self._before if rank.worker not in names), *found))
 
     def close(self, remove: bool = False) -> None:
         """Stop watching; `remove` frees the group's memory on this node."""

@@ -172,3 +172,10 @@ def read_account(
         seconds[COMPUTE] -= lost
         seconds[RECOMPUTED] += lost
     return Ledger(until - born, dict(zip(BUCKETS, seconds, strict=True)))
+
+
+def last_sign(memory: memoryview | bytearray | bytes) -> float:
+    """When the rank that wrote into `memory` last changed its bucket, on its clock; 0 where it never wrote."""
+    (written,) = WRITTEN.unpack_from(memory, 0)
+    since: float = COPY.unpack_from(memory, WRITTEN.size + written % 2 * COPY.size)[1]
+    return since

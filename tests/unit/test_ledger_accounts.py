@@ -1,5 +1,8 @@
 """The ledger around faults: what was waited for in vain, when it became known, and how it is shown. Pure."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,21 @@ from cluster import controller_messages as m
 from cluster.beacons import Record
 from cluster.fault_times import FaultTimes
 from cluster.goodput import BUCKETS, Goodput, Ledger
-from cluster.goodput_records import GroupAccount, NodeAccount, NodeLife, Pause, RankAccount, account
+from cluster.goodput_records import (
+    GroupAccount,
+    NodeAccount,
+    NodeLife,
+    Pause,
+    RankAccount,
+    account,
+    read_node,
+    write_node,
+)
+from cluster.node_agent import AgentPlace, NodeAgent
 from cluster.node_watch import Beat, Sight
 from cluster.stopwatch import MEMORY_BYTES, Stopwatch, read_account
 from engines.waits import KINDS, Wait
+from infra.storage import open_store
 from workflows.report import RunRecord, summarise, write
 from workflows.report_groups import interruptions, time_spent
 
@@ -50,15 +64,15 @@ def test_ledger_kinds_of_waits_are_buckets() -> None:
 def test_ledger_of_a_committed_step_by_hand() -> None:
     """2 s: 0.5 s for others, 0.25 s for other stages, 0.125 s for a snapshot, the rest computing; then 1 s of data."""
     clock = Clock()
-    time = RankTime(Stopwatch(clock))
+    times = RankTime(Stopwatch(clock))
     waits: Any = Told(exposed_communication=0.5, pipeline_bubble=0.25, checkpoint_stall=0.125)
-    with time.step(waits, again=False):
+    with times.step(waits, again=False):
         clock.now = 2.0
-    time.enter("data_wait")
+    times.enter("data_wait")
     clock.now = 3.0
-    time.broken(1, None)  # between steps: the one before counts
+    times.broken(1, None)  # between steps: the one before counts
     wanted = {"exposed_communication": 0.5, "pipeline_bubble": 0.25, "checkpoint_stall": 0.125, "data_wait": 1.0}
-    assert spent(time.watch) == {**wanted, "compute": 1.125}
+    assert spent(times.watch) == {**wanted, "compute": 1.125}
 
 
 @pytest.mark.parametrize("self_noticed", [True, False])
@@ -66,36 +80,36 @@ def test_ledger_of_a_broken_step_by_hand(self_noticed: bool) -> None:
     """Computing until 9.5 s; waiting from there; the peer dies at 10; the wait ends at 10.25 by itself or at 10.75 by
     the word that comes at 10.5; the next order comes at 11."""
     clock = Clock()
-    time = RankTime(Stopwatch(clock))
-    time.enter("idle")
+    times = RankTime(Stopwatch(clock))
+    times.enter("idle")
     clock.now = 8.0
     ended = 10.25 if self_noticed else 10.75
     waits: Any = Told(Wait("exposed_communication", 9.5, ended), exposed_communication=ended - 9.5)
-    with pytest.raises(RuntimeError), time.step(waits, again=False):
+    with pytest.raises(RuntimeError), times.step(waits, again=False):
         clock.now = ended
         raise RuntimeError
-    time.broken(3, waits)
+    times.broken(3, waits)
     clock.now = max(ended, 10.5)
-    time.heard(Aborted(2, 10.4, 10.4))  # late, about an older generation
-    time.heard(Aborted(3, 10.5, 10.0))
+    times.heard(Aborted(2, 10.4, 10.4))  # late, about an older generation
+    times.heard(Aborted(3, 10.5, 10.0))
     clock.now = 11.0
-    time.heard(Aborted(3, 11.0, 10.0))  # once is enough
+    times.heard(Aborted(3, 11.0, 10.0))  # once is enough
     wanted = {"idle": 8.0, "recomputed": 1.5, "exposed_communication": 0.5, "detection": 0.5, "re_forming": 0.5}
-    assert spent(time.watch) == wanted
+    assert spent(times.watch) == wanted
 
 
 def test_ledger_of_a_rank_that_computes_while_its_peer_is_dead_already() -> None:
     """What it computed then is computed again; it waited for nobody in vain."""
     clock = Clock()
-    time = RankTime(Stopwatch(clock))
+    times = RankTime(Stopwatch(clock))
     waits: Any = Told(Wait("exposed_communication", 1.0, 1.5), exposed_communication=0.5)
-    with pytest.raises(RuntimeError), time.step(waits, again=True):
+    with pytest.raises(RuntimeError), times.step(waits, again=True):
         clock.now = 4.0
         raise RuntimeError
-    time.broken(1, waits)
-    time.heard(Aborted(1, 3.5, 2.0))
+    times.broken(1, waits)
+    times.heard(Aborted(1, 3.5, 2.0))
     clock.now = 5.0
-    assert spent(time.watch) == {"recomputed": 3.5, "exposed_communication": 0.5, "re_forming": 1.0}
+    assert spent(times.watch) == {"recomputed": 3.5, "exposed_communication": 0.5, "re_forming": 1.0}
 
 
 def test_ledger_of_a_rank_that_was_stopped_and_then_killed() -> None:
@@ -168,3 +182,35 @@ def test_ledger_stands_in_the_report(tmp_path: Path) -> None:
     page, section = write(record, tmp_path).read_text(), "Where the time of the ranks went"
     assert section in page and "exposed communication" in page and "w1 &lt;died&gt;" in page
     assert section not in write(RunRecord("run-2", "w", "finished", []), tmp_path).read_text()
+
+
+def test_ledger_of_a_node_goes_on_under_its_next_agent(tmp_path: Path) -> None:
+    """What the one before wrote stays; a process that died with it is accounted to its last sign, not to the day it is
+    found."""
+    place = AgentPlace("g", "n0", tmp_path / "node" / "recua-g", accounts=(str(tmp_path / "store"), "run", "pretrain"))
+    store = open_store(str(tmp_path / "store"))
+    old = RankAccount("old", 1.0, 5.0, Ledger(4.0, {"compute": 4.0}))
+    write_node(store, "run", "pretrain", NodeAccount("n0", (old, RankAccount("found", 1.0, 2.0, Ledger(1.0)))))
+    writing = """
+import sys, time
+from pathlib import Path
+from cluster.beacons import BeaconWriter
+from cluster.stopwatch import Stopwatch
+beacon = BeaconWriter(Path(sys.argv[1]) / "beacons" / "found.beacon")
+watch = Stopwatch(born=time.monotonic() - 5, memory=beacon.account)
+watch.enter("idle")
+"""
+    subprocess.run([sys.executable, "-c", writing, str(place.folder)], check=True, timeout=120)
+    ended = time.time()
+    agent = NodeAgent(place)
+    try:
+        deadline = time.monotonic() + 60
+        while (told := read_node(store, "run", "pretrain", "n0")) is None or told.ranks[-1].ledger.lived_s < 5:
+            assert time.monotonic() < deadline, told
+            time.sleep(0.05)
+    finally:
+        agent.close(remove=True)
+    kept, found = told.ranks
+    assert (kept.worker, kept.until, kept.gone, kept.ledger.seconds["compute"]) == ("old", 5.0, True, 4.0)
+    assert (found.worker, found.gone) == ("found", True) and found.ledger.unattributed_s == pytest.approx(0, abs=1e-3)
+    assert found.until <= ended and found.ledger.lived_s == pytest.approx(found.ledger.seconds["init"], abs=0.1)

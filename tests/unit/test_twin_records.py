@@ -103,6 +103,31 @@ def test_the_watch_reads_pauses_and_lost_steps_off_the_controller() -> None:
     assert told.nodes == {"n0": NodeLife(5, None, 1), "n1": NodeLife(5, 22, 1)} and not told.ended
     again = GroupWatch("pretrain", Controller(ElasticSettings(max_workers=2), adopting=True), 40.0, told)
     assert again.account(41).pauses == told.pauses and again.account(41).started == 0
+    assert again.account(41).nodes["n0"].lost == 30, "as long as nobody has heard of it"
+    again.saw(m.Inventory([m.Found("w0", "n0", "joined")]), [], 42.0)
+    assert again.account(43).nodes["n0"].lost is None and again.account(43).nodes["n1"].lost == 22
+
+
+def test_a_group_that_ended_and_goes_on_later_asked_for_nothing_in_between() -> None:
+    """2 ranks from 100 to 110 and 4 to 120, as it ended; 2 again from 1000 on, of which one lives to 1010."""
+    core = Controller(ElasticSettings(min_workers=1, max_workers=2))
+    watch = GroupWatch("pretrain", core, 1000.0, group(n0=NodeLife(100, None, 2)))
+    report = account(watch.account(1010.0), [NodeAccount("n0", (rank("w0", 120, gone=True), rank("w1", 1010)))])
+    assert report.goodput.capacity * report.goodput.wall_s == pytest.approx(2 * 10 + 4 * 10 + 2 * 10)
+
+
+def test_ranks_are_counted_once_and_none_is_forgotten() -> None:
+    """Node n1 took over what n0 left in the machine's memory; of n2's two ranks one was never written down."""
+    lives = {"n0": NodeLife(100, 110, 1), "n1": NodeLife(111, None, 1), "n2": NodeLife(105, 115, 2)}
+    nodes = [
+        NodeAccount("n0", (rank("w0", 109),)),
+        NodeAccount("n1", (rank("w0", 108, gone=True), rank("w1", 120))),
+        NodeAccount("n2", (rank("w2", 115, gone=True),)),
+    ]
+    report = account(group(**lives), nodes)
+    assert report.lives == 3 and report.goodput.ledger.lived_s == pytest.approx(10 + 20 + 15 + 10)
+    assert report.goodput.ledger.unattributed_s == pytest.approx(1 + 10)
+    assert [text for text in report.missing if "n2: no account of 1; 10.0 rank-seconds" in text], report.missing
 
 
 def test_the_command_prints_shares_pauses_and_gaps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
