@@ -416,8 +416,8 @@ class GroupController:
         self._account.write(self.watch)
 
     def _see_stored(self, fresh: bool = False) -> None:
-        for generation, step in set(self.task.stored(fresh)) - self._stored:
-            self._stored.add((generation, step))
+        before, self._stored = self._stored, set(self.task.stored(fresh))
+        for generation, step in self._stored - before:
             self._tell(m.SnapshotFlushed(generation, step))
 
     def _hear_of_drains(self) -> None:
@@ -471,6 +471,9 @@ class GroupController:
         history = self.journal.history
         losses, settings = self.outcomes.losses, self.settings
         verdict = judge_step(losses, step, self._saved(), history.skipped, history.rollbacks, settings)
+        if verdict.decision.action in ("roll-back", "fail"):
+            self._see_stored(fresh=True)  # by the time that all ranks have left, memory has only newer states
+            verdict = judge_step(losses, step, self._saved(), history.skipped, history.rollbacks, settings)
         if verdict.decision.action == "skip-update":
             self._say("decided", decision=str(verdict.decision))
         else:
@@ -483,7 +486,6 @@ class GroupController:
         if action == "fail":
             self._fail(StepError(f"training does not recover: {verdict.decision}"))
         elif action == "roll-back" and verdict.to_step is not None and self.core.phase in ("running", "stopping"):
-            self._see_stored(fresh=True)  # by the time that all ranks have left, memory has only newer states
             window = verdict.skip
             skipped = history.skipped if window is None else leave_out(history.skipped, window)
             self._say("rolled-back", step=step, to_step=verdict.to_step, decision=str(verdict.decision))
