@@ -187,7 +187,7 @@ class GroupController:
                 log.warning("agent of node %s has ended; starting another", news.node[:12])
                 self.fleet.open_agent(news.node)
             else:
-                self._lose_node(news.node, "its raylet is gone")
+                self._lose_node(news.node, news.reason)
         elif isinstance(news, Started):
             if news.node not in self.fleet.agents:
                 self.fleet.open_agents()

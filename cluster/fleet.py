@@ -35,16 +35,19 @@ BEAT_S = 0.4
 """Longest silence of a living agent."""
 PROBE_S = 0.5
 """How long a raylet's port may take to accept a connection before its node counts as gone."""
+AGENT_STARTS = 3
+"""After so many agents in a row that did not even start a node cannot be used."""
 CALLS = 8
 """Threads of an actor: a call that takes long (a kill with its stacks) must not delay the others."""
 
 
 @dataclass(frozen=True)
 class AgentLost:
-    """An agent's process has ended. `node_lives`: its node has not."""
+    """An agent's process has ended. `node_lives`: its node has not, and another agent can be started there."""
 
     node: str
     node_lives: bool
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class Fleet:
         self._sent: list[Any] = []
         self._lost: set[str] = set()
         self._handed_over = False
+        self._failed_starts: dict[str, int] = {}
 
     # ---- nodes
 
@@ -313,12 +317,14 @@ class Fleet:
             except ray.exceptions.RayError as error:
                 if isinstance(cause := getattr(error, "cause", None), Superseded):
                     raise cause from None
-                log.warning("agent of node %s: %s", node[:12], str(error).strip().splitlines()[-1])
+                reason = str(error).strip().splitlines()[-1]
+                log.warning("agent of node %s: %s", node[:12], reason)
                 with contextlib.suppress(Exception):  # it has ended already, as a rule
                     ray.kill(self.agents[node], no_restart=True)
                 self._drop_agent(node)
-                return AgentLost(node, self.node_lives(node))
+                return self._lost_agent(node, reason, at_start=getattr(error, "actor_init_failed", False))
             self._numbers[node] = beat.number
+            self._failed_starts.pop(node, None)
             for sight in beat.sights:
                 self.node_of[sight.worker] = node
             return beat
@@ -331,6 +337,12 @@ class Fleet:
             return StartFailed(worker, fault.error, fault.is_death)
         self.node_of[worker] = node
         return Started(worker, node)
+
+    def _lost_agent(self, node: str, reason: str, at_start: bool) -> AgentLost:
+        if not self.node_lives(node):
+            return AgentLost(node, False, "its raylet is gone")
+        self._failed_starts[node] = failed = self._failed_starts.get(node, 0) + at_start
+        return AgentLost(node, failed < AGENT_STARTS, f"its agent does not start: {reason}")
 
     def node_lives(self, node: str) -> bool:
         """Whether the raylet of a node still takes connections: a dead one refuses at once, a dead machine is silent.

@@ -142,13 +142,16 @@ def marked(marker: str) -> list[int]:
 
 
 def kill_all(marker: str, worker: int | None) -> None:
-    """SIGKILL until nothing with the marker is left: a process may fork while we look."""
+    """SIGKILL until nothing with the marker is left for a while: a process may fork while we look, and one that is just
+    becoming another program shows no environment."""
+    quiet = 0
     for _ in range(50):
         targets = [pid for pid in marked(marker) if pid != os.getpid()]
         if worker is not None:
             targets.append(worker)
             worker = None
-        if not targets:
+        quiet = 0 if targets else quiet + 1
+        if quiet == 4:
             return
         for pid in targets:
             try:

@@ -14,10 +14,11 @@ import torch
 
 from actors.config import PretrainSettings
 from actors.pretrain import PretrainResult, pretrain
-from cluster.fleet import Fleet, WorkerKind
+from cluster.fleet import AGENT_STARTS, AgentLost, Fleet, WorkerKind
 from cluster.goodput_records import GroupReport, read_run
 from cluster.group_actors import NAMESPACE
 from cluster.group_journal import GroupJournal
+from cluster.node_agent import AgentPlace, NodeAgent
 from data.tokenized import write_shards
 from engines.config import LearnerSettings
 from infra.errors import CheckpointError, DataError, StepError
@@ -310,6 +311,24 @@ def test_elastic_bad_input_is_named(run: Run, quiet: Run) -> None:
     with pytest.raises(DataError, match="shorter sequence length"):
         run.train(sequence_length=10**6, workers=1)
     assert not any(map(lives, [event["pids"] for event in run.heard("started")]))
+
+
+def test_detached_node_whose_agent_cannot_start_is_given_up_with_the_reason() -> None:
+    class Broken(NodeAgent):
+        def __init__(self, place: AgentPlace) -> None:
+            raise OSError("no space left in its memory")
+
+    fleet = Fleet("broken", WorkerKind(object), Broken)
+    (node,) = fleet.open_agents()
+    heard: list[AgentLost] = []
+    while not heard or heard[-1].node_lives:
+        for news in fleet.wait(60, lambda node: (0, 0)):
+            assert isinstance(news, AgentLost), news
+            heard.append(news)
+            if news.node_lives:
+                fleet.open_agent(node)
+    fleet.close(remove=True)
+    assert len(heard) == AGENT_STARTS and "no space left in its memory" in heard[-1].reason, heard
 
 
 def test_elastic_everything_is_free_afterwards() -> None:
