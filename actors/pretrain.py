@@ -19,8 +19,9 @@ from typing import Any
 import ray
 
 from actors.config import PretrainSettings
+from actors.pretrain_job import PretrainJob
 from actors.pretrain_task import PretrainAgent, PretrainTask
-from actors.pretrain_worker import PretrainJob, PretrainRank
+from actors.pretrain_worker import PretrainRank
 from cluster.controller import GroupController, Listener
 from cluster.exporter import Exporter
 from cluster.fleet import Fleet, WorkerKind

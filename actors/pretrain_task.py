@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from actors.pretrain_worker import Order, ReplicaPlace
+from actors.pretrain_job import Order, ReplicaPlace
 from cluster.config import ElasticSettings
 from cluster.controller_messages import Join
 from cluster.fleet import Fleet

@@ -13,19 +13,16 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import psutil
 import ray
 import torch
-import torch.nn.functional as F
 
 from actors.burning_in import BurningIn
-from actors.config import PretrainSettings
+from actors.pretrain_batches import BatchLoader, next_token_loss
+from actors.pretrain_job import Order, PretrainJob, recipe_of
 from actors.pretrain_points import FaultPoints
 from actors.proving import Prover
 from actors.rank_time import Aborted, RankTime
@@ -34,73 +31,17 @@ from cluster.host_memory import BEACONS, end_when_unwatched, group_folder, node_
 from cluster.own_time import OwnTime
 from cluster.stopwatch import Stopwatch
 from cluster.wire_speed import SinkAddress
-from data.config import BatchSettings
-from data.loader import DataLoader
-from data.mixture import SampleIds
-from data.tokenized import TokenWindows, document_segments
-from engines.base import Batch, LossFn
-from engines.config import SnapshotSettings
-from engines.elastic import ElasticLearner, Recipe
+from engines.elastic import ElasticLearner
 from engines.process_groups import Rendezvous, StoreAddress
-from engines.ranks import Ranks
 from engines.snapshots import Peer, StoreSource
-from engines.torch_learner import LlamaConfig, TorchLearner
+from engines.torch_learner import TorchLearner
 from infra.errors import NodeLost, RecuaError, ResourceError, StepError
 from infra.storage import open_store
 
 log = logging.getLogger(__name__)
 
-NO_TARGET = -100
 REFUSED = "refused.jsonl"
 """In the state folder: which copies of snapshots were not taken, and why."""
-SAMPLE_TOKENS = 512
-"""As long as a sample needs to be to find a rank that computes wrongly."""
-
-
-@dataclass(frozen=True)
-class PretrainJob:
-    """What every rank is told at its birth; see `actors.pretrain.pretrain`."""
-
-    tokens_dir: Path
-    tokenizer_dir: Path
-    model: LlamaConfig
-    settings: PretrainSettings
-    out: Path
-    state: Path
-    seed: int
-    faults: str = ""
-
-    @property
-    def snapshot_store(self) -> str:
-        """URL of the store that snapshots are flushed to."""
-        return self.settings.snapshot_store or str(self.state)
-
-
-@dataclass(frozen=True)
-class ReplicaPlace:
-    """A replica server of another node."""
-
-    host: str
-    port: int
-    token: str
-
-
-@dataclass(frozen=True)
-class Order:
-    """A place in the next generation. `at_most`: load no later step; None: start afresh. `sources`: nodes that may hold
-    shards; `holders`: nodes that keep replicas of this rank's. `skipped`: windows of data left out. `high_step`: steps
-    below it were computed before. `verified`: the last step whose state is known to be right."""
-
-    generation: int
-    rank: int
-    world_size: int
-    store: StoreAddress
-    at_most: int | None
-    sources: tuple[ReplicaPlace, ...] = ()
-    holders: tuple[ReplicaPlace, ...] = ()
-    skipped: tuple[int, ...] = ()
-    high_step: int = 0
-    verified: int = 0
 
 
 class PretrainRank:
@@ -135,7 +76,7 @@ class PretrainRank:
         torch.set_num_threads(settings.threads)
         self._snapshot_store = open_store(job.snapshot_store)
         self.elastic = ElasticLearner(
-            _recipe(job),
+            recipe_of(job),
             group,
             Rendezvous(store),
             device=torch.device("cuda", 0) if settings.num_gpus > 0 else torch.device("cpu"),
@@ -330,100 +271,3 @@ class PretrainRank:
         assert self.elastic.groups is not None
         with self.elastic.groups.naming_lost_peers():
             learner.save_hf(self.job.out)
-
-
-def _recipe(job: PretrainJob) -> Recipe:
-    settings, elastic = job.settings, job.settings.group()
-    optimizer = settings.optimizer
-    if optimizer.total_steps == 0:
-        optimizer = optimizer.model_copy(update={"total_steps": settings.steps})
-    snapshots = SnapshotSettings(
-        every=elastic.snapshot_every,
-        replicas=elastic.snapshot_replicas,
-        milestones=elastic.verify_every,
-        flush_every=settings.save_every,
-        flush_keep=settings.keep_states,
-    )
-    return Recipe(
-        job.model,
-        optimizer,
-        snapshots,
-        tensor_parallel=settings.tensor_parallel,
-        pipeline_parallel=settings.pipeline_parallel,
-        fsdp=settings.sharding == "fsdp",
-        shard_over=settings.shard_over,
-        compile_blocks=settings.compile,
-        seed=job.seed,
-        tokenizer_dir=job.tokenizer_dir,
-    )
-
-
-class BatchLoader:
-    """This rank's tensors of any step: a function of the step, the seed, the windows left out, and the replicas."""
-
-    def __init__(self, job: PretrainJob, ranks: Ranks, skipped: tuple[int, ...] = ()) -> None:
-        settings = job.settings
-        self._windows = TokenWindows(job.tokens_dir, settings.sequence_length)
-        batch = BatchSettings(size=settings.batch_size)
-        self._loader = DataLoader({"tokens": self._windows}, batch, job.seed, skipped=skipped)
-        self._settings, self._ranks = settings, ranks
-
-    def tokens(self, step: int) -> int:
-        """Target tokens in the global batch of a step."""
-        return self._loader.ids.batch_size(step) * self._settings.sequence_length
-
-    def window(self, step: int) -> int:
-        """Of the data order, that a step takes."""
-        return self._loader.ids.window(step)
-
-    def weight(self, step: int) -> float:
-        """How much more than the average replica this one has to compute in a step: 1 where it is not more."""
-        ids, replicas = self._loader.ids, self._ranks.data_size
-        first, end = ids.share_range(step, self._ranks.data_rank, replicas)
-        return max(1.0, (end - first) * replicas / ids.batch_size(step))
-
-    def micro_batches(self, step: int) -> tuple[list[Batch], int]:
-        """(micro-batches, target tokens in the whole global batch).
-
-        Equally many on every rank; one that got no row holds a row without targets, so that all join equal collectives.
-        """
-        size, ranks = self._settings.micro_batch_size, self._ranks
-        pieces = self._loader.ids.micro_batches(step, ranks.data_rank, ranks.data_size, size)
-        return [self._tensors(piece) for piece in pieces], self.tokens(step)
-
-    def sample(self, step: int, replica: int) -> Batch:
-        """The beginning of the first row of a replica's batch: the same on all of them."""
-        first, _ = self._loader.ids.share_range(step, replica, self._ranks.data_size)
-        batch = self._tensors(self._loader.ids.batch(step)[first : first + 1])
-        return {name: tensor[:, :SAMPLE_TOKENS] for name, tensor in batch.items() if tensor.dim() > 1}
-
-    def _tensors(self, ids: SampleIds) -> Batch:
-        piece = self._loader.fetch(ids)
-        rows = np.stack(piece or [self._windows[0]])  # [B, T + 1]
-        inputs, targets = rows[:, :-1], rows[:, 1:] if piece else np.full_like(rows[:, 1:], NO_TARGET)
-        arrays = {"input_ids": inputs, "targets": targets}
-        if self._settings.within_documents:
-            segments, positions = document_segments(inputs, self._windows.index["end_id"])
-            arrays |= {"segment_ids": segments, "position_ids": positions}
-        batch = {name: torch.from_numpy(np.ascontiguousarray(a)).to(self._ranks.device) for name, a in arrays.items()}
-        return {**batch, "samples": torch.tensor(ids.checksum())}
-
-
-def next_token_loss(tokens: int, tick: Callable[[], None] | None = None) -> LossFn:
-    """Sum of -log p(target) over this micro-batch / target tokens of the global batch, in nats per token.
-
-    `tick` is called where backward begins. The metric "samples" adds up the checksums of the samples' ids.
-    """
-
-    def loss_fn(module: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-        logits = module(batch["input_ids"], batch.get("position_ids"), batch.get("segment_ids"))  # [B, T, V]
-        losses = F.cross_entropy(
-            logits.float().flatten(0, 1), batch["targets"].flatten(), ignore_index=NO_TARGET, reduction="sum"
-        )
-        loss = losses / tokens
-        if tick is not None and loss.requires_grad:
-            loss.register_hook(lambda gradient: tick())
-        samples = {"samples": float(batch["samples"])} if "samples" in batch else {}
-        return loss, {"loss": float(loss.detach()), **samples}
-
-    return loss_fn

@@ -38,7 +38,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from actors.pretrain_worker import next_token_loss
+from actors.pretrain_batches import next_token_loss
 from engines.config import LearnerSettings
 from engines.ranks import Ranks
 from engines.snapshots import Holder, Peer, ReplicaServer, Snapshots

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from actors.pretrain import MetricsFile, read_metrics
+from actors.pretrain_batches import next_token_loss
+from actors.pretrain_job import ReplicaPlace
 from actors.pretrain_points import FaultPoints
 from actors.pretrain_task import PretrainTask
-from actors.pretrain_worker import ReplicaPlace, next_token_loss
 from cluster.config import ElasticSettings
 from cluster.controller import GroupController, Listener
 from cluster.controller_messages import Join, Joined, Spawn, Tick, WorkersReady

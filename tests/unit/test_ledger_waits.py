@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from elastic_group import MODEL, SETTINGS, micro_batch, quick_start
 
-from actors.pretrain_worker import next_token_loss
+from actors.pretrain_batches import next_token_loss
 from actors.rank_time import Aborted, RankTime
 from cluster.stopwatch import Stopwatch
 from engines.process_groups import ProcessGroups, Rendezvous, StoreAddress, host_store

@@ -12,7 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from actors.config import PretrainSettings
-from actors.pretrain_worker import BatchLoader, PretrainJob, next_token_loss
+from actors.pretrain_batches import BatchLoader, next_token_loss
+from actors.pretrain_job import PretrainJob
 from algorithms.logprobs import token_logprobs
 from algorithms.sft import sft_loss
 from data.tokenized import write_shards

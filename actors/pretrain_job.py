@@ -1,0 +1,83 @@
+"""What the ranks of a pretraining are told: the job at their birth, a place in every generation."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.config import PretrainSettings
+from engines.config import SnapshotSettings
+from engines.elastic import Recipe
+from engines.process_groups import StoreAddress
+from engines.torch_learner import LlamaConfig
+
+
+@dataclass(frozen=True)
+class PretrainJob:
+    """What every rank is told at its birth; see `actors.pretrain.pretrain`."""
+
+    tokens_dir: Path
+    tokenizer_dir: Path
+    model: LlamaConfig
+    settings: PretrainSettings
+    out: Path
+    state: Path
+    seed: int
+    faults: str = ""
+
+    @property
+    def snapshot_store(self) -> str:
+        """URL of the store that snapshots are flushed to."""
+        return self.settings.snapshot_store or str(self.state)
+
+
+@dataclass(frozen=True)
+class ReplicaPlace:
+    """A replica server of another node."""
+
+    host: str
+    port: int
+    token: str
+
+
+@dataclass(frozen=True)
+class Order:
+    """A place in the next generation. `at_most`: load no later step; None: start afresh. `sources`: nodes that may hold
+    shards; `holders`: nodes that keep replicas of this rank's. `skipped`: windows of data left out. `high_step`: steps
+    below it were computed before. `verified`: the last step whose state is known to be right."""
+
+    generation: int
+    rank: int
+    world_size: int
+    store: StoreAddress
+    at_most: int | None
+    sources: tuple[ReplicaPlace, ...] = ()
+    holders: tuple[ReplicaPlace, ...] = ()
+    skipped: tuple[int, ...] = ()
+    high_step: int = 0
+    verified: int = 0
+
+
+def recipe_of(job: PretrainJob) -> Recipe:
+    """What every generation builds again."""
+    settings, elastic = job.settings, job.settings.group()
+    optimizer = settings.optimizer
+    if optimizer.total_steps == 0:
+        optimizer = optimizer.model_copy(update={"total_steps": settings.steps})
+    snapshots = SnapshotSettings(
+        every=elastic.snapshot_every,
+        replicas=elastic.snapshot_replicas,
+        milestones=elastic.verify_every,
+        flush_every=settings.save_every,
+        flush_keep=settings.keep_states,
+    )
+    return Recipe(
+        job.model,
+        optimizer,
+        snapshots,
+        tensor_parallel=settings.tensor_parallel,
+        pipeline_parallel=settings.pipeline_parallel,
+        fsdp=settings.sharding == "fsdp",
+        shard_over=settings.shard_over,
+        compile_blocks=settings.compile,
+        seed=job.seed,
+        tokenizer_dir=job.tokenizer_dir,
+    )
