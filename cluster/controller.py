@@ -9,7 +9,6 @@ abort is a worker whose beacon says so.
 """
 
 import logging
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -51,6 +50,8 @@ FIRST_STEP_S = 2.0
 """New processes wait for a generation's first step so long."""
 SILENCE_FACTOR = 4.0
 """A silent node whose raylet still takes connections is starved rather than gone, up to so many `node_timeout_s`."""
+FORMING_FACTOR = 10.0
+"""While networks are built an interpreter may well be locked for a second: that takes so many `pulse_timeout_s`."""
 SOONER_S = 1.0
 """A later notice of the same node counts if its deadline is earlier by this much."""
 OUT = ("aborted", "boundary", "finished")
@@ -260,8 +261,8 @@ class GroupController:
             record = sight.record
             if sight.alive and record.generation == core.generation and record.state in ("joining", "joined"):
                 phase = record.phase if record.phase != "save" else "wait"
-                # An interpreter may well be locked for a second while a network is built.
-                age = sight.pulse_age if core.phase == "running" or math.isinf(sight.pulse_age) else 0.0
+                patient = core.phase != "running" and sight.pulse_age < FORMING_FACTOR * self.settings.pulse_timeout_s
+                age = 0.0 if patient else sight.pulse_age
                 beacons.append(Beacon(record.rank, record.step, phase, record.ticks, now - sight.phase_age, now - age))
         stopped = self.board.beat(beat.node, core.generation, beacons, now)
         if stopped and core.phase in ("forming", "running", "stopping"):
@@ -546,6 +547,7 @@ class GroupController:
         if command.restore.source == "storage":
             step = self._newest_stored(command.restore.step)
             command = replace(command, restore=replace(command.restore, step=step))
+        self.board.begin(command.generation, time.monotonic())
         high = max(self.core.high_step, self.outcomes.next)
         orders = self.task.orders(command, self.fleet, self.journal.history, high)
         for worker, order in orders.items():

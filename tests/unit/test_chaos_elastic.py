@@ -20,12 +20,14 @@ from actors.pretrain_batches import next_token_loss
 from actors.pretrain_job import ReplicaPlace
 from actors.pretrain_points import FaultPoints
 from actors.pretrain_task import PretrainTask
+from cluster.beacons import Record
 from cluster.config import ElasticSettings
 from cluster.controller import GroupController, Listener
 from cluster.controller_messages import Join, Joined, Spawn, Tick, WorkersReady
 from cluster.controller_state import Controller
 from cluster.fleet import Fleet, WorkerKind
 from cluster.group_journal import GroupJournal
+from cluster.node_watch import Beat, Sight
 from cluster.policies.rollback import DataWindow
 from cluster.policies.snapshot import Restore
 from data.mixture import Mixture, Source
@@ -356,3 +358,22 @@ def test_chaos_a_newer_state_than_asked_for_counts_as_it_is() -> None:
     core.step = 8
     core.handle(Joined(1, spawn.workers, 16), 2.0)
     assert (core.phase, core.step, core.joins) == ("running", 16, {1: 16})
+
+
+@pytest.mark.parametrize(("pulse_age", "seen"), [(math.inf, True), (1.0, False), (11.0, True)])
+def test_chaos_a_rank_that_stands_still_in_a_recovery_is_seen(pulse_age: float, seen: bool, tmp_path: Path) -> None:
+    """Stopped at once, locked after ten times the patience for one that trains (here 10 s); not only by the others'
+    `join_timeout_s`."""
+    heard: list[Any] = []
+    controller = leader(tmp_path, [], heard)
+    core = controller.core
+    core.generation, core.phase, core.blocks = 2, "forming", (("w0",), ("w1",))
+    for worker in ("w0", "w1"):
+        core.roster.place(worker, "n0")
+        core.roster.joined.add(worker)
+    controller._join(Join(2, core.blocks, Restore(3, "memory"), time.monotonic() + 60))
+    records = [Record(os.getpid(), state="joining", generation=2, rank=rank, world_size=2) for rank in (0, 1)]
+    sights = (Sight("w0", True, records[0]), Sight("w1", True, records[1], pulse_age=pulse_age))
+    controller._hear_beat(Beat("n0", 1, sights=sights), time.monotonic())
+    assert ("detected" in [kind for kind, _ in heard]) == seen
+    assert ("w1" in core.roster.node_of) != seen and core.phase == ("aborting" if seen else "forming")
