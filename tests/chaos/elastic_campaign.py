@@ -7,6 +7,7 @@ environment doubles what is judged by the clock, for a crowded machine.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -21,10 +22,12 @@ from cluster.host_memory import node_root
 from tests.chaos.campaign_place import Nodes, Place, open_place
 from tests.chaos.campaign_results import Record, main
 from tests.chaos.elastic_checks import Reference, check
-from tests.chaos.elastic_run import Run
-from tests.chaos.elastic_schedule import KINDS, PHASES, Schedule
+from tests.chaos.elastic_run import Run, settings_of
+from tests.chaos.elastic_schedule import KINDS, PHASES, STEPS, VALUES, Fault, Schedule
 
 RESULTS = Path("runs") / "chaos" / "elastic.jsonl"
+ROOT = Path(__file__).resolve().parents[2]
+COMPUTING = ("actors", "data", "engines", "models")
 PREFORKED = {"prestart_worker_first_driver": False, "enable_worker_prestart": False}
 LAYOUT = Nodes(
     count=3,
@@ -40,21 +43,14 @@ class Campaign:
     def __init__(self, place: Place, kept: Path) -> None:
         self._place, self._kept = place, kept
         self._patience = float(os.environ.get("PATIENCE", "1"))
-        self._references: dict[str, Reference] = {}
         self._corpus = place.folder / "corpus"
         self._vocab_size = _write_corpus(self._corpus)
 
     def perform(self, schedule: Schedule) -> Record:
         """One run with its checks, as a line of the results."""
-        quiet = schedule.quiet()
-        key = f"{quiet.variant.name} {quiet.text}"
-        if key not in self._references:
-            run, violations = self._one(quiet, None)
-            assert not violations, f"the fault-free run: {violations}"
-            self._references[key] = Reference.of(run.folder)
-            shutil.rmtree(run.folder)
+        reference = self._reference(schedule.quiet())
         began = time.monotonic()
-        run, violations = self._one(schedule, self._references[key])
+        run, violations = self._one(schedule, reference)
         line = {
             "seed": schedule.seed,
             "variant": schedule.variant.name,
@@ -73,6 +69,26 @@ class Campaign:
         }
         shutil.rmtree(run.folder, ignore_errors=True)
         return line
+
+    def _reference(self, quiet: Schedule) -> Reference:
+        """The fault-free run; kept beside the results for as long as the code that computes stays the same."""
+        settings = settings_of(quiet, 1.0, "")
+        del settings["elastic"]
+        made_of = hashlib.sha256(json.dumps([settings, quiet.text, STEPS]).encode())
+        for package in COMPUTING:
+            for path in sorted((ROOT / package).rglob("*.py")):
+                made_of.update(path.read_bytes())
+        kept = self._kept / "references" / f"{quiet.variant.name}-{made_of.hexdigest()[:16]}"
+        if not kept.is_dir():
+            run, violations = self._one(quiet, None)
+            assert not violations, f"the fault-free run: {violations}"
+            draft = kept.with_suffix(".draft")
+            shutil.copytree(run.folder / "out", draft / "out", dirs_exist_ok=True)
+            (draft / "state").mkdir(exist_ok=True)
+            shutil.copy(run.state / "metrics.jsonl", draft / "state")
+            draft.rename(kept)
+            shutil.rmtree(run.folder)
+        return Reference.of(kept)
 
     def _one(self, schedule: Schedule, reference: Reference | None) -> tuple[Run, list[str]]:
         folder = self._place.folder / f"run-{schedule.seed}-{schedule.variant.name}"
@@ -106,9 +122,7 @@ class Campaign:
                 shutil.copy(log, target / "workers")
 
 
-def _hits(run: Run) -> list:
-    from tests.chaos.elastic_schedule import VALUES
-
+def _hits(run: Run) -> list[Fault]:
     bad = [fault for fault in run.schedule.faults if fault.kind in VALUES] if run.rolled_back else []
     return [*run.hit, *bad]
 
