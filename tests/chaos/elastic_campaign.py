@@ -169,12 +169,14 @@ def surroundings(kept: Path) -> Iterator[Callable[[int], Record]]:
 
 @contextlib.contextmanager
 def campaign(kept: Path) -> Iterator[Campaign]:
-    with open_place(LAYOUT) as place:
-        try:
+    nodes: list[str] = []
+    try:
+        with open_place(LAYOUT) as place:
+            nodes = place.nodes
             yield Campaign(place, kept)
-        finally:
-            for node in place.nodes:
-                shutil.rmtree(node_root(node), ignore_errors=True)
+    finally:  # by now no process is left that could write there
+        for node in nodes:
+            shutil.rmtree(node_root(node), ignore_errors=True)
 
 
 def show(line: Record) -> None:
