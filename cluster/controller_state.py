@@ -418,15 +418,17 @@ class Controller:
 
     def _valid(self, generation: int, step: int) -> bool:
         """This generation's snapshots count; a restarted controller also takes older ones of the same trajectory."""
-        if self.phase != "adopting":
-            return generation == self.generation
+        return generation == self.generation or (self.phase == "adopting" and self._on_trajectory(generation, step))
+
+    def _on_trajectory(self, generation: int, step: int) -> bool:
+        """What a generation saved after a later one's start belongs to a discarded future."""
         return all(step <= start for later, start in self.joins.items() if later > generation)
 
     def _snapshot_refused(self, event: m.SnapshotRefused, now: float) -> None:
         self.book.refuse(event.step, event.shard, event.node)
 
     def _snapshot_flushed(self, event: m.SnapshotFlushed, now: float) -> None:
-        if self._valid(event.generation, event.step):
+        if self._on_trajectory(event.generation, event.step):  # an older generation's may have taken its time
             self.book.flushed.add(event.step)
             self._ever_saved = True
             self._advance(now)

@@ -23,7 +23,7 @@ from actors.pretrain_task import PretrainTask
 from cluster.beacons import Record
 from cluster.config import ElasticSettings
 from cluster.controller import GroupController, Listener
-from cluster.controller_messages import Join, Joined, Spawn, Tick, WorkersReady
+from cluster.controller_messages import Join, Joined, SnapshotFlushed, Spawn, Tick, WorkersReady
 from cluster.controller_state import Controller
 from cluster.fleet import Fleet, WorkerKind
 from cluster.group_journal import GroupJournal
@@ -377,3 +377,11 @@ def test_chaos_a_rank_that_stands_still_in_a_recovery_is_seen(pulse_age: float, 
     controller._hear_beat(Beat("n0", 1, sights=sights), time.monotonic())
     assert ("detected" in [kind for kind, _ in heard]) == seen
     assert ("w1" in core.roster.node_of) != seen and core.phase == ("aborting" if seen else "forming")
+
+
+def test_chaos_what_an_older_generation_flushed_counts_as_far_as_later_ones_went_on_from_it() -> None:
+    core = Controller(ElasticSettings(), joins={1: 0, 2: 9})
+    core.phase = "running"
+    for step in (8, 16):
+        core.handle(SnapshotFlushed(1, step), 0.0)
+    assert core.book.flushed == {8}
