@@ -177,7 +177,8 @@ class PretrainRank:
         self.points.reach("join", order.rank, order.generation)
         learner = self._join(order)
         loader = BatchLoader(self.job, learner.ranks, order.skipped)
-        own, own_s = OwnTime(self.job.settings.elastic.straggler_crowding), 0.0
+        gpu, crowding = learner.ranks.device.type == "cuda", self.job.settings.elastic.straggler_crowding
+        own, own_s = OwnTime(crowding, beside=gpu), 0.0
         prover = Prover(self.beacon, self.elastic, self.job.settings.elastic, self.job.settings.steps)
         if learner.last_step:
             self._say(learner, order, loader.tokens(learner.step - 1))
@@ -197,7 +198,7 @@ class PretrainRank:
             ask = self.points.in_answer(next_token_loss(tokens, self.beacon.tick), order.rank, order.generation)
             with self.ledger.step(learner.ranks.waits, again=step < order.high_step):
                 self.elastic.train_step(micro_batches, self.points.in_loss(ask, order.rank, step, loader.window(step)))
-            own_s += own.end() / loader.weight(step)
+            own_s += own.end(self.ledger.waited_s) / loader.weight(step)
             rate = round(tokens / (time.perf_counter() - started), 1)
             self._say(learner, order, tokens, tokens_per_s=rate)
             self.beacon.set(step=learner.step, phase="wait", own_s=own_s)

@@ -27,6 +27,8 @@ class RankTime:
 
     def __init__(self, watch: Stopwatch) -> None:
         self.watch = watch
+        self.waited_s = 0.0
+        """In the last step, for others and for the snapshot before it."""
         self._broken: tuple[int, Wait | None] | None = None
 
     @contextmanager
@@ -39,7 +41,9 @@ class RankTime:
         try:
             yield
         finally:
-            for kind, seconds in waits.take().items():
+            taken = waits.take()
+            self.waited_s = sum(taken.values())
+            for kind, seconds in taken.items():
                 self.watch.reattribute("recomputed" if again else "compute", kind, seconds)
         self.watch.end_step()
 

@@ -2,8 +2,8 @@
 
 A collective lets its thread sleep until the slowest rank is there, so what tells a slow rank is the kernel's account of
 the training thread: how long it ran, and how long it wanted to run and got no processor. While it fetches its data
-nobody else is waited for, so there sleeping counts too (a slow disk). GPUs compute beside their thread: for those this
-says nothing.
+nobody else is waited for, so there sleeping counts too (a slow disk). A GPU computes beside the thread: there it is the
+time that passed less what the step itself measured of its waits.
 """
 
 import os
@@ -18,10 +18,11 @@ class OwnTime:
 
     Args:
         crowding: time without a processor counts as the rank's own.
+        beside: something beside the thread computes.
     """
 
-    def __init__(self, crowding: bool = False) -> None:
-        self._crowding = crowding
+    def __init__(self, crowding: bool = False, beside: bool = False) -> None:
+        self._crowding, self._beside = crowding, beside
         self._wall = self._cpu = self._starved = self._asleep = 0.0
 
     def begin(self) -> None:
@@ -32,9 +33,11 @@ class OwnTime:
         wall, cpu, starved = _now()
         self._asleep = max(0.0, (wall - self._wall) - (cpu - self._cpu) - (starved - self._starved))
 
-    def end(self) -> float:
-        """Seconds since `begin`, without those spent on waiting for others."""
-        _, cpu, starved = _now()
+    def end(self, waited_s: float = 0.0) -> float:
+        """Seconds since `begin`, without those spent on waiting for others: `waited_s` as the step measured them."""
+        wall, cpu, starved = _now()
+        if self._beside:
+            return max(0.0, wall - self._wall - waited_s)
         return self._asleep + cpu - self._cpu + (starved - self._starved if self._crowding else 0.0)
 
 
