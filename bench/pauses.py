@@ -191,13 +191,14 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     import engines.torch_learner  # noqa: F401  before the ranks are forked, so that none imports torch again
 
-    dice = random.Random(given.seed)
+    dice, before, started = random.Random(given.seed), os.getloadavg()[0], time.monotonic()
     rows = [row for _ in range(given.passes) for row in measure(given.most, dice)]
     machine = f"{os.cpu_count()} cores, {platform.machine()}, gloo on loopback"
     result = {
         "measurements": sorted(rows, key=lambda row: row["ranks"]),
         "command": "python -m bench.pauses " + " ".join(arguments),
-        "machine": f"{machine}, load average {os.getloadavg()[0]:.1f} at the end",
+        "machine": f"{machine}, load average {before:.1f} before, {os.getloadavg()[0]:.1f} with the ranks at the end",
+        "seconds": round(time.monotonic() - started, 1),
         "model": MODEL,
     }
     if given.output is not None:
