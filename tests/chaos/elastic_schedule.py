@@ -150,7 +150,9 @@ def _fault(kind: str, variant: Variant, chance: random.Random) -> Fault:
 def _in_turn(faults: list[Fault]) -> tuple[Fault, ...]:
     """By step; the n-th fault in a recovery waits for the generation that the faults before it lead to."""
     by_step = sorted((fault for fault in faults if fault.phase != "recovery"), key=lambda fault: fault.at)
-    deadly = sum(fault.kind not in (*HARMLESS, *VALUES) for fault in by_step)
     during = [fault for fault in faults if fault.phase == "recovery"]
+    deadly = sum(fault.kind not in HARMLESS for fault in by_step)
+    if during and not deadly:
+        by_step.insert(0, Fault("kill", "compute", FIRST_STEP, during[0].rank, "compute"))
     placed = [replace(fault, at=2 + number % max(1, deadly)) for number, fault in enumerate(during)]
     return (*by_step, *placed)
