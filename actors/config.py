@@ -51,6 +51,9 @@ class PretrainSettings(Settings):
     """Optimizer steps."""
     batch_size: int = Field(default=32, ge=1)
     """Rows per optimizer step, over all ranks. Need not divide by the number of ranks."""
+    batch_growth: tuple[tuple[int, int], ...] = ()
+    """(first step, rows) pairs in rising order: from that step on the batch has so many rows (Llama 3: 4M, 8M, then 16M
+    tokens). A window of data that a rollback leaves out counts as a step here."""
     sequence_length: int = Field(default=128, ge=2)
     """Tokens per row."""
     within_documents: bool = False
@@ -80,6 +83,10 @@ class PretrainSettings(Settings):
     """OpenMP threads of one rank."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How Ray places the ranks on nodes."""
+    validate_every: int = Field(default=0, ge=0)
+    """Steps between measurements of the held-out loss, where there is such text; 0 measures it after the last step."""
+    validation_rows: int = Field(default=256, ge=1)
+    """Rows of held-out text, at most, that it is measured on."""
     save_every: int = Field(default=50, ge=1)
     """Steps between snapshots that also go to storage, in the background: what the loss of all memory can cost."""
     snapshot_store: str = ""

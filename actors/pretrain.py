@@ -19,25 +19,27 @@ from typing import Any
 import ray
 
 from actors.config import PretrainSettings
+from actors.handover import Folder, take_over
 from actors.pretrain_job import PretrainJob
 from actors.pretrain_task import PretrainAgent, PretrainTask
 from actors.pretrain_worker import PretrainRank
+from actors.step_log import StepLog
 from cluster.controller import GroupController, Listener
 from cluster.exporter import Exporter
 from cluster.fleet import Fleet, WorkerKind
 from cluster.group_actors import end_group
-from cluster.group_journal import GroupJournal
+from cluster.group_journal import KEY, GroupJournal
 from cluster.group_metrics import metered
 from cluster.host_memory import AskStanding
 from engines.process_groups import host_store
 from engines.torch_learner import LlamaConfig
 from infra.errors import CheckpointError
 from infra.faults import VARIABLE
-from infra.storage import open_store, write_text
+from infra.storage import Store, open_store
 
 log = logging.getLogger(__name__)
 
-METRICS, JOURNAL, JOB, MODEL = "metrics.jsonl", "group.json", "job.json", "model"
+JOB, MODEL = "job.json", "model"
 CODE = ("actors", "cluster", "data", "engines", "infra", "models")
 """Packages that a rank runs."""
 
@@ -54,40 +56,48 @@ class PretrainResult:
     lost_steps: int = 0
     longest_pause_s: float = 0.0
     """Of those re-formings: from the moment that a fault was known until all ranks had joined."""
+    held_out_loss: float | None = None
+    """After the last step, in nats per token; None without held-out text."""
 
 
 def pretrain(
-    tokens_dir: Path,
-    tokenizer_dir: Path,
+    tokens: Folder,
+    tokenizer: Folder,
     model: LlamaConfig,
     settings: PretrainSettings,
     out: Path,
-    state: Path,
+    state: str | Path,
     on_metrics: Callable[[dict[str, Any]], None],
     *,
     seed: int = 0,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     faults: str | None = None,
+    weights: Folder | None = None,
+    held_out: Folder | None = None,
     accounts: tuple[str, str, str] | None = None,
     ask_standing: AskStanding | None = None,
     nodes_come: bool = False,
 ) -> PretrainResult:
-    """Train `model` from scratch on the token shards of `tokens_dir`; leaves an HF model folder in `out`.
+    """Train `model` from scratch on the token shards of `tokens`; leaves an HF model folder in `out`.
 
-    Called again with the same `state` folder (after any crash of this process) it takes over the living ranks, or goes
-    on from what they left in memory, or from the newest state there.
+    Called again with the same `state` (after any crash of this process, on any node) it takes over the living ranks, or
+    goes on from what they left in memory, or from the newest state there.
 
     Args:
-        tokens_dir: shards written by `data.tokenized`.
-        tokenizer_dir: copied into `out`.
-        state: on a file system that all workers see; holds the group's journal, metrics.jsonl and, unless
-            `settings.snapshot_store` says otherwise, flushed snapshots.
+        tokens: shards written by `data.tokenized`, on a file system that all workers see or `handover.Stored`.
+        tokenizer: copied into `out`.
+        out: a folder of this node.
+        state: a store, or a folder that all workers see: the group's journal, the steps' outcomes and, unless
+            `settings.snapshot_store` says otherwise, flushed snapshots. The model comes to `out` by way of it.
         on_metrics: called once per step, in order, also for the steps of earlier calls: {"step", "steps", "loss", "lr",
-            "grad_norm", "tokens", "tokens_per_s", "committed", "time"}. Steps that a rollback undid come again.
+            "grad_norm", "tokens", "tokens_per_s", "committed", "time"}, and "held_out_loss" where it was measured.
+            Steps that a rollback undid come again.
         seed: of initialisation and data order.
         faults: schedule for the ranks' fault points (tests, demos); None reads RECUA_FAULTS.
         on_event: {"event": "ready" | "started" | "detected" | "decided" | "rolled-back" | "stacks", "generation", ...}:
             what was seen and decided, why, how long it took ("started": pids by rank, step, pause_s, lost_steps).
+        weights: an HF folder of the same network to start from (another stage's model).
+        held_out: token shards whose loss is measured, see `settings.validate_every`.
         accounts: (store URL, run id, group) for the goodput records.
         ask_standing: tells ranks without a controller whether the run of `accounts` goes on; None: they wait
             `elastic.orphan_s` for the next one.
@@ -99,17 +109,21 @@ def pretrain(
         ResourceError, DataError, StepError: see `cluster.controller` and `data.loader`.
     """
     faults = os.environ.get(VARIABLE, "") if faults is None else faults
-    state.mkdir(parents=True, exist_ok=True)
+    store = open_store(state)
     out.mkdir(parents=True, exist_ok=True)
-    tokens_dir, tokenizer_dir, out, state = (p.resolve() for p in (tokens_dir, tokenizer_dir, out, state))
-    job = PretrainJob(tokens_dir, tokenizer_dir, model, settings, state / MODEL, state, seed, faults)
-    _claim(job)
-    metrics = MetricsFile(state / METRICS)
-    for row in metrics.rows:
+    folder = store.local_path(MODEL)
+    job = PretrainJob(
+        _absolute(tokens), _absolute(tokenizer), model, settings, folder, store.url, seed, faults,
+        weights and _absolute(weights), held_out and _absolute(held_out),
+    )  # fmt: skip
+    _claim(job, store)
+    journal = GroupJournal(store, "pretrain" if accounts is None else f"{accounts[1]}.{accounts[2]}")
+    steps = StepLog(store, journal.history.controllers + 1)
+    for row in steps.rows:
         on_metrics(row)
 
     def on_row(row: dict[str, Any]) -> None:
-        metrics.write(row)
+        steps.write(row)
         on_metrics(row)
 
     formed: list[dict[str, Any]] = []
@@ -118,21 +132,33 @@ def pretrain(
         if event["event"] == "started":
             formed.append(event)
         elif event["event"] == "rolled-back":
-            metrics.undo(event["to_step"])
+            steps.undo(event["to_step"])
         on_event(event)
 
-    _lead(job, Listener(on_row, hear), metrics.rows, accounts, ask_standing, nodes_come)
-    for path in job.out.iterdir():  # ranks of an earlier call know its `out`, not this one's
-        shutil.move(path, out / path.name)
-    metrics.close()
-    rows, again = metrics.rows, formed[1:]
-    tokens, lost = sum(row["tokens"] for row in rows), sum(event.get("lost_steps", 0) for event in again)
+    try:
+        _lead(job, journal, Listener(on_row, hear), steps.rows, accounts, ask_standing, nodes_come)
+    finally:
+        steps.close()
+    if folder is None:
+        take_over(store, out)
+    else:  # ranks of an earlier call know its `out`, not this one's
+        for path in folder.iterdir():
+            shutil.move(path, out / path.name)
+    rows, again = steps.rows, formed[1:]
+    trained, lost = sum(row["tokens"] for row in rows), sum(event.get("lost_steps", 0) for event in again)
     longest = max((event.get("pause_s", 0.0) for event in again), default=0.0)
-    return PretrainResult(len(rows), tokens, rows[-1]["loss"], len(again), lost, round(longest, 3))
+    return PretrainResult(
+        len(rows), trained, rows[-1]["loss"], len(again), lost, round(longest, 3), rows[-1].get("held_out_loss")
+    )
+
+
+def _absolute(folder: Folder) -> Folder:
+    return folder.resolve() if isinstance(folder, Path) else folder
 
 
 def _lead(
     job: PretrainJob,
+    journal: GroupJournal,
     listener: Listener,
     rows: list[dict[str, Any]],
     accounts: tuple[str, str, str] | None,
@@ -140,7 +166,6 @@ def _lead(
     nodes_come: bool,
 ) -> None:
     settings, elastic = job.settings, job.settings.group()
-    journal = GroupJournal(job.state / JOURNAL, "pretrain" if accounts is None else f"{accounts[1]}.{accounts[2]}")
     group = journal.history.group
     served, store = host_store(ray.util.get_node_ip_address())
     env = {"OMP_NUM_THREADS": str(settings.threads), "RES_OPTIONS": "timeout:1 attempts:1"}
@@ -160,7 +185,7 @@ def _lead(
         accounts=accounts,
         notices=elastic.notices,
         health=elastic.health,
-        journal=journal.path,
+        journal=open_store(job.state).local_path(KEY),
         leader=journal.history.controllers + 1,
         ask_standing=ask_standing,
         nodes_come=nodes_come,
@@ -219,59 +244,13 @@ def _after(seconds: float) -> str:
     return f" within {1000 * seconds:.0f} ms" if seconds < 1 else f" after {seconds:.1f} s"
 
 
-class MetricsFile:
-    """metrics.jsonl in the state folder: one row per step, in order; a rollback takes back those from its step on."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.rows = path, read_metrics(path)
-        self._rewrite()
-
-    def write(self, row: dict[str, Any]) -> None:
-        self.undo(row["step"])
-        self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-
-    def undo(self, step: int) -> None:
-        """Take back what was written of this step and later ones."""
-        if step < len(self.rows):
-            del self.rows[step:]
-            self._file.close()
-            self._rewrite()
-
-    def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def _rewrite(self) -> None:
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._file = self.path.open("a")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows from step 0 on, as far as they follow each other; a last line that a crash cut short is left out."""
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] != len(rows):
-            break
-        rows.append(row)
-    return rows
-
-
-def _claim(job: PretrainJob) -> None:
-    """The state folder belongs to one job: what decides the numbers may not change under it."""
+def _claim(job: PretrainJob, store: Store) -> None:
+    """The state belongs to one job: what decides the numbers may not change under it."""
     irrelevant = {"workers", "sharding", "tensor_parallel", "compile", "num_cpus", "num_gpus", "threads", "placement"}
     irrelevant |= {"pipeline_parallel", "shard_over", "save_every", "keep_states", "micro_batch_size", "elastic"}
-    irrelevant |= {"snapshot_store"}
+    irrelevant |= {"snapshot_store", "validate_every", "validation_rows"}
     settings = job.settings.model_dump(mode="json", exclude=irrelevant)
     identity = {"model": asdict(job.model), "settings": settings, "seed": job.seed}
     text = json.dumps(identity, sort_keys=True, default=str, indent=1)
-    file = job.state / JOB
-    if not file.exists():
-        write_text(file, text)
-    elif file.read_text() != text:
-        raise CheckpointError(f"state {job.state} belongs to a pretraining with other settings (see {file})")
+    if not store.put_if_absent(JOB, text.encode()) and store.get(JOB) != text.encode():
+        raise CheckpointError(f"state {store.url} belongs to a pretraining with other settings (see {JOB} there)")

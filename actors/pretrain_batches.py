@@ -1,11 +1,14 @@
 """The data of pretraining: a rank's micro-batches of any step, and the loss of one."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from actors.config import PretrainSettings
+from actors.handover import local
 from actors.pretrain_job import PretrainJob
 from data.config import BatchSettings
 from data.loader import DataLoader
@@ -13,6 +16,7 @@ from data.mixture import SampleIds
 from data.tokenized import TokenWindows, document_segments
 from engines.base import Batch, LossFn
 from engines.ranks import Ranks
+from engines.torch_learner import TorchLearner
 
 NO_TARGET = -100
 SAMPLE_TOKENS = 512
@@ -24,8 +28,8 @@ class BatchLoader:
 
     def __init__(self, job: PretrainJob, ranks: Ranks, skipped: tuple[int, ...] = ()) -> None:
         settings = job.settings
-        self._windows = TokenWindows(job.tokens_dir, settings.sequence_length)
-        batch = BatchSettings(size=settings.batch_size)
+        self._windows = TokenWindows(local(job.tokens), settings.sequence_length)
+        batch = BatchSettings(size=settings.batch_size, growth=settings.batch_growth)
         self._loader = DataLoader({"tokens": self._windows}, batch, job.seed, skipped=skipped)
         self._settings, self._ranks = settings, ranks
 
@@ -59,15 +63,51 @@ class BatchLoader:
         return {name: tensor[:, :SAMPLE_TOKENS] for name, tensor in batch.items() if tensor.dim() > 1}
 
     def _tensors(self, ids: SampleIds) -> Batch:
-        piece = self._loader.fetch(ids)
-        rows = np.stack(piece or [self._windows[0]])  # [B, T + 1]
-        inputs, targets = rows[:, :-1], rows[:, 1:] if piece else np.full_like(rows[:, 1:], NO_TARGET)
-        arrays = {"input_ids": inputs, "targets": targets}
-        if self._settings.within_documents:
-            segments, positions = document_segments(inputs, self._windows.index["end_id"])
-            arrays |= {"segment_ids": segments, "position_ids": positions}
-        batch = {name: torch.from_numpy(np.ascontiguousarray(a)).to(self._ranks.device) for name, a in arrays.items()}
+        batch = tensors(self._loader.fetch(ids), self._windows, self._settings, self._ranks)
         return {**batch, "samples": torch.tensor(ids.checksum())}
+
+
+class HeldOut:
+    """The loss on text that is never trained on: the same rows every time, whatever the replicas.
+
+    Raises:
+        DataError: the text is shorter than one row.
+    """
+
+    def __init__(self, job: PretrainJob, learner: TorchLearner) -> None:
+        assert job.held_out is not None
+        self._settings, self._learner = job.settings, learner
+        self._windows = TokenWindows(local(job.held_out), job.settings.sequence_length)
+        self.rows = min(len(self._windows), job.settings.validation_rows)
+
+    def due(self, steps: int) -> bool:
+        """Whether it is measured after so many steps."""
+        every = self._settings.validate_every
+        return steps == self._settings.steps or (every > 0 and steps % every == 0)
+
+    def loss(self) -> float:
+        """(collective) Mean -log p(target) in nats per token."""
+        ranks, size = self._learner.ranks, self._settings.micro_batch_size
+        first, last = (self.rows * (ranks.data_rank + place) // ranks.data_size for place in (0, 1))
+        own = [self._windows[row] for row in range(first, last)]
+        most = -(-self.rows // ranks.data_size)
+        pieces = [own[start : start + size] for start in range(0, most, size)]  # equally many on every rank
+        batches = [tensors(piece, self._windows, self._settings, ranks) for piece in pieces]
+        summed = next_token_loss(self.rows * self._settings.sequence_length)
+        found = self._learner.evaluate(batches, lambda module, batch: summed(module, batch)[1]["loss"])
+        parts: list[Any] = ranks.gather(float(sum(found)))
+        return sum(parts) / (ranks.world_size // ranks.data_size)
+
+
+def tensors(rows: list[np.ndarray], windows: TokenWindows, settings: PretrainSettings, ranks: Ranks) -> Batch:
+    """Windows of T + 1 tokens as a micro-batch [B, T]; no windows are one row without targets."""
+    stacked = np.stack(rows or [windows[0]])  # [B, T + 1]
+    inputs, targets = stacked[:, :-1], stacked[:, 1:] if rows else np.full_like(stacked[:, 1:], NO_TARGET)
+    arrays = {"input_ids": inputs, "targets": targets}
+    if settings.within_documents:
+        segments, positions = document_segments(inputs, windows.index["end_id"])
+        arrays |= {"segment_ids": segments, "position_ids": positions}
+    return {name: torch.from_numpy(np.ascontiguousarray(a)).to(ranks.device) for name, a in arrays.items()}
 
 
 def next_token_loss(tokens: int, tick: Callable[[], None] | None = None) -> LossFn:

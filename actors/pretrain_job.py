@@ -1,9 +1,10 @@
 """What the ranks of a pretraining are told: the job at their birth, a place in every generation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actors.config import PretrainSettings
+from actors.handover import Folder, local
 from engines.config import SnapshotSettings
 from engines.elastic import Recipe
 from engines.process_groups import StoreAddress
@@ -14,19 +15,29 @@ from engines.torch_learner import LlamaConfig
 class PretrainJob:
     """What every rank is told at its birth; see `actors.pretrain.pretrain`."""
 
-    tokens_dir: Path
-    tokenizer_dir: Path
+    tokens: Folder
+    tokenizer: Folder
     model: LlamaConfig
     settings: PretrainSettings
-    out: Path
-    state: Path
+    out: Path | None
+    """Where the model goes; None: into the state's store (`actors.handover`)."""
+    state: str
     seed: int
     faults: str = ""
+    weights: Folder | None = None
+    held_out: Folder | None = None
+
+    def here(self) -> "PretrainJob":
+        """The same with all that is to be read on this node."""
+        weights, held_out = self.weights and local(self.weights), self.held_out and local(self.held_out)
+        return replace(
+            self, tokens=local(self.tokens), tokenizer=local(self.tokenizer), weights=weights, held_out=held_out
+        )
 
     @property
     def snapshot_store(self) -> str:
         """URL of the store that snapshots are flushed to."""
-        return self.settings.snapshot_store or str(self.state)
+        return self.settings.snapshot_store or self.state
 
 
 @dataclass(frozen=True)
@@ -79,5 +90,6 @@ def recipe_of(job: PretrainJob) -> Recipe:
         shard_over=settings.shard_over,
         compile_blocks=settings.compile,
         seed=job.seed,
-        tokenizer_dir=job.tokenizer_dir,
+        tokenizer_dir=local(job.tokenizer),
+        weights_dir=None if job.weights is None else local(job.weights),
     )

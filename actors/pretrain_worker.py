@@ -6,6 +6,7 @@ waits. What comes of it all is in the beacon, for whoever leads the group then. 
 `actors.pretrain_points`.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -21,7 +22,8 @@ import ray
 import torch
 
 from actors.burning_in import BurningIn
-from actors.pretrain_batches import BatchLoader, next_token_loss
+from actors.handover import hand_over
+from actors.pretrain_batches import BatchLoader, HeldOut, next_token_loss
 from actors.pretrain_job import Order, PretrainJob, recipe_of
 from actors.pretrain_points import FaultPoints
 from actors.proving import Prover
@@ -35,13 +37,13 @@ from engines.elastic import ElasticLearner
 from engines.process_groups import Rendezvous, StoreAddress
 from engines.snapshots import Peer, StoreSource
 from engines.torch_learner import TorchLearner
-from infra.errors import NodeLost, RecuaError, ResourceError, StepError
+from infra.errors import NodeLost, RecuaError, ResourceError, StepError, StoreError
 from infra.storage import open_store
 
 log = logging.getLogger(__name__)
 
-REFUSED = "refused.jsonl"
-"""In the state folder: which copies of snapshots were not taken, and why."""
+REFUSED = "refused"
+"""In the state: which copies of snapshots were not taken, and why."""
 
 
 class PretrainRank:
@@ -54,12 +56,17 @@ class PretrainRank:
     """
 
     def __init__(self, name: str, group: str, ordered_at: float, job: PretrainJob, store: StoreAddress) -> None:
-        self.name, self.group, self.job = name, group, job
+        self.name, self.group = name, group
         settings = job.settings
         self.node = ray.get_runtime_context().get_node_id()
-        if not job.state.exists():
+        self._state = open_store(job.state)
+        there = self._state.local_path("")
+        if there is not None and not there.exists():
             what = f"node {self.node[:12]} does not see {job.state}"
-            raise ResourceError(f"{what}: ranks on several nodes need a --store in a folder that all nodes share")
+            raise ResourceError(
+                f"{what}: ranks on several nodes need a --store in a folder that all nodes share, or s3://bucket/prefix"
+            )
+        self.job = job = job.here()
         self.shared = node_root(self.node)
         born = time.monotonic() - (time.time() - max(ordered_at, psutil.Process().create_time()))
         folder = group_folder(self.node, group)
@@ -68,7 +75,7 @@ class PretrainRank:
         self.fetched = folder / "fetched"
         self.ledger = RankTime(Stopwatch(born=born, memory=self.beacon.account))
         self.ledger.enter("init")
-        self.points = FaultPoints(job.faults, job.state / "faults")
+        self.points = FaultPoints(job.faults, (there or folder) / "faults")
         self._store = store
         self._words: queue.SimpleQueue[Order | Aborted | None] = queue.SimpleQueue()
         self._stop_generation = -1
@@ -180,8 +187,9 @@ class PretrainRank:
         gpu, crowding = learner.ranks.device.type == "cuda", self.job.settings.elastic.straggler_crowding
         own, own_s = OwnTime(crowding, beside=gpu), 0.0
         prover = Prover(self.beacon, self.elastic, self.job.settings.elastic, self.job.settings.steps)
+        held_out = HeldOut(self.job, learner) if self.job.held_out is not None else None
         if learner.last_step:
-            self._say(learner, order, loader.tokens(learner.step - 1))
+            self._say(learner, order, loader.tokens(learner.step - 1), held_out)
         self.beacon.set(state="joined", start=learner.step, step=learner.step, own_s=own_s)
         steps = self.job.settings.steps
         while learner.step < steps:
@@ -200,7 +208,7 @@ class PretrainRank:
                 self.elastic.train_step(micro_batches, self.points.in_loss(ask, order.rank, step, loader.window(step)))
             own_s += own.end(self.ledger.waited_s) / loader.weight(step)
             rate = round(tokens / (time.perf_counter() - started), 1)
-            self._say(learner, order, tokens, tokens_per_s=rate)
+            self._say(learner, order, tokens, held_out, tokens_per_s=rate)
             self.beacon.set(step=learner.step, phase="wait", own_s=own_s)
             prover.leave()
             if (replica := prover.wants_replay(learner.step)) is not None:
@@ -247,12 +255,21 @@ class PretrainRank:
     def _note_refused(self, order: Order, refused: Sequence[str]) -> None:
         """Copies of shards that were damaged, or could not be reached."""
         note = {"generation": order.generation, "rank": order.rank, "refused": refused, "time": round(time.time(), 3)}
-        with (self.job.state / REFUSED).open("a") as file:
-            file.write(json.dumps(note) + "\n")
+        key, content = f"{REFUSED}/{order.generation:05d}-{order.rank}.json", json.dumps(note).encode()
 
-    def _say(self, learner: TorchLearner, order: Order, tokens: int, **more: Any) -> None:
-        """Leave the outcome of the last step where the node agent reads it."""
+        def write() -> None:  # for people: training does not wait for it
+            with contextlib.suppress(StoreError):
+                self._state.put(key, content, durable=False)
+
+        threading.Thread(target=write, name="refused", daemon=True).start()
+
+    def _say(self, learner: TorchLearner, order: Order, tokens: int, held_out: "HeldOut | None", **more: Any) -> None:
+        """(collective) Leave the outcome of the last step where the node agent reads it."""
         step = learner.step - 1
+        if held_out is not None and held_out.due(learner.step):
+            assert self.elastic.groups is not None
+            with self.elastic.groups.naming_lost_peers():
+                more["held_out_loss"] = held_out.loss()
         row = {"step": step, "steps": self.job.settings.steps, **learner.last_step, "tokens": tokens, **more}
         self.beacon.say(step, {**row, "time": round(time.time(), 4), "generation": order.generation})
 
@@ -271,4 +288,7 @@ class PretrainRank:
         self.beacon.tick()
         assert self.elastic.groups is not None
         with self.elastic.groups.naming_lost_peers():
-            learner.save_hf(self.job.out)
+            if self.job.out is not None:
+                learner.save_hf(self.job.out)
+            else:
+                hand_over(learner.save_hf, self._state, learner.rank == 0)

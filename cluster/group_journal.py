@@ -1,25 +1,25 @@
-"""What a group's controller must not forget when it is killed: one small file, replaced as a whole.
+"""What a group's controller must not forget when it is killed: one small object of a store, replaced as a whole.
 
     {"format", "group", "controllers", "joins": {generation: step that it loaded}, "skipped": [[first, last], ...],
      "rollbacks", "ranks", "verified", "corruptions": [{"step", "to_step", "workers", "nodes"}, ...]}
 
 `verified`: digests agreed there, so every state up to this step may be gone back to.
 
-`group` is drawn once: a state folder that was removed and made again never meets what the older one left in memory.
+`group` is drawn once: a state that was removed and made again never meets what the older one left in memory.
 """
 
 import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from cluster.policies.rollback import DataWindow
 from infra.errors import CheckpointError, SystemFault
-from infra.storage import write_text
+from infra.storage import Store
 
 FORMAT = 1
+KEY = "group.json"
 
 
 class Superseded(SystemFault):
@@ -46,24 +46,28 @@ class GroupHistory:
 
 
 class GroupJournal:
-    """The file of one group, with one writer.
+    """Of the group whose state `store` is; one writer.
 
     Raises:
-        CheckpointError: the file is damaged, or of another format.
+        CheckpointError: the journal is damaged, or of another format.
+        StoreError: the store fails.
     """
 
-    def __init__(self, path: Path, prefix: str) -> None:
-        self.path = path
-        self.history = self._read() if path.exists() else GroupHistory(f"{prefix}-{uuid.uuid4().hex[:12]}")
+    def __init__(self, store: Store, prefix: str) -> None:
+        self._store = store
+        content = store.get(KEY)
+        self.history = GroupHistory(f"{prefix}-{uuid.uuid4().hex[:12]}") if content is None else self._read(content)
 
     def note(self, **changes: object) -> None:
         """Change some fields, durably.
 
         Raises:
-            Superseded: another controller has written the file since.
+            Superseded: another controller has written it since.
+            StoreError: the store fails.
         """
-        if self.path.exists() and self._read().controllers > self.history.controllers:
-            raise Superseded(f"group {self.history.group}: another controller leads it (see {self.path})")
+        content = self._store.get(KEY)
+        if content is not None and self._read(content).controllers > self.history.controllers:
+            raise Superseded(f"group {self.history.group}: another controller leads it (see {self._store.url}/{KEY})")
         self.history = history = replace(self.history, **changes)  # type: ignore[arg-type]
         tree = {
             "format": FORMAT,
@@ -76,13 +80,14 @@ class GroupJournal:
             "verified": history.verified,
             "corruptions": [dict(one) for one in history.corruptions],
         }
-        write_text(self.path, json.dumps(tree, indent=1) + "\n")
+        self._store.put(KEY, (json.dumps(tree, indent=1) + "\n").encode())
 
-    def _read(self) -> GroupHistory:
+    def _read(self, content: bytes) -> GroupHistory:
+        where = f"{self._store.url}/{KEY}"
         try:
-            tree = json.loads(self.path.read_text())
+            tree = json.loads(content)
             if tree["format"] != FORMAT:
-                raise CheckpointError(f"{self.path}: format {tree['format']}, this version reads {FORMAT}")
+                raise CheckpointError(f"{where}: format {tree['format']}, this version reads {FORMAT}")
             return GroupHistory(
                 tree["group"],
                 tree["controllers"],
@@ -94,4 +99,4 @@ class GroupJournal:
                 tuple(tree.get("corruptions", ())),
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path}: not a group's journal: {error}") from error
+            raise CheckpointError(f"{where}: not a group's journal: {error}") from error

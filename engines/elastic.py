@@ -53,6 +53,8 @@ class Recipe:
     compile_blocks: bool = False
     seed: int = 0
     tokenizer_dir: Path | None = None
+    weights_dir: Path | None = None
+    """An HF folder whose weights a fresh start takes instead of the seed's values."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class ElasticLearner:
                 before it: they may be slow, or fail.
             holders: who keeps replicas of this rank's shards from here on.
             at_most: ignore snapshots after this step (roll back).
-            fresh: start from the seed's values instead of a snapshot.
+            fresh: start from the recipe's weights (or the seed's values) instead of a snapshot.
 
         Raises:
             NodeLost: a peer was lost meanwhile, or `abort` was called: join the next generation.
@@ -169,6 +171,7 @@ class ElasticLearner:
                 fsdp=self.recipe.fsdp,
                 compile_blocks=self.recipe.compile_blocks,
                 seed=self.recipe.seed if fresh else None,
+                weights_dir=self.recipe.weights_dir if fresh else None,
                 tokenizer_dir=self.recipe.tokenizer_dir,
             )
             self.learner = learner

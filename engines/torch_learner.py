@@ -26,9 +26,9 @@ from engines.snapshots import Piece, SnapshotReader, Snapshots, restore
 from infra.errors import CheckpointError
 from models.hf_format import to_hf_name
 from models.llama import Llama, LlamaConfig, parameter_shapes
-from models.parallelize import materialize, parallelize, stage_of
+from models.parallelize import fill, materialize, parallelize, stage_of
 from models.tokenizer import Tokenizer, load_tokenizer
-from models.weights import save_hf
+from models.weights import read_tensors, save_hf
 
 if TYPE_CHECKING:
     from engines.pipeline import Pipeline
@@ -45,11 +45,16 @@ def build(
     compile_blocks: bool = False,
     seed: int | None = 0,
     tokenizer_dir: Path | None = None,
+    weights_dir: Path | None = None,
 ) -> "TorchLearner":
-    """(collective) A learner of a new network, sharded over `ranks`, with the start values of `seed` on every mesh.
+    """(collective) A learner of a new network, sharded over `ranks`, with the weights of an HF folder, or else with the
+    start values of `seed`, the same on every mesh.
 
-    `fsdp` shards over the replicas, else they stay whole; see `models.parallelize.parallelize` for the rest. Without a
-    seed the weights are left as memory had them: load a state before the first step.
+    `fsdp` shards over the replicas, else they stay whole; see `models.parallelize.parallelize` for the rest. Without
+    either the weights are left as memory had them: load a state before the first step.
+
+    Raises:
+        CheckpointError: the folder's weights are not of this network.
     """
     with torch.device("meta"):
         model = Llama(config)
@@ -61,11 +66,13 @@ def build(
         compile_blocks=compile_blocks,
         dtype=getattr(torch, settings.dtype),
     )
-    if seed is not None:
+    if seed is not None and weights_dir is None:
         materialize(model, ranks.device, seed)
     else:
         model.to_empty(device=ranks.device)
         model.tie()
+    if weights_dir is not None:
+        fill(model, read_tensors(weights_dir, config, torch.float32))
     tokenizer = load_tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
     reduces = fsdp and ranks.mesh is not None
     return TorchLearner(model, settings, ranks, reduces_gradients=reduces, tokenizer=tokenizer)

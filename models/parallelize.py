@@ -6,8 +6,10 @@ Manner after torchtitan's llama3 parallelize (pytorch/torchtitan, `models/llama3
 """
 
 import functools
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -120,11 +122,28 @@ def materialize(model: Llama, device: torch.device, seed: int) -> Llama:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             start = initial_tensor(model.config, whole_name(model.config, name), tuple(parameter.shape), seed)
-            if isinstance(parameter, DTensor):
-                start = start.to(parameter.device_mesh.device_type)
-                start = distribute_tensor(start, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.copy_(start)
+            parameter.copy_(_placed(start, parameter))
     return model
+
+
+def fill(model: Llama, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy whole tensors, by the whole network's names, into this rank's part of a (sharded) model, one at a time. What
+    this rank's stage does not hold is passed over."""
+    own: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        own.setdefault(whole_name(model.config, name), []).append(parameter)
+    with torch.no_grad():
+        for name, tensor in tensors:
+            for parameter in own.get(name, ()):
+                parameter.copy_(_placed(tensor, parameter))
+
+
+def _placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor that every rank has."""
+    if not isinstance(like, DTensor):
+        return tensor
+    tensor = tensor.to(like.device_mesh.device_type)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _split_tensors(model: Llama, mesh: DeviceMesh) -> None:

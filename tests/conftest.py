@@ -106,13 +106,22 @@ def moto_server() -> Iterator[str]:
         server.wait()
 
 
+@pytest.fixture(scope="session")
+def s3_environment(s3_endpoint: str) -> dict[str, str]:
+    """What boto3 needs to find it."""
+    return {
+        "AWS_ENDPOINT_URL": s3_endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
 @pytest.fixture
-def s3_url(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def s3_url(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
     """`s3://` URL of a new bucket there; the environment has what boto3 needs, for child processes too."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
     import boto3
 
     bucket = f"recua-{os.urandom(4).hex()}"

@@ -11,7 +11,7 @@ from typing import Any
 from infra.errors import UserError
 from infra.storage import Store
 from workflows.artifacts import ArtifactSource, ArtifactWriter
-from workflows.saved import forget_finished_runs, state_folder
+from workflows.saved import state_url
 
 PROGRESS_PERIOD_S = 0.2
 
@@ -35,7 +35,7 @@ class StepContext:
     nodes_come: bool = False
     """Whether an autoscaler may add nodes to the cluster (RunSettings.wait_for_nodes)."""
     saves_state: bool = False
-    """Whether `state_folder` was asked for: the driver removes that after the commit."""
+    """Whether `state_url` was asked for: the driver removes what is there after the commit."""
     _last_progress: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -55,12 +55,11 @@ class StepContext:
         except FileExistsError:
             raise UserError(f"{self.call_id} writes two artifacts named {name!r}") from None
 
-    def state_folder(self) -> Path:
-        """Where this call keeps what its next attempt goes on from: in a folder store, else on this node beside the
-        artifact cache. It may not be there yet; it is removed when the call's result is committed."""
+    def state_url(self) -> str:
+        """Of a store (`infra.storage.open_store`) where this call keeps what its next attempt goes on from, wherever
+        that runs. It is removed when the call's result is committed."""
         self.saves_state = True
-        forget_finished_runs(self.store, self.source.cache)
-        return state_folder(self.store, self.source.cache, self.run_id, self.call_id)
+        return state_url(self.store, self.run_id, self.call_id)
 
     def progress(self, done: float, total: float | None = None, **metrics: float) -> None:
         """Show how far the body is, and metrics, on the driver's terminal. Cheap: shows at most five per second, and

@@ -74,7 +74,7 @@ class Executor:
         self._changed = threading.Condition()
         remote = journal.store.local_path("runs") is None
         self._lookups = ThreadPoolExecutor(8, thread_name_prefix="recua-lookup") if remote else None
-        self._states = SavedStates(journal.store, settings.cache, journal.run_id, known.commits)
+        self._states = SavedStates(journal.store, journal.run_id, known.commits)
         self._with_state: set[str] = set()
         self._index = ReuseIndex(journal.store, self.abort)
         self._loop = Loop(self.abort, lambda: REST_S if self._attempts.crowded() else 0.0)

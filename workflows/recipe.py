@@ -126,6 +126,56 @@ class PoolSettings(Settings):
     """One sampling engine (vLLM)."""
 
 
+class StageSettings(PretrainSettings):
+    """One stage of a pretraining run: its own text, length, batch and schedule; AdamW starts anew in each."""
+
+    after: str | None = None
+    """The stage whose model it goes on from; none is from scratch."""
+    corpus: CorpusSettings | None = None
+    """Text of its own (`stages.NAME.corpus`); without it the run's."""
+    context: int | None = Field(default=None, ge=16)
+    """Context in tokens from this stage on; the model's own (or the last stage's) where it is not set."""
+    rope_theta: float | None = Field(default=None, gt=0)
+    """Base of the rotary positions from this stage on: raise it for a longer context."""
+
+    @property
+    def changes(self) -> dict[str, float]:
+        """What becomes another in the network's config."""
+        return {name: value for name in ("context", "rope_theta") if (value := getattr(self, name)) is not None}
+
+
+class PretrainRecipe(Settings):
+    """From text to a pretrained model, in stages."""
+
+    seed: int = Field(default=0, ge=0)
+    """Every random choice of the run follows from it."""
+    corpus: CorpusSettings = CorpusSettings()
+    """Text; its held-out share measures every stage."""
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    """Tokenizer."""
+    model: ModelSettings = ModelSettings()
+    """Network; with `init_from` pretraining is continued on that folder."""
+    stages: dict[str, StageSettings] = Field(min_length=1)
+    """Stages by name; each names the one it comes after."""
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> "PretrainRecipe":
+        for name, stage in self.stages.items():
+            if stage.after is not None and stage.after not in self.stages:
+                known = ", ".join(self.stages)
+                raise ValueError(f"stages.{name}.after names {stage.after!r}, which is no stage: {known}")
+        if len(self.in_order()) < len(self.stages):
+            raise ValueError("stages: every `after` leads round in a circle")
+        return self
+
+    def in_order(self) -> list[str]:
+        """Names, each after the stage that it goes on from."""
+        done: list[str] = []
+        while ready := [n for n, s in self.stages.items() if n not in done and (s.after is None or s.after in done)]:
+            done += ready
+        return done
+
+
 class Recipe(Settings):
     """A whole run, from text to an endpoint."""
 

@@ -1,49 +1,46 @@
 """Saved states: what the next attempt of a long call goes on from.
 
-A body writes into its call's folder and leaves it there when it ends: until the commit is on record, the driver can die
-and the body must run again. The driver removes the folder after the commit, or, where it died in that very moment, the
-next driver of the run does when it begins. In a store that is no folder, states lie on the node that wrote them.
+A body writes under its call's key in the run's store, where every node sees it, and leaves it there when it ends: until
+the commit is on record, the driver can die and the body must run again. The driver removes the state after the commit,
+or, where it died in that very moment, the next driver of the run does when it begins.
 """
 
-import json
+import logging
 import queue
 import shutil
 import threading
 from collections.abc import Container
-from pathlib import Path
 from urllib.parse import quote, unquote
 
+from infra.errors import StoreError
 from infra.storage import Store
 
-
-def state_folder(store: Store, cache: str, run_id: str, call_id: str) -> Path:
-    """Where a call's state lies: in a folder store, else on this node beside the artifact cache."""
-    return _states_of(store, cache, run_id) / quote(call_id, safe="[]")
+log = logging.getLogger(__name__)
 
 
-def forget_finished_runs(store: Store, cache: str) -> None:
-    """Remove from this node the states of runs that have finished: their drivers may have been on others."""
-    if store.local_path("runs") is not None:
-        return
-    for states in Path(cache).parent.glob("runs/*/state"):
-        status = json.loads(store.get(f"runs/{states.parent.name}/status.json") or b"{}")
-        if status.get("status") == "finished":
-            shutil.rmtree(states, ignore_errors=True)
+def states_key(run_id: str) -> str:
+    """Folder of a run's saved states in its store."""
+    return f"runs/{run_id}/state"
+
+
+def state_url(store: Store, run_id: str, call_id: str) -> str:
+    """Of one call's state: a store of its own, inside the run's store."""
+    return f"{store.url}/{states_key(run_id)}/{_name(call_id)}"
 
 
 class SavedStates:
-    """The driver's side: removes the states of committed calls that this machine sees, on a thread of its own."""
+    """The driver's side: removes the states of committed calls, on a thread of its own."""
 
-    def __init__(self, store: Store, cache: str, run_id: str, committed: Container[str]) -> None:
-        self._folder = _states_of(store, cache, run_id)
-        self._queue: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
+    def __init__(self, store: Store, run_id: str, committed: Container[str]) -> None:
+        self._store, self._folder = store, states_key(run_id)
+        self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        for state in self._folder.glob("*"):
-            if unquote(state.name) in committed:
-                self._remove(state)
+        for name in store.folders(self._folder):
+            if unquote(name) in committed:
+                self._remove(name)
 
     def committed(self, call_id: str) -> None:
-        self._remove(self._folder / quote(call_id, safe="[]"))
+        self._remove(_name(call_id))
 
     def close(self) -> None:
         """Returns when all is removed."""
@@ -51,17 +48,24 @@ class SavedStates:
             self._queue.put(None)
             self._thread.join()
 
-    def _remove(self, state: Path) -> None:
+    def _remove(self, name: str) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="recua-states", daemon=True)
             self._thread.start()
-        self._queue.put(state)
+        self._queue.put(name)
 
     def _run(self) -> None:
-        while (state := self._queue.get()) is not None:
-            shutil.rmtree(state, ignore_errors=True)
+        while (name := self._queue.get()) is not None:
+            key = f"{self._folder}/{name}"
+            if (folder := self._store.local_path(key)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            try:
+                for one in list(self._store.list(key)):
+                    self._store.delete(one)
+            except StoreError as error:
+                log.warning("the state of a finished step stays (recua gc removes it): %s", error)
 
 
-def _states_of(store: Store, cache: str, run_id: str) -> Path:
-    key = f"runs/{run_id}/state"
-    return store.local_path(key) or Path(cache).parent / key
+def _name(call_id: str) -> str:
+    return quote(call_id, safe="[]")

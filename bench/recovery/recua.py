@@ -50,9 +50,10 @@ class Ear:
 def measure(case: str, folder: Path, kills: int) -> tuple[Course, dict[str, Any]]:
     """One run under fire, in `folder` (see `job.prepare`), and the controller's own pauses and lost steps."""
     from actors.config import PretrainSettings
-    from actors.pretrain import JOURNAL, pretrain
+    from actors.pretrain import pretrain
     from cluster.group_journal import GroupJournal
     from engines.config import LearnerSettings
+    from infra.storage import open_store
     from models.llama import LlamaConfig
     from models.tokenizer import load_tokenizer
 
@@ -81,7 +82,7 @@ def measure(case: str, folder: Path, kills: int) -> tuple[Course, dict[str, Any]
             folder / "tokens", folder / "tokenizer", model, settings, run / "out", run / "state", ear.row,
             on_event=ear.event, faults="",
         )  # fmt: skip
-    group = GroupJournal(run / "state" / JOURNAL, "").history.group
+    group = GroupJournal(open_store(run / "state"), "").history.group
     for memory in Path("/dev/shm").glob(f"recua-node-*/recua-{group}"):  # kept, because the run has not ended
         shutil.rmtree(memory)
     return course, {"pauses_s": ear.pauses, "lost_steps": ear.lost_steps, **CASES[case]}

@@ -85,7 +85,7 @@ class Campaign:
             draft = kept.with_suffix(".draft")
             shutil.copytree(run.folder / "out", draft / "out", dirs_exist_ok=True)
             (draft / "state").mkdir(exist_ok=True)
-            shutil.copy(run.state / "metrics.jsonl", draft / "state")
+            shutil.copytree(run.state / "steps", draft / "state" / "steps")
             draft.rename(kept)
             shutil.rmtree(run.folder)
         return Reference.of(kept)
@@ -136,8 +136,7 @@ def _counted(run: Run) -> dict[str, int]:
 
 
 def _refusals(run: Run) -> int:
-    file = run.state / "refused.jsonl"
-    notes = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    notes = [json.loads(file.read_text()) for file in (run.state / "refused").glob("*.json")]
     return sum(len(note["refused"]) for note in notes)
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from actors.step_log import read_steps
 from cluster.group_actors import NAMESPACE
 from data.config import BatchSettings
 from data.loader import Loader
 from data.mixture import Mixture, Source
 from data.tokenized import TokenWindows
+from infra.storage import open_store
 from tests.chaos.elastic_run import Run
 from tests.chaos.elastic_schedule import BAD_WINDOWS, FLUSH_EVERY, STEPS, VALUES
 
@@ -37,7 +39,7 @@ class Reference:
 
 
 def rows_of(state: Path) -> list[Row]:
-    return [json.loads(line) for line in (state / "metrics.jsonl").read_text().splitlines()]
+    return read_steps(open_store(state))
 
 
 def weights_of(out: Path) -> dict[str, torch.Tensor]:
@@ -53,7 +55,7 @@ def check(run: Run, reference: Reference | None, corpus: Path) -> Iterator[str]:
     if not run.violations:
         rows = rows_of(run.state)
         if [row["step"] for row in rows] != list(range(STEPS)):
-            yield f"metrics.jsonl has steps {[row['step'] for row in rows]}"
+            yield f"the log has steps {[row['step'] for row in rows]}"
             return
         yield from _samples(run, rows, corpus)
         if reference is not None:

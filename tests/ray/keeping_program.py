@@ -124,7 +124,7 @@ def family(folder: str) -> str:
 
 @step
 def resumes(folder: str) -> str:
-    state = context().state_folder()
+    state = Path(context().state_url())  # the tests' stores are folders
     state.mkdir(parents=True, exist_ok=True)
     count(str(state), "seen")
     count(folder, "resumes")

@@ -19,9 +19,10 @@ import ray
 from click.testing import CliRunner
 from ray.cluster_utils import Cluster
 
-from actors.pretrain import JOURNAL, METRICS, read_metrics
+from actors.step_log import read_steps
 from cluster.beacons import BeaconReader, Record
 from cluster.group_actors import NAMESPACE
+from cluster.group_journal import KEY
 from cluster.host_memory import BEACONS, OWNER, PULSE_FRESH_S, node_root
 from data.tokenized import write_shards
 from infra.processes import process_start
@@ -120,7 +121,7 @@ def test_detached_ranks_outlive_step_and_driver_and_end_with_the_run(
     state = tmp_path / "store" / "runs" / RUN / "state" / "pretrain[0]"
 
     def group() -> str:
-        return str(json.loads((state / JOURNAL).read_text())["group"])
+        return str(json.loads((state / KEY).read_text())["group"])
 
     def memory() -> Path:
         return node_root(ray.get_runtime_context().get_node_id()) / f"recua-{group()}"
@@ -137,11 +138,11 @@ def test_detached_ranks_outlive_step_and_driver_and_end_with_the_run(
         return min(one.step for one in ranks().values())
 
     def told() -> int:
-        return len(read_metrics(state / METRICS))
+        return len(read_steps(open_store(state)))
 
     # The step's process is killed: the executor repeats it, and the new attempt adopts the ranks as they are.
     first = start()
-    wait_for(lambda: (state / METRICS).exists() and told() > 5, f"it does not train: {first.said()}")
+    wait_for(lambda: told() > 5, f"it does not train: {first.said()}")
     before = places()
     assert len(before) == 2, before
     os.kill(wait_for(first.attempts, "no attempt")[0], signal.SIGKILL)
@@ -162,7 +163,7 @@ def test_detached_ranks_outlive_step_and_driver_and_end_with_the_run(
     wait_for(lambda: told() > seen, f"rows do not go on: {second.said()}")
     print(f"led again {time.monotonic() - lost:.1f} s after the driver was killed")
     assert places() == before, "the same processes in the same generation"
-    rows = read_metrics(state / METRICS)
+    rows = read_steps(open_store(state))
     assert [row["step"] for row in rows] == list(range(len(rows))) and len(rows) > left + 50
 
     # Cancelled: nothing is left but the snapshots, which a resumed run would go on from.

@@ -16,6 +16,7 @@ from ray.cluster_utils import Cluster
 from cluster.group_journal import GroupJournal
 from cluster.host_memory import node_root
 from data.tokenized import write_shards
+from infra.storage import open_store
 from models.tokenizer import load_tokenizer, train_bpe
 from tests.ray.test_elastic_pretrain import STEPS, Enough, Row, Run, lives, memory_of
 
@@ -92,7 +93,7 @@ def test_elastic_guard_wrong_rank_is_named_and_training_goes_back_to_what_was_ve
     else:
         losses = [row["loss"] for row in last_rows(run)]
         assert losses == pytest.approx([row["loss"] for row in quiet.rows], rel=1e-4)
-    history = GroupJournal(run.folder / "state" / "group.json", "x").history
+    history = GroupJournal(open_store(run.folder / "state"), "x").history
     assert history.verified == STEPS and history.rollbacks == 1, history
     (corruption,) = history.corruptions
     assert (corruption["step"], corruption["to_step"]) == (16, 8) and corruption["workers"] == detected["workers"]

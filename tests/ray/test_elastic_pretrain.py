@@ -4,7 +4,9 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import ray
 import torch
 
 from actors.config import PretrainSettings
+from actors.handover import Folder
 from actors.pretrain import PretrainResult, pretrain
 from cluster.fleet import AGENT_STARTS, AgentLost, Fleet, WorkerKind
 from cluster.goodput_records import GroupReport, read_run
@@ -43,9 +46,9 @@ SETTINGS = PretrainSettings(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
+def local_ray(s3_environment: dict[str, str]) -> Iterator[None]:
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
-    runtime_env = {"env_vars": {"PYTHONPATH": paths}}
+    runtime_env = {"env_vars": {"PYTHONPATH": paths, **s3_environment}}
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=runtime_env)
     yield
     ray.shutdown()
@@ -72,6 +75,8 @@ class Run:
         self.rows: list[Row] = []
         self.events: list[Row] = []
         self.result: PretrainResult | None = None
+        self.state = str(folder / "state")
+        self.tokens: Folder = corpus / "tokens"
 
     def train(
         self,
@@ -98,8 +103,8 @@ class Run:
             hook(self)
 
         self.result = pretrain(
-            self.corpus / "tokens", self.corpus / "tokenizer", model, PretrainSettings(**chosen), self.folder / out,
-            self.folder / "state", row, seed=7, on_event=event, faults=faults,
+            self.tokens, self.corpus / "tokenizer", model, PretrainSettings(**chosen), self.folder / out,
+            self.state, row, seed=7, on_event=event, faults=faults,
             accounts=(str(self.folder / "store"), "run", "pretrain"),
         )  # fmt: skip
         return self
@@ -141,8 +146,29 @@ def quiet(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(corpus, tmp_path_factory.mktemp("quiet")).train()
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """Tokens that every process brings into a folder of its own, as from a store that is no folder."""
+
+    folder: Path
+    places: Path
+
+    def path(self) -> Path:
+        place = self.places / str(os.getpid())
+        if not place.exists():
+            shutil.copytree(self.folder, place)
+        return place
+
+
 class Enough(Exception):
     """What was to be seen has been seen."""
+
+
+def until(holds: Callable[[], bool], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "it does not come to pass"
+        time.sleep(0.05)
 
 
 def lives(pid: int) -> bool:
@@ -154,7 +180,7 @@ def lives(pid: int) -> bool:
 
 def memory_of(run: Run) -> list[Path]:
     """What the group holds in this machine's memory."""
-    group = GroupJournal(run.folder / "state" / "group.json", "x").history.group
+    group = GroupJournal(open_store(run.state), "x").history.group
     return list(Path("/dev/shm").glob(f"recua-node-*/recua-{group}"))
 
 
@@ -291,6 +317,32 @@ def test_elastic_other_shards_go_on_from_the_same_state(run: Run, quiet: Run, bl
     assert again.rows == rows and again.heard("started")[0]["step"] == STEPS
 
 
+def test_elastic_nodes_that_share_no_folder_meet_in_s3(s3_url: str, run: Run, quiet: Run, tmp_path: Path) -> None:
+    """Journal, outcomes, snapshots and the model itself go through S3; a fresh caller goes on from there alone."""
+    places, run.state = tmp_path / "places", f"{s3_url}/state"
+    run.tokens = Fetched(run.corpus / "tokens", places)
+
+    def all_lost(run: Run) -> None:
+        if len(run.rows) > 13:
+            stored = open_store(run.state)
+            until(lambda: any("/manifests/" in key for key in stored.list("snapshots")))
+            raise Enough
+
+    with pytest.raises(Enough):
+        run.train("pretrain.generation-1.rank-1.step:6=kill", all_lost, elastic={"min_workers": 2})
+    assert len(list(places.iterdir())) >= 3, "two ranks and a replacement"
+    for folder in memory_of(run):
+        for shard in folder.glob("*.shard"):
+            shard.unlink()
+    other = Run(run.corpus, tmp_path / "elsewhere")
+    other.state, other.tokens = run.state, run.tokens
+    other.train()
+    other.assert_equals(quiet)
+    assert "from storage" in other.said()
+    assert other.heard("started")[0]["step"] >= 4
+    assert not (tmp_path / "state").exists() and memory_of(other) == []
+
+
 def test_elastic_divergence_goes_back_leaves_data_out_and_ends_at_last(run: Run) -> None:
     """A learning rate that breaks the weights: every rollback drops the window of data, and there are only so many."""
     optimizer = LearnerSettings(learning_rate=1e12, max_grad_norm=0, eps=1e-30, timeout=120)
@@ -298,7 +350,7 @@ def test_elastic_divergence_goes_back_leaves_data_out_and_ends_at_last(run: Run)
         run.train(optimizer=optimizer, steps=5000, elastic={"max_rollbacks": 2})
     back = run.heard("rolled-back")
     assert len(back) == 2 and all(event["to_step"] <= event["step"] for event in back), run.said()
-    history = GroupJournal(run.folder / "state" / "group.json", "x").history
+    history = GroupJournal(open_store(run.state), "x").history
     assert history.rollbacks == 2 and history.skipped, history
     steps = [row["step"] for row in run.rows]
     assert steps.count(back[0]["to_step"]) >= 2, "steps that were undone are told of again"

@@ -6,8 +6,8 @@ import pytest
 
 from infra.config import load
 from infra.errors import ConfigError, UserError
-from workflows.recipe import Recipe
-from workflows.steps.checks import check_recipe
+from workflows.recipe import PretrainRecipe, Recipe
+from workflows.steps.checks import check_pretraining, check_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = RECIPES / "tiny.toml"
@@ -16,6 +16,38 @@ TINY = RECIPES / "tiny.toml"
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.toml")), ids=lambda file: file.stem)
 def test_shipped_recipes_are_valid(file: Path) -> None:
     assert load(file, Recipe).rounds >= 1
+
+
+@pytest.mark.parametrize("file", sorted((RECIPES / "pretrain").glob("*.toml")), ids=lambda file: file.stem)
+def test_shipped_pretraining_recipes_are_valid_and_fit_their_network(file: Path) -> None:
+    recipe = load(file, PretrainRecipe)
+    assert recipe.in_order()[0] == "main"
+    if file.stem == "tiny":
+        check_pretraining(recipe)
+        return
+    for stage in recipe.stages.values():  # their text and tokenizer are the user's
+        sizes = recipe.model.to_llama(128_256)
+        assert not sizes.kv_heads % stage.tensor_parallel and stage.pipeline_parallel <= sizes.layers
+        assert stage.sequence_length <= sizes.context
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("stages.long.after=nowhere", "stages.long.after names 'nowhere'"),
+        ("stages.main.after=anneal", "circle"),
+        ("stages.main.sequence_length=256", "stages.main.sequence_length = 256 is above model.context = 128"),
+        ("stages.anneal.sequence_length=512", "above stages.long.context = 256"),
+        ("stages.main.tensor_parallel=4", "workers 2 must divide"),
+        ("stages.main={steps=9, warmup=1}", "stages.main.warmup"),
+        ("stages.main={steps=20, workers=4, tensor_parallel=4}", "tensor_parallel = 4 does not divide .* kv_heads = 2"),
+        ("stages.main={steps=20, workers=5, pipeline_parallel=5}", "pipeline_parallel = 5 is above .* layers = 4"),
+        ("stages.anneal.corpus.files=['/nowhere/a.jsonl']", "stages.anneal.corpus.files"),
+    ],
+)
+def test_a_mistake_in_a_pretraining_recipe_is_named(override: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        check_pretraining(load(RECIPES / "pretrain" / "tiny.toml", PretrainRecipe, [override]))
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from actors.pretrain import MetricsFile, read_metrics
 from actors.pretrain_batches import next_token_loss
 from actors.pretrain_job import ReplicaPlace
 from actors.pretrain_points import FaultPoints
 from actors.pretrain_task import PretrainTask
+from actors.step_log import StepLog, read_steps
 from cluster.beacons import Record
 from cluster.config import ElasticSettings
 from cluster.controller import GroupController, Listener
@@ -37,7 +37,7 @@ from engines.process_groups import Rendezvous, StoreAddress, host_store
 from engines.snapshots import ShardName, StoreSource, node_folder, sealed
 from infra.errors import ConfigError, StoreError, SystemFault
 from infra.faults import FaultSchedule
-from infra.storage import FolderStore
+from infra.storage import FolderStore, open_store
 from models.llama import LlamaConfig
 
 MODEL = LlamaConfig(dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=16, vocab_size=16, context=8)
@@ -240,11 +240,11 @@ class Nothing:
 
 def leader(folder: Path, rows: Sequence[Mapping[str, Any]], heard: list[Any]) -> GroupController:
     """A controller of generation 1, which runs."""
-    journal = GroupJournal(folder / "group.json", "g")
+    journal = GroupJournal(open_store(folder), "g")
     settings = ElasticSettings(nonfinite_patience=2)
 
     def event(event: dict[str, Any]) -> None:
-        heard.append((event["event"], GroupJournal(folder / "group.json", "g").history.rollbacks))
+        heard.append((event["event"], GroupJournal(open_store(folder), "g").history.rollbacks))
 
     made = GroupController(Fleet("g", WorkerKind(object)), Nothing(), settings, journal, Listener(event=event), rows)
     made.core.phase, made.core.generation = "running", 1
@@ -266,23 +266,23 @@ def test_chaos_a_rollback_is_known_to_whoever_leads_next(tmp_path: Path) -> None
     second = leader(tmp_path, rows, heard)
     second._row(outcome(3, committed=False))
     assert ("rolled-back", 0) in heard, "whoever hears of it must have taken back its rows before it is journaled"
-    history = GroupJournal(tmp_path / "group.json", "g").history
+    history = GroupJournal(open_store(tmp_path), "g").history
     assert second.core.book.flushed == {1}, "storage may be all that is left of older states: it is asked before"
     assert (history.rollbacks, history.joins, history.skipped) == (1, {2: 1}, (DataWindow(2, 3),))
-    journal = GroupJournal(tmp_path / "group.json", "g")
+    journal = GroupJournal(open_store(tmp_path), "g")
     third = GroupController(Fleet("g", WorkerKind(object)), Nothing(), ElasticSettings(), journal, Listener())
     assert third.core.generation == 2 and not third.core._valid(1, 3), "what was undone counts again"
 
 
 def test_chaos_undone_rows_are_taken_back_at_once(tmp_path: Path) -> None:
-    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics = StepLog(open_store(tmp_path))
     for step in range(5):
         metrics.write({"step": step})
     metrics.undo(3)
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+    assert [row["step"] for row in read_steps(open_store(tmp_path))] == [0, 1, 2]
     metrics.write({"step": 3})
     metrics.close()
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [row["step"] for row in read_steps(open_store(tmp_path))] == [0, 1, 2, 3]
 
 
 def test_chaos_an_agent_that_was_replaced_is_asked_again_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:

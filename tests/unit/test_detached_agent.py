@@ -20,6 +20,7 @@ from cluster.node_agent import AgentPlace, NodeAgent, inherit
 from cluster.node_watch import NodeWatch
 from infra.errors import StoreError
 from infra.processes import process_start
+from infra.storage import open_store
 
 DEADLINE = 60.0
 fork = multiprocessing.get_context("fork")
@@ -136,7 +137,7 @@ def test_detached_rows_of_steps_that_nobody_asked_for_are_kept_beyond_the_beacon
 
 def test_detached_of_two_controllers_the_later_one_leads(shared: Path, tmp_path: Path) -> None:
     path = tmp_path / "group.json"
-    first = GroupJournal(path, "g")
+    first = GroupJournal(open_store(path.parent), "g")
     first.note(controllers=1)
     agents: list[NodeAgent] = []
     place = AgentPlace("g", "n0", host_memory.group_folder("n0", "g", shared), leader=1)
@@ -144,7 +145,7 @@ def test_detached_of_two_controllers_the_later_one_leads(shared: Path, tmp_path:
     maker.start()
     maker.join()
     agents[0].listen(0, 0.01, leader=1)
-    second = GroupJournal(path, "g")
+    second = GroupJournal(open_store(path.parent), "g")
     second.note(controllers=2)
     agents[0].listen(0, 0.01, leader=2)
     with pytest.raises(Superseded, match="controller 2 leads"):
@@ -153,7 +154,7 @@ def test_detached_of_two_controllers_the_later_one_leads(shared: Path, tmp_path:
         agents[0].close(True, leader=1)
     with pytest.raises(Superseded, match="another controller"):
         first.note(rollbacks=1)
-    assert GroupJournal(path, "g").history.rollbacks == 0
+    assert GroupJournal(open_store(path.parent), "g").history.rollbacks == 0
     agents[0].close(True, leader=2)
     assert not place.folder.exists()
 
@@ -190,8 +191,8 @@ def test_detached_sweep_takes_what_no_run_needs_and_nothing_else(shared: Path, t
         folder.mkdir(parents=True)
         (folder / "x.shard").write_bytes(b"x" * 8192)
         path = tmp_path / "states" / group / "group.json"
-        GroupJournal(path, "x").note(controllers=1)
-        path.write_text(path.read_text().replace(GroupJournal(path, "x").history.group, group))
+        GroupJournal(open_store(path.parent), "x").note(controllers=1)
+        path.write_text(path.read_text().replace(GroupJournal(open_store(path.parent), "x").history.group, group))
         claimed = start(claim, folder, group, path, ("store", run, "pretrain") if run else None)
         claimed.join(DEADLINE)
         if not journal:

@@ -16,6 +16,7 @@ from cluster.health_watch import HealthWatch, Reading
 from cluster.node_watch import Beat
 from cluster.wire_speed import Sink, SinkAddress, measure
 from engines import burn_in
+from infra.storage import open_store
 from tests.unit.guard_groups import running
 
 SETTINGS = ElasticSettings()
@@ -115,7 +116,7 @@ def test_guard_the_way_to_another_node_is_measured_once_there_is_one() -> None:
 
 def test_guard_a_node_with_uncorrected_errors_is_drained_once(tmp_path: Path) -> None:
     core = running(ElasticSettings(max_workers=2), ["a", "b"])
-    guard = Guard(core.settings, core, GroupJournal(tmp_path / "group.json", "x"), list)
+    guard = Guard(core.settings, core, GroupJournal(open_store(tmp_path), "x"), list)
 
     def hear(node: str, number: int, errors: float) -> list:
         reading = Reading(number, {"ecc_uncorrected": errors})

@@ -16,6 +16,7 @@ from cluster.policies.rollback import SavedState
 from cluster.policies.snapshot import SnapshotBook, choose
 from cluster.proofs import Proof, groups
 from engines.snapshots import Milestones, Piece, ShardName, Snapshots, forget, sealed
+from infra.storage import open_store
 from tests.unit.guard_groups import running
 
 
@@ -104,7 +105,7 @@ def test_guard_notes_in_a_beacon_are_the_newest_of_their_name(tmp_path: Path) ->
 def test_guard_a_wrong_rank_sends_training_back_to_what_was_verified(tmp_path: Path) -> None:
     settings = ElasticSettings(max_workers=3, min_workers=2, verify_every=10)
     core = running(settings, ["a", "b", "c"])
-    journal = GroupJournal(tmp_path / "group.json", "x")
+    journal = GroupJournal(open_store(tmp_path), "x")
     saved = [SavedState(0), SavedState(10), SavedState(20), SavedState(29)]
 
     def states() -> list[SavedState]:
@@ -128,7 +129,7 @@ def test_guard_a_wrong_rank_sends_training_back_to_what_was_verified(tmp_path: P
     assert bad.guilty == ("w1",) and bad.back is not None and bad.back.to_step == 10
     kind, facts = bad.said[0]
     assert kind == "detected" and facts["after_s"] == 10.0 and "w1 (rank 1)" in facts["what"]
-    again = GroupJournal(tmp_path / "group.json", "x").history
+    again = GroupJournal(open_store(tmp_path), "x").history
     assert again.verified == 10 and again.corruptions == (
         {"step": 20, "to_step": 10, "workers": ["w1"], "nodes": ["b"]},
     )

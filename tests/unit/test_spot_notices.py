@@ -30,6 +30,7 @@ from infra.notices import (
     sources,
     this_cloud,
 )
+from infra.storage import open_store
 
 WAIT_S = 30
 
@@ -294,7 +295,7 @@ def test_spot_controller_drains_a_node_once_and_again_when_it_goes_sooner(tmp_pa
         Fleet("g", WorkerKind(object)),
         Quiet(),
         ElasticSettings(),
-        GroupJournal(tmp_path / "group.json", "g"),
+        GroupJournal(open_store(tmp_path), "g"),
         Listener(event=told.append),
     )
     soon = time.time() + 100

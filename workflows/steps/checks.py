@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from infra.errors import CheckpointError, ConfigError, DataError, ResourceError
 from infra.machine import parse_size, require_memory, require_port
-from workflows.recipe import Recipe
+from workflows.recipe import ModelSettings, PretrainRecipe, Recipe, TokenizerSettings
 
 if TYPE_CHECKING:
+    from actors.config import PretrainSettings
+    from models.llama import LlamaConfig
     from models.tokenizer import Tokenizer
 
 PROCESS_BYTES = parse_size("700MiB")
@@ -28,7 +30,9 @@ def check_recipe(recipe: Recipe) -> None:
     _check_files("corpus.files", recipe.corpus.files, "text")
     _check_files("problems.instruction_files", recipe.problems.instruction_files, "messages")
     _check_kinds(recipe)
-    _check_lengths(recipe, _context(recipe))
+    _check_lengths(recipe, _context(recipe.model, recipe.tokenizer))
+    if recipe.model.init_from is None:
+        _check_mesh("pretrain", recipe.pretrain, _sizes(recipe.model, recipe.tokenizer))
     _check_memory(recipe)
     serving = recipe.serving
     if serving.grpc_port and serving.grpc_port == serving.http_port:
@@ -53,22 +57,9 @@ def check_capacity(recipe: Recipe, nodes: Sequence[Node]) -> None:
     ranks = pretrain.workers + pretrain.elastic.spares
     alone = [] if recipe.model.init_from else [("pretrain", "workers", ranks, pretrain)]
     for kind, setting in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-        there = [node.get(kind, 0.0) for node in nodes]
-        shown = f"this cluster has {sum(there):g} {kind}"
-        if len(nodes) > 1:
-            shown += f", at most {max(there):g} on one node"
+        there, shown = _offer(kind, nodes)
         for section, counted, count, group in [*alone, *together]:
-            need = float(getattr(group, setting))
-            room = (
-                sum(int(amount / need + 1e-9) if amount != float("inf") else count for amount in there)
-                if need
-                else count
-            )
-            if room < count:
-                raise ResourceError(
-                    f"{section}.{counted} = {count} with {section}.{setting} = {need:g} each can never start: {shown}; "
-                    f"lower one of them"
-                )
+            _require_room(section, counted, count, setting, float(getattr(group, setting)), kind, nodes)
         total = sum(count * float(getattr(group, setting)) for _, _, count, group in together)
         if total > sum(there) + 1e-9:
             parts = ", ".join(
@@ -76,6 +67,29 @@ def check_capacity(recipe: Recipe, nodes: Sequence[Node]) -> None:
                 for section, counted, count, group in together
             )
             raise ResourceError(f"processes that live at the same time need {total:g} {kind} ({parts}); {shown}")
+
+
+def check_pretraining(recipe: PretrainRecipe) -> None:
+    """The same for pretraining alone."""
+    _check_files("corpus.files", recipe.corpus.files, "text")
+    contexts: dict[str | None, tuple[int, str]] = {None: _context(recipe.model, recipe.tokenizer)}
+    sizes = _sizes(recipe.model, recipe.tokenizer)
+    for name in recipe.in_order():
+        stage, section = recipe.stages[name], f"stages.{name}"
+        if stage.corpus is not None:
+            _check_files(f"{section}.corpus.files", stage.corpus.files, "text")
+        own = (stage.context, f"{section}.context") if stage.context is not None else contexts[stage.after]
+        contexts[name] = own
+        _require_length(f"{section}.sequence_length", stage.sequence_length, own)
+        _check_mesh(section, stage, sizes)
+
+
+def check_pretraining_capacity(recipe: PretrainRecipe, nodes: Sequence[Node]) -> None:
+    """Refuse stages whose ranks these nodes can never hold. Raises ResourceError."""
+    for name, stage in recipe.stages.items():
+        for kind, setting in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+            ranks = stage.workers + stage.elastic.spares
+            _require_room(f"stages.{name}", "workers", ranks, setting, getattr(stage, setting), kind, nodes)
 
 
 def check_start_model(folder: Path) -> int:
@@ -109,6 +123,25 @@ def close_pools(run_id: str) -> None:
     Pools(run_id).close()
 
 
+def _offer(kind: str, nodes: Sequence[Node]) -> tuple[list[float], str]:
+    """What each node has of a resource, and that in words."""
+    there = [node.get(kind, 0.0) for node in nodes]
+    shown = f"this cluster has {sum(there):g} {kind}"
+    return there, shown + (f", at most {max(there):g} on one node" if len(nodes) > 1 else "")
+
+
+def _require_room(
+    section: str, counted: str, count: int, setting: str, need: float, kind: str, nodes: Sequence[Node]
+) -> None:
+    there, shown = _offer(kind, nodes)
+    room = sum(int(amount / need + 1e-9) if amount != float("inf") else count for amount in there) if need else count
+    if room < count:
+        raise ResourceError(
+            f"{section}.{counted} = {count} with {section}.{setting} = {need:g} each can never start: {shown}; lower "
+            f"one of them"
+        )
+
+
 def _check_files(setting: str, sources: Sequence[str], shape: Literal["text", "messages"]) -> None:
     from data.formats import validate
 
@@ -132,18 +165,36 @@ def _check_kinds(recipe: Recipe) -> None:
             raise ConfigError(f"tasks.kinds: the weight of {kind} is {weight}, it must not be negative")
 
 
-def _context(recipe: Recipe) -> tuple[int, str]:
+def _sizes(model: ModelSettings, tokenizer: TokenizerSettings) -> "LlamaConfig":
+    """The network's dimensions."""
+    if model.init_from is not None:
+        from models.hf_format import read_config
+
+        return read_config(Path(model.init_from).expanduser())
+    return model.to_llama(tokenizer.vocab_size)
+
+
+def _check_mesh(section: str, pretrain: "PretrainSettings", sizes: "LlamaConfig") -> None:
+    """Whether the network can be cut as the section says."""
+    split, stages = pretrain.tensor_parallel, pretrain.pipeline_parallel
+    for name in ("heads", "kv_heads", "ffn_dim"):
+        if (count := getattr(sizes, name)) % split:
+            raise ConfigError(f"{section}.tensor_parallel = {split} does not divide the model's {name} = {count}")
+    if stages > sizes.layers:
+        raise ConfigError(f"{section}.pipeline_parallel = {stages} is above the model's layers = {sizes.layers}")
+
+
+def _context(model: ModelSettings, tokenizer: TokenizerSettings) -> tuple[int, str]:
     """The model's context in tokens (0: unknown), and where it is said."""
-    model = recipe.model
     if model.init_from is not None:
         folder = Path(model.init_from).expanduser()
         try:
             return check_start_model(folder), f"the context of {folder}"
         except CheckpointError as error:
             raise CheckpointError(f"model.init_from: {error}") from None
-    vocab_size = recipe.tokenizer.vocab_size
-    if recipe.tokenizer.folder is not None:
-        vocab_size = _check_tokenizer(Path(recipe.tokenizer.folder).expanduser()).vocab_size
+    vocab_size = tokenizer.vocab_size
+    if tokenizer.folder is not None:
+        vocab_size = _check_tokenizer(Path(tokenizer.folder).expanduser()).vocab_size
     if model.preset is None:
         return model.context, "model.context"
     try:
@@ -153,7 +204,7 @@ def _context(recipe: Recipe) -> tuple[int, str]:
     if vocab_size > config.vocab_size:
         raise ConfigError(
             f"model.preset {model.preset} has {config.vocab_size} ids, the tokenizer {vocab_size}: change "
-            f"{'tokenizer.folder' if recipe.tokenizer.folder else 'tokenizer.vocab_size'} or the preset"
+            f"{'tokenizer.folder' if tokenizer.folder else 'tokenizer.vocab_size'} or the preset"
         )
     return config.context, f"the context of preset {model.preset}"
 
@@ -194,7 +245,6 @@ def _config_tree(folder: Path) -> dict[str, Any]:
 
 
 def _check_lengths(recipe: Recipe, context: tuple[int, str]) -> None:
-    most, name = context
     lengths = [
         ("sft.max_length", recipe.sft.max_length),
         ("rejection_sft.max_length", recipe.rejection_sft.max_length),
@@ -204,8 +254,13 @@ def _check_lengths(recipe: Recipe, context: tuple[int, str]) -> None:
     if recipe.model.init_from is None:
         lengths.append(("pretrain.sequence_length", recipe.pretrain.sequence_length))
     for setting, length in lengths:
-        if most and length > most:
-            raise ConfigError(f"{setting} = {length} is above {name} = {most}")
+        _require_length(setting, length, context)
+
+
+def _require_length(setting: str, length: int, context: tuple[int, str]) -> None:
+    most, name = context
+    if most and length > most:
+        raise ConfigError(f"{setting} = {length} is above {name} = {most}")
 
 
 def _check_memory(recipe: Recipe) -> None:

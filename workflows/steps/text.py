@@ -80,7 +80,7 @@ def build_problems(section: ProblemSettings, tasks: TaskSettings, seed: int, fil
 
 @step(num_cpus=1, memory="2GiB", timeout=1800)
 def train_tokenizer(
-    corpus: Artifact, instructions: Artifact, section: TokenizerSettings, files: dict[str, str]
+    corpus: Artifact, instructions: Artifact | None, section: TokenizerSettings, files: dict[str, str]
 ) -> Artifact:
     """A byte-level BPE with Llama 3's special tokens, or a copy of the folder that the recipe names."""
     from models.tokenizer import load_tokenizer, train_bpe
@@ -91,7 +91,7 @@ def train_tokenizer(
     else:
         texts = [row["text"] for row in read_rows(corpus.path() / "text.jsonl")]
         # Role names and turns as chats have them: on code alone "assistant" would take half a dozen tokens.
-        for row in read_rows(instructions.path() / "messages.jsonl"):
+        for row in read_rows(instructions.path() / "messages.jsonl") if instructions is not None else ():
             texts += [f"{message['role']}\n\n{message['content']}" for message in row["messages"]]
         tokenizer = train_bpe(texts, section.vocab_size)
     tokenizer.save(out.path)
@@ -140,14 +140,14 @@ def fit_texts(
 
 
 @step(num_cpus=1, memory="2GiB", timeout=3600)
-def tokenize(corpus: Artifact, tokenizer: Artifact) -> Artifact:
-    """Documents as memory-mapped token shards."""
+def tokenize(corpus: Artifact, tokenizer: Artifact, file: str = "text.jsonl") -> Artifact:
+    """Documents of one of the corpus' files as memory-mapped token shards."""
     from data.tokenized import write_shards
     from models.tokenizer import load_tokenizer
 
     run = context()
     out = run.artifact("tokens")
-    texts = (row["text"] for row in read_rows(corpus.path() / "text.jsonl"))
+    texts = (row["text"] for row in read_rows(corpus.path() / file))
     return out.seal(**write_shards(texts, load_tokenizer(tokenizer.path()), out.path, run.progress))
 
 

@@ -1,7 +1,7 @@
 """The stages that change weights. Each result names the model's artifact; its digest is the model's weight version."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from workflows.graph import Artifact, context, step
 from workflows.recipe import ModelSettings, PoolSettings
 from workflows.status import standing
 from workflows.steps.text import read_problems, read_rows
+
+SHOWN = ("loss", "held_out_loss", "reward", "accuracy", "kl")
+"""Metrics that the terminal shows."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Curve:
     def __call__(self, metrics: dict[str, Any]) -> None:
         values = {name: value for name, value in metrics.items() if name not in ("step", "steps", "time")}
         self._writer.write(self._stage, metrics["step"], **values)
-        shown = {name: metrics[name] for name in ("loss", "reward", "accuracy", "kl") if name in metrics}
+        shown = {name: metrics[name] for name in SHOWN if name in metrics}
         self._run.progress(metrics["step"], metrics["steps"], **shown)
 
     def seal(self) -> Artifact:
@@ -43,29 +46,43 @@ class Curve:
         return self._out.seal()
 
 
-@step(num_cpus=0, timeout=6 * 3600)
+@step(num_cpus=0)
 def pretrain(
-    tokens: Artifact, tokenizer: Artifact, model: ModelSettings, section: PretrainSettings, seed: int
-) -> Trained:
-    """Next-token training from scratch on an elastic group of ranks: a fault costs at most one step."""
+    tokens: Artifact, tokenizer: Artifact, model: ModelSettings, section: PretrainSettings, seed: int,
+    base: Artifact | None = None, held_out: Artifact | None = None, stage: str = "pretrain",
+    changes: dict[str, Any] | None = None,
+) -> Trained:  # fmt: skip
+    """Next-token training on an elastic group of ranks: a fault costs at most one step. From scratch, or from the model
+    folder `base`, whose config then holds but for `changes`."""
     from actors.pretrain import in_words
     from actors.pretrain import pretrain as run_pretrain
+    from models.hf_format import read_config
     from models.tokenizer import load_tokenizer
 
-    run, curve = context(), Curve("pretrain")
+    run, curve = context(), Curve(stage)
     out = run.artifact("model")
-    config = model.to_llama(load_tokenizer(tokenizer.path()).vocab_size)
-    state = run.state_folder()  # stays until this call is committed
+    config = read_config(base.path()) if base else model.to_llama(load_tokenizer(tokenizer.path()).vocab_size)
+    config = replace(config, **(changes or {}))
 
     def tell(event: dict[str, Any]) -> None:
         if (line := in_words(event)) is not None:
-            run.log(f"pretrain: {line}")
+            run.log(f"{stage}: {line}")
 
     result = run_pretrain(
-        tokens.path(), tokenizer.path(), config, section, out.path, state, curve, seed=seed, on_event=tell,
-        accounts=(run.store_url, run.run_id, "pretrain"), ask_standing=standing, nodes_come=run.nodes_come,
+        seen_by_all(tokens), seen_by_all(tokenizer), config, section, out.path, run.state_url(), curve,
+        seed=seed, on_event=tell, accounts=(run.store_url, run.run_id, stage), ask_standing=standing,
+        nodes_come=run.nodes_come, weights=base and seen_by_all(base), held_out=held_out and seen_by_all(held_out),
     )  # fmt: skip
-    return Trained("pretrain", out.seal(), curve.seal(), {"loss": result.final_loss, "tokens": result.tokens})
+    summary = {"loss": result.final_loss, "tokens": result.tokens}
+    if result.held_out_loss is not None:
+        summary |= {"held_out_loss": result.held_out_loss}
+    return Trained(stage, out.seal(), curve.seal(), summary)
+
+
+def seen_by_all(artifact: Artifact) -> Path | Artifact:
+    """What processes of other nodes need to read an artifact: where it lies in a folder store, else itself."""
+    folder = artifact.path()
+    return artifact if context().store.local_path(artifact.location) is None else folder
 
 
 @step(num_cpus=0, timeout=6 * 3600)
