@@ -90,15 +90,23 @@ def measure(case: str, folder: Path, kills: int) -> tuple[Course, dict[str, Any]
 
 @contextlib.contextmanager
 def local_ray() -> Iterator[None]:
-    """A Ray of this machine alone. Ray's default niceness of workers is 15: behind whatever else runs here."""
+    """A Ray of this machine alone. Ray's default niceness of workers is 15: behind whatever else runs here.
+
+    What its runs keep in the machine's memory, because they have not ended, goes with it.
+    """
     import ray
+
+    from cluster.host_memory import node_root
 
     os.environ.setdefault("RAY_worker_niceness", "0")
     paths = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     ray.init(
         address="local", num_cpus=RANKS, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": paths}
     )
+    nodes = [node["NodeID"] for node in ray.nodes()]
     try:
         yield
     finally:
         ray.shutdown()
+        for node in nodes:
+            shutil.rmtree(node_root(node), ignore_errors=True)
