@@ -94,8 +94,9 @@ def pretrain(
             Steps that a rollback undid come again.
         seed: of initialisation and data order.
         faults: schedule for the ranks' fault points (tests, demos); None reads RECUA_FAULTS.
-        on_event: {"event": "ready" | "started" | "detected" | "decided" | "rolled-back" | "stacks", "generation", ...}:
-            what was seen and decided, why, how long it took ("started": pids by rank, step, pause_s, lost_steps).
+        on_event: {"event": "ready" | "started" | "detected" | "decided" | "verified" | "rolled-back" | "stacks",
+            "generation", ...}: what was seen and decided, why, how long it took ("started": pids by rank, step,
+            pause_s, lost_steps; "detected": after_s since the fault; "ready": burn_in by worker).
         weights: an HF folder of the same network to start from (another stage's model).
         held_out: token shards whose loss is measured, see `settings.validate_every`.
         accounts: (store URL, run id, group) for the goodput records.

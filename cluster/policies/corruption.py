@@ -75,7 +75,8 @@ def judge_digests(step: int, groups: Sequence[Mapping[int, str]], settings: Elas
     name = key("verify_every")
     guilty, undecided = sorted(set(guilty)), sorted(set(undecided))
     if guilty:
-        text = f"step {step}: ranks {_list(guilty)} differ from those that must agree with them"
+        who = f"ranks {_list(guilty)} differ" if len(guilty) > 1 else f"rank {guilty[0]} differs"
+        text = f"step {step}: {who} from those that must agree"
         return Verdict(Decision("roll-back", text, name), tuple(guilty), tuple(undecided))
     if undecided:
         text = f"step {step}: ranks {_list(undecided)} disagree, and none has a majority: another rank computes it too"

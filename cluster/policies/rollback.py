@@ -102,7 +102,7 @@ def after_corruption(
     ranks = ", ".join(str(rank) for rank in guilty) or "unknown"
     what = f"step {step}: state digests disagree, guilty ranks: {ranks}"
     verified = [state for state in saved if state.verified]
-    rolled = _roll_back(what, step + 1, step, verified, (), rollbacks, "snapshot_replicas", settings)
+    rolled = _roll_back(what, step + 1, step, verified, (), rollbacks, "verify_every", settings)
     return Rollback(rolled.decision, rolled.to_step, None)
 
 

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,30 +133,39 @@ def test_elastic_guard_slow_rank_is_reported_and_then_replaced_without_losing_a_
 def test_elastic_guard_node_that_looks_like_failing_is_left_before_it_does(
     cluster: Cluster, run: Run, tmp_path: Path
 ) -> None:
-    """Its memory reports errors that it could not correct; a node that comes later takes its place."""
+    """Its memory reports errors that it could not correct; a node that comes later takes its place. Then that one is
+    lost: how soon that was heard of is told."""
     counter = tmp_path / "root/sys/devices/system/edac/mc/mc0/ue_count"
     counter.parent.mkdir(parents=True)
     counter.write_text("0")
-    come: list[str] = []
+    come: list[Any] = []
+    lost: list[float] = []
 
     def watch(run: Run) -> None:
         if run.rows and run.rows[-1]["step"] == 5:
             counter.write_text("3")
         if run.heard("detected") and not come:
-            come.append(cluster.add_node(num_cpus=4, object_store_memory=80 * 2**20).node_id)
-        if len(run.heard("started")) > 1:
+            come.append(cluster.add_node(num_cpus=4, object_store_memory=80 * 2**20))
+        started = run.heard("started")
+        if len(started) > 1 and run.rows[-1]["step"] > started[1]["step"] + 3 and not lost:
+            lost.append(time.monotonic())
+            threading.Thread(target=cluster.remove_node, args=(come[0], False)).start()
+        if lost and any("is lost" in event["what"] for event in run.heard("detected")):
+            lost.append(time.monotonic())
             raise Enough
 
     elastic = {"min_workers": 2, "health": {"period_s": 0.5, "root": str(tmp_path / "root")}}
     with pytest.raises(Enough):
         run.train("", watch, elastic=elastic, steps=100000, workers=2, num_cpus=0.6)
-    (detected,) = run.heard("detected")
+    detected, *_, gone = run.heard("detected")
     assert "ecc_uncorrected" in detected["what"] and detected["notice"] == "predicted", run.said()
     assert "elastic.predicted_risk" in run.said()
-    first, second = run.heard("started")
+    first, second = run.heard("started")[:2]
     assert second["lost_steps"] == 0 and not set(first["pids"]) & set(second["pids"]), run.said()
     measured = [one for event in run.heard("ready") for one in event["burn_in"].values()]
     assert len(measured) >= 4 and all(one["answer_correct"] and one["memory_correct"] for one in measured)
     assert all(one["compute_rate"] > 0 and one["bandwidths"]["loopback"] > 0 for one in measured)
     assert any(one["bandwidths"].get("peer", 0) > 0 for one in measured), measured
+    assert 0 <= gone["after_s"] <= lost[1] - lost[0] + 1
+    print(f"node loss heard of {lost[1] - lost[0]:.2f} s after it; said: {gone['after_s']:.2f} s after its last beat")
     print(f"burn-in took {max(one['seconds'] for one in measured):.2f} s at most: {measured[-1]}")
