@@ -22,6 +22,7 @@ class BeatBoard:
     def __init__(self, settings: ElasticSettings) -> None:
         self._settings = settings
         self._last_beat: OrderedDict[str, float] = OrderedDict()
+        self._deaf: set[str] = set()
         self.generation = 0
         self.beacons: dict[int, Beacon] = {}
         self.step_times: deque[float] = deque(maxlen=REMEMBERED_STEPS)
@@ -36,6 +37,7 @@ class BeatBoard:
 
     def beat(self, node: str, generation: int, beacons: Iterable[Beacon], now: float) -> tuple[int, ...]:
         """One node agent's word; beacons of another generation are ignored. Returns ranks there that stand still."""
+        self._deaf.discard(node)
         self._last_beat[node] = now
         self._last_beat.move_to_end(node)
         if generation != self.generation:
@@ -55,6 +57,16 @@ class BeatBoard:
     def excuse(self, seconds: float, now: float) -> None:
         """So long a rank could not go on because its machine had no processor for it: that is no hang."""
         self._moved_at = min(now, self._moved_at + seconds)
+
+    def deafen(self, node: str) -> None:
+        """Its agent has ended and another one starts, which takes seconds: until that beats, silence says nothing."""
+        self._last_beat.pop(node, None)
+        self._deaf.add(node)
+
+    def forget(self, node: str) -> None:
+        """It is lost."""
+        self._last_beat.pop(node, None)
+        self._deaf.discard(node)
 
     @property
     def step_s(self) -> float:
@@ -78,6 +90,8 @@ class BeatBoard:
 
     def judge(self, now: float) -> tuple[Decision, Suspects | None]:
         """hang or wait; for a hang also whom to suspect. The beacons are read only when nothing has moved for long."""
+        if self._deaf:
+            self._moved_at = now
         stalled = self.stalled_s(now)
         decision = decide_hang(stalled, self.step_times, self._settings)
         if decision.action != "hang":

@@ -186,6 +186,7 @@ class GroupController:
         elif isinstance(news, AgentLost):
             if news.node_lives:
                 log.warning("agent of node %s has ended; starting another", news.node[:12])
+                self.board.deafen(news.node)
                 self.fleet.open_agent(news.node)
             else:
                 self._lose_node(news.node, news.reason)
@@ -242,6 +243,7 @@ class GroupController:
     def _lose_node(self, node: str, why: str) -> None:
         self._detected(m.NodesLost([node], why), f"node {node[:12]} is lost: {why}", node=node)
         self.fleet.lose_node(node)
+        self.board.forget(node)
         self._shards.lose(node)
         self._unheard.discard(node)
         here = [name for name in self._sights if self.fleet.node_of.get(name) == node]

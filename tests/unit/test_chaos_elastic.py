@@ -21,6 +21,7 @@ from actors.pretrain_points import FaultPoints
 from actors.pretrain_task import PretrainTask
 from actors.step_log import StepLog, read_steps
 from cluster.beacons import Record
+from cluster.beats import BeatBoard
 from cluster.config import ElasticSettings
 from cluster.controller import GroupController, Listener
 from cluster.controller_messages import Join, Joined, SnapshotFlushed, Spawn, Tick, WorkersReady
@@ -28,6 +29,7 @@ from cluster.controller_state import Controller
 from cluster.fleet import Fleet, WorkerKind
 from cluster.group_journal import GroupJournal
 from cluster.node_watch import Beat, Sight
+from cluster.policies.hang import Beacon
 from cluster.policies.rollback import DataWindow
 from cluster.policies.snapshot import Restore
 from data.mixture import Mixture, Source
@@ -385,3 +387,23 @@ def test_chaos_what_an_older_generation_flushed_counts_as_far_as_later_ones_went
     for step in (8, 16):
         core.handle(SnapshotFlushed(1, step), 0.0)
     assert core.book.flushed == {8}
+
+
+def test_chaos_a_node_whose_agent_starts_again_is_not_silent() -> None:
+    """Its ranks live on and nobody can say so: it must not count as lost, nor they as hung."""
+    board = BeatBoard(ElasticSettings())
+    board.begin(1, 0.0)
+    for second in range(8):
+        for node, rank in (("n0", 0), ("n1", 1)):
+            board.beat(node, 1, [Beacon(rank, second, "collective", second, 1.0 * second, 1.0 * second)], 1.0 * second)
+    board.deafen("n1")
+    for second in range(8, 40):
+        board.beat("n0", 1, [Beacon(0, 7, "collective", 7, 7.0, 1.0 * second)], 1.0 * second)
+        assert board.silent_nodes(1.0 * second) == [] and board.judge(1.0 * second)[1] is None
+    board.beat("n1", 1, [Beacon(1, 7, "data", 7, 7.0, 40.0)], 40.0)
+    assert board.judge(41.0)[1] is None
+    assert set(board.silent_nodes(50.0)) == {"n0", "n1"}
+    assert board.judge(50.0)[1] is not None, "judged again from when it was heard"
+    board.deafen("n1")
+    board.forget("n1")
+    assert board.judge(90.0)[1] is not None, "a node that is gone is not waited for"
