@@ -149,7 +149,7 @@ def _two_copies_gone(run: Run) -> bool:
 def _left_behind(run: Run) -> Iterator[str]:
     checks: dict[str, Callable[[], list[Any]]] = {
         "processes": lambda: [" ".join(process.cmdline())[:60] for process in run.processes()],
-        "memory": lambda: [] if run.violations else [str(path) for path in run.memory()],  # kept where it is not ended
+        "memory": lambda: _memory(run),
         "actors": lambda: [name for name in run.place.actors() if run.group and run.group in name],
     }
     deadline = time.monotonic() + GONE_S
@@ -158,6 +158,12 @@ def _left_behind(run: Run) -> Iterator[str]:
             time.sleep(0.1)
         if found:
             yield f"left behind: {name}: {str(found)[:300]} (namespace {NAMESPACE})"
+
+
+def _memory(run: Run) -> list[str]:
+    """A run that has not ended keeps it. What lies on a machine whose raylet was killed is freed by the next agent that
+    starts there (see cluster.host_memory)."""
+    return [] if run.violations else [str(path) for path in run.memory() if path.parent.name not in run.lost]
 
 
 def _looked(look: Callable[[], list[Any]]) -> list[Any]:

@@ -157,6 +157,7 @@ class Hands:
     def _lose(self, node: str, *, with_workers: bool, replace: bool = True) -> bool:
         if not self._run.place.lose_node(node, with_workers):
             return False
+        self._run.lost.add(node_root(node).name)
         if with_workers:
             shutil.rmtree(node_root(node), ignore_errors=True)
         if replace:

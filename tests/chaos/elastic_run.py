@@ -139,6 +139,8 @@ class Run:
         self.hit: list[Fault] = []
         self.missed: list[Fault] = []
         self.violations: list[str] = []
+        self.lost: set[str] = set()
+        """What nodes that were killed are called in shared memory."""
         self.witness = Witness()
         self.later: list[tuple[float, Callable[[], None]]] = []
         self.hands = Hands(self)
