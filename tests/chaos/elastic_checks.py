@@ -142,8 +142,9 @@ def _undone(run: Run, before: int, start: int) -> bool:
 
 
 def _two_copies_gone(run: Run) -> bool:
-    """More than one copy of a shard may be lost at once: a second node, or a damaged copy, before it was replaced."""
-    return sum(fault.kind in ("node", "drain", "sigterm", "flip") for fault in run.hit) > 1
+    """More than one copy of a shard may be lost at once: a second node, a damaged copy, or an agent that kept replicas,
+    before they were replaced."""
+    return sum(fault.kind in ("node", "raylet", "agent", "drain", "sigterm", "flip") for fault in run.hit) > 1
 
 
 def _left_behind(run: Run) -> Iterator[str]:
