@@ -21,7 +21,7 @@ once, 0 included, from outside in the backward pass, where all ranks are exchang
   torchrun    torchrun_s        starts all workers anew
 
 A case that fails is named under `errors`; the others are measured all the same. `all` has every kill of every case,
-`settings` how each peer was set up; those that wait for something were made as quick as is documented.
+`settings` how each peer was set up; those that wait for something were made to wait for less.
 torchft is installed, once, into .venv-peers from requirements/torchft.txt; the other peers come with torch and Ray.
 """
 
