@@ -175,7 +175,7 @@ def test_a_driver_that_slept_past_its_lease_is_fenced(start: Start, tmp_path: Pa
     before = commits(open_store(url))
     os.kill(sleeper.pid, signal.SIGCONT)
     output, _ = sleeper.communicate(timeout=120)
-    assert sleeper.returncode == 3 and "FencedError" in output and "another driver has taken over" in output
+    assert sleeper.returncode == 3 and "FencedError" in output and "another driver has taken over" in output, output
     assert commits(open_store(url)) == before
     assert load_run(open_store(url), "r").status == "finished"
 
