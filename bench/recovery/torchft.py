@@ -1,8 +1,8 @@
 """A replica under torchft, or its lighthouse: fault-tolerant DDP on gloo, in the manner of torchft's train_ddp.py.
 
 Every rank is a replica group of its own. Those that are left agree on a smaller quorum and go on; one that was started
-again gets its state from a living one. What waits for whom is bounded by the settings below: far less than torchft's own
-defaults, which wait for seconds to a minute.
+again gets its state from a living one. What waits for whom is bounded by the settings below: far less than the defaults
+of torchft, which wait for seconds to a minute.
 """
 
 import signal
