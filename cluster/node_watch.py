@@ -1,8 +1,8 @@
 """What a node agent sees of the ranks on its node, from outside them, and what it does to them.
 
-Who waits for whom: one thread looks at every beacon about every `period_s` and sleeps on the processes' pidfds in
-between, so that a death is seen at once, whatever caused it. A caller of `wait` is woken when a rank has died or has
-changed its state, and otherwise now and then; that answer is the node's beat. Nothing here waits for a rank.
+Who waits for whom: one thread looks at every beacon and process about every `period_s` and sleeps on the processes'
+pidfds in between, so that a death is seen at once, whatever caused it. A caller of `wait` is woken when a rank has died
+or has changed its state, and otherwise now and then; that answer is the node's beat. Nothing here waits for a rank.
 
 A stopped process is known by the kernel's word for it, a locked interpreter by its pulse. Time in which this process
 itself did not get the processor does not count against a pulse.
@@ -29,7 +29,7 @@ from cluster.health_watch import Reading
 from cluster.stopwatch import last_sign, read_account
 from cluster.wire_speed import SinkAddress
 from infra.notices import Notice
-from infra.processes import process_start, process_state, starved_s
+from infra.processes import ExitWatch, process_start, process_state, starved_s
 
 SHARD = re.compile(r"generation-(\d{5})\.step-(\d{10})\.rank-(\d{5})-of-(\d{5})\.shard")
 """Names of engines.snapshots, which this layer does not import; a test holds the two together."""
@@ -93,10 +93,13 @@ class _Watched:
         self.pid = self.record.pid
         self.died_at = None if process_start(self.pid) == str(self.record.started) else last_sign(self.reader.account)
         self.pidfd: int | None = None
+        self._exit: ExitWatch | None = None
         if self.died_at is None:
             try:
                 self.pidfd = os.pidfd_open(self.pid)
+                self._exit = ExitWatch(self.pid)
             except ProcessLookupError:
+                self.close()
                 self.died_at = last_sign(self.reader.account)
         self.pulse, self.still_s = self.reader.pulse, 0.0
         self.stopped_since: float | None = None
@@ -109,10 +112,17 @@ class _Watched:
             return self.stopped_since
         return self.looked_at - self.still_s if self.still_s > STILL_S else None
 
+    @property
+    def ends(self) -> bool:
+        return self._exit is not None and self._exit.ends()
+
     def close(self) -> None:
         if self.pidfd is not None:
             os.close(self.pidfd)
             self.pidfd = None
+        if self._exit is not None:
+            self._exit.close()
+            self._exit = None
 
 
 class NodeWatch:
@@ -284,12 +294,14 @@ class NodeWatch:
                     self._news.notify_all()
 
     def _bury(self, dead: Collection[int], now: float) -> bool:
+        buried = False
         for one in list(self._watched.values()):
-            if one.pidfd is not None and one.pidfd in dead:
+            if one.pidfd is not None and (one.pidfd in dead or one.ends):
                 self._poll.unregister(one.pidfd)
                 one.close()
                 one.died_at, one.record = now, one.reader.read()
-        return bool(dead)
+                buried = True
+        return buried
 
     def _find(self, now: float) -> bool:
         found = False

@@ -24,6 +24,32 @@ def process_state(pid: int) -> str:
     return _stat(pid)[0]
 
 
+class ExitWatch:
+    """Looks again and again at whether a process ends: 5 microseconds a look.
+
+    The kernel takes its memory back before it says (by a pidfd, a closed socket, a parent's wait) that a process has
+    ended: 30 ms for one that has loaded torch, over 200 ms for 600 MB on busy cores, seconds for pinned gigabytes. Its
+    first thread is a zombie from the start of that on.
+    """
+
+    def __init__(self, pid: int) -> None:
+        """Raises ProcessLookupError where there is none."""
+        try:
+            self._stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise ProcessLookupError(pid) from None
+
+    def ends(self) -> bool:
+        """It will not run again: killed, crashed, or at its end."""
+        try:
+            return os.pread(self._stat, 1024, 0).rpartition(b") ")[2][:1].decode() in GONE
+        except ProcessLookupError:
+            return True
+
+    def close(self) -> None:
+        os.close(self._stat)
+
+
 def starved_s(pid: int, thread: int) -> float:
     """How long a thread has waited for a processor so far; 0 where the kernel does not count that."""
     try:

@@ -3,6 +3,7 @@
 import ctypes
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import threading
@@ -20,6 +21,8 @@ from cluster.stopwatch import Stopwatch
 from engines.snapshots import ShardName
 
 DEADLINE = 60.0
+SYS_EXIT = 93 if platform.machine() == "aarch64" else 60
+"""The number of the system call that ends one thread."""
 
 
 @pytest.fixture
@@ -39,6 +42,15 @@ def rank(folder: Path, name: str, body: Callable[[BeaconWriter], None]) -> None:
 def stays(writer: BeaconWriter) -> None:
     watch = Stopwatch(memory=writer.account)
     watch.enter("compute")
+
+
+def ends_slowly(writer: BeaconWriter) -> None:
+    """Its first thread is no more, as in a process that was killed and whose memory is being taken back."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    threading.Thread(target=threading.Event().wait).start()
+    writer.enter("data")
+    signal.sigwait({signal.SIGUSR1})
+    ctypes.CDLL(None).syscall(SYS_EXIT, 0)
 
 
 def locks_the_interpreter(writer: BeaconWriter) -> None:
@@ -99,6 +111,18 @@ def test_elastic_death_is_seen_at_once_and_its_last_word_stays(folder: Path, sta
     assert lost["recomputed"] > 0 == lost["compute"], "the step under way when it died is computed again"
     watch.close(remove=True)
     assert not folder.exists()
+
+
+def test_elastic_death_is_seen_before_the_kernel_is_done_with_the_process(folder: Path, start: Any) -> None:
+    watch = NodeWatch("n0", folder)
+    start("w0", stays)
+    victim = start("w1", ends_slowly)
+    until(watch, lambda sights: joined("w0", "w1")(sights) and sights["w1"].record.phase == "data")
+    os.kill(victim.pid, signal.SIGUSR1)
+    _, sights = until(watch, lambda sights: not sights["w1"].alive)
+    victim.join(0)
+    assert victim.exitcode is None and sights["w0"].alive
+    watch.close()
 
 
 def test_elastic_stopped_process_is_told_from_a_living_one(folder: Path, start: Any) -> None:
