@@ -90,6 +90,7 @@ class PretrainRank:
             shared=self.shared,
             store=self._snapshot_store,
             reach=self.points.reach,
+            progress=self.beacon.tick,
         )
         self.burning_in = BurningIn(self.beacon, self.elastic.device)
         threading.Thread(target=self._live, name="training", daemon=True).start()
@@ -247,9 +248,6 @@ class PretrainRank:
         learner = self.elastic.learner
         assert learner is not None
         learner.ranks.on_vote = self.beacon.tick
-        if not self.job.settings.compile:
-            for block in learner.module.layers.values():  # type: ignore[union-attr,operator]
-                block.register_forward_pre_hook(lambda *_: self.beacon.tick())
         return learner
 
     def _note_refused(self, order: Order, refused: Sequence[str]) -> None:
@@ -263,7 +261,7 @@ class PretrainRank:
 
         threading.Thread(target=write, name="refused", daemon=True).start()
 
-    def _say(self, learner: TorchLearner, order: Order, tokens: int, held_out: "HeldOut | None", **more: Any) -> None:
+    def _say(self, learner: TorchLearner, order: Order, tokens: int, held_out: HeldOut | None, **more: Any) -> None:
         """(collective) Leave the outcome of the last step where the node agent reads it."""
         step = learner.step - 1
         if held_out is not None and held_out.due(learner.step):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,6 +86,7 @@ class ElasticLearner:
         store: where every `snapshots.flush_every`-th step goes too, in the background.
         reach: of "load" (its third argument is the generation: the groups are formed, nothing is read), "snapshot" and
             "flush"; see `engines.snapshots.memory`.
+        progress: called between two blocks of the network, forward and backward.
     """
 
     def __init__(
@@ -97,8 +99,9 @@ class ElasticLearner:
         shared: Path = Path("/dev/shm"),
         store: Store | None = None,
         reach: Reach = unheard,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
-        self._reach = reach
+        self._reach, self._progress = reach, progress
         self.recipe, self.run, self.rendezvous = recipe, run, rendezvous
         self.device = device or torch.device("cpu")
         self.folder = node_folder(run, shared)
@@ -175,6 +178,8 @@ class ElasticLearner:
                 tokenizer_dir=self.recipe.tokenizer_dir,
             )
             self.learner = learner
+            if not self.recipe.compile_blocks:
+                self._listen_between_blocks(learner)
             build_s = watch.lap()
             self._reach("load", rank, generation)
             available = Sources([FolderSource(self.folder), *sources])
@@ -263,6 +268,22 @@ class ElasticLearner:
                 self.flusher.offer(step)
             while not self.flusher.wait(FLUSH_LOOK_S):
                 waiting()
+
+    def _listen_between_blocks(self, learner: TorchLearner) -> None:
+        """A rank that computes hears of `abort` there; it does not finish a step that is lost."""
+
+        def after(block: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda _: self._between_blocks())
+
+        for block in learner.module.layers.values():  # type: ignore[union-attr,operator]
+            block.register_forward_pre_hook(lambda *_: self._between_blocks())
+            block.register_forward_hook(after)
+
+    def _between_blocks(self) -> None:
+        self._progress()
+        if self.groups is not None and self.groups.aborted:
+            raise NodeLost(f"{self.groups} was aborted")
 
     def _forget_older(self) -> None:
         """Free what earlier generations left on this node, but milestones that are still wanted."""

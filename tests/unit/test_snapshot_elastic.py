@@ -28,6 +28,7 @@ from engines.config import SnapshotSettings
 from engines.elastic import ElasticLearner, Recipe
 from engines.process_groups import Rendezvous, host_store
 from engines.snapshots import SnapshotName, StoreSource, node_folder, sealed
+from infra.errors import NodeLost
 from infra.storage import FolderStore
 
 
@@ -170,3 +171,25 @@ def test_when_all_memory_is_lost_it_goes_on_from_the_store(shared: Path, tmp_pat
     second.leave()
     assert curve == quiet_curve()[4:]
     del host
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_rank_that_computes_hears_of_an_abort_at_the_next_block(backward: bool, shared: Path) -> None:
+    _, address = host_store()
+    elastic = ElasticLearner(Recipe(MODEL, SETTINGS, fsdp=False, seed=3), "run", Rendezvous(address), shared=shared)
+    elastic.join(0, 0, 1, fresh=True)
+    assert elastic.learner is not None
+    module = elastic.learner.module
+
+    def loss(module: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if not backward:
+            elastic.abort(0)
+        logits = module(batch["input_ids"])
+        elastic.abort(0)
+        return logits.sum(), {}
+
+    with pytest.raises(NodeLost, match="was aborted"):
+        elastic.train_step([{"input_ids": torch.zeros(1, 4, dtype=torch.long)}], loss)
+    reached = {name for name, weight in module.named_parameters() if weight.grad is not None}
+    assert not any(name.startswith("layers.") for name in reached) and bool(reached) == backward
+    elastic.leave()
