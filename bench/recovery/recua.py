@@ -1,4 +1,4 @@
-"""recua's own runs: a real pretraining (FSDP on gloo) on a Ray of its own, under fire."""
+"""recua's own runs: a real pretraining on a Ray of its own, under fire; weights are replicated, as its peers have them."""
 
 import contextlib
 import os
@@ -67,7 +67,7 @@ def measure(case: str, folder: Path, kills: int) -> tuple[Course, dict[str, Any]
             "sequence_length": TOKENS,
             "workers": RANKS,
             "tensor_parallel": tensor_parallel,
-            "sharding": "fsdp",
+            "sharding": "replicate",
             "num_cpus": 0.25,
             "threads": THREADS,
             "save_every": 10**6,
