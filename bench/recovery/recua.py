@@ -1,4 +1,4 @@
-"""recua's own runs: a real pretraining on a Ray of its own, under fire; weights are replicated, as its peers have them."""
+"""recua's own runs: a real pretraining on a Ray of its own, under fire; weights are replicated, as its peers' are."""
 
 import contextlib
 import os
