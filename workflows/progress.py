@@ -3,6 +3,7 @@
 Every method may be called from any thread. A display never stops a run: it only ever prints.
 """
 
+import shlex
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from infra.telemetry import redact
 from workflows.events import Event
 
 MARKS = {"waiting": "·", "running": "▸", "committed": "✓", "reused": "✓", "resumed": "✓", "failed": "✗"}
+UNFINISHED = ("failed", "cancelled")
 KNOWN = ("reused", "resumed", "not run")
 STYLES = {"committed": "green", "reused": "green", "resumed": "green", "running": "bold", "failed": "red"}
 
@@ -63,6 +65,7 @@ class Display:
         self._clock = clock
         self._began = clock()
         self._lock = threading.RLock()
+        self._resume = ""
 
     def started(self, call: str, attempt: int = 1, ago: float = 0.0) -> None:
         """An attempt of `call` began, `ago` seconds ago."""
@@ -144,8 +147,10 @@ class Display:
         elif event.kind == "run-started":
             resumed = f"; {data['resumed']} steps are committed already" if data["resumed"] else ""
             self.say(f"run {data['run_id']} of {data['workflow']} in {data['store']}{resumed}")
+            self._resume = f"recua resume {data['run_id']} --store {shlex.quote(data['store'])}"
         elif event.kind == "run-ended":
-            self.say(f"run {data['status']} after {show_seconds(data['seconds'])}")
+            again = f"; go on with: {self._resume}" if self._resume and data["status"] in UNFINISHED else ""
+            self.say(f"run {data['status']} after {show_seconds(data['seconds'])}{again}")
 
     def elapsed(self) -> float:
         return self._clock() - self._began

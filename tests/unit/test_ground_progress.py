@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from workflows.events import Event
 from workflows.progress import LiveDisplay, PlainDisplay, open_display, show_seconds
 
 
@@ -55,6 +56,23 @@ def test_plain_retry_and_failure_keep_to_one_line() -> None:
         "[  0:00] ppo started (attempt 2)",
         "[  0:00] ppo failed in 0.0 s: ValueError: no",
     ]
+
+
+@pytest.mark.parametrize(
+    ("status", "shown"),
+    [
+        ("finished", "run finished after 1:05"),
+        ("failed", "run failed after 1:05; go on with: recua resume r1 --store '/a b'"),
+        ("cancelled", "run cancelled after 1:05; go on with: recua resume r1 --store '/a b'"),
+    ],
+)
+def test_a_run_that_did_not_finish_says_how_to_go_on(status: str, shown: str) -> None:
+    stream = io.StringIO()
+    display = PlainDisplay(stream, clock=Clock())
+    started = {"run_id": "r1", "workflow": "w:w", "store": "/a b", "resumed": 0}
+    display.on_event(Event("run-started", data=started))
+    display.on_event(Event("run-ended", data={"status": status, "seconds": 65.0}))
+    assert stream.getvalue().splitlines()[1:] == [f"[  0:00] {shown}"]
 
 
 def test_live_shows_running_steps_below_and_finished_ones_as_lines() -> None:
