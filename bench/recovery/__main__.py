@@ -27,6 +27,7 @@ torchft is installed, once, into .venv-peers from requirements/torchft.txt; the 
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -82,23 +83,26 @@ def main(arguments: Sequence[str]) -> int:
     folder = Path(tempfile.mkdtemp(prefix="recua-recovery-"))
     everything: dict[str, dict[str, Any]] = {}
     errors: dict[str, str] = {}
+    interrupted = False
     try:
-        for number in range(1, given.rounds + 1):
-            for case in cases:
-                load = round(os.getloadavg()[0], 1)
-                print(f"round {number} of {given.rounds}, {case}, load {load}", file=sys.stderr, flush=True)
-                try:
-                    course, settings = measure(case, folder / f"{case}-{number}")
-                except Exception as error:  # the other cases are worth having
-                    errors[case] = f"{type(error).__name__}: {error}"
-                    print(f"{case}: {errors[case]}", file=sys.stderr, flush=True)
-                    continue
-                seen = everything.setdefault(case, {"kills": [], "step_s": [], "load": [], "settings": []})
-                seen["kills"] += course.outcomes()
-                seen["step_s"].append(round(course.usual_s(), 3))
-                seen["load"].append(load)
-                seen["settings"].append(settings)
-                shutil.rmtree(folder / f"{case}-{number}", ignore_errors=True)
+        for number, case in itertools.product(range(1, given.rounds + 1), cases):
+            load = round(os.getloadavg()[0], 1)
+            print(f"round {number} of {given.rounds}, {case}, load {load}", file=sys.stderr, flush=True)
+            try:
+                course, settings = measure(case, folder / f"{case}-{number}")
+            except Exception as error:  # the other cases are worth having
+                errors[case] = f"{type(error).__name__}: {error}"
+                print(f"{case}: {errors[case]}", file=sys.stderr, flush=True)
+                continue
+            seen = everything.setdefault(case, {"kills": [], "step_s": [], "load": [], "settings": []})
+            seen["kills"] += course.outcomes()
+            seen["step_s"].append(round(course.usual_s(), 3))
+            seen["load"].append(load)
+            seen["settings"].append(settings)
+            shutil.rmtree(folder / f"{case}-{number}", ignore_errors=True)
+    except KeyboardInterrupt:
+        interrupted = True
+        print("interrupted: these are the cases that were done", file=sys.stderr)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     result: dict[str, Any] = {}
@@ -108,7 +112,7 @@ def main(arguments: Sequence[str]) -> int:
         for case, seen in everything.items():
             print(f"{case:<10} step {median(seen['step_s']):.3f} s, gaps {[kill['gap_s'] for kill in seen['kills']]}")
     print(json.dumps({**result, "errors": errors, **_circumstances(), "all": everything}))
-    return 1 if errors else 0
+    return 130 if interrupted else 1 if errors else 0
 
 
 def _circumstances() -> dict[str, Any]:
