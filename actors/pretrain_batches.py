@@ -23,12 +23,23 @@ SAMPLE_TOKENS = 512
 """As long as a sample needs to be to find a rank that computes wrongly."""
 
 
-class BatchLoader:
-    """This rank's tensors of any step: a function of the step, the seed, the windows left out, and the replicas."""
+def token_windows(job: PretrainJob) -> TokenWindows:
+    """What is trained on. Opens every shard: once a process, not once a generation. Raises DataError."""
+    return TokenWindows(local(job.tokens), job.settings.sequence_length)
 
-    def __init__(self, job: PretrainJob, ranks: Ranks, skipped: tuple[int, ...] = ()) -> None:
+
+class BatchLoader:
+    """This rank's tensors of any step: a function of the step, the seed, the windows left out, and the replicas.
+
+    Args:
+        windows: the job's tokens, where they are open already.
+    """
+
+    def __init__(
+        self, job: PretrainJob, ranks: Ranks, skipped: tuple[int, ...] = (), windows: TokenWindows | None = None
+    ) -> None:
         settings = job.settings
-        self._windows = TokenWindows(local(job.tokens), settings.sequence_length)
+        self._windows = windows or token_windows(job)
         batch = BatchSettings(size=settings.batch_size, growth=settings.batch_growth)
         self._loader = DataLoader({"tokens": self._windows}, batch, job.seed, skipped=skipped)
         self._settings, self._ranks = settings, ranks

@@ -23,7 +23,7 @@ import torch
 
 from actors.burning_in import BurningIn
 from actors.handover import hand_over
-from actors.pretrain_batches import BatchLoader, HeldOut, next_token_loss
+from actors.pretrain_batches import BatchLoader, HeldOut, next_token_loss, token_windows
 from actors.pretrain_job import Order, PretrainJob, recipe_of
 from actors.pretrain_points import FaultPoints
 from actors.proving import Prover
@@ -33,6 +33,7 @@ from cluster.host_memory import BEACONS, end_when_unwatched, group_folder, node_
 from cluster.own_time import OwnTime
 from cluster.stopwatch import Stopwatch
 from cluster.wire_speed import SinkAddress
+from data.tokenized import TokenWindows
 from engines.elastic import ElasticLearner
 from engines.process_groups import Rendezvous, StoreAddress
 from engines.snapshots import Peer, StoreSource
@@ -80,6 +81,7 @@ class PretrainRank:
         self._words: queue.SimpleQueue[Order | Aborted | None] = queue.SimpleQueue()
         self._stop_generation = -1
         self._failure: Exception | None = None
+        self._windows: TokenWindows | None = None
         torch.set_num_threads(settings.threads)
         self._snapshot_store = open_store(job.snapshot_store)
         self.elastic = ElasticLearner(
@@ -184,7 +186,8 @@ class PretrainRank:
         self.ledger.enter("re_forming")
         self.points.reach("join", order.rank, order.generation)
         learner = self._join(order)
-        loader = BatchLoader(self.job, learner.ranks, order.skipped)
+        self._windows = self._windows or token_windows(self.job)
+        loader = BatchLoader(self.job, learner.ranks, order.skipped, self._windows)
         gpu, crowding = learner.ranks.device.type == "cuda", self.job.settings.elastic.straggler_crowding
         own, own_s = OwnTime(crowding, beside=gpu), 0.0
         prover = Prover(self.beacon, self.elastic, self.job.settings.elastic, self.job.settings.steps)
