@@ -35,6 +35,7 @@ from cluster.stopwatch import Stopwatch
 from cluster.wire_speed import SinkAddress
 from data.tokenized import TokenWindows
 from engines.elastic import ElasticLearner
+from engines.join_signs import JoinSigns
 from engines.process_groups import Rendezvous, StoreAddress
 from engines.snapshots import Peer, StoreSource
 from engines.torch_learner import TorchLearner
@@ -93,6 +94,7 @@ class PretrainRank:
             store=self._snapshot_store,
             reach=self.points.reach,
             progress=self.beacon.tick,
+            signs=JoinSigns(stage=self.beacon.enter, moved=self.beacon.stir),
         )
         self.burning_in = BurningIn(self.beacon, self.elastic.device)
         threading.Thread(target=self._live, name="training", daemon=True).start()
@@ -182,10 +184,11 @@ class PretrainRank:
     def _train(self, order: Order) -> str:
         """(collective) Returns how the generation ended here: "finished" or "boundary"."""
         seat = {"generation": order.generation, "rank": order.rank, "world_size": order.world_size}
-        self.beacon.set(state="joining", phase="wait", ticks=0, **seat)
+        self.beacon.set(state="joining", phase="join", ticks=0, **seat)
         self.ledger.enter("re_forming")
         self.points.reach("join", order.rank, order.generation)
         learner = self._join(order)
+        self.beacon.stir("fetch")
         self._windows = self._windows or token_windows(self.job)
         loader = BatchLoader(self.job, learner.ranks, order.skipped, self._windows)
         gpu, crowding = learner.ranks.device.type == "cuda", self.job.settings.elastic.straggler_crowding
@@ -193,8 +196,9 @@ class PretrainRank:
         prover = Prover(self.beacon, self.elastic, self.job.settings.elastic, self.job.settings.steps)
         held_out = HeldOut(self.job, learner) if self.job.held_out is not None else None
         if learner.last_step:
+            self.beacon.enter("wait")
             self._say(learner, order, loader.tokens(learner.step - 1), held_out)
-        self.beacon.set(state="joined", start=learner.step, step=learner.step, own_s=own_s)
+        self.beacon.set(state="joined", phase="wait", ticks=0, start=learner.step, step=learner.step, own_s=own_s)
         steps = self.job.settings.steps
         while learner.step < steps:
             step, started = learner.step, time.perf_counter()

@@ -26,8 +26,10 @@ PULSE_PERIOD_S = 0.05
 STATES = ("starting", "standby", "joining", "joined", "aborted", "boundary", "finished", "failed")
 """A worker's life: the last five are ends of a generation that it was in (see cluster.controller_messages.Found)."""
 IDLE_STATES = frozenset({"aborted", "boundary"})
-PHASES = ("wait", "data", "collective", "save")
-"""`collective`: inside a step, which all ranks take together; what tells them apart there are the ticks."""
+PHASES = ("wait", "data", "collective", "save", "join", "form", "build", "load", "fetch")
+"""`collective`: inside a step, which all ranks take together; what tells them apart there are the ticks. On the way
+into a generation: `form` and `wait` for the others, `join`, `build`, `load` is a rank's own work, `fetch` waits for a
+place that is not this machine's memory."""
 
 RECORD = struct.Struct("<11q2d")
 """pid, its start, its training thread, state, generation, rank, world size, first step, step, phase, ticks; when the
@@ -52,8 +54,8 @@ FILE_BYTES = NOTES_AT + len(NOTES) * NOTE_BYTES
 @dataclass(frozen=True)
 class Record:
     """What a rank last wrote. `start` and `step`: committed steps, at the start of its generation and
-    now; `ticks`: how far it is within its generation; `own_s`: seconds of its own computing in it, up to `step` (see
-    cluster.own_time).
+    now; `ticks`: how far it is within its generation (while it joins: stages that all ranks go through); `own_s`:
+    seconds of its own computing in it, up to `step` (see cluster.own_time).
 
     `started` (see infra.processes) tells the process from a later one under the same number; `thread` is the kernel's
     number of the one that trains.
@@ -115,6 +117,10 @@ class BeaconWriter:
     def tick(self) -> None:
         """A little progress within a step."""
         self.set(ticks=self.record.ticks + 1)
+
+    def stir(self, phase: str) -> None:
+        """A sign of progress that other ranks need not make: it does not count, but the phase begins anew."""
+        self.set(phase=phase)
 
     def say(self, step: int, row: Mapping[str, Any]) -> None:
         """Leave the outcome of a step; the last `ROWS` stay. Write it before `step` is counted as committed."""

@@ -43,6 +43,9 @@ class ElasticSettings(Settings):
     """A worker that has not left its collectives by then is killed by its node agent."""
     join_timeout_s: float = Field(default=60, gt=0)
     """Longest re-forming (rendezvous, process groups, restore) before the generation is given up and tried again."""
+    join_stall_s: float = Field(default=15, gt=0)
+    """A rank that gets on with nothing for so long on its way into a generation, while others wait for it, hangs. Time
+    without a processor does not count, nor does waiting for storage or for another node's memory."""
     boundary_timeout_s: float = Field(default=120, gt=0)
     """Longest wait for a step boundary that was asked for; after that the step is abandoned."""
     adopt_timeout_s: float = Field(default=5, gt=0)

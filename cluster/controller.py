@@ -30,6 +30,7 @@ from cluster.goodput_watch import watch_group
 from cluster.group_journal import GroupJournal, Superseded
 from cluster.guard import Finding, Guard
 from cluster.held_shards import HeldShards
+from cluster.join_board import JoinBoard
 from cluster.node_watch import Beat, Sight
 from cluster.outcomes import Outcomes
 from cluster.policies.hang import Beacon
@@ -109,7 +110,7 @@ class GroupController:
         self.core = Controller(settings, prefix=f"c{number}w", stored=valid, joins=joins, adopting=number > 0)
         self.core.book.verified = history.verified
         journal.note(controllers=number + 1)
-        self.board, self.faults = BeatBoard(settings), FaultTimes()
+        self.board, self.joining, self.faults = BeatBoard(settings), JoinBoard(settings), FaultTimes()
         self.guard = Guard(settings, self.core, journal, self._saved)
         self.watch = watch_group(fleet.accounts, self.core)
         floor = max((one for one, step in history.joins.items() if step <= len(rows)), default=0)
@@ -216,6 +217,7 @@ class GroupController:
         if lost:
             self._lose(beat.node, lost)
         self.board.excuse(starved, now)
+        self.joining.saw(beat.sights)
         self._on_board(beat, now)
         for finding in self.guard.saw(beat, now):
             self._follow(finding)
@@ -371,6 +373,10 @@ class GroupController:
             decision, whom = self.board.judge(now)
             if whom is not None:
                 self._suspect(whom.ranks, f"{decision.reason}: {whom.sign}", self.board.stalled_s(now))
+        elif self.core.phase == "forming":
+            decision, late = self.joining.judge()
+            if late.ranks:
+                self._suspect(late.ranks, f"{decision.reason}: {late.sign} ({decision.key})", self.joining.longest_s)
 
     def _silent_for_long(self, node: str, now: float) -> bool:
         """Silence is named once; what is starved and not gone is asked about again later."""
@@ -550,6 +556,7 @@ class GroupController:
             step = self._newest_stored(command.restore.step)
             command = replace(command, restore=replace(command.restore, step=step))
         self.board.begin(command.generation, time.monotonic())
+        self.joining.begin(command.generation, len(command.ranks()))
         high = max(self.core.high_step, self.outcomes.next)
         orders = self.task.orders(command, self.fleet, self.journal.history, high)
         for worker, order in orders.items():

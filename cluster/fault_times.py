@@ -16,7 +16,7 @@ class FaultTimes:
     def __init__(self) -> None:
         self._beats: dict[str, float] = {}
         self._ends: dict[str, float] = {}
-        self._progress: dict[str, tuple[tuple[int, str, int], float]] = {}
+        self._progress: dict[str, tuple[tuple[int, str, int, float], float]] = {}
 
     def heard(self, beat: Beat, now: float) -> None:
         """Before what follows from the beat is decided. How long it was under way counts, as far as clocks agree."""
@@ -46,7 +46,7 @@ class FaultTimes:
             self._ends.setdefault(worker, now - sight.out_s)
         else:
             self._ends.pop(worker, None)
-        place = record.step, record.phase, record.ticks
+        place = record.step, record.phase, record.ticks, record.entered_at
         if not sight.alive:
             self._progress.pop(worker, None)
         elif worker not in self._progress or self._progress[worker][0] != place:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from engines.base import Batch, LossFn, StepOutput
 from engines.config import LearnerSettings, SnapshotSettings
+from engines.join_signs import JoinSigns
 from engines.process_groups import ProcessGroups, Rendezvous
 from engines.ranks import Ranks
 from engines.snapshots import (
@@ -87,6 +88,7 @@ class ElasticLearner:
         reach: of "load" (its third argument is the generation: the groups are formed, nothing is read), "snapshot" and
             "flush"; see `engines.snapshots.memory`.
         progress: called between two blocks of the network, forward and backward.
+        signs: called within `join`.
     """
 
     def __init__(
@@ -100,8 +102,9 @@ class ElasticLearner:
         store: Store | None = None,
         reach: Reach = unheard,
         progress: Callable[[], None] = lambda: None,
+        signs: JoinSigns | None = None,
     ) -> None:
-        self._reach, self._progress = reach, progress
+        self._reach, self._progress, self._signs = reach, progress, signs or JoinSigns()
         self.recipe, self.run, self.rendezvous = recipe, run, rendezvous
         self.device = device or torch.device("cpu")
         self.folder = node_folder(run, shared)
@@ -163,10 +166,11 @@ class ElasticLearner:
         self.groups = groups
         if generation <= self._aborted:
             raise NodeLost(f"{groups} was aborted before it was formed")
-        watch = _Watch()
+        watch, signs = _Watch(), self._signs
         with groups.naming_lost_peers():
-            ranks = groups.form(self._ranks)
+            ranks = groups.form(self._ranks, lambda: signs.stage("form"))
             form_s = watch.lap()
+            signs.stage("build")
             learner = build(
                 self.recipe.model,
                 optimizer,
@@ -176,15 +180,18 @@ class ElasticLearner:
                 seed=self.recipe.seed if fresh else None,
                 weights_dir=self.recipe.weights_dir if fresh else None,
                 tokenizer_dir=self.recipe.tokenizer_dir,
+                moved=lambda: signs.moved("build"),
             )
             self.learner = learner
             if not self.recipe.compile_blocks:
                 self._listen_between_blocks(learner)
             build_s = watch.lap()
+            signs.stage("load")
             self._reach("load", rank, generation)
-            available = Sources([FolderSource(self.folder), *sources])
+            available = Sources([FolderSource(self.folder), *sources], signs.moved)
             snapshot = None if fresh else self._load(learner, available, stores, at_most)
             load_s = watch.lap()
+            signs.stage("build")
         self.snapshots = learner.snapshots = Snapshots(
             self.folder,
             self.run,
@@ -324,18 +331,25 @@ class ElasticLearner:
     ) -> SnapshotName | None:
         """(collective) The same of the steps that are `wanted`; why one was not taken is added to `problems`."""
         seen = [name for name in sources.snapshots() if wanted(name.step)]
-        common = set.intersection(*(set(names) for names in learner.ranks.gather(seen)))  # type: ignore[call-overload]
+        common = set.intersection(*(set(names) for names in self._gather(learner, seen)))  # type: ignore[call-overload]
         for snapshot in sorted(common, reverse=True):
             problem = None
             try:
                 learner.load_snapshot(sources.reader(snapshot))
             except CheckpointError as error:
                 problem = f"rank {learner.rank}, {snapshot}: {error}"
-            found = [str(text) for text in learner.ranks.gather(problem) if text is not None]
+            found = [str(text) for text in self._gather(learner, problem) if text is not None]
             if not found:
                 return snapshot
             problems += found
         return None
+
+    def _gather(self, learner: TorchLearner, value: object) -> list[object]:
+        """(collective) Between two parts of this rank's own work."""
+        self._signs.stage("wait")
+        values = learner.ranks.gather(value)
+        self._signs.stage("load")
+        return values
 
 
 class _Watch:

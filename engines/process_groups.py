@@ -130,8 +130,10 @@ class ProcessGroups:
     def aborted(self) -> bool:
         return self._aborted
 
-    def form(self, build: Callable[[], T]) -> T:
+    def form(self, build: Callable[[], T], reached: Callable[[], None] = lambda: None) -> T:
         """(collective) Make the default group, then what `build` makes (meshes, subgroups); returns what it returns.
+
+        `reached` is called before each of the parts in which ranks wait for each other.
 
         Raises:
             NodeLost: a peer did not come within `form_timeout_s`, was lost meanwhile, or `abort` was called.
@@ -142,10 +144,13 @@ class ProcessGroups:
             self._before = open_sockets()
         with self.naming_lost_peers(forming=True):
             meeting = self._rendezvous
+            reached()
             shared = meeting.store() if isinstance(meeting, Rendezvous) else meeting
             store = dist.PrefixStore(f"generation-{self.generation}", shared)
             self._init_default(store)
+            reached()
             built = build()
+            reached()
             connections = self._find_connections(store)
             for group in _groups():
                 dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_s), group)

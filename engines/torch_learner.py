@@ -46,12 +46,14 @@ def build(
     seed: int | None = 0,
     tokenizer_dir: Path | None = None,
     weights_dir: Path | None = None,
+    moved: Callable[[], None] = lambda: None,
 ) -> "TorchLearner":
     """(collective) A learner of a new network, sharded over `ranks`, with the weights of an HF folder, or else with the
     start values of `seed`, the same on every mesh.
 
     `fsdp` shards over the replicas, else they stay whole; see `models.parallelize.parallelize` for the rest. Without
-    either the weights are left as memory had them: load a state before the first step.
+    either the weights are left as memory had them: load a state before the first step. `moved` is called before every
+    tensor.
 
     Raises:
         CheckpointError: the folder's weights are not of this network.
@@ -67,12 +69,12 @@ def build(
         dtype=getattr(torch, settings.dtype),
     )
     if seed is not None and weights_dir is None:
-        materialize(model, ranks.device, seed)
+        materialize(model, ranks.device, seed, moved)
     else:
         model.to_empty(device=ranks.device)
         model.tie()
     if weights_dir is not None:
-        fill(model, read_tensors(weights_dir, config, torch.float32))
+        fill(model, read_tensors(weights_dir, config, torch.float32), moved)
     tokenizer = load_tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
     reduces = fsdp and ranks.mesh is not None
     return TorchLearner(model, settings, ranks, reduces_gradients=reduces, tokenizer=tokenizer)

@@ -6,7 +6,7 @@ Manner after torchtitan's llama3 parallelize (pytorch/torchtitan, `models/llama3
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -111,29 +111,31 @@ def stage_of(config: LlamaConfig, name: str, stages: int) -> int:
     return next(stage for stage, own in enumerate(stage_layers(config, stages)) if number in own)
 
 
-def materialize(model: Llama, device: torch.device, seed: int) -> Llama:
+def materialize(model: Llama, device: torch.device, seed: int, moved: Callable[[], None] = lambda: None) -> Llama:
     """Give a (sharded) model on the meta device memory and its start values; returns it.
 
     The values are those of `Llama.init_weights(seed)` whatever the mesh, without communication; one full parameter at a
-    time is in memory.
+    time is in memory. `moved` is called before each.
     """
     model.to_empty(device=device)
     model.tie()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            moved()
             start = initial_tensor(model.config, whole_name(model.config, name), tuple(parameter.shape), seed)
             parameter.copy_(_placed(start, parameter))
     return model
 
 
-def fill(model: Llama, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def fill(model: Llama, tensors: Iterable[tuple[str, Tensor]], moved: Callable[[], None] = lambda: None) -> None:
     """Copy whole tensors, by the whole network's names, into this rank's part of a (sharded) model, one at a time. What
-    this rank's stage does not hold is passed over."""
+    this rank's stage does not hold is passed over. `moved` is called with every one."""
     own: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         own.setdefault(whole_name(model.config, name), []).append(parameter)
     with torch.no_grad():
         for name, tensor in tensors:
+            moved()
             for parameter in own.get(name, ()):
                 parameter.copy_(_placed(tensor, parameter))
 

@@ -1,7 +1,9 @@
-"""Hangs, judged by progress against the run's own step time, and which ranks to suspect, from beacons alone."""
+"""Hangs, judged by progress, and which ranks to suspect, from beacons alone: in training against the run's own step
+time, on the way into a generation against a limit of its own."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf
 from statistics import median
 
 from cluster.config import ElasticSettings
@@ -9,6 +11,10 @@ from cluster.decision import Decision, key
 
 WAITING_PHASES = frozenset({"collective", "barrier", "wait"})
 """Phases in which a rank waits for others: it is a victim, not a culprit."""
+MEETING_PHASES = frozenset({"form", "wait"})
+"""The same on the way into a generation."""
+ELSEWHERE = "fetch"
+"""There it waits for a file or another node's memory, with deadlines of its own."""
 
 
 @dataclass(frozen=True)
@@ -80,3 +86,43 @@ def suspects(beacons: Iterable[Beacon], now: float, settings: ElasticSettings) -
     if behind:
         return Suspects(behind, "behind in collectives")
     return Suspects((), "all wait in the same collective")
+
+
+@dataclass(frozen=True)
+class Joining:
+    """How far a rank is on its way into a generation.
+
+    Example: rank 2, after 4 stages, builds its network, and got on with that 3.5 s ago: Joining(2, 4, "build", 3.5).
+    """
+
+    rank: int
+    stage: float
+    """Stages so far, which are the same on all ranks; infinite for one that has joined, -1 for one not yet heard of."""
+    phase: str = "join"
+    still_s: float = 0.0
+    """Since its last sign of progress, without the time in which it had no processor."""
+
+
+def decide_join(ranks: Iterable[Joining], settings: ElasticSettings) -> tuple[Decision, Suspects]:
+    """hang (with whom to blame) or wait.
+
+    Blamed is who gets on with nothing in work of its own, or has not come out of a meeting that all the others have
+    left: while at least one waits for it, and no more than half of the ranks are like that (what holds up most of them
+    is nothing of theirs). All else is left to `join_timeout_s`: whoever then does not leave is killed.
+    """
+    ranks, limit = list(ranks), settings.join_stall_s
+    still = [rank for rank in ranks if rank.still_s > limit]
+    blamed = [rank for rank in still if rank.stage < inf and rank.phase not in (*MEETING_PHASES, ELSEWHERE)]
+    sign = "busy while the others wait"
+    if not blamed:
+        last = min((rank.stage for rank in ranks), default=inf)
+        behind = [rank for rank in ranks if rank.stage == last]
+        blamed = behind if len(behind) == 1 and behind[0] in still and behind[0].phase in MEETING_PHASES else []
+        sign = "has not left a meeting that the others have left"
+    waited_for = any(rank.phase in MEETING_PHASES or rank.stage == inf for rank in ranks if rank not in blamed)
+    if not blamed or not waited_for or 2 * len(blamed) > len(ranks):
+        return Decision("wait", "every rank gets on, or waits for one that does", key("join_stall_s")), Suspects((), "")
+    longest = max(rank.still_s for rank in blamed)
+    where = ", ".join(sorted({rank.phase for rank in blamed}))
+    text = f"no progress for {longest:.1f} s in {where}, on the way into a generation, exceeds {limit:g} s"
+    return Decision("hang", text, key("join_stall_s")), Suspects(tuple(sorted(rank.rank for rank in blamed)), sign)

@@ -33,10 +33,17 @@ class SnapshotReader(StorageReader):
     Args:
         layouts: descriptions of the snapshot's shards, those nearest to this process first.
         open_shard: fetches and verifies one; CheckpointError where no good copy of it is left.
+        moved: called before every piece that is read.
     """
 
-    def __init__(self, layouts: Mapping[ShardName, Layout], open_shard: Callable[[ShardName], Shard]) -> None:
+    def __init__(
+        self,
+        layouts: Mapping[ShardName, Layout],
+        open_shard: Callable[[ShardName], Shard],
+        moved: Callable[[], None] = lambda: None,
+    ) -> None:
         self._open, self._opened = open_shard, dict[ShardName, Shard | CheckpointError]()
+        self._moved = moved
         self._places: dict[MetadataIndex, list[tuple[ShardName, Part]]] = {}
         entries: dict[str, TensorStorageMetadata] = {}
         for name, layout in layouts.items():
@@ -58,6 +65,7 @@ class SnapshotReader(StorageReader):
         Raises:
             CheckpointError: no shard that holds it is intact.
         """
+        self._moved()
         refused = []
         for name, part in self._places[MetadataIndex(item.storage_index.fqn, item.storage_index.offset)]:
             shard = self._shard(name)

@@ -53,11 +53,13 @@ class FolderSource:
 class Sources:
     """All places together, as they are now; make a new one for every recovery.
 
-    `refused` collects what was not taken and why, for the log.
+    `refused` collects what was not taken and why, for the log. `moved` is called with "load" for every piece that was
+    found, and with "fetch" before a place that is not this machine's memory is asked.
     """
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source], moved: Callable[[str], None] = lambda name: None) -> None:
         self.refused: list[str] = []
+        self._moved = moved
         self._places: dict[ShardName, list[Source]] = {}
         self.add(sources)
 
@@ -65,7 +67,7 @@ class Sources:
         """More places, farther away."""
         for source in sources:
             try:
-                names = source.names()
+                names = self._ask(source, lambda place: place.names())
             except StoreError as error:
                 self.refused.append(f"{source}: {error}")
                 continue
@@ -84,7 +86,7 @@ class Sources:
                 layout = self._layout(name)
                 if layout is not None:
                     layouts[name] = layout
-        return SnapshotReader(layouts, self._open)
+        return SnapshotReader(layouts, self._open, lambda: self._moved("load"))
 
     def _layout(self, name: ShardName) -> Layout | None:
         return self._first(name, lambda source: source.layout(name))
@@ -98,10 +100,17 @@ class Sources:
     def _first(self, name: ShardName, ask: Callable[[Source], T]) -> T | None:
         for source in self._places.get(name, ()):
             try:
-                return ask(source)
+                return self._ask(source, ask)
             except (CheckpointError, StoreError) as error:
                 self.refused.append(f"{source}: {error}")
         return None
+
+    def _ask(self, source: Source, ask: Callable[[Source], T]) -> T:
+        self._moved("load" if isinstance(source, FolderSource) else "fetch")
+        try:
+            return ask(source)
+        finally:
+            self._moved("load")
 
 
 def _expected(shard: Shard, name: ShardName) -> Shard:

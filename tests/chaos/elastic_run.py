@@ -55,6 +55,7 @@ def settings_of(schedule: Schedule, patience: float, url: str) -> dict[str, Any]
             "respawn_backoff_s": 2,
             "abort_timeout_s": 3 * patience,
             "join_timeout_s": 15 * patience,
+            "join_stall_s": 5 * patience,
             "boundary_timeout_s": 40 * patience,
             "growth_must_pay": False,
             "hang_floor_s": 5 * patience,

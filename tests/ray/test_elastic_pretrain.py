@@ -32,7 +32,13 @@ from models.tokenizer import load_tokenizer, train_bpe
 from models.weights import load_llama
 
 STEPS = 24
-PATIENT: dict[str, Any] = {"hang_floor_s": 60, "start_timeout_s": 600, "pulse_timeout_s": 30, "abort_timeout_s": 20}
+PATIENT: dict[str, Any] = {
+    "hang_floor_s": 60,
+    "start_timeout_s": 600,
+    "pulse_timeout_s": 30,
+    "abort_timeout_s": 20,
+    "join_stall_s": 50,
+}
 """Elastic settings for a machine that many share: nothing but a death or a stop is judged by the clock."""
 SETTINGS = PretrainSettings(
     optimizer=LearnerSettings(learning_rate=3e-3, warmup_steps=2, timeout=120),
@@ -256,6 +262,22 @@ def test_elastic_group_that_may_not_shrink_waits_for_a_replacement(action: str, 
         assert "stands still" in run.said()
         stacks = run.heard("stacks")
         assert stacks and open_store(str(run.folder / "store")).get(stacks[0]["stacks"]), run.said()
+
+
+def test_elastic_rank_that_hangs_on_its_way_into_a_generation_is_named_and_replaced(run: Run, quiet: Run) -> None:
+    """One waits for ever where it should read the state, its replacement's peer spins where it should form the groups:
+    each is known by its lack of progress, long before `join_timeout_s`; who waits for it is left alone."""
+    faults = "pretrain.generation-1.rank-1.load:1=deadlock,pretrain.generation-2.rank-0.join:1=spin"
+    run.train(faults, elastic={"min_workers": 2, "spares": 1, "join_stall_s": 4})
+    run.assert_equals(quiet)
+    seen = run.heard("detected")
+    assert len(seen) == 2 and "(rank 1): no progress" in seen[0]["what"], run.said()
+    assert "(rank 0): no progress" in seen[1]["what"] and "elastic.join_stall_s" in seen[1]["what"], run.said()
+    assert all(event["after_s"] < 40 for event in seen), run.said()
+    (started,) = run.heard("started")
+    assert started["generation"] == 3 and started["ranks"] == 2
+    stacks = [open_store(str(run.folder / "store")).get(event["stacks"]) or b"" for event in run.heard("stacks")]
+    assert len(stacks) == 2 and all(b"perform" in text for text in stacks), "where they hung"
 
 
 def test_elastic_ranks_train_on_without_their_controller_and_are_taken_over(run: Run) -> None:

@@ -28,6 +28,7 @@ from cluster.controller_messages import Join, Joined, SnapshotFlushed, Spawn, Ti
 from cluster.controller_state import Controller
 from cluster.fleet import Fleet, WorkerKind
 from cluster.group_journal import GroupJournal
+from cluster.join_board import JoinBoard
 from cluster.node_watch import Beat, Sight
 from cluster.policies.hang import Beacon
 from cluster.policies.rollback import DataWindow
@@ -379,6 +380,43 @@ def test_chaos_a_rank_that_stands_still_in_a_recovery_is_seen(pulse_age: float, 
     controller._hear_beat(Beat("n0", 1, sights=sights), time.monotonic())
     assert ("detected" in [kind for kind, _ in heard]) == seen
     assert ("w1" in core.roster.node_of) != seen and core.phase == ("aborting" if seen else "forming")
+
+
+def test_chaos_a_rank_that_hangs_on_its_way_into_a_generation_is_named(tmp_path: Path) -> None:
+    """Not those that wait for it; and not one that only lacks a processor, however long."""
+    heard: list[Any] = []
+    controller = leader(tmp_path, [], [])
+    controller.listener, controller.joining = Listener(event=heard.append), JoinBoard(ElasticSettings(join_stall_s=10))
+    core = controller.core
+    core.generation, core.phase, core.blocks = 2, "forming", (("w0",), ("w1",), ("w2",))
+    for worker in ("w0", "w1", "w2"):
+        core.roster.place(worker, "n0")
+        core.roster.joined.add(worker)
+    controller._join(Join(2, core.blocks, Restore(3, "memory"), time.monotonic() + 60))
+
+    def see(at: float, w1: float, starved_s: float = 0.0) -> None:
+        """`at` seconds after rank 2 got to its meeting, and `w1` after rank 1 last read a piece."""
+        common: dict[str, Any] = {"state": "joining", "generation": 2, "world_size": 3}
+        records = [
+            Record(os.getpid(), rank=0, phase="wait", ticks=6, entered_at=1.0, **common),
+            Record(os.getpid(), rank=1, phase="load", ticks=5, entered_at=at - w1, **common),
+            Record(os.getpid(), rank=2, phase="wait", ticks=6, entered_at=0.0, **common),
+        ]
+        ages = (at - 1.0, w1, at)
+        starved = (0.0, starved_s, 0.0)
+        sights = tuple(Sight(f"w{rank}", True, records[rank], ages[rank], starved_s=starved[rank]) for rank in range(3))
+        controller._hear_beat(Beat("n0", 1, sights=sights), time.monotonic())
+        controller._judge()
+
+    for second in range(0, 60, 5):
+        see(second, 0.0)  # a large shard, piece by piece
+    for second in (1.0, 30.0):
+        see(55.0 + second, second, starved_s=25.0)
+    assert not heard and core.phase == "forming", heard
+    see(100.0, 45.0, starved_s=25.0)
+    (detected,) = [event for event in heard if event["event"] == "detected"]
+    assert detected["workers"] == ["w1"] and "no progress" in detected["what"] and "load" in detected["what"]
+    assert core.phase == "aborting" and core.roster.joined == {"w0", "w2"}
 
 
 def test_chaos_what_an_older_generation_flushed_counts_as_far_as_later_ones_went_on_from_it() -> None:

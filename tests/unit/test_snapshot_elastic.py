@@ -26,6 +26,7 @@ from elastic_group import (
 
 from engines.config import SnapshotSettings
 from engines.elastic import ElasticLearner, Recipe
+from engines.join_signs import JoinSigns
 from engines.process_groups import Rendezvous, host_store
 from engines.snapshots import SnapshotName, StoreSource, node_folder, sealed
 from infra.errors import NodeLost
@@ -162,10 +163,15 @@ def test_when_all_memory_is_lost_it_goes_on_from_the_store(shared: Path, tmp_pat
         assert first.learner is not None and first.flusher is not None
         take_step(first.learner, first.train_step)
         assert first.flusher.wait(DEADLINE)
+    first_weights = list(first.learner.export())
     assert first.flusher.flushed == [0, 2, 4] and not first.flusher.problems
     first.leave()
-    second = ElasticLearner(recipe, "run", Rendezvous(address), shared=shared / "second", store=store)
+    stages, moves = list[str](), list[tuple[str, str]]()
+    signs = JoinSigns(stages.append, lambda name: moves.append((stages[-1], name)))
+    second = ElasticLearner(recipe, "run", Rendezvous(address), shared=shared / "second", store=store, signs=signs)
     joined = second.join(1, 0, 1, sources=[StoreSource(store, "run", tmp_path / "scratch")])
+    assert stages == ["form"] * 3 + ["build", "load", "wait", "load", "wait", "load", "build"]
+    assert ("load", "fetch") in moves and moves.count(("load", "load")) > len(first_weights), "piece by piece"
     assert joined.snapshot == SnapshotName(0, 4) and second.learner is not None
     curve = [take_step(second.learner, second.train_step)[0] for _ in range(STEPS - 4)]
     second.leave()

@@ -9,7 +9,7 @@ import pytest
 from cluster.config import ElasticSettings
 from cluster.policies.drain import DrainView, decide_drain, leave_by
 from cluster.policies.failure import AdoptionView, FailureView, decide_adoption, decide_failure
-from cluster.policies.hang import Beacon, decide_hang, stall_limit_s, suspects
+from cluster.policies.hang import Beacon, Joining, decide_hang, decide_join, stall_limit_s, suspects
 from cluster.policies.layout import mend
 from cluster.policies.quarantine import BurnIn, decide_burn_in, decide_history, decide_prediction
 from cluster.policies.rollback import (
@@ -135,6 +135,34 @@ def beacon(rank: int, phase: str = "collective", collectives: int = 10, pulse_at
 def test_suspects_of_a_hang(beacons: list[Beacon], ranks: tuple[int, ...], sign: str) -> None:
     found = suspects(beacons, 100.5, ElasticSettings())
     assert (found.ranks, found.sign) == (ranks, sign)
+
+
+JOINED = Joining(9, math.inf, "collective", 99)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "blamed", "sign"),
+    [
+        ([Joining(0, 7, "wait", 11), Joining(1, 6, "load", 11)], (1,), "busy"),
+        ([Joining(0, 7, "wait", 11), Joining(1, 6, "load", 9)], (), ""),  # it gets on, piece by piece
+        ([Joining(0, 7, "wait", 11), Joining(1, 6, "fetch", 50)], (), ""),  # a slow store
+        ([Joining(0, 1, "form", 11), Joining(1, 0, "join", 11), Joining(2, 1, "form", 11)], (1,), "busy"),
+        ([Joining(0, 2, "form", 11), Joining(1, 2, "form", 11)], (), ""),  # nobody can tell which of them
+        ([Joining(0, 4, "build", 1), Joining(1, 3, "form", 11), Joining(2, 5, "load"), JOINED], (1,), "has not left"),
+        ([Joining(0, 3, "form", 11), Joining(1, 3, "form", 11), JOINED], (), ""),  # one of them waits for the other
+        ([Joining(0, 3, "form", 11), Joining(1, 2, "build", 5), JOINED], (), ""),  # it waits for one that gets on
+        ([Joining(0, 6, "load", 11), Joining(1, 6, "load", 11)], (), ""),  # nobody waits
+        ([Joining(0, 6, "load", 11), Joining(1, 6, "load", 11), JOINED], (), ""),  # most of them: not their fault
+        ([Joining(0, 6, "load", 11), Joining(1, 6, "build", 11), JOINED, JOINED], (0, 1), "busy"),
+        ([Joining(0, 1, "form", 11), Joining(1, -1)], (), ""),  # it has not heard the order yet
+        ([Joining(0, 6, "load", 99)], (), ""),
+        ([], (), ""),
+    ],
+)  # fmt: skip
+def test_who_hangs_on_the_way_into_a_generation(ranks: list[Joining], blamed: tuple[int, ...], sign: str) -> None:
+    decision, found = decide_join(ranks, ElasticSettings(join_stall_s=10))
+    assert found.ranks == blamed and found.sign.startswith(sign)
+    assert (decision.action, decision.key) == ("hang" if blamed else "wait", "elastic.join_stall_s")
 
 
 def test_a_hang_is_measured_in_the_runs_own_steps() -> None:
