@@ -7,13 +7,18 @@ of what the network gives, in that step and its replay), `.weights` (one bit of 
 
 By step, the run's own count: `pretrain.step-S.rank-R.data` (before the batch is loaded), `.compute` (between forward
 and backward of the first micro-batch, while the others wait in collectives), `.snapshot` (the state after S steps is
-half written, beside the next step), `.flush` (the shard of that state is in the store, its receipt is not).
+half written, beside the next step), `.flush` (the shard of that state is in the store, its receipt is not); with the
+action `flip`, `.answer` (in that step and its replay) and `.weights` (after S steps).
+
+`seat-R` in place of `rank-R`: in a group of N ranks that is rank R modulo N, so that somebody comes by there however
+small the group is by then.
 
 By window of the data order, whoever trains on it: `pretrain.window-W.loss` with the actions `nan` and `spike`, which
 are carried out on the loss itself. Bad data is bad every time: write `:*=nan`.
 """
 
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -24,6 +29,7 @@ from engines.elastic import ElasticLearner
 from infra.faults import FaultSchedule
 
 BY_GENERATION = ("join", "load", "finish")
+SEAT = re.compile(r"\.seat-(\d+)\.")
 FACTORS = {"nan": math.nan, "spike": 40.0}
 
 
@@ -38,25 +44,41 @@ class FaultPoints:
 
     def __init__(self, schedule: str, taken: Path) -> None:
         self._schedule = FaultSchedule.parse(schedule, once=taken)
+        self._seats = 1 + max(map(int, SEAT.findall(schedule)), default=-1)
+        self._world_size = 1
+
+    def sit(self, world_size: int) -> None:
+        """The group has so many ranks now."""
+        self._world_size = world_size
 
     def reach(self, moment: str, rank: int, number: int) -> None:
         """`number` is the generation or the step, as the moment wants it. Callable from any thread."""
-        scope = "generation" if moment in BY_GENERATION else "step"
-        self._schedule.reach(f"pretrain.{scope}-{number}.rank-{rank}.{moment}")
+        for point in self._points("generation" if moment in BY_GENERATION else "step", number, rank, moment):
+            self._schedule.reach(point)
 
     def count_step(self, rank: int, generation: int) -> None:
         """One hit of `.step`."""
         self._schedule.reach(f"pretrain.generation-{generation}.rank-{rank}.step")
 
-    def in_answer(self, ask: LossFn, rank: int, generation: int) -> LossFn:
+    def in_answer(self, ask: LossFn, rank: int, generation: int, step: int) -> LossFn:
         """The loss function of one step, of a network that answers wrongly where that is due."""
-        wrong = self._schedule.take(f"pretrain.generation-{generation}.rank-{rank}.answer") == "flip"
-        return answered_wrongly(ask) if wrong else ask
+        return answered_wrongly(ask) if self._flips(rank, generation, step, "answer") else ask
 
     def flip_weight(self, elastic: ElasticLearner, rank: int, generation: int) -> None:
         """After a step."""
-        if self._schedule.take(f"pretrain.generation-{generation}.rank-{rank}.weights") == "flip":
+        assert elastic.learner is not None
+        if self._flips(rank, generation, elastic.learner.step, "weights"):
             flip_weight(elastic)
+
+    def _flips(self, rank: int, generation: int, step: int, moment: str) -> bool:
+        by_generation = f"pretrain.generation-{generation}.rank-{rank}.{moment}"
+        due = [self._schedule.take(point) for point in (by_generation, *self._points("step", step, rank, moment))]
+        return "flip" in due
+
+    def _points(self, scope: str, number: int, rank: int, moment: str) -> list[str]:
+        """What a rank comes by there."""
+        seats = (f"seat-{seat}" for seat in range(rank, self._seats, self._world_size))
+        return [f"pretrain.{scope}-{number}.{who}.{moment}" for who in (f"rank-{rank}", *seats)]
 
     def in_loss(self, ask: LossFn, rank: int, step: int, window: int) -> LossFn:
         """The loss function of one step with the points in it."""

@@ -186,6 +186,7 @@ class PretrainRank:
         seat = {"generation": order.generation, "rank": order.rank, "world_size": order.world_size}
         self.beacon.set(state="joining", phase="join", ticks=0, **seat)
         self.ledger.enter("re_forming")
+        self.points.sit(order.world_size)
         self.points.reach("join", order.rank, order.generation)
         learner = self._join(order)
         self.beacon.stir("fetch")
@@ -211,7 +212,7 @@ class PretrainRank:
             self.points.count_step(order.rank, order.generation)
             self.beacon.enter("collective")
             learner.ranks.stop_asked = self._stop_generation >= order.generation
-            ask = self.points.in_answer(next_token_loss(tokens, self.beacon.tick), order.rank, order.generation)
+            ask = self.points.in_answer(next_token_loss(tokens, self.beacon.tick), order.rank, order.generation, step)
             with self.ledger.step(learner.ranks.waits, again=step < order.high_step):
                 self.elastic.train_step(micro_batches, self.points.in_loss(ask, order.rank, step, loader.window(step)))
             own_s += own.end(self.ledger.waited_s) / loader.weight(step)

@@ -29,9 +29,10 @@ MARK = "RECUA_CHAOS"
 
 @dataclass(frozen=True)
 class Nodes:
-    """`count` raylets beside the head's, all of `each`; `head` says otherwise for that one."""
+    """`count` raylets beside the head's, all of `each`; `head` says otherwise for that one. `s3`: is there a server?"""
 
     count: int = 1
+    s3: bool = True
     each: Mapping[str, Any] = field(default_factory=lambda: {"num_cpus": 1, "object_store_memory": 80 << 20})
     head: Mapping[str, Any] = field(default_factory=lambda: {"_system_config": HEALTH})
 
@@ -140,11 +141,12 @@ def open_place(layout: Nodes | None = None) -> Iterator[Place]:
     os.environ |= {MARK: str(folder), "RAY_USAGE_STATS_ENABLED": "0", "RECUA_FAULTS": "", "RAY_worker_niceness": "0"}
     os.environ.pop("RAY_ADDRESS", None)
     try:
-        with moto_server() as server, _proxy(server) as proxy:
-            os.environ["AWS_ENDPOINT_URL"] = proxy
-            layout = layout or Nodes()
-            with _cluster(layout) as cluster:
-                yield Place(folder, server, proxy, cluster, layout)
+        layout = layout or Nodes()
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(moto_server()) if layout.s3 else ""
+            proxy = stack.enter_context(_proxy(server)) if layout.s3 else ""
+            os.environ |= {"AWS_ENDPOINT_URL": proxy} if layout.s3 else {}
+            yield Place(folder, server, proxy, stack.enter_context(_cluster(layout)), layout)
     finally:
         os.environ.clear()
         os.environ.update(before)

@@ -1,7 +1,8 @@
 """What every campaign does with its runs: seeds, a file of results that grows, replays, a bound, a clean end.
 
 Every run takes the next seed, and its line goes to the end of a file, so that a long campaign can be stopped and
-continued. `SEED=n` in the environment replays one schedule.
+continued. `SEED=n` in the environment replays one schedule. A line says of which commit the code was, with a plus where
+it had changes beside; `--since` leaves out what was run with older code, or earlier.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ Open = Callable[[Path], AbstractContextManager[Callable[[int], Record]]]
 def carry_out(seeds: Iterable[int], results: Path, surroundings: Open) -> Generator[Record, None, None]:
     """Run these seeds; each line is kept and given. Where the surroundings fail, on an overloaded machine say, the
     seed is run again in new ones."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = _git("rev-parse", "--short", "HEAD") + "+" * bool(_git("status", "--porcelain", "--untracked-files=no"))
     left, failures = deque(seeds), 0
     while left:
         try:
@@ -61,10 +63,13 @@ def main(
     parser.add_argument("--for", dest="seconds", type=_seconds, help="no new run after this time, e.g. 10m")
     parser.add_argument("--results", type=Path, default=results, help=f"the file of results ({results})")
     parser.add_argument("--first-seed", type=int, help="default: after the last seed in the file")
+    parser.add_argument("--since", default="", help="count only runs of this commit and later ones, or after this time")
     given = parser.parse_args(arguments)
     given.results.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(text) for text in given.results.read_text().splitlines()] if given.results.exists() else []
     first = given.first_seed or max((line["seed"] for line in lines), default=0) + 1
+    if given.since:
+        lines = since(lines, given.since)
     bounded = given.faults is not None or given.seconds is not None
     runs = given.runs if given.runs is not None else 10**6 if bounded else 20
     seeds = range(first, first + runs)
@@ -86,6 +91,24 @@ def main(
         print("interrupted; what was run so far:", flush=True)
     print(summary([*lines, *fresh]), flush=True)
     return 1 if any(line["violations"] for line in fresh) else 0
+
+
+def since(lines: Sequence[Record], start: str) -> list[Record]:
+    """Runs after a time (ISO 8601, e.g. 2026-11-21T15:20), or with code that has a commit in its history."""
+    with contextlib.suppress(ValueError):
+        time_s = datetime.fromisoformat(start).timestamp()
+        return [line for line in lines if line["time"] >= time_s]
+    has = {commit: _has(commit.rstrip("+"), start) for commit in {line["commit"] for line in lines}}
+    return [line for line in lines if has[line["commit"]]]
+
+
+def _has(commit: str, earlier: str) -> bool:
+    command = ["git", "merge-base", "--is-ancestor", earlier, commit]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
 
 
 def _hits(lines: list[Record]) -> int:

@@ -3,64 +3,40 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
 from actors.step_log import read_steps
+from cluster.beacons import SUFFIX
 from cluster.group_actors import NAMESPACE
 from data.config import BatchSettings
 from data.loader import Loader
 from data.mixture import Mixture, Source
 from data.tokenized import TokenWindows
 from infra.storage import open_store
+from tests.chaos.elastic_losses import losses
+from tests.chaos.elastic_program import SEED
+from tests.chaos.elastic_reference import Reference, Row, weights_of
 from tests.chaos.elastic_run import Run
-from tests.chaos.elastic_schedule import BAD_WINDOWS, FLUSH_EVERY, STEPS, VALUES
+from tests.chaos.elastic_schedule import FLUSH_EVERY, SILENT, STEPS
 
 NEAR = 1e-4
 """Relative, where another number of ranks has added up the same numbers in another order."""
 GONE_S = 40.0
-Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Reference:
-    """How the fault-free run ended."""
-
-    rows: list[Row]
-    weights: dict[str, torch.Tensor]
-
-    @classmethod
-    def of(cls, folder: Path) -> "Reference":
-        return cls(rows_of(folder / "state"), weights_of(folder / "out"))
-
-
-def rows_of(state: Path) -> list[Row]:
-    return read_steps(open_store(state))
-
-
-def weights_of(out: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(out.glob("*.safetensors")):
-        tensors |= load_file(path)
-    return tensors
-
-
-def check(run: Run, reference: Reference | None, corpus: Path) -> Iterator[str]:
-    """The violations. `reference`: None where this is the fault-free run itself."""
+def check(run: Run, reference: Reference, corpus: Path) -> Iterator[str]:
+    """The violations."""
     yield from _reports(run)
     if not run.violations:
-        rows = rows_of(run.state)
+        rows = read_steps(open_store(run.state))
         if [row["step"] for row in rows] != list(range(STEPS)):
             yield f"the log has steps {[row['step'] for row in rows]}"
             return
         yield from _samples(run, rows, corpus)
-        if reference is not None:
-            yield from _same(run, rows, reference)
+        yield from _same(run, rows, reference)
         yield from _lost_steps(run)
+        yield from _silent(run)
     yield from _left_behind(run)
 
 
@@ -85,13 +61,11 @@ def _lines(log: Path) -> list[str]:
 
 def _samples(run: Run, rows: list[Row], corpus: Path) -> Iterator[str]:
     """Windows that were left out are those with bad data, and what the ranks took is the data order without them."""
-    history = json.loads((run.state / "group.json").read_text())
-    skipped = [window for first, last in history["skipped"] for window in range(first, last + 1)]
-    bad = [window for fault in run.schedule.faults if fault.kind in VALUES for window in BAD_WINDOWS[fault.kind]]
-    if skipped != sorted(set(bad)):
-        yield f"windows {skipped} were left out, those with bad data are {sorted(set(bad))}"
+    skipped = [window for first, last in run.history["skipped"] for window in range(first, last + 1)]
+    if skipped != run.schedule.skipped:
+        yield f"windows {skipped} were left out, those with bad data are {run.schedule.skipped}"
     size = len(TokenWindows(corpus / "tokens", 16))
-    loader = Loader(Mixture([Source("tokens", size, float(size))], 7), BatchSettings(size=6), skipped)
+    loader = Loader(Mixture([Source("tokens", size, float(size))], SEED), BatchSettings(size=6), skipped)
     for row in rows:
         if row["samples"] != loader.batch(row["step"]).checksum():
             yield f"step {row['step']} took other samples than those of window {loader.window(row['step'])}"
@@ -122,29 +96,21 @@ def _same(run: Run, rows: list[Row], reference: Reference) -> Iterator[str]:
 
 
 def _lost_steps(run: Run) -> Iterator[str]:
-    """By the ranks' beacons, not by what the controller says of itself. A generation that went back on purpose (bad
-    data) or that lost all memory may lose more."""
-    witness, generations = run.witness, sorted(run.witness.started)
-    kinds = {fault.kind for fault in run.hit}
-    allowed = 2 * FLUSH_EVERY + 2 if "wipe" in kinds or _two_copies_gone(run) else 1
+    """By the ranks' beacons, not by what the controller says of itself (see `elastic_losses`)."""
     events = [event for driver in run.drivers for event in driver.lines("event")]
-    back = {event["to_step"] for event in events if event["event"] == "rolled-back"}
-    for generation in generations[1:]:
-        before = max(witness.reached.get(one, 0) for one in witness.reached if one < generation)
-        start = witness.started[generation]
-        if before - start > allowed and start not in back and not _undone(run, before, start):
-            yield f"generation {generation} went back from step {before} to {start}"
+    back = [event["to_step"] for event in events if event["event"] == "rolled-back"]
+    replicated = run.schedule.variant.name == "replicate"
+    witness = run.witness
+    yield from losses(witness.lives, witness.taken, back, replicated, fallback=2 * FLUSH_EVERY + 2)
 
 
-def _undone(run: Run, before: int, start: int) -> bool:
-    """Bad data within these steps: what is computed again after a rollback may be lost again."""
-    return any(fault.kind in VALUES for fault in run.schedule.faults) and start <= BAD_WINDOWS["spike"][-1] + 4
-
-
-def _two_copies_gone(run: Run) -> bool:
-    """More than one copy of a shard may be lost at once: a second node, a damaged copy, or an agent that kept replicas,
-    before they were replaced."""
-    return sum(fault.kind in ("node", "raylet", "agent", "drain", "sigterm", "flip") for fault in run.hit) > 1
+def _silent(run: Run) -> Iterator[str]:
+    """Whoever remembered or computed wrongly was named, and nobody else."""
+    guilty = [worker for one in run.history["corruptions"] for worker in one["workers"]]
+    wrong = [found for fault in run.hit if fault.kind in SILENT and (found := run.witness.whose(run.pids[fault]))]
+    expected = [path.name.removesuffix(SUFFIX) for path, _ in wrong]
+    if guilty != expected:
+        yield f"{guilty} were found to be wrong, {expected} were"
 
 
 def _left_behind(run: Run) -> Iterator[str]:

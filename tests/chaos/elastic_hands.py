@@ -12,6 +12,7 @@ import psutil
 
 from cluster.host_memory import node_root
 from engines.snapshots import ShardName
+from tests.chaos.elastic_losses import Taken
 from tests.chaos.elastic_schedule import Fault
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 DRAIN_S = 8.0
 """From a notice to the node's end."""
+NOTICE_S = 14.0
+"""The same where the metadata service says it, which is asked every 5 s."""
 STOPPED_S = 4.0
 """How long a driver sleeps."""
 STORE_S = 6.0
@@ -47,6 +50,7 @@ class Hands:
             "flip": self.flip,
             "wipe": self.wipe,
             "drain": self.drain,
+            "notice": self.notice,
             "sigterm": self.sigterm,
             "store": self.store,
         }
@@ -55,15 +59,19 @@ class Hands:
     def node(self, fault: Fault) -> bool:
         """The machine is gone: raylet, ranks, agent, memory; another one joins."""
         node = self._node(fault)
-        return node is not None and self._lose(node, with_workers=True)
+        return node is not None and self._lose(node, fault.kind, with_workers=True)
 
     def raylet(self, fault: Fault) -> bool:
         """Only the raylet is killed; the node's other processes are left to notice."""
         node = self._node(fault)
-        return node is not None and self._lose(node, with_workers=False)
+        return node is not None and self._lose(node, fault.kind, with_workers=False)
 
     def agent(self, fault: Fault) -> bool:
-        return self._signal_agent(fault, signal.SIGKILL)
+        node = self._node(fault)
+        if node is None or not self._signal_agent(node, signal.SIGKILL):
+            return False
+        self._run.witness.agent_killed(node_root(node).name, self._run.patience)
+        return True
 
     def driver(self, fault: Fault) -> bool:
         """Killed; the next one starts at once, or after the ranks have trained alone for a while."""
@@ -81,33 +89,41 @@ class Hands:
     def flip(self, fault: Fault) -> bool:
         """One bit of one copy of the rank's newest shard, its own or a replica; then the rank dies. In a recovery it is
         the copy that the rank reads first."""
+        found = self._run.witness.whose(self._run.pids[fault])
         names: dict[ShardName, list[Path]] = {}
         for folder in self._run.memory():
             for path in folder.glob("*.shard"):
                 name = ShardName.parse(path.name)
-                if name is not None and name.rank == fault.rank:
+                if name is not None:
                     names.setdefault(name, []).append(path)
-        if not names:
+        if found is None or not names:
             return False
-        newest = max(names, key=lambda name: (name.generation, name.step))
+        rank, root = found[1].rank, found[0].parents[2]
+        newest = max(names, key=lambda name: (name.rank == rank % name.world_size, name.generation, name.step))
         copies = sorted(names[newest])
         copy = copies[fault.other % len(copies)]
+        if fault.phase == "recovery":
+            copy = next((path for path in copies if path.is_relative_to(root)), copy)
+        began, shard = time.monotonic(), (newest.generation, newest.rank)
+        if not _flip(copy, fault.at):
+            return False
+        self._run.witness.taken.append(Taken("flip", began, copy.parents[1].name, shard, until=time.monotonic()))
         if fault.phase != "recovery":
-            return _flip(copy, fault.at) and self._kill_ranks([fault.rank])
-        node = self._node(fault)
-        own = [path for path in copies if node is not None and path.is_relative_to(node_root(node))]
-        return _flip((own or [copy])[0], fault.at)
+            _send(found[1].pid, signal.SIGKILL)
+        return True
 
     def wipe(self, fault: Fault) -> bool:
         """All ranks die and all memory is lost: only the store is left, which has to have something."""
         store = self._run.place.store(self._run.url) if self._run.url else None
         folder = self._run.state / "snapshots" / self._run.group / "manifests"
         kept = list(store.list(f"snapshots/{self._run.group}/manifests")) if store else list(folder.glob("*"))
+        began = time.monotonic()
         if not kept or not self._kill_ranks(list(self._run.witness.ranks())):
             return False
         for memory in self._run.memory():
             for path in memory.glob("*.shard*"):
                 path.unlink(missing_ok=True)
+        self._run.witness.taken.append(Taken("wipe", began, until=time.monotonic()))
         return True
 
     def drain(self, fault: Fault) -> bool:
@@ -122,17 +138,25 @@ class Hands:
         deadline = int((time.time() + DRAIN_S) * 1000)
         accepted, _ = GcsClient(address=self._run.place.address).drain_node(node, reason, "reclaimed", deadline)
         if accepted:
-            self._run.place.join_node()
-            self._later(DRAIN_S, lambda: self._lose(node, with_workers=True, replace=False))
+            self._end_later(fault, node, DRAIN_S)
         return bool(accepted)
+
+    def notice(self, fault: Fault) -> bool:
+        """The cloud's metadata service says that the machine is reclaimed, and it is."""
+        node = self._node(fault)
+        agent = None if node is None else self._agent(node)
+        if node is None or agent is None:
+            return False
+        self._run.cloud.reclaimed[agent.pid] = time.time() + NOTICE_S
+        self._end_later(fault, node, NOTICE_S)
+        return True
 
     def sigterm(self, fault: Fault) -> bool:
         """The machine is shut down: SIGTERM first, which the agent hears, and the end after the grace."""
         node = self._node(fault)
-        if node is None or not self._signal_agent(fault, signal.SIGTERM):
+        if node is None or not self._signal_agent(node, signal.SIGTERM):
             return False
-        self._run.place.join_node()
-        self._later(DRAIN_S, lambda: self._lose(node, with_workers=True, replace=False))
+        self._end_later(fault, node, DRAIN_S)
         return True
 
     def store(self, fault: Fault) -> bool:
@@ -147,30 +171,43 @@ class Hands:
     # ---- who is meant
 
     def _node(self, fault: Fault) -> str | None:
-        """The node of the fault's rank."""
-        found = self._run.witness.ranks().get(fault.rank)
+        """The node of the rank that came by."""
+        found = self._run.witness.whose(self._run.pids[fault])
         if found is None:
             return None
         root = found[0].parents[2].name
         return next((node for node in self._run.place.nodes if node_root(node).name == root), None)
 
-    def _lose(self, node: str, *, with_workers: bool, replace: bool = True) -> bool:
+    def _lose(self, node: str, what: str, *, with_workers: bool, replace: bool = True) -> bool:
+        began, root = time.monotonic(), node_root(node)
         if not self._run.place.lose_node(node, with_workers):
             return False
-        self._run.lost.add(node_root(node).name)
+        self._run.lost.add(root.name)
+        self._run.witness.taken.append(Taken(what, began, root.name))
         if with_workers:
-            shutil.rmtree(node_root(node), ignore_errors=True)
+            shutil.rmtree(root, ignore_errors=True)
         if replace:
             self._run.place.join_node()
         return True
 
-    def _signal_agent(self, fault: Fault, number: signal.Signals) -> bool:
-        node = self._node(fault)
-        for process in self._run.place.children(node) if node is not None else ():
+    def _end_later(self, fault: Fault, node: str, seconds: float) -> None:
+        """Another node joins at once; this one goes."""
+        self._later(seconds, lambda: self._lose(node, fault.kind, with_workers=True, replace=False))
+        self._run.place.join_node()
+
+    def _agent(self, node: str) -> psutil.Process | None:
+        for process in self._run.place.children(node):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if process.cmdline()[:1] == ["ray::PretrainAgent"] or "PretrainAgent" in " ".join(process.cmdline()):
-                    process.send_signal(number)
-                    return True
+                if "PretrainAgent" in " ".join(process.cmdline()):
+                    return process
+        return None
+
+    def _signal_agent(self, node: str, number: signal.Signals) -> bool:
+        process = self._agent(node)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process is not None:
+                process.send_signal(number)
+                return True
         return False
 
     def _kill_ranks(self, ranks: list[int]) -> bool:

@@ -19,6 +19,7 @@ from infra.errors import RecuaError
 from models.llama import LlamaConfig
 
 MODEL = {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 64, "context": 16, "tied": True}
+SEED = 7
 
 
 def main(order: dict[str, Any], log: Path) -> int:
@@ -38,7 +39,7 @@ def main(order: dict[str, Any], log: Path) -> int:
                 folder / "out",
                 folder / "state",
                 lambda row: say("row", row),
-                seed=7,
+                seed=SEED,
                 on_event=lambda event: say("event", event),
                 faults=order["faults"],
             )

@@ -18,22 +18,23 @@ from typing import Any
 
 import psutil
 
-from cluster.beacons import BeaconReader, Record
 from tests.chaos.campaign_place import MARK, Place
 from tests.chaos.elastic_hands import Hands
-from tests.chaos.elastic_schedule import FLUSH_EVERY, INSIDE, STEPS, TWO_BLOCKS, VALUES, Fault, Schedule
+from tests.chaos.elastic_schedule import FLUSH_EVERY, INSIDE, SILENT, STEPS, VALUES, VERIFY_EVERY, Fault, Schedule
+from tests.chaos.elastic_witness import SHARED, Witness
+from tests.cloud_metadata import Metadata
 
 PROGRAM = Path(__file__).with_name("elastic_program.py")
-DEADLINE_S = 300.0
-LOOK_S, FIND_S = 0.02, 0.2
-SHARED = Path("/dev/shm")
+START_S, FAULT_S = 150.0, 30.0
+"""How long a run may take: so long, and so long for each fault."""
+LOOK_S = 0.02
 DRIVERS = 12
 
 
-def settings_of(schedule: Schedule, patience: float, url: str) -> dict[str, Any]:
-    """Of the pretraining, as its section in a recipe says them. `patience` scales what is judged by the clock."""
+def settings_of(schedule: Schedule, patience: float, url: str, metadata: str = "") -> dict[str, Any]:
+    """Of the pretraining, as its section in a recipe says them. `patience` scales what is judged by the clock;
+    `metadata` is the address of the machines' cloud. A group that shrinks keeps two ranks: one block, or two nodes."""
     variant = schedule.variant
-    block = 2 if variant.name in TWO_BLOCKS else 1
     return {
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2, "timeout": 120},
         "steps": STEPS,
@@ -47,7 +48,7 @@ def settings_of(schedule: Schedule, patience: float, url: str) -> dict[str, Any]
         "placement": "SPREAD",
         **variant.settings,
         "elastic": {
-            "min_workers": block if schedule.shrinks else variant.ranks,
+            "min_workers": 2 if schedule.shrinks else variant.ranks,
             "spares": schedule.spares,
             "max_faults_without_progress": 20,
             "capacity_wait_s": 200,
@@ -63,8 +64,9 @@ def settings_of(schedule: Schedule, patience: float, url: str) -> dict[str, Any]
             "first_step_grace_s": 30 * patience,
             "flush_timeout_s": 30 * patience,
             "spike_window": 16,
+            "verify_every": VERIFY_EVERY if schedule.has(SILENT) else 20,
             "quarantine_faults": 1000,
-            "notices": {"cloud": "none", "sigterm_grace_s": 8},
+            "notices": {"cloud": "aws" if metadata else "none", "metadata_url": metadata, "sigterm_grace_s": 8},
         },
     }
 
@@ -93,51 +95,26 @@ class Driver:
         self.process.wait()
 
 
-class Witness:
-    """What the beacons of a group's ranks say, read by nobody of the group: generations, their ranks and steps."""
-
-    def __init__(self) -> None:
-        self.readers: dict[Path, BeaconReader] = {}
-        self.reached: dict[int, int] = {}
-        """The newest committed step of each generation."""
-        self.started: dict[int, int] = {}
-        """The step that each generation went on from."""
-        self.worlds: dict[int, int] = {}
-        self._found_at = 0.0
-
-    def look(self, group: str) -> None:
-        if time.monotonic() - self._found_at > FIND_S:
-            self._found_at = time.monotonic()
-            for path in SHARED.glob(f"recua-node-*/recua-{group}/beacons/*.beacon"):
-                if path not in self.readers:
-                    with contextlib.suppress(OSError, ValueError):
-                        self.readers[path] = BeaconReader(path)
-        for reader in self.readers.values():
-            record = reader.read()
-            if record.generation and record.state != "joining":
-                generation = record.generation
-                self.worlds[generation] = record.world_size
-                if record.state in ("joined", "finished", "boundary"):
-                    self.started[generation] = record.start
-                self.reached[generation] = max(self.reached.get(generation, 0), record.step)
-
-    def ranks(self) -> dict[int, tuple[Path, Record]]:
-        """Of the newest generation, by rank: beacon and record of the living."""
-        records = [(path, reader.read()) for path, reader in self.readers.items()]
-        alive = [(path, record) for path, record in records if psutil.pid_exists(record.pid) and path.exists()]
-        newest = max((record.generation for _, record in alive), default=0)
-        return {record.rank: (path, record) for path, record in alive if newest and record.generation == newest}
-
-
 class Run:
     """A run while it goes on, and what happened."""
 
     def __init__(
-        self, place: Place, schedule: Schedule, folder: Path, corpus: Path, vocab_size: int, url: str, patience: float
+        self,
+        place: Place,
+        cloud: Metadata,
+        schedule: Schedule,
+        folder: Path,
+        corpus: Path,
+        vocab_size: int,
+        url: str,
+        patience: float,
     ) -> None:
         self.place, self.schedule, self.folder, self.url, self.patience = place, schedule, folder, url, patience
+        self.cloud = cloud
         self.drivers: list[Driver] = []
         self.hit: list[Fault] = []
+        self.pids: dict[Fault, int] = {}
+        """Which process came by a fault's point."""
         self.missed: list[Fault] = []
         self.violations: list[str] = []
         self.lost: set[str] = set()
@@ -152,7 +129,7 @@ class Run:
             "corpus": str(corpus),
             "folder": str(folder),
             "vocab_size": vocab_size,
-            "settings": settings_of(schedule, patience, url),
+            "settings": settings_of(schedule, patience, url, cloud.url),
             "faults": schedule.text,
         }
 
@@ -162,27 +139,27 @@ class Run:
 
     @property
     def group(self) -> str:
+        return str(self.history.get("group", ""))
+
+    @property
+    def history(self) -> dict[str, Any]:
+        """What its controllers have noted (see cluster.group_journal)."""
         try:
-            return str(json.loads((self.state / "group.json").read_text())["group"])
-        except (OSError, ValueError, KeyError):
-            return ""
+            found: dict[str, Any] = json.loads((self.state / "group.json").read_text())
+            return found
+        except (OSError, ValueError):
+            return {}
 
     def carry_out(self) -> None:
         """Until a driver has finished. Nothing that the run started lives on."""
+        self.witness.begin()
         try:
             self._until_finished()
         finally:
+            self.witness.end()
             for driver in self.drivers:
                 if driver.process.poll() is None:
                     driver.kill()
-
-    @property
-    def rolled_back(self) -> bool:
-        """Bad data was met."""
-        try:
-            return bool(json.loads((self.state / "group.json").read_text())["rollbacks"])
-        except (OSError, ValueError, KeyError):
-            return False
 
     def memory(self) -> list[Path]:
         """What the group has in this machine's memory."""
@@ -208,15 +185,15 @@ class Run:
         return found
 
     def _until_finished(self) -> None:
-        deadline = time.monotonic() + DEADLINE_S * self.patience
+        allowed = (START_S + FAULT_S * len(self.schedule.faults)) * self.patience
+        deadline = time.monotonic() + allowed
         while not any(driver.process.poll() == 0 for driver in self.drivers):
             if time.monotonic() > deadline:
-                self.violations.append(f"not finished after {DEADLINE_S * self.patience:.0f} s")
+                self.violations.append(f"not finished after {allowed:.0f} s")
                 return
             if not self._keep_driven():
                 return
-            if group := self.group:
-                self.witness.look(group)
+            self.witness.group = self.witness.group or self.group
             self._hear_of_points()
             for at, act in [entry for entry in self.later if entry[0] <= time.monotonic()]:
                 self.later.remove((at, act))
@@ -252,5 +229,14 @@ class Run:
             fault = self._waiting.pop(name.rpartition(":")[0], None)
             if fault is None:
                 continue
-            done = fault.kind in (*INSIDE, "slow", "two") or self.hands.strike(fault)
+            self.pids[fault] = self._who_came(taken / name)
+            done = fault.kind in (*INSIDE, *SILENT, "slow", "two") or self.hands.strike(fault)
             (self.hit if done else self.missed).append(fault)
+
+    def _who_came(self, note: Path) -> int:
+        """The file has its name before it has its content."""
+        for _ in range(50):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                return int(json.loads(note.read_text())["pid"])
+            time.sleep(0.01)
+        return 0

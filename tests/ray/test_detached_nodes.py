@@ -5,15 +5,11 @@ import os
 import random
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 from ray._raylet import GcsClient
@@ -31,6 +27,7 @@ from infra.errors import NodeLost, ResourceError
 from infra.storage import open_store
 from models.llama import LlamaConfig
 from models.tokenizer import load_tokenizer, train_bpe
+from tests.cloud_metadata import Metadata, metadata_service
 
 PATIENT: dict[str, Any] = {
     "hang_floor_s": 60, "pulse_timeout_s": 30, "abort_timeout_s": 20, "start_timeout_s": 600
@@ -93,54 +90,10 @@ def train(
     )  # fmt: skip
 
 
-class Metadata(ThreadingHTTPServer):
-    """AWS's metadata service (IMDSv2) of all machines at once: whose it is follows from the process that asks."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Imds)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.askers: dict[str, int] = {}
-        """{token: process id}"""
-        self.reclaimed: set[int] = set()
-        """Process ids of agents whose machines go."""
-
-
-class _Imds(BaseHTTPRequestHandler):
-    server: Metadata
-
-    def do_PUT(self) -> None:
-        port = self.client_address[1]
-        (pid,) = {one.pid for one in psutil.net_connections("tcp") if one.laddr.port == port and one.pid != os.getpid()}
-        token = f"token-{pid}"
-        self.server.askers[token] = pid or 0
-        self._answer(token)
-
-    def do_GET(self) -> None:
-        pid = self.server.askers[self.headers["X-aws-ec2-metadata-token"]]
-        if pid in self.server.reclaimed and self.path == "/latest/meta-data/spot/instance-action":
-            at = datetime.now(UTC) + timedelta(seconds=NOTICE_S)
-            self._answer(json.dumps({"action": "terminate", "time": at.strftime("%Y-%m-%dT%H:%M:%SZ")}))
-        else:
-            self.send_error(404)
-
-    def _answer(self, text: str) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def metadata() -> Iterator[Metadata]:
-    server = Metadata()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with metadata_service() as server:
+        yield server
 
 
 class Reclaimer:
@@ -176,7 +129,7 @@ class Reclaimer:
         assert accepted, why
 
     def spot(self, node: str) -> None:
-        self.metadata.reclaimed.add(self.agent(node))
+        self.metadata.reclaimed[self.agent(node)] = time.time() + NOTICE_S
 
     def sigterm(self, node: str) -> None:
         os.kill(self.agent(node), signal.SIGTERM)

@@ -115,6 +115,20 @@ def test_chaos_points_of_pretraining(tmp_path: Path) -> None:
     assert FaultPoints("", tmp_path).in_loss(ask, 0, 0, 0) is ask
 
 
+def test_chaos_a_seat_is_a_rank_of_any_group_however_small(tmp_path: Path) -> None:
+    text = "pretrain.step-3.seat-3.data:1=fault,pretrain.step-4.seat-3.answer:1=flip"
+    for world_size, rank in ((4, 3), (3, 0), (2, 1), (1, 0)):
+        points = FaultPoints(text, tmp_path / str(world_size))
+        points.sit(world_size)
+        for other in set(range(world_size)) - {rank}:
+            points.reach("data", other, 3)
+        with pytest.raises(SystemFault):
+            points.reach("data", rank, 3)
+        points.reach("data", rank, 3)
+        ask = next_token_loss(7)
+        assert (points.in_answer(ask, rank, 1, 3), points.in_answer(ask, rank, 1, 4) is ask) == (ask, False)
+
+
 def test_chaos_checksums_of_samples_add_up_over_any_parts() -> None:
     mixture = Mixture([Source("a", 50, 1.0), Source("b", 50, 1.0)], seed=3)
     batch = mixture.samples(90, 40)

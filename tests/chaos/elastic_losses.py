@@ -1,0 +1,94 @@
+"""When a recovery may have lost more than one committed step: only where faults had taken every copy of some shard.
+
+Pure: it is told what the ranks' beacons said of each generation, and which memory the campaign's faults took and when.
+Each rank's shard lies on its own node and on the next one in the ring of the group's nodes (see
+`cluster.policies.snapshot.place_replicas`); where every rank holds the whole state, any rank's will do.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+SLACK_S = 1.0
+"""Between a commit and when the campaign has seen it."""
+
+
+@dataclass
+class Life:
+    """One generation. `nodes`: of each rank; `start`, `reached`: committed steps; times by the monotonic clock: when it
+    was first seen at work, and when its last commit was."""
+
+    nodes: dict[int, str]
+    world_size: int
+    start: int
+    reached: int
+    joined_at: float
+    advanced_at: float
+
+
+@dataclass
+class Taken:
+    """What a fault made unreadable: all that lay on `node` (empty: on every node), or one shard of one generation
+    there. `until`: what is written later can be read."""
+
+    what: str
+    at: float
+    node: str = ""
+    shard: tuple[int, int] | None = None
+    """(generation, rank)"""
+    until: float = math.inf
+
+
+def losses(
+    lives: Mapping[int, Life], taken: Sequence[Taken], back: Sequence[int], replicated: bool, fallback: int
+) -> list[str]:
+    """Every recovery that lost more than it may, in words.
+
+    Args:
+        back: steps that training was sent back to on purpose, each once.
+        fallback: steps that may be lost where storage is all that is left.
+    """
+    found, left = [], list(back)
+    at = 0
+    for generation, life in sorted(lives.items()):
+        lost = at - life.start
+        sent = next((step for step in left if 0 <= step - life.start <= 1), None) if lost > 1 else None
+        if sent is not None:
+            left.remove(sent)
+        elif lost > 1:
+            why = copies_gone(lives, taken, generation, replicated)
+            if not why or lost > fallback:
+                found.append(f"generation {generation} went back from step {at} to {life.start}{why and f' ({why})'}")
+        at = life.reached if lost > 1 else max(at, life.reached)
+    return found
+
+
+def copies_gone(lives: Mapping[int, Life], taken: Sequence[Taken], generation: int, replicated: bool) -> str:
+    """Which faults left no copy of some shard to the recovery that `generation` came of; empty: there was one of each.
+
+    Where it had to be read from is the last earlier generation that committed a step: with that commit all of the
+    snapshot before it had its copies, and they are kept until a later generation commits one.
+    """
+    now = lives[generation].joined_at
+    worked = [one for one, life in lives.items() if one < generation and life.reached > life.start]
+    if not worked:
+        return ""
+    source = max(worked)
+    life = lives[source]
+    nodes = [life.nodes.get(rank, "") for rank in range(life.world_size)]
+    ring = list(dict.fromkeys(nodes))
+    whys: list[str] = []
+    for rank, node in enumerate(nodes):
+        holders = {node} if replicated else {node, ring[(ring.index(node) + 1) % len(ring)]}
+        why = [_taken_there(taken, holder, (source, rank), life.advanced_at - SLACK_S, now) for holder in holders]
+        if all(why):
+            whys.append(" and ".join(sorted(set(why))))
+    return whys[0] if whys and (not replicated or len(whys) == len(nodes)) else ""
+
+
+def _taken_there(taken: Sequence[Taken], node: str, shard: tuple[int, int], since: float, now: float) -> str:
+    for one in taken:
+        there = one.node in ("", node) and one.shard in (None, shard)
+        if there and one.at <= now and one.until >= since:
+            return one.what
+    return ""

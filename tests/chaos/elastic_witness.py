@@ -1,0 +1,117 @@
+"""What the ranks of a group say in their beacons, read by nobody of the group.
+
+Who waits for whom: nobody. A thread of its own looks, so that what the campaign does meanwhile hides no generation.
+"""
+
+import contextlib
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import psutil
+
+from cluster.beacons import BeaconReader, Record
+from engines.snapshots import ShardName
+from tests.chaos.elastic_losses import Life, Taken
+
+SHARED = Path("/dev/shm")
+LOOK_S, FIND_S = 0.02, 0.2
+AT_WORK = ("joined", "finished", "boundary")
+AGENT_BACK_S = 20.0
+"""An agent that was killed is expected to keep replicas again by then; less where the first new one is seen."""
+
+
+class Witness:
+    """Of one run; `group` is set when it is known."""
+
+    def __init__(self) -> None:
+        self.lives: dict[int, Life] = {}
+        self.taken: list[Taken] = []
+        """What the campaign's faults made unreadable."""
+        self.group = ""
+        self._seats: dict[int, dict[int, str]] = defaultdict(dict)
+        self._at_work: set[tuple[Path, int]] = set()
+        self._readers: dict[Path, BeaconReader] = {}
+        self._found_at = 0.0
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="witness", daemon=True)
+
+    @property
+    def worlds(self) -> dict[int, int]:
+        """Ranks of each generation."""
+        return {generation: life.world_size for generation, life in self.lives.items()}
+
+    def begin(self) -> None:
+        self._thread.start()
+
+    def end(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def ranks(self) -> dict[int, tuple[Path, Record]]:
+        """Of the newest generation, by rank: beacon and record of the living."""
+        alive = [(path, record) for path, record in self._records() if psutil.pid_exists(record.pid) and path.exists()]
+        newest = max((record.generation for _, record in alive), default=0)
+        return {record.rank: (path, record) for path, record in alive if newest and record.generation == newest}
+
+    def whose(self, pid: int) -> tuple[Path, Record] | None:
+        """The beacon of a process, which may be dead by now."""
+        return next(((path, record) for path, record in self._records() if record.pid == pid), None)
+
+    def agent_killed(self, node: str, patience: float) -> None:
+        """Nobody keeps replicas there until another agent does."""
+        now = time.monotonic()
+        self.taken.append(Taken("agent", now, node, until=now + AGENT_BACK_S * patience))
+
+    def _records(self) -> list[tuple[Path, Record]]:
+        with self._lock:
+            return [(path, reader.read()) for path, reader in self._readers.items()]
+
+    def _watch(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            if self.group:
+                self._look(time.monotonic())
+
+    def _look(self, now: float) -> None:
+        if now - self._found_at > FIND_S:
+            self._found_at = now
+            self._find()
+            for one in list(self.taken):
+                if one.what == "agent" and one.until > now and self._keeps_again(one):
+                    one.until = now
+        for path, record in self._records():
+            generation = record.generation
+            if not generation:
+                continue
+            self._seats[generation][record.rank] = path.parents[2].name
+            if record.state in AT_WORK:
+                self._at_work.add((path, generation))
+            elif (path, generation) not in self._at_work:
+                continue  # what it says of steps is from an older generation
+            life = self.lives.get(generation)
+            if life is None:
+                start, nodes = record.start, self._seats[generation]
+                life = self.lives[generation] = Life(nodes, record.world_size, start, start, now, now)
+            if record.step > life.reached:
+                life.reached, life.advanced_at = record.step, now
+
+    def _find(self) -> None:
+        for path in SHARED.glob(f"recua-node-*/recua-{self.group}/beacons/*.beacon"):
+            if path not in self._readers:
+                with contextlib.suppress(OSError, ValueError):
+                    reader = BeaconReader(path)
+                    with self._lock:
+                        self._readers[path] = reader
+
+    def _keeps_again(self, deaf: Taken) -> bool:
+        """A replica was put there since."""
+        killed_at = time.time() - (time.monotonic() - deaf.at)
+        for path in (SHARED / deaf.node / f"recua-{self.group}").glob("*.shard"):
+            name = ShardName.parse(path.name)
+            if name is not None and self._seats[name.generation].get(name.rank, deaf.node) != deaf.node:
+                with contextlib.suppress(OSError):
+                    if path.stat().st_mtime > killed_at + 0.5:
+                        return True
+        return False
