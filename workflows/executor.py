@@ -189,7 +189,10 @@ class Executor:
             except Exception as error:
                 self._emit(Event("warning", data={"message": f"a hook at the end of the run failed: {error!r}"}))
         self._heartbeat.close()
-        self._attempts.close()
+        try:
+            self._attempts.close()
+        except Exception as error:  # Ray may be gone already; what the run came to is on record
+            self._emit(Event("warning", data={"message": f"leaving Ray failed: {error!r}"}))
         if finished and self._commits.failure is not None:
             raise self._commits.failure
 

@@ -158,6 +158,13 @@ class Journal:
                 state.apply(state.slot + 1, [lease])
                 return cls(store, run_id, owner, state, ttl_s)
 
+    def is_lost(self) -> bool:
+        """Whether another driver has taken over; False where the store cannot say."""
+        try:
+            return latest_lease(self.store, self.run_id) > self.lease_slot
+        except StoreError:
+            return False
+
     def append(self, records: list[Record]) -> None:
         """Write the next slot, durably. Only one thread may call this.
 

@@ -20,7 +20,7 @@ from workflows.events import Event
 from workflows.executor import Cancelled, ClusterCheck, Executor, failure_record
 from workflows.graph import Workflow, running
 from workflows.history import Recorder
-from workflows.journal import Journal, read_journal, removed, removed_key
+from workflows.journal import Journal, fenced, read_journal, removed, removed_key
 from workflows.known import Known
 from workflows.values import canonical, decode, differences, digest, encode, identity, named_arguments
 
@@ -184,6 +184,9 @@ def _drive(
             status = "fenced"
             raise
         except BaseException as error:
+            if executor.journal.is_lost():  # whatever a driver that slept for long stumbles over first
+                status = "fenced"
+                raise fenced(executor.run_id) from error
             end = {"error": failure_record(error)}
             raise
         finally:

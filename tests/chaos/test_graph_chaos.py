@@ -167,7 +167,8 @@ def test_a_driver_that_slept_past_its_lease_is_fenced(start: Start, tmp_path: Pa
     sleeper = start(url, str(tmp_path), ray_address=cluster, lease_s=2)
     wait_for((tmp_path / "begun").exists, "the first driver did not begin")
     os.kill(sleeper.pid, signal.SIGSTOP)
-    successor = start(url, str(tmp_path), ray_address=cluster, lease_s=2)
+    # After its own lease's time it would kill the sleeper, if no worker had come yet (see the next test).
+    successor = start(url, str(tmp_path), ray_address=cluster, lease_s=120)
     wait_for(lambda: len((tmp_path / "begun").read_text().split()) == 2, "the second driver did not take over")
     (tmp_path / "go").touch()
     output, _ = successor.communicate(timeout=120)

@@ -22,7 +22,7 @@ from workflows.channel import Listener, Sender
 from workflows.config import RunSettings
 from workflows.graph import workflow
 from workflows.indexer import Indexer
-from workflows.journal import read_journal, slot_key
+from workflows.journal import lease_key, read_journal, slot_key
 from workflows.known import Known, index_key
 from workflows.runs import load_run
 from workflows.takeover import StoppedDrivers, kill_stopped
@@ -43,6 +43,9 @@ def stepless(store: str, trouble: str) -> str:
     """No step, so no Ray: only the lease and the end are written."""
     if trouble == "fenced":
         FolderStore(Path(store)).put_if_absent(slot_key("r", 2), b"{}")
+    if trouble == "taken over":
+        FolderStore(Path(store)).put(lease_key("r", 2), b"{}")
+        raise RuntimeError("the connection to the cluster is broken")
     return "done"
 
 
@@ -50,6 +53,14 @@ def test_a_run_whose_end_another_driver_took_is_not_reported_as_finished(tmp_pat
     settings = RunSettings(store=str(tmp_path), run_id="r")
     with pytest.raises(FencedError, match="another driver has taken over"):
         session.run(stepless, str(tmp_path), "fenced", settings=settings)
+
+
+def test_a_driver_that_was_replaced_says_so_whatever_it_stumbles_over(tmp_path: Path) -> None:
+    settings = RunSettings(store=str(tmp_path), run_id="r", lease_s=3600)
+    with pytest.raises(FencedError, match="another driver has taken over") as caught:
+        session.run(stepless, str(tmp_path), "taken over", settings=settings)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert read_journal(FolderStore(tmp_path), "r").end is None
 
 
 def test_a_run_whose_end_could_not_be_written_is_not_finished_and_goes_on(
