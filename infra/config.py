@@ -9,7 +9,8 @@ import json
 import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -130,10 +131,15 @@ def _explain(problem: Any, schema: type[Settings]) -> str:
 
 
 def _keys_at(schema: type[BaseModel], location: list[str]) -> list[str]:
+    """The settings of the section at `location`, which may lie in a table or a list of sections."""
+    here: Any = schema
     for part in location:
-        field = schema.model_fields.get(part)
-        candidate = field.annotation if field else None
-        if not (isinstance(candidate, type) and issubclass(candidate, BaseModel)):
-            return []
-        schema = candidate
-    return sorted(schema.model_fields)
+        if isinstance(here, type) and issubclass(here, BaseModel):
+            field = here.model_fields.get(part)
+            here = field.annotation if field else None
+        else:
+            inner = [one for one in get_args(here) if one is not Ellipsis]
+            here = inner[-1] if inner else None
+        if get_origin(here) in (Union, UnionType):  # a section that may be left out
+            here = next((one for one in get_args(here) if one is not NoneType), None)
+    return sorted(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []

@@ -43,6 +43,8 @@ def test_shipped_pretraining_recipes_are_valid_and_fit_their_network(file: Path)
         ("stages.main={steps=20, workers=4, tensor_parallel=4}", "tensor_parallel = 4 does not divide .* kv_heads = 2"),
         ("stages.main={steps=20, workers=5, pipeline_parallel=5}", "pipeline_parallel = 5 is above .* layers = 4"),
         ("stages.anneal.corpus.files=['/nowhere/a.jsonl']", "stages.anneal.corpus.files"),
+        ("stages.main.batch_sise=4", r"stages.main.batch_sise; did you mean stages.main.batch_size\?"),
+        ("stages.main.elastic.zzz=1", r"unknown setting stages.main.elastic.zzz; known: .*, min_workers, .*, spares,"),
     ],
 )
 def test_a_mistake_in_a_pretraining_recipe_is_named(override: str, named: str) -> None:
