@@ -121,6 +121,7 @@ class GroupController:
         self._stored = stored
         self._unheard: set[str] = set()
         self._out_since: dict[tuple[str, int], float] = {}
+        self._due: tuple[int, Rollback, tuple[str, ...]] | None = None
         self._end: m.End | None = None
         self._error: Exception | None = None
         self._looked_at = 0.0
@@ -265,9 +266,12 @@ class GroupController:
             record = sight.record
             if sight.alive and record.generation == core.generation and record.state in ("joining", "joined"):
                 phase = record.phase if record.phase != "save" else "wait"
-                patient = core.phase != "running" and sight.pulse_age < FORMING_FACTOR * self.settings.pulse_timeout_s
+                busy = core.phase not in ("running", "stopping")
+                patient = busy and sight.pulse_age < FORMING_FACTOR * self.settings.pulse_timeout_s
                 age = 0.0 if patient else sight.pulse_age
                 beacons.append(Beacon(record.rank, record.step, phase, record.ticks, now - sight.phase_age, now - age))
+            elif record.generation == core.generation and record.state == "boundary":
+                self.board.beacons.pop(record.rank, None)  # it waits for nobody: whoever hangs is among the others
         stopped = self.board.beat(beat.node, core.generation, beacons, now)
         if stopped and core.phase in ("forming", "running", "stopping"):
             self._suspect(stopped, "its process stands still (stopped, or its interpreter is locked)")
@@ -369,7 +373,7 @@ class GroupController:
             self._lose_node(node, f"no beat for {self.settings.node_timeout_s:g} s")
         if self._out_since:
             self._settle(now)
-        if self.core.phase == "running":
+        if self.core.phase == "running" or (self.core.phase == "stopping" and self.board.beacons):
             decision, whom = self.board.judge(now)
             if whom is not None:
                 self._suspect(whom.ranks, f"{decision.reason}: {whom.sign}", self.board.stalled_s(now))
@@ -494,7 +498,10 @@ class GroupController:
         action = verdict.decision.action
         if action == "fail":
             self._fail(StepError(f"training does not recover: {verdict.decision}"))
-        elif action == "roll-back" and verdict.to_step is not None and self.core.phase in ("running", "stopping"):
+        elif action == "roll-back" and verdict.to_step is not None:
+            if self.core.phase not in ("running", "stopping"):  # ranks re-form: as soon as they run
+                self._due = self._due or (step, verdict, tuple(guilty))
+                return
             window = verdict.skip
             skipped = history.skipped if window is None else leave_out(history.skipped, window)
             self._say("rolled-back", step=step, to_step=verdict.to_step, decision=str(verdict.decision))
@@ -503,6 +510,14 @@ class GroupController:
             self.journal.note(skipped=skipped, rollbacks=history.rollbacks + 1, joins=joins, verified=verified)
             self.outcomes.back_to(verdict.to_step, self.core.generation + 1)
             self._tell(m.RollBack(self.core.generation, verdict.to_step, verdict.decision, guilty))
+
+    def _roll_back_now(self) -> None:
+        """What fell due while no generation ran; to what is still there by now."""
+        if self._due is not None:
+            (step, verdict, guilty), self._due = self._due, None
+            assert verdict.to_step is not None
+            there = max(state.step for state in self._saved() if state.step <= verdict.to_step)
+            self._roll_back(step, replace(verdict, to_step=there), guilty)
 
     def _saved(self) -> list[SavedState]:
         book = self.core.book
@@ -524,6 +539,7 @@ class GroupController:
             self.guard.begin(now)
             self._out_since.clear()
             self._started(pause)
+            self._roll_back_now()
 
     def _carry_out(self, command: m.Command, now: float, fault_age_s: float) -> None:
         if isinstance(command, m.Spawn):

@@ -13,10 +13,11 @@ from cluster import controller_messages as m
 from cluster.admission import Admission
 from cluster.config import ElasticSettings
 from cluster.controller_state import Controller
+from cluster.decision import Decision, key
 from cluster.group_journal import GroupJournal
 from cluster.health_watch import Reading
 from cluster.node_watch import Beat, Sight
-from cluster.policies.corruption import Verdict
+from cluster.policies.corruption import Verdict, in_hindsight
 from cluster.policies.rollback import Rollback, SavedState, after_corruption
 from cluster.prediction import NodeTrend, decide_drain_ahead
 from cluster.proofs import Proof, Proofs
@@ -113,17 +114,45 @@ class Guard:
         if verdict.decision.action == "go-on":
             self._journal.note(verified=step)
             self._core.book.verified = step
-            return Finding(said=(("verified", {"step": step, "ranks": len(told)}),))
+            return self._named_later(step, told)
         members = [worker for block in self._core.blocks for worker in block]
         guilty = tuple(members[rank] for rank in verdict.guilty)
         back = after_corruption(step - 1, verdict.guilty, self._saved(), history.rollbacks, self._settings)
         nodes = [self._core.roster.node_of[worker] for worker in guilty]
-        note = {"step": step, "to_step": back.to_step, "workers": list(guilty), "nodes": nodes}
+        note: dict[str, Any] = {"step": step, "to_step": back.to_step, "workers": list(guilty), "nodes": nodes}
+        if not guilty:
+            note["said"] = {str(rank): [members[rank], *_words(told[rank])] for rank in verdict.undecided}
         self._journal.note(corruptions=(*history.corruptions, note))
         who = ", ".join(f"{worker} (rank {members.index(worker)})" for worker in guilty)
         what = f"{who or 'some rank'} remembers or computes wrongly: {verdict.decision.reason}"
         facts = {"what": what, "workers": list(guilty), "after_s": since}
         return Finding(said=(("detected", facts),), back=back, step=step - 1, guilty=guilty)
+
+    def _named_later(self, step: int, told: Mapping[int, Proof]) -> Finding:
+        """The state after `step` steps is right. Where ranks had disagreed about it, whoever was wrong then goes."""
+        verified = "verified", {"step": step, "ranks": len(told)}
+        corruptions = self._journal.history.corruptions
+        last = corruptions[-1] if corruptions else {}
+        if last.get("step") != step or "said" not in last:
+            return Finding(said=(verified,))
+        first = {int(rank): words for rank, (_, *words) in last["said"].items()}
+        wrong = in_hindsight(first, {rank: _words(proof) for rank, proof in told.items()})
+        node_of, workers = self._core.roster.node_of, [last["said"][str(rank)][0] for rank in wrong]
+        guilty = [worker for worker in workers if worker in node_of]
+        named = {name: value for name, value in last.items() if name != "said"}
+        named |= {"workers": guilty, "nodes": [node_of[worker] for worker in guilty]}
+        self._journal.note(corruptions=(*corruptions[:-1], named))
+        if not guilty:
+            return Finding(said=(verified,))
+        who = ", ".join(guilty)
+        what = f"{who} was wrong when the ranks disagreed at step {step}: computed again, all say what the others said"
+        decision = Decision("quarantine", what, key("verify_every"))
+        return Finding((verified, ("detected", {"what": what, "workers": guilty})), m.Evict(guilty, decision))
+
+
+def _words(proof: Proof) -> list[Any]:
+    """What must be the same when a step is computed again."""
+    return [dict(proof.state), proof.replay, proof.kind]
 
 
 def _slow(one: Straggler) -> Finding:

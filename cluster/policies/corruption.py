@@ -2,8 +2,10 @@
 
 1. Ranks that hold the same shard of the state after step k must hold the same bits: their digests are compared.
 2. Ranks that share nothing are checked by replay: a rank on another node computes a sampled micro-batch of theirs.
-Two that disagree are told apart by a third that computes the same; the minority is guilty. Rolling back is then up to
-`cluster.policies.rollback.after_corruption`, taking the guilty node out to the controller (`RollBack.guilty`).
+Two that disagree are told apart by a third that computes the same; the minority is guilty. Without a majority nobody is
+named, all go back to the last verified state, and the same step is computed again: whoever said at first what all say
+then was right (`in_hindsight`). Rolling back is up to `cluster.policies.rollback.after_corruption`, taking the guilty
+node out to the controller (`RollBack.guilty`).
 """
 
 import random
@@ -79,9 +81,20 @@ def judge_digests(step: int, groups: Sequence[Mapping[int, str]], settings: Elas
         text = f"step {step}: {who} from those that must agree"
         return Verdict(Decision("roll-back", text, name), tuple(guilty), tuple(undecided))
     if undecided:
-        text = f"step {step}: ranks {_list(undecided)} disagree, and none has a majority: another rank computes it too"
+        text = f"step {step}: ranks {_list(undecided)} disagree, and none has a majority"
         return Verdict(Decision("arbitrate", text, name), (), tuple(undecided))
     return Verdict(Decision("go-on", f"step {step}: all digests agree", name))
+
+
+def in_hindsight(first: Mapping[int, object], again: Mapping[int, object]) -> tuple[int, ...]:
+    """Ranks of a disagreement without a majority that were wrong: {rank: what it said} `first`, and what all said of
+    the same step, computed `again` from a verified state, when they agreed. Nobody where none had said that then: what
+    one had got wrong was in the others' state too, or this platform does not compute the same bits twice.
+    """
+    if not first.keys() <= again.keys():
+        return ()
+    wrong = tuple(sorted(rank for rank, said in first.items() if said != again[rank]))
+    return wrong if len(wrong) < len(first) else ()
 
 
 def _list(ranks: Sequence[int]) -> str:

@@ -98,9 +98,11 @@ def after_corruption(
     rollbacks: int,
     settings: ElasticSettings,
 ) -> Rollback:
-    """Digests disagree at `step`: back to the newest verified state, no data left out (the data is not at fault)."""
-    ranks = ", ".join(str(rank) for rank in guilty) or "unknown"
-    what = f"step {step}: state digests disagree, guilty ranks: {ranks}"
+    """Digests disagree at `step`: back to the newest verified state, no data left out (the data is not at fault).
+    Without `guilty` ranks all of them go back."""
+    ranks = ", ".join(str(rank) for rank in guilty)
+    who = f"guilty ranks: {ranks}" if guilty else "and no third can tell who is right: nobody is named"
+    what = f"step {step}: state digests disagree, {who}"
     verified = [state for state in saved if state.verified]
     rolled = _roll_back(what, step + 1, step, verified, (), rollbacks, "verify_every", settings)
     return Rollback(rolled.decision, rolled.to_step, None)

@@ -291,6 +291,24 @@ def test_chaos_a_rollback_is_known_to_whoever_leads_next(tmp_path: Path) -> None
     assert third.core.generation == 2 and not third.core._valid(1, 3), "what was undone counts again"
 
 
+def test_chaos_a_rollback_that_falls_due_while_ranks_re_form_is_made_as_soon_as_they_run(tmp_path: Path) -> None:
+    heard: list[Any] = []
+    controller = leader(tmp_path, [], heard)
+    core = controller.core
+    core.phase, core.generation = "forming", 2
+    for row in [outcome(0), outcome(1), outcome(2, committed=False), outcome(3, committed=False)]:
+        controller._row(dict(row))
+    assert controller.journal.history.rollbacks == 0 and controller.outcomes.next == 4
+    core.phase = "running"
+    core.joins[2] = 4
+    controller._roll_back_now()
+    history = GroupJournal(open_store(tmp_path), "g").history
+    assert (history.rollbacks, history.skipped, history.joins[3]) == (1, (DataWindow(2, 3),), 1)
+    assert controller.outcomes.next == 1 and [kind for kind, _ in heard].count("rolled-back") == 1
+    controller._roll_back_now()
+    assert controller.journal.history.rollbacks == 1
+
+
 def test_chaos_undone_rows_are_taken_back_at_once(tmp_path: Path) -> None:
     metrics = StepLog(open_store(tmp_path))
     for step in range(5):
@@ -431,6 +449,31 @@ def test_chaos_a_rank_that_hangs_on_its_way_into_a_generation_is_named(tmp_path:
     (detected,) = [event for event in heard if event["event"] == "detected"]
     assert detected["workers"] == ["w1"] and "no progress" in detected["what"] and "load" in detected["what"]
     assert core.phase == "aborting" and core.roster.joined == {"w0", "w2"}
+
+
+def test_chaos_a_hang_on_the_way_to_a_boundary_is_no_matter_of_the_boundary_s_time_out(tmp_path: Path) -> None:
+    """Whoever has stopped there already is not to blame, whatever it did when it was last seen at work."""
+    heard: list[Any] = []
+    controller = leader(tmp_path, [], heard)
+    core, now = controller.core, time.monotonic()
+    core.phase, core.blocks = "stopping", (("w0",), ("w1",))
+    core._deadline = now + 600
+    for worker in ("w0", "w1"):
+        core.roster.place(worker, "n0")
+        core.roster.joined.add(worker)
+        controller.fleet.node_of[worker] = "n0"
+    controller.board.begin(1, now)
+    for state in ("joined", "boundary"):
+        first = Record(os.getpid(), state=state, generation=1, rank=0, world_size=2, step=3, phase="data", ticks=9)
+        second = Record(os.getpid(), state="joined", generation=1, rank=1, world_size=2, step=3, phase="data", ticks=8)
+        controller._hear_beat(Beat("n0", 1, sights=(Sight("w0", True, first), Sight("w1", True, second))), now)
+    assert set(controller.board.beacons) == {1}
+    controller._judge()
+    assert "detected" not in [kind for kind, _ in heard]
+    controller.board._moved_at = now - 500
+    controller._judge()
+    assert "detected" in [kind for kind, _ in heard]
+    assert "w1" not in core.roster.node_of and "w0" in core.roster.node_of and core.phase == "forming"
 
 
 def test_chaos_what_an_older_generation_flushed_counts_as_far_as_later_ones_went_on_from_it() -> None:

@@ -9,7 +9,7 @@ from cluster import controller_messages as m
 from cluster.beacons import BeaconReader, BeaconWriter, Record
 from cluster.config import ElasticSettings
 from cluster.group_journal import GroupJournal
-from cluster.guard import Guard
+from cluster.guard import Finding, Guard
 from cluster.node_watch import Beat, Sight
 from cluster.policies.corruption import is_due
 from cluster.policies.rollback import SavedState
@@ -100,6 +100,49 @@ def test_guard_notes_in_a_beacon_are_the_newest_of_their_name(tmp_path: Path) ->
     with pytest.raises(ValueError, match="bytes"):
         writer.note("proof-0", {"step": "x" * 2000})
     writer.close()
+
+
+@pytest.mark.parametrize("again, named", [(["x", "x"], ["w1"]), (["q", "q"], [])], ids=["told", "spread"])
+def test_guard_two_that_disagree_go_back_without_a_name_and_the_step_computed_again_tells(
+    again: list[str], named: list[str], tmp_path: Path
+) -> None:
+    """Also to a controller that comes later. Where neither had been right, what one got wrong had reached the other."""
+    settings = ElasticSettings(max_workers=2, min_workers=1, verify_every=10)
+    core = running(settings, ["a", "b", "c"])
+    saved = [SavedState(0), SavedState(10), SavedState(19, verified=False)]
+
+    def hear(guard: Guard, generation: int, step: int, digests: list[str]) -> list[Finding]:
+        found = []
+        for rank, digest in enumerate(digests):
+            note = Proof(generation, step, {"": digest}, "r", "cpu").to_note()
+            record = Record(pid=1, generation=generation, rank=rank, world_size=2, state="joined", step=step)
+            sight = Sight(f"w{rank}", True, record, notes={"proof-0": note})
+            found += list(guard.saw(Beat("ab"[rank], 1, (sight,)), 100.0 + step))
+        return found
+
+    guard = Guard(settings, core, GroupJournal(open_store(tmp_path), "x"), lambda: saved)
+    guard.begin(100.0)
+    core.handle(m.SnapshotFlushed(1, 10), 150)
+    (bad,) = hear(guard, 1, 20, ["x", "z"])
+    assert bad.guilty == () and bad.back is not None and bad.back.to_step == 10
+    assert "ranks 0, 1 disagree, and none has a majority" in str(bad.said) and "some rank" in str(bad.said)
+    assert "nobody is named" in bad.back.decision.reason and bad.back.decision.key == "elastic.verify_every"
+    (abort,) = [one for one in core.handle(m.RollBack(1, 10, bad.back.decision), 200) if not isinstance(one, m.Report)]
+    assert isinstance(abort, m.Abort) and abort.workers == {"w0", "w1"}, "nobody is killed"
+    (join,) = [one for one in core.handle(m.AbortAcked(1, ["w0", "w1"]), 201) if isinstance(one, m.Join)]
+    assert join.restore.step == 10 and join.ranks() == {"w0": 0, "w1": 1}
+    core.handle(m.Joined(2, ["w0", "w1"]), 202)
+    journal = GroupJournal(open_store(tmp_path), "x")
+    later = Guard(settings, core, journal, lambda: saved)
+    later.begin(202.0)
+    (good,) = hear(later, 2, 20, again)
+    assert good.said[0][0] == "verified" and good.back is None and journal.history.verified == 20
+    assert journal.history.corruptions[0]["workers"] == named and "said" not in journal.history.corruptions[0]
+    assert isinstance(good.event, m.Evict) == bool(named)
+    if good.event is not None:
+        assert good.said[1][1]["workers"] == named
+        core.handle(good.event, 203)
+        assert "b" in core.roster.unfit and "w1" in core.roster.leaving
 
 
 def test_guard_a_wrong_rank_sends_training_back_to_what_was_verified(tmp_path: Path) -> None:
