@@ -29,6 +29,9 @@ from contextlib import contextmanager
 
 MARKER, LOCAL_RAY = "RECUA_STEP_WORKER", "RECUA_LOCAL_RAY"
 NO_MEMORY = -1
+STILL_S, LOCAL_RAY_STILL_S, LONGEST_S = 0.08, 2.0, 5.0
+"""How long nothing may be found before a reaper stops looking, and its guardian (Ray's two agents were missed by a look
+at the moment of the kill, and then stayed for a minute); the most that either looks."""
 
 
 class Reaper:
@@ -141,18 +144,17 @@ def marked(marker: str) -> list[int]:
     return found
 
 
-def kill_all(marker: str, worker: int | None) -> None:
-    """SIGKILL until nothing with the marker is left for a while: a process may fork while we look, and one that is just
-    becoming another program shows no environment."""
-    quiet = 0
-    for _ in range(50):
+def kill_all(marker: str, worker: int | None, still_s: float = STILL_S) -> None:
+    """SIGKILL until nothing with the marker was left for `still_s`: a process may fork while we look, and one that is
+    just becoming another program shows no environment."""
+    began = found = time.monotonic()
+    while (now := time.monotonic()) - found < still_s and now - began < LONGEST_S:
         targets = [pid for pid in marked(marker) if pid != os.getpid()]
         if worker is not None:
             targets.append(worker)
             worker = None
-        quiet = 0 if targets else quiet + 1
-        if quiet == 4:
-            return
+        if targets:
+            found = now
         for pid in targets:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -189,7 +191,7 @@ def main(marker: str, worker: int, memory: int) -> None:
             break
         data = os.read(0, 65536)
         if not data:
-            kill_all(marker, None)
+            kill_all(marker, None, LOCAL_RAY_STILL_S if memory == NO_MEMORY else STILL_S)
             break
         *lines, buffer = (buffer + data).split(b"\n")
         for line in lines:

@@ -137,16 +137,11 @@ def contents(result: Any) -> list[str]:
 
 
 @pytest.mark.timeout(1800)
-def test_a_post_training_run_survives_kills_and_an_interrupt_on_s3(
+def test_a_post_training_run_survives_an_interrupt_and_a_kill_on_s3(
     runs: Runs, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     store = open_store(s3_url)
-
-    driver = runs.start(s3_url, "executor.before-commit:3=kill")
-    runs.end(driver, -signal.SIGKILL)
-    seen = committed(store)
-    assert len(seen) == 2, "the third body ended, and was not committed"
 
     driver = runs.start(s3_url)
     runs.until(driver, "fine_tune[sft] committed")
@@ -155,9 +150,8 @@ def test_a_post_training_run_survives_kills_and_an_interrupt_on_s3(
     runs.end(driver, 130)
     assert "recua: interrupted; the same command goes on where it stopped" in runs.output()
     assert load_run(store, "r").status == "cancelled"
-    now = committed(store)
-    assert seen.items() <= now.items() and "fine_tune[sft]" in now
-    seen = now
+    seen = committed(store)
+    assert "fine_tune[sft]" in seen
 
     damaged = damage_cached_model(tmp_path)
     driver = runs.start(s3_url)
@@ -174,7 +168,7 @@ def test_a_post_training_run_survives_kills_and_an_interrupt_on_s3(
     now = committed(store)
     assert seen.items() <= now.items() and set(STAGES) <= now.keys()
     run = load_run(store, "r")
-    assert run.status == "finished" and run.drivers == 4
+    assert run.status == "finished" and run.drivers == 3
     report = json.loads((tmp_path / "reports/r/report.json").read_text())
     assert sorted(stage["name"] for stage in report["stages"]) == sorted(now)
     assert all(stage["status"] == "committed" for stage in report["stages"])
