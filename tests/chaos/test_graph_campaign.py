@@ -7,7 +7,6 @@ from tests.chaos.campaign import surroundings
 from tests.chaos.campaign_results import carry_out
 
 SEEDS = {
-    6: "a driver stops itself after a commit and its successor goes on; a worker is killed",
     57: "a driver is killed, the store is down, a node is killed, each driver has a bad S3",
 }
 
