@@ -104,8 +104,7 @@ def _train(module: torch.nn.Module, hidden: Tensor, x: Tensor) -> None:
 
 def flops(config: LlamaConfig, sequences: int, tokens: int, causal: bool) -> float:
     """Of one step, by the convention in the module's docstring."""
-    bare = replace(config, vocab_size=0)
-    per_token = flops_per_token(bare, tokens)
+    per_token = flops_per_token(config, tokens)
     if causal:
         per_token -= 6.0 * config.layers * config.dim * tokens
     return sequences * tokens * per_token

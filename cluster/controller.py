@@ -266,8 +266,8 @@ class GroupController:
             record = sight.record
             if sight.alive and record.generation == core.generation and record.state in ("joining", "joined"):
                 phase = record.phase if record.phase != "save" else "wait"
-                busy = core.phase not in ("running", "stopping")
-                patient = busy and sight.pulse_age < FORMING_FACTOR * self.settings.pulse_timeout_s
+                forming = core.phase not in ("running", "stopping")
+                patient = forming and sight.pulse_age < FORMING_FACTOR * self.settings.pulse_timeout_s
                 age = 0.0 if patient else sight.pulse_age
                 beacons.append(Beacon(record.rank, record.step, phase, record.ticks, now - sight.phase_age, now - age))
             elif record.generation == core.generation and record.state == "boundary":
