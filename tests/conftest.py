@@ -56,6 +56,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no headless Chromium here; make page-test installs it"))
 
 
+@pytest.fixture(autouse=True)
+def no_group_left() -> Iterator[None]:
+    """A test that failed between forming a process group and leaving it takes none of the following ones with it."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the working tree."""
