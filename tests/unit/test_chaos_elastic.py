@@ -361,7 +361,7 @@ def test_chaos_a_slow_last_flush_is_no_hang(tmp_path: Path) -> None:
     steps(elastic, 2)
     elastic.flush_last(waiting)
     elastic.leave()
-    assert waited == 2
+    assert waited >= 2
     assert [name.step for name in StoreSource(store, "run", tmp_path / "a").names()] == [0, 2]
     del host
 
