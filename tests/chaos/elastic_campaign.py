@@ -95,6 +95,8 @@ class Campaign:
         """Everything of a run with a violation."""
         target = self._kept / f"elastic-{run.schedule.seed}-{time.strftime('%H%M%S')}"
         (run.folder / "schedule.txt").write_text("\n".join([*map(str, run.schedule.faults), "", *violations, ""]))
+        seen = {name: [str(one) for one in found] for name, found in run.witness.seen().items()}
+        (run.folder / "witness.json").write_text(json.dumps(seen, indent=1))
         shutil.copytree(run.folder, target, ignore=shutil.ignore_patterns("*.shard"))
         logs = sorted((self._place.folder).glob("session_*/logs/worker-*.err"), key=os.path.getmtime)
         (target / "workers").mkdir()

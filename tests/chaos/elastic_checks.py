@@ -18,7 +18,7 @@ from tests.chaos.elastic_losses import losses
 from tests.chaos.elastic_program import SEED
 from tests.chaos.elastic_reference import Reference, Row, weights_of
 from tests.chaos.elastic_run import Run
-from tests.chaos.elastic_schedule import FLUSH_EVERY, SILENT, STEPS
+from tests.chaos.elastic_schedule import SILENT, STEPS
 
 NEAR = 1e-4
 """Relative, where another number of ranks has added up the same numbers in another order."""
@@ -101,7 +101,7 @@ def _lost_steps(run: Run) -> Iterator[str]:
     back = [event["to_step"] for event in events if event["event"] == "rolled-back"]
     replicated = run.schedule.variant.name == "replicate"
     witness = run.witness
-    yield from losses(witness.lives, witness.taken, back, replicated, fallback=2 * FLUSH_EVERY + 2)
+    yield from losses(witness.lives, witness.taken, back, replicated, list(witness.stored.values()))
 
 
 def _silent(run: Run) -> Iterator[str]:

@@ -39,14 +39,27 @@ class Taken:
     until: float = math.inf
 
 
+@dataclass
+class Stored:
+    """A snapshot whose manifest was in the store, and when it was first seen there."""
+
+    generation: int
+    step: int
+    at: float
+
+
 def losses(
-    lives: Mapping[int, Life], taken: Sequence[Taken], back: Sequence[int], replicated: bool, fallback: int
+    lives: Mapping[int, Life],
+    taken: Sequence[Taken],
+    back: Sequence[int],
+    replicated: bool,
+    stored: Sequence[Stored] = (),
 ) -> list[str]:
     """Every recovery that lost more than it may, in words.
 
     Args:
         back: steps that training was sent back to on purpose, each once.
-        fallback: steps that may be lost where storage is all that is left.
+        stored: what a recovery can go on from where memory has no copy.
     """
     found, left = [], list(back)
     at = 0
@@ -57,10 +70,25 @@ def losses(
             left.remove(sent)
         elif lost > 1:
             why = copies_gone(lives, taken, generation, replicated)
-            if not why or lost > fallback:
-                found.append(f"generation {generation} went back from step {at} to {life.start}{why and f' ({why})'}")
+            there = newest_stored(lives, stored, generation)
+            if not why or life.start < there:
+                more = why and f" ({why}; storage had {there})"
+                found.append(f"generation {generation} went back from step {at} to {life.start}{more}")
         at = life.reached if lost > 1 else max(at, life.reached)
     return found
+
+
+def newest_stored(lives: Mapping[int, Life], stored: Sequence[Stored], generation: int) -> int:
+    """The last step that was whole in the store when the last step before `generation` was committed; 0: none. What a
+    generation stored after a later one's start belongs to a discarded future."""
+    before = {one: life for one, life in lives.items() if one < generation}
+    known_at = max((life.advanced_at for life in before.values()), default=0.0)
+
+    def counts(one: Stored) -> bool:
+        later = [life.start for number, life in before.items() if number > one.generation]
+        return one.at <= known_at and all(one.step <= start for start in later)
+
+    return max((one.step for one in stored if counts(one)), default=0)
 
 
 def copies_gone(lives: Mapping[int, Life], taken: Sequence[Taken], generation: int, replicated: bool) -> str:

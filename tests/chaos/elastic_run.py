@@ -119,7 +119,7 @@ class Run:
         self.violations: list[str] = []
         self.lost: set[str] = set()
         """What nodes that were killed are called in shared memory."""
-        self.witness = Witness()
+        self.witness = Witness(place.store(url or str(self.state)))
         self.later: list[tuple[float, Callable[[], None]]] = []
         self.hands = Hands(self)
         self._start_at = 0.0

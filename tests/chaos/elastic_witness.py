@@ -1,31 +1,36 @@
 """What the ranks of a group say in their beacons, read by nobody of the group.
 
-Who waits for whom: nobody. A thread of its own looks, so that what the campaign does meanwhile hides no generation.
+Who waits for whom: nobody. Threads of its own look, so that what the campaign does meanwhile hides no generation.
 """
 
 import contextlib
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 
 from cluster.beacons import BeaconReader, Record
 from engines.snapshots import ShardName
-from tests.chaos.elastic_losses import Life, Taken
+from infra.errors import StoreError
+from infra.storage import Store
+from tests.chaos.elastic_losses import Life, Stored, Taken
 
 SHARED = Path("/dev/shm")
-LOOK_S, FIND_S = 0.02, 0.2
+LOOK_S, FIND_S, STORE_S = 0.02, 0.2, 0.5
 AT_WORK = ("joined", "finished", "boundary")
 AGENT_BACK_S = 20.0
 """An agent that was killed is expected to keep replicas again by then; less where the first new one is seen."""
 
 
 class Witness:
-    """Of one run; `group` is set when it is known."""
+    """Of one run; `group` is set when it is known. `store` is where its snapshots are flushed to, asked directly."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Store) -> None:
+        self.stored: dict[str, Stored] = {}
+        """By the names of their manifests."""
         self.lives: dict[int, Life] = {}
         self.taken: list[Taken] = []
         """What the campaign's faults made unreadable."""
@@ -33,10 +38,12 @@ class Witness:
         self._seats: dict[int, dict[int, str]] = defaultdict(dict)
         self._at_work: set[tuple[Path, int]] = set()
         self._readers: dict[Path, BeaconReader] = {}
+        self._store = store
         self._found_at = 0.0
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="witness", daemon=True)
+        looks = (self._watch, self._watch_store)
+        self._threads = [threading.Thread(target=look, name="witness", daemon=True) for look in looks]
 
     @property
     def worlds(self) -> dict[int, int]:
@@ -44,11 +51,13 @@ class Witness:
         return {generation: life.world_size for generation, life in self.lives.items()}
 
     def begin(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def end(self) -> None:
         self._ended.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def ranks(self) -> dict[int, tuple[Path, Record]]:
         """Of the newest generation, by rank: beacon and record of the living."""
@@ -59,6 +68,10 @@ class Witness:
     def whose(self, pid: int) -> tuple[Path, Record] | None:
         """The beacon of a process, which may be dead by now."""
         return next(((path, record) for path, record in self._records() if record.pid == pid), None)
+
+    def seen(self) -> dict[str, Iterable[object]]:
+        """All of it, for people."""
+        return {"lives": sorted(self.lives.items()), "taken": self.taken, "stored": self.stored.values()}
 
     def agent_killed(self, node: str, patience: float) -> None:
         """Nobody keeps replicas there until another agent does."""
@@ -104,6 +117,14 @@ class Witness:
                     reader = BeaconReader(path)
                     with self._lock:
                         self._readers[path] = reader
+
+    def _watch_store(self) -> None:
+        while not self._ended.wait(STORE_S):
+            with contextlib.suppress(StoreError):
+                for key in self._store.list(f"snapshots/{self.group}/manifests") if self.group else ():
+                    name = key.rpartition("/")[2]
+                    generation, step = map(int, name.split("-"))
+                    self.stored.setdefault(name, Stored(generation, step, time.monotonic()))
 
     def _keeps_again(self, deaf: Taken) -> bool:
         """A replica was put there since."""
