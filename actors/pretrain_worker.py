@@ -22,6 +22,7 @@ import ray
 import torch
 
 from actors.burning_in import BurningIn
+from actors.doubts import Doubts
 from actors.handover import hand_over
 from actors.pretrain_batches import BatchLoader, HeldOut, next_token_loss, token_windows
 from actors.pretrain_job import Order, PretrainJob, recipe_of
@@ -198,6 +199,7 @@ class PretrainRank:
         held_out = HeldOut(self.job, learner) if self.job.held_out is not None else None
         if learner.last_step:
             self.beacon.enter("wait")
+            self._doubts.saw(learner.step - 1, learner.last_step)
             self._say(learner, order, loader.tokens(learner.step - 1), held_out)
         self.beacon.set(state="joined", phase="wait", ticks=0, start=learner.step, step=learner.step, own_s=own_s)
         steps = self.job.settings.steps
@@ -215,6 +217,7 @@ class PretrainRank:
             ask = self.points.in_answer(next_token_loss(tokens, self.beacon.tick), order.rank, order.generation, step)
             with self.ledger.step(learner.ranks.waits, again=step < order.high_step):
                 self.elastic.train_step(micro_batches, self.points.in_loss(ask, order.rank, step, loader.window(step)))
+            self._doubts.saw(step, learner.last_step)
             own_s += own.end(self.ledger.waited_s) / loader.weight(step)
             rate = round(tokens / (time.perf_counter() - started), 1)
             self._say(learner, order, tokens, held_out, tokens_per_s=rate)
@@ -239,6 +242,8 @@ class PretrainRank:
         if order.store != self._store:
             self._store, self.elastic.rendezvous = order.store, Rendezvous(order.store)
         self.elastic.milestones.verified = order.verified
+        settings = self.job.settings.elastic
+        self._doubts = Doubts(self.elastic.milestones, settings, order.losses, order.told, order.at_most or 0)
         joined = self.elastic.join(
             order.generation,
             order.rank,

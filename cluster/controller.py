@@ -34,7 +34,7 @@ from cluster.join_board import JoinBoard
 from cluster.node_watch import Beat, Sight
 from cluster.outcomes import Outcomes
 from cluster.policies.hang import Beacon
-from cluster.policies.rollback import Rollback, SavedState, judge_step, leave_out
+from cluster.policies.rollback import Rollback, SavedState, first_doubtful, judge_step, leave_out
 from cluster.ray_drain import draining_nodes
 from infra.errors import NodeLost, RecuaError, StepError
 from infra.notices import Notice, in_words
@@ -65,7 +65,7 @@ class Task(Protocol):
     replicated: bool
     """Every rank's shard is the whole state."""
 
-    def orders(self, join: m.Join, fleet: Fleet, history: Any, high_step: int) -> Mapping[str, Any]:
+    def orders(self, join: m.Join, fleet: Fleet, history: Any, outcomes: Outcomes, high_step: int) -> Mapping[str, Any]:
         """{worker: argument of its `join`}."""
         ...
 
@@ -115,6 +115,7 @@ class GroupController:
         self.watch = watch_group(fleet.accounts, self.core)
         floor = max((one for one, step in history.joins.items() if step <= len(rows)), default=0)
         self.outcomes = Outcomes(rows, floor, 4 * settings.spike_window)
+        self._doubt(self.outcomes.next)
         self._shards = HeldShards(task.replicated)
         self._account = AccountWriter(fleet.accounts)
         self._sights: dict[str, Sight] = {}
@@ -478,7 +479,13 @@ class GroupController:
         taken = self.outcomes.take(row)
         if taken is not None:
             self.listener.row(taken)
+            self._doubt(taken["step"] + 1)
             self._judge_loss(taken["step"])
+
+    def _doubt(self, following: int) -> None:
+        """What may have to be undone, now that `following` is the next step to be told of."""
+        first = first_doubtful(self.outcomes.losses, following - 1, self.settings)
+        self.core.book.doubtful = following if first is None else first
 
     def _judge_loss(self, step: int) -> None:
         history = self.journal.history
@@ -509,6 +516,7 @@ class GroupController:
             verified = min(history.verified, verdict.to_step)
             self.journal.note(skipped=skipped, rollbacks=history.rollbacks + 1, joins=joins, verified=verified)
             self.outcomes.back_to(verdict.to_step, self.core.generation + 1)
+            self._doubt(verdict.to_step)
             self._tell(m.RollBack(self.core.generation, verdict.to_step, verdict.decision, guilty))
 
     def _roll_back_now(self) -> None:
@@ -574,7 +582,7 @@ class GroupController:
         self.board.begin(command.generation, time.monotonic())
         self.joining.begin(command.generation, len(command.ranks()))
         high = max(self.core.high_step, self.outcomes.next)
-        orders = self.task.orders(command, self.fleet, self.journal.history, high)
+        orders = self.task.orders(command, self.fleet, self.journal.history, self.outcomes, high)
         for worker, order in orders.items():
             self.fleet.tell(worker, "join", order)
         self._note_join(command.restore.step)  # a controller that dies before this line is told by the beacons

@@ -91,6 +91,20 @@ def judge_step(
     return _roll_back(f"{what} ({bad} in a row)", first_bad, step, saved, skipped, rollbacks, name, settings)
 
 
+def first_doubtful(losses: Sequence[float], step: int, settings: ElasticSettings) -> int | None:
+    """The first of the steps up to `step` that `judge_step` may send training back to later; None: there is none.
+
+    The state before it has to stay until more steps have told whether it does.
+    """
+    if not losses:
+        return None
+    if not math.isfinite(losses[-1]):
+        return step + 1 - _nonfinite_streak(losses)
+    if spike_score(losses, settings.spike_window) > settings.spike_sigmas:
+        return step + 1 - _spike_streak(losses, settings)
+    return None
+
+
 def after_corruption(
     step: int,
     guilty: Sequence[int],

@@ -4,6 +4,7 @@
 so a dead process loses none; a dead node loses all of its own.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,6 +112,8 @@ class SnapshotBook:
         self._stays = stays
         self.verified = 0
         """The last step whose state is known to be right."""
+        self.doubtful: float = math.inf
+        """The first step that may have to be undone, or whose outcome is not known: the state before it stays."""
         self.snapshots: dict[int, Snapshot] = {}
         self.flushed: set[int] = set()
         """Steps whose state is whole in storage (manifest written)."""
@@ -128,7 +131,8 @@ class SnapshotBook:
         if len(whole) >= KEPT:
             stay = [step for step in whole if self._stays(step)]
             kept = {*whole[-KEPT:], *stay[-KEPT:], *[step for step in stay if step <= self.verified][-1:]}
-            for old in [step for step in self.snapshots if step < whole[-KEPT] and step not in kept]:
+            needed = min(whole[-KEPT], max((step for step in whole if step <= self.doubtful), default=0))
+            for old in [step for step in self.snapshots if step < needed and step not in kept]:
                 del self.snapshots[old]
 
     def drop_nodes(self, nodes: Iterable[str]) -> None:

@@ -12,22 +12,26 @@ class Milestones:
     """Of snapshots every `every` steps the first at or after each multiple of `apart`; apart 0: none.
 
     cluster.policies.corruption.is_due names the same steps (a test holds the two together). `verified`, which its owner
-    moves on, is the last step that is known to be right.
+    moves on, is the last step that is known to be right. `doubtful`, likewise, is the first of the steps that may have
+    to be undone (after a NaN or a spike of the loss); -1: none is.
     Example: Milestones(every=4, apart=10) are 12, 20, 32, 40 ...
     """
 
     every: int = 1
     apart: int = 0
     verified: int = 0
+    doubtful: int = -1
 
     def has(self, step: int) -> bool:
         return self.apart > 0 and step > 0 and step % self.every == 0 and step % self.apart < self.every
 
     def kept(self, steps: Iterable[int]) -> set[int]:
-        """Of all steps at hand: the newest milestones, and the newest that is verified."""
-        found = sorted({step for step in steps if self.has(step)})
+        """Of all steps at hand: the newest milestones, the newest that is verified, the last before doubtful steps."""
+        every = sorted(set(steps))
+        found = [step for step in every if self.has(step)]
         right = [step for step in found if step <= self.verified]
-        return {*found[-KEPT:], *right[-1:]}
+        good = [step for step in every if step <= self.doubtful]
+        return {*found[-KEPT:], *right[-1:], *good[-1:]}
 
 
 NO_MILESTONES = Milestones()

@@ -375,6 +375,8 @@ def test_elastic_divergence_goes_back_leaves_data_out_and_ends_at_last(run: Run)
         run.train(optimizer=optimizer, steps=5000, elastic={"max_rollbacks": 2})
     back = run.heard("rolled-back")
     assert len(back) == 2 and all(event["to_step"] <= event["step"] for event in back), run.said()
+    began = {event["generation"]: event["step"] for event in run.heard("started")}
+    assert all(began[event["generation"] + 1] == event["to_step"] for event in back), run.said()
     history = GroupJournal(open_store(run.state), "x").history
     assert history.rollbacks == 2 and history.skipped, history
     steps = [row["step"] for row in run.rows]

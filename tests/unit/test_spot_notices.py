@@ -281,7 +281,7 @@ class Quiet:
 
     replicated = True
 
-    def orders(self, join: Any, fleet: Any, history: Any, high_step: int) -> dict[str, Any]:
+    def orders(self, join: Any, fleet: Any, history: Any, *_: Any) -> dict[str, Any]:
         return {}
 
     def stored(self, fresh: bool = False) -> list[tuple[int, int]]:
