@@ -114,6 +114,7 @@ class PretrainTask:
                 min(history.verified, join.restore.step),
                 outcomes.next,
                 tuple(outcomes.losses),
+                outcomes.sent_to,
             )
         return {**dict.fromkeys(fleet.node_of), **orders}
 

@@ -243,7 +243,8 @@ class PretrainRank:
             self._store, self.elastic.rendezvous = order.store, Rendezvous(order.store)
         self.elastic.milestones.verified = order.verified
         settings = self.job.settings.elastic
-        self._doubts = Doubts(self.elastic.milestones, settings, order.losses, order.told, order.at_most or 0)
+        start = order.at_most or 0
+        self._doubts = Doubts(self.elastic.milestones, settings, order.losses, order.told, start, order.sent_to)
         joined = self.elastic.join(
             order.generation,
             order.rank,

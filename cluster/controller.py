@@ -34,7 +34,7 @@ from cluster.join_board import JoinBoard
 from cluster.node_watch import Beat, Sight
 from cluster.outcomes import Outcomes
 from cluster.policies.hang import Beacon
-from cluster.policies.rollback import Rollback, SavedState, first_doubtful, judge_step, leave_out
+from cluster.policies.rollback import Rollback, SavedState, doubt_of, judge_step, leave_out
 from cluster.ray_drain import draining_nodes
 from infra.errors import NodeLost, RecuaError, StepError
 from infra.notices import Notice, in_words
@@ -484,8 +484,9 @@ class GroupController:
 
     def _doubt(self, following: int) -> None:
         """What may have to be undone, now that `following` is the next step to be told of."""
-        first = first_doubtful(self.outcomes.losses, following - 1, self.settings)
-        self.core.book.doubtful = following if first is None else first
+        doubt = doubt_of(self.outcomes.losses, following - 1, self.settings)
+        known = (following, following if doubt is None else doubt.first, self.outcomes.sent_to)
+        self.core.book.doubtful = min(step for step in known if step is not None)
 
     def _judge_loss(self, step: int) -> None:
         history = self.journal.history
@@ -508,6 +509,7 @@ class GroupController:
         elif action == "roll-back" and verdict.to_step is not None:
             if self.core.phase not in ("running", "stopping"):  # ranks re-form: as soon as they run
                 self._due = self._due or (step, verdict, tuple(guilty))
+                self.outcomes.sent_to = self._due[1].to_step
                 return
             window = verdict.skip
             skipped = history.skipped if window is None else leave_out(history.skipped, window)
@@ -522,7 +524,7 @@ class GroupController:
     def _roll_back_now(self) -> None:
         """What fell due while no generation ran; to what is still there by now."""
         if self._due is not None:
-            (step, verdict, guilty), self._due = self._due, None
+            (step, verdict, guilty), self._due, self.outcomes.sent_to = self._due, None, None
             assert verdict.to_step is not None
             there = max(state.step for state in self._saved() if state.step <= verdict.to_step)
             self._roll_back(step, replace(verdict, to_step=there), guilty)

@@ -23,6 +23,8 @@ class Outcomes:
         """The step that is wanted next, and the oldest generation that may tell of it."""
         self.losses = [judged_loss(row) for row in known[-remembered:]]
         """Of the steps before `next`, oldest first; NaN where the update was not applied."""
+        self.sent_to: int | None = None
+        """Where training goes back to as soon as ranks run."""
         self._remembered = remembered
         self._rate = 0.0
         self._late_since: float | None = None

@@ -91,18 +91,25 @@ def judge_step(
     return _roll_back(f"{what} ({bad} in a row)", first_bad, step, saved, skipped, rollbacks, name, settings)
 
 
-def first_doubtful(losses: Sequence[float], step: int, settings: ElasticSettings) -> int | None:
-    """The first of the steps up to `step` that `judge_step` may send training back to later; None: there is none.
+@dataclass(frozen=True)
+class Doubt:
+    """Steps from `first` on may have to be undone: the state before them has to stay. `sure`: they will be."""
 
-    The state before it has to stay until more steps have told whether it does.
-    """
+    first: int
+    sure: bool
+
+
+def doubt_of(losses: Sequence[float], step: int, settings: ElasticSettings) -> Doubt | None:
+    """What may follow of `judge_step` for the steps up to `step`, now or after more of them; None: nothing."""
     if not losses:
         return None
     if not math.isfinite(losses[-1]):
-        return step + 1 - _nonfinite_streak(losses)
-    if spike_score(losses, settings.spike_window) > settings.spike_sigmas:
-        return step + 1 - _spike_streak(losses, settings)
-    return None
+        bad, patience = _nonfinite_streak(losses), settings.nonfinite_patience
+    elif spike_score(losses, settings.spike_window) > settings.spike_sigmas:
+        bad, patience = _spike_streak(losses, settings), settings.spike_patience
+    else:
+        return None
+    return Doubt(step + 1 - bad, bad >= patience)
 
 
 def after_corruption(

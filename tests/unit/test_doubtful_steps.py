@@ -8,7 +8,7 @@ import torch
 
 from actors.doubts import Doubts
 from cluster.config import ElasticSettings
-from cluster.policies.rollback import SavedState, first_doubtful, judge_step
+from cluster.policies.rollback import Doubt, SavedState, doubt_of, judge_step
 from cluster.policies.snapshot import SnapshotBook, choose
 from engines.snapshots import ShardName, Snapshots, forget, sealed
 from engines.snapshots.milestones import Milestones
@@ -21,12 +21,12 @@ SETTINGS = ElasticSettings(nonfinite_patience=2, spike_patience=3)
 @pytest.mark.parametrize("bad", [[math.nan] * 2, [9.0] * 3], ids=["nan", "spike"])
 def test_doubtful_is_what_training_may_go_back_to(bad: list[float]) -> None:
     """From the first bad step on, though more of them are waited for; and nothing after a good one."""
-    assert first_doubtful(NORMAL, 9, SETTINGS) is None and first_doubtful([], -1, SETTINGS) is None
+    assert doubt_of(NORMAL, 9, SETTINGS) is None and doubt_of([], -1, SETTINGS) is None
     for count in range(1, len(bad) + 1):
-        assert first_doubtful([*NORMAL, *bad[:count]], 9 + count, SETTINGS) == 10
+        assert doubt_of([*NORMAL, *bad[:count]], 9 + count, SETTINGS) == Doubt(10, sure=count == len(bad))
     found = judge_step([*NORMAL, *bad], 9 + len(bad), [SavedState(10), SavedState(12)], (), 0, SETTINGS)
     assert found.to_step == 10
-    assert first_doubtful([*NORMAL, bad[0], 2.0], 11, SETTINGS) is None
+    assert doubt_of([*NORMAL, bad[0], 2.0], 11, SETTINGS) is None
 
 
 def test_doubtful_steps_leave_the_state_before_them_in_memory(tmp_path: Path) -> None:
@@ -75,15 +75,24 @@ def test_doubtful_steps_and_untold_ones_leave_the_state_before_them_in_the_book(
 def test_doubtful_steps_are_known_to_a_rank_that_comes_later() -> None:
     """By the losses in its order; what it computes again is not counted twice."""
     milestones = Milestones()
-    Doubts(milestones, SETTINGS, [*NORMAL, math.nan, math.nan], told=112, step=112)
+    Doubts(milestones, SETTINGS, [*NORMAL, math.nan], told=111, step=111)
     assert milestones.doubtful == 110
-    doubts = Doubts(milestones, SETTINGS, [*NORMAL, math.nan, math.nan], told=112, step=111)
+    doubts = Doubts(milestones, SETTINGS, [*NORMAL, math.nan, 2.0], told=112, step=111)
     assert milestones.doubtful == 110
     doubts.saw(110, {"loss": 2.0, "committed": True})
     assert milestones.doubtful == 110
-    doubts.saw(111, {"loss": 2.0, "committed": False})
-    assert milestones.doubtful == 110, "the gradient was not finite"
-    doubts.saw(112, {"loss": 2.0, "committed": True})
+    doubts.saw(111, {"loss": 2.0, "committed": True})
     assert milestones.doubtful == -1
     Doubts(milestones, SETTINGS, [2.0, math.nan], told=200, step=100)
     assert milestones.doubtful == -1, "all that it was told of will be computed again"
+
+
+def test_doubtful_steps_that_will_be_undone_stay_so_whatever_follows() -> None:
+    """Ranks go on until the controller's word reaches them."""
+    milestones = Milestones()
+    doubts = Doubts(milestones, SETTINGS, NORMAL, told=110, step=110)
+    for step, committed in enumerate((False, False, True, True), 110):
+        doubts.saw(step, {"loss": 2.0, "committed": committed})
+        assert milestones.doubtful == 110, step
+    Doubts(milestones, SETTINGS, [*NORMAL, math.nan, math.nan, 2.0], told=113, step=113, sent_to=110)
+    assert milestones.doubtful == 110
