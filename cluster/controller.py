@@ -292,7 +292,7 @@ class GroupController:
                 continue
             if state == "standby" and core.phase != "adopting" and core.seat(name).state in ("spawned", "gone"):
                 ready[name] = self.fleet.node_of[name]
-            elif state == "failed" and name in core.roster.node_of:
+            elif state == "failed" and core.seat(name).state != "gone":
                 self._left(name, sight, now, ERROR_GRACE_S)
             elif core.phase == "aborting" and name in core.roster.joined and state in OUT:
                 out.append(name)  # of an older generation too, where a controller died between two

@@ -38,7 +38,7 @@ from engines.config import LearnerSettings, SnapshotSettings
 from engines.elastic import ElasticLearner, Recipe
 from engines.process_groups import Rendezvous, StoreAddress, host_store
 from engines.snapshots import ShardName, StoreSource, node_folder, sealed
-from infra.errors import ConfigError, StoreError, SystemFault
+from infra.errors import ConfigError, StepError, StoreError, SystemFault
 from infra.faults import FaultSchedule
 from infra.storage import FolderStore, open_store
 from models.llama import LlamaConfig
@@ -450,6 +450,22 @@ def test_chaos_a_rank_that_hangs_on_its_way_into_a_generation_is_named(tmp_path:
     (detected,) = [event for event in heard if event["event"] == "detected"]
     assert detected["workers"] == ["w1"] and "no progress" in detected["what"] and "load" in detected["what"]
     assert core.phase == "aborting" and core.roster.joined == {"w0", "w2"}
+
+
+def test_chaos_a_worker_that_fails_while_it_warms_up_ends_the_run_with_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A time-out of the start would come minutes later, and would not say why."""
+    controller = leader(tmp_path, [], [])
+    monkeypatch.setattr(controller.fleet, "ask", lambda worker, method: StepError(f"{worker}: no such device"))
+    controller.core.phase = "starting"
+    controller.core.roster.ordered.add("w7")
+    failed = Sight("w7", True, Record(os.getpid(), state="failed"))
+    controller.fleet.node_of["w7"] = "n0"
+    for at in (0.0, 0.5, 2.0):
+        assert controller._error is None
+        controller._hear_beat(Beat("n0", 1, sights=(failed,)), at)
+    assert str(controller._error) == "w7: no such device"
 
 
 def test_chaos_a_hang_on_the_way_to_a_boundary_is_no_matter_of_the_boundary_s_time_out(tmp_path: Path) -> None:
