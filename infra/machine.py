@@ -93,6 +93,26 @@ def require_port(port: int, setting: str, host: str = "127.0.0.1") -> None:
             ) from None
 
 
+def answers(address: str, timeout_s: float = 5.0) -> bool:
+    """Whether somebody listens at "host:port"."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def require_ray(address: str | None, setting: str) -> None:
+    """Raises ConfigError when nothing answers where a Ray is said to be; Ray itself would try for many minutes.
+
+    `address` is "host:port" or "ray://host:port[/...]"; anything else ("auto", "local", None) passes.
+    """
+    place = re.fullmatch(r"(?:ray://)?([^/]+:\d+)(?:/.*)?", address or "")
+    if place is not None and not answers(place[1]):
+        raise ConfigError(f"{setting}: no Ray cluster at {address}: nothing answers there")
+
+
 def _meminfo(path: Path) -> dict[str, int]:
     rows = (line.split() for line in path.read_text().splitlines())
     return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 
+from infra.machine import require_ray
 from serving.client import RecuaClient
 from serving.config import ServingSettings
 from serving.errors import RequestError
@@ -32,6 +33,7 @@ def serve_forever(
     from serving.preflight import check_model_folder, folder_digest
 
     check_model_folder(model_folder)
+    require_ray(ray_address, "--address")
     stop = threading.Event()
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     ray.init(address=ray_address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)

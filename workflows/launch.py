@@ -23,7 +23,7 @@ from typing import Any
 
 from infra.config import Settings, read_tree, validate
 from infra.errors import ConfigError, UserError
-from infra.machine import local_resources
+from infra.machine import local_resources, require_ray
 from infra.storage import Store, open_store
 from workflows.config import RunSettings
 from workflows.graph import Workflow
@@ -145,6 +145,7 @@ def run(launch: Launch, settings: RunSettings, reports: Path, display: Display |
     store.check()
     if not is_finished(launch, store, settings):
         launch.preflight()
+        require_ray(settings.ray_address or os.environ.get("RAY_ADDRESS"), "--address (or RAY_ADDRESS)")
         if not (settings.ray_address or os.environ.get("RAY_ADDRESS") or settings.ray_options):
             launch.check_cluster([local_resources()])  # the cluster will be this machine: refuse before a run is made
     with display or open_display() as shown:

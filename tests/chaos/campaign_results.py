@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -20,7 +21,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-FAILURES = 20
+FAILURES = 3
+"""In a row: more are no matter of an overloaded machine."""
 Record = dict[str, Any]
 Open = Callable[[Path], AbstractContextManager[Callable[[int], Record]]]
 """Given the folder of the results: surroundings in which a seed becomes a line of the results."""
@@ -37,6 +39,7 @@ def carry_out(seeds: Iterable[int], results: Path, surroundings: Open) -> Genera
                 while left:
                     line = {**perform(left[0]), "commit": commit, "time": round(time.time())}
                     left.popleft()
+                    failures = 0
                     with results.open("a") as stream:
                         stream.write(json.dumps(line) + "\n")
                     yield line
@@ -44,6 +47,7 @@ def carry_out(seeds: Iterable[int], results: Path, surroundings: Open) -> Genera
             failures += 1
             if failures > FAILURES:
                 raise
+            traceback.print_exc()
             print(f"the surroundings of SEED={left[0]} failed, which is run again: {error!r}", flush=True)
 
 

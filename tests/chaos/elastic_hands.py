@@ -75,12 +75,16 @@ class Hands:
 
     def driver(self, fault: Fault) -> bool:
         """Killed; the next one starts at once, or after the ranks have trained alone for a while."""
+        if self._run.drivers[-1].process.poll() is not None:
+            return False
         self._run.drivers[-1].kill()
         self._run.start_driver(after_s=float(fault.other % 3))
         return True
 
     def driver_stop(self, fault: Fault) -> bool:
         """It sleeps, and goes on."""
+        if self._run.drivers[-1].process.poll() is not None:
+            return False  # killed, and the next one is yet to start
         pid = self._run.drivers[-1].process.pid
         os.kill(pid, signal.SIGSTOP)
         self._later(STOPPED_S, lambda: _send(pid, signal.SIGCONT))

@@ -271,3 +271,17 @@ def test_texts_that_do_not_fit_end_the_run_before_training(artifact: Callable[..
     )
     with pytest.raises(DataError, match=r"instruction example 1 \(x/y\) does not fit the chat format"):
         fit_texts.fn(base, mute, asked, asked, Limits(example=200, prompt=200))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "no-such-host.invalid:6379"])
+def test_bad_addresses_of_ray_are_named_before_a_run_is_made(
+    address: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray itself goes on trying for more than ten minutes."""
+    with socket.socket() as closed:  # bound, but nobody listens
+        closed.bind(("127.0.0.1", 0))
+        address = address.format(port=closed.getsockname()[1])
+        why = f"--address (or RAY_ADDRESS): no Ray cluster at {address}: nothing answers there"
+        assert refused("--recipe", "recipes/tiny.toml", "--address", address) == why
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert refused("--recipe", "recipes/tiny.toml") == why

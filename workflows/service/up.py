@@ -3,15 +3,13 @@
 import contextlib
 import logging
 import os
-import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from infra.errors import ConfigError, RecuaError, SystemFault
-from infra.machine import require_port
+from infra.machine import answers, require_port, require_ray
 from infra.storage import default_store, open_store
 from workflows.service import actor, head, places, records
 from workflows.service.client import Client
@@ -81,7 +79,7 @@ def down(say: Say, cancel: bool = False) -> None:
         raise ConfigError("nothing is up here; set RAY_ADDRESS for a service that somebody else started")
     own = (place or {}).get("head")
     left: list[str] = []
-    if head.is_alive(own) if own is not None else place is None or _answers(address):
+    if head.is_alive(own) if own is not None else place is None or answers(address):
         with connected(address, own) as ray:
             service = actor.find(ray)
             if service is not None:
@@ -123,8 +121,7 @@ def connected(address: str, own: Record | None) -> Iterator[Any]:
     """
     if own is not None:
         head.use_ray_token()
-    if re.fullmatch(r"[^/]+:\d+", address) and not _answers(address):  # Ray itself would try for minutes
-        raise ConfigError(f"--address {address}: no Ray cluster there: nothing answers")
+    require_ray(address, "--address")
     import ray
 
     try:
@@ -147,22 +144,13 @@ def _cluster(options: UpOptions, place: Record, say: Say) -> tuple[str, Record |
         return str(known), own, False
     if own is not None:
         head.stop(own)  # it died; what is left of it goes before a new one comes
-    elif known is not None and given is None and _answers(known):
+    elif known is not None and given is None and answers(known):
         return str(known), None, False
     if given:
         return given, None, False
     require_port(options.port, "--port", options.host)
     say("no cluster was named: starting a Ray head on this machine")
     return *head.start(), True
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _service(ray: Any, options: UpOptions, store: str, token: str | None) -> tuple[Record, bool]:
