@@ -533,6 +533,10 @@ class GroupController:
         book = self.core.book
         whole = {step for step, snapshot in book.snapshots.items() if snapshot.whole}
         steps = {0} | whole | (book.flushed & {step for _, step in self._stored})
+        before, start = book.doubtful, self.core.joins.get(self.core.generation, 0)
+        before -= before % self.settings.snapshot_every
+        if start <= before < self.outcomes.next:  # with the outcome of a step all the copies of the state before it
+            steps.add(int(before))
         verified = self.journal.history.verified
         return [SavedState(step, step <= verified) for step in sorted(steps)]
 

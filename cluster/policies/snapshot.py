@@ -131,7 +131,7 @@ class SnapshotBook:
         if len(whole) >= KEPT:
             stay = [step for step in whole if self._stays(step)]
             kept = {*whole[-KEPT:], *stay[-KEPT:], *[step for step in stay if step <= self.verified][-1:]}
-            needed = min(whole[-KEPT], max((step for step in whole if step <= self.doubtful), default=0))
+            needed = min(whole[-KEPT], *([step for step in whole if step <= self.doubtful][-KEPT:] or [0]))
             for old in [step for step in self.snapshots if step < needed and step not in kept]:
                 del self.snapshots[old]
 

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 KEPT = 2
-"""Of the newest ones: they may not have been verified yet."""
+"""Of the newest ones, which may not have been verified yet; also before doubtful steps: whoever decides may know of
+the last one too late."""
 
 
 @dataclass
@@ -26,12 +27,12 @@ class Milestones:
         return self.apart > 0 and step > 0 and step % self.every == 0 and step % self.apart < self.every
 
     def kept(self, steps: Iterable[int]) -> set[int]:
-        """Of all steps at hand: the newest milestones, the newest that is verified, the last before doubtful steps."""
+        """Of all steps at hand: the newest milestones, the newest verified, the last ones before doubtful steps."""
         every = sorted(set(steps))
         found = [step for step in every if self.has(step)]
         right = [step for step in found if step <= self.verified]
         good = [step for step in every if step <= self.doubtful]
-        return {*found[-KEPT:], *right[-1:], *good[-1:]}
+        return {*found[-KEPT:], *right[-1:], *good[-KEPT:]}
 
 
 NO_MILESTONES = Milestones()
