@@ -42,7 +42,8 @@ class ElasticSettings(Settings):
     abort_timeout_s: float = Field(default=2, gt=0)
     """A worker that has not left its collectives by then is killed by its node agent."""
     join_timeout_s: float = Field(default=60, gt=0)
-    """Longest re-forming (rendezvous, process groups, restore) before the generation is given up and tried again."""
+    """When nobody gets on for so long in a re-forming (rendezvous, process groups, restore), the generation is given up
+    and tried again. A large state may take longer to load: every few MiB of it count as getting on."""
     join_stall_s: float = Field(default=15, gt=0)
     """A rank that gets on with nothing for so long on its way into a generation, while others wait for it, hangs. Time
     without a processor does not count, nor does waiting for storage or for another node's memory."""

@@ -219,7 +219,8 @@ class GroupController:
         if lost:
             self._lose(beat.node, lost)
         self.board.excuse(starved, now)
-        self.joining.saw(beat.sights)
+        if self.joining.saw(beat.sights) and self.core.phase == "forming":
+            self._tell(m.JoinMoved(self.core.generation))
         self._on_board(beat, now)
         for finding in self.guard.saw(beat, now):
             self._follow(finding)

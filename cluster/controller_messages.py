@@ -91,6 +91,13 @@ class JoinFailed:
 
 
 @dataclass(frozen=True)
+class JoinMoved:
+    """Some worker gets on, on its way into the generation."""
+
+    generation: int
+
+
+@dataclass(frozen=True)
 class Progress:
     """All ranks have committed `step` steps; `step_s` is their own recent median step time."""
 
@@ -204,8 +211,8 @@ class Tick:
 
 Event = (
     WorkersReady | WorkersRefused | BurnInFailed | WorkersLost | NodesLost | Suspected | AbortAcked | Joined
-    | JoinFailed | Progress | BoundaryReached | SnapshotHeld | SnapshotRefused | SnapshotFlushed | NodesDraining
-    | NodesCleared | Evict | RollBack | Inventory | Finished | Tick
+    | JoinFailed | JoinMoved | Progress | BoundaryReached | SnapshotHeld | SnapshotRefused | SnapshotFlushed
+    | NodesDraining | NodesCleared | Evict | RollBack | Inventory | Finished | Tick
 )  # fmt: skip
 
 # ---- commands: what to do

@@ -89,6 +89,7 @@ class Controller:
             m.WorkersReady: self._ready, m.WorkersRefused: self._refused, m.BurnInFailed: self._burn_in_failed,
             m.WorkersLost: self._workers_lost, m.NodesLost: self._nodes_lost, m.Suspected: self._suspected,
             m.AbortAcked: self._abort_acked, m.Joined: self._joined, m.JoinFailed: self._join_failed,
+            m.JoinMoved: self._join_moved,
             m.Progress: self._progress, m.BoundaryReached: self._boundary_reached,
             m.SnapshotHeld: self._snapshot_held, m.SnapshotRefused: self._snapshot_refused,
             m.SnapshotFlushed: self._snapshot_flushed, m.NodesDraining: self._nodes_draining, m.Evict: self._evict,
@@ -391,6 +392,10 @@ class Controller:
             self.reformed += 1
             self._running_since = now
 
+    def _join_moved(self, event: m.JoinMoved, now: float) -> None:
+        if event.generation == self.generation and self.phase == "forming":
+            self._deadline = now + self.settings.join_timeout_s
+
     def _join_failed(self, event: m.JoinFailed, now: float) -> None:
         if event.generation == self.generation and self.phase == "forming":
             self._fault(event.reason, now)
@@ -508,7 +513,8 @@ class Controller:
             self._out.append(m.Kill(stuck, reason))
             self._lose(stuck, reason, now)
         elif self.phase == "forming":
-            self._fault(f"{waiting} did not join within {settings.join_timeout_s:g} s (elastic.join_timeout_s)", now)
+            text = f"{waiting} did not join, and none got on for {settings.join_timeout_s:g} s"
+            self._fault(f"{text} (elastic.join_timeout_s)", now)
         elif self.phase == "stopping":
             if self._awaiting:
                 text = f"{waiting} reached no step boundary within {settings.boundary_timeout_s:g} s"

@@ -29,8 +29,9 @@ class JoinBoard:
         self._ranks = {rank: Joining(rank, -1) for rank in range(world_size)}
         self._signs = {}
 
-    def saw(self, sights: Iterable[Sight]) -> None:
-        """One node's word."""
+    def saw(self, sights: Iterable[Sight]) -> bool:
+        """One node's word; whether any rank has got on since the last one."""
+        moved = False
         for sight in sights:
             record = sight.record
             if not sight.alive or record.generation != self.generation or record.rank not in self._ranks:
@@ -39,8 +40,9 @@ class JoinBoard:
             sign, idle_s = (record.ticks, record.entered_at), sight.phase_age - sight.starved_s
             known, since = self._signs.get(record.rank, (None, 0.0))
             if known != sign:
-                self._signs[record.rank], since = (sign, idle_s), idle_s
+                self._signs[record.rank], since, moved = (sign, idle_s), idle_s, True
             self._ranks[record.rank] = Joining(record.rank, stage, record.phase, max(0.0, idle_s - since))
+        return moved
 
     def judge(self) -> tuple[Decision, Suspects]:
         """See cluster.policies.hang.decide_join."""

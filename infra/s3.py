@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from infra.errors import ConfigError, StoreError
-from infra.storage import appear, checked_key, sha256_file
+from infra.storage import Moved, appear, checked_key, sha256_file, unseen
 
 T = TypeVar("T")
 
@@ -118,16 +118,17 @@ class S3Store:
 
         self._retry(key, attempt, tries=TRANSFERS)
 
-    def download_file(self, key: str, target: Path, sha256: str | None = None) -> None:
+    def download_file(self, key: str, target: Path, sha256: str | None = None, moved: Moved = unseen) -> None:
         def attempt() -> None:
             with appear(target) as temporary:
                 try:
-                    self._transfers.download_file(self.bucket, self._key(key), str(temporary))
+                    place = self.bucket, self._key(key), str(temporary)
+                    self._transfers.download_file(*place, Callback=lambda count: moved())
                 except Exception as error:
                     if _code(error) in MISSING:
                         raise StoreError(f"--store {self.url}: no object {key}") from None
                     raise
-                if sha256 is not None and (found := sha256_file(temporary)) != sha256:
+                if sha256 is not None and (found := sha256_file(temporary, moved)) != sha256:
                     raise _Damaged(f"sha256 {found[:12]}, its manifest says {sha256[:12]}")
 
         self._retry(key, attempt, tries=TRANSFERS)

@@ -12,7 +12,7 @@ import itertools
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,12 @@ from infra.errors import ConfigError, StoreError
 
 CHUNK = 1 << 20
 TEMPORARY_PREFIX = ".tmp-"
+Moved = Callable[[], None]
+"""Told that a large transfer gets on."""
+
+
+def unseen() -> None:
+    """Nobody wants to know."""
 
 
 class Store(Protocol):
@@ -61,8 +67,11 @@ class Store(Protocol):
         """Store a file's content. A reader never sees half of it."""
         ...
 
-    def download_file(self, key: str, target: Path, sha256: str | None = None) -> None:
-        """Fetch into `target`, which appears whole or not at all; a wrong checksum is a StoreError."""
+    def download_file(self, key: str, target: Path, sha256: str | None = None, moved: Moved = unseen) -> None:
+        """Fetch into `target`, which appears whole or not at all; a wrong checksum is a StoreError.
+
+        `moved` is called after every few MiB, from any thread.
+        """
         ...
 
     def local_path(self, key: str) -> Path | None:
@@ -100,10 +109,14 @@ def default_store() -> str:
     return str(Path.home() / ".recua" / "store")
 
 
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def sha256_file(path: Path, moved: Moved = unseen) -> str:
+    """Hex digest of a file's content; `moved` is called after every few MiB."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+            moved()
+    return digest.hexdigest()
 
 
 class FolderStore:
@@ -191,14 +204,17 @@ class FolderStore:
                 temporary.unlink(missing_ok=True)
             sync_folder(target.parent)
 
-    def download_file(self, key: str, target: Path, sha256: str | None = None) -> None:
+    def download_file(self, key: str, target: Path, sha256: str | None = None, moved: Moved = unseen) -> None:
         source = self._path(key)
         with self._errors(key), appear(target) as temporary:
             try:
-                shutil.copyfile(source, temporary)
+                stream = source.open("rb")
             except FileNotFoundError:
                 raise StoreError(f"--store {self.url}: no object {key}") from None
-            check_sha256(temporary, sha256, self.url, key)
+            with stream, temporary.open("wb") as copy:
+                while os.sendfile(copy.fileno(), stream.fileno(), None, 8 * CHUNK):
+                    moved()
+            check_sha256(temporary, sha256, self.url, key, moved)
 
     def local_path(self, key: str) -> Path | None:
         return self._path(key)
@@ -261,9 +277,9 @@ def checked_key(key: str) -> list[str]:
     return parts
 
 
-def check_sha256(path: Path, expected: str | None, url: str, key: str) -> None:
+def check_sha256(path: Path, expected: str | None, url: str, key: str, moved: Moved = unseen) -> None:
     """Raise StoreError where the content is not what its manifest says."""
-    if expected is not None and (found := sha256_file(path)) != expected:
+    if expected is not None and (found := sha256_file(path, moved)) != expected:
         raise StoreError(f"--store {url}: {key} is damaged: sha256 {found[:12]}, its manifest says {expected[:12]}")
 
 

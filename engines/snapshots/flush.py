@@ -24,7 +24,7 @@ from typing import Any
 from engines.snapshots.memory import Reach, unheard
 from engines.snapshots.shard import Layout, Shard, ShardName, open_shard
 from infra.errors import CheckpointError, StoreError
-from infra.storage import Store, sha256_file
+from infra.storage import Moved, Store, sha256_file, unseen
 
 log = logging.getLogger(__name__)
 
@@ -181,11 +181,12 @@ class StoreSource:
             raise CheckpointError(f"{self}: the description of {name} is missing or damaged")
         return Layout.decode(content)
 
-    def open(self, name: ShardName) -> Shard:
+    def open(self, name: ShardName, moved: Moved = unseen) -> Shard:
         self.scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             target = Path(folder) / str(name)
-            self.store.download_file(f"{_folder(self.run, name)}/{name}", target, self._receipts[name]["sha256"])
+            key = f"{_folder(self.run, name)}/{name}"
+            self.store.download_file(key, target, self._receipts[name]["sha256"], moved)
             return open_shard(target)  # mapped: it outlives its name
 
 

@@ -28,8 +28,10 @@ from engines.snapshots.milestones import NO_MILESTONES, Milestones
 from engines.snapshots.segments import WRITING, node_folder, sealed
 from engines.snapshots.shard import Layout, Shard, ShardName, parse_shard, read_layout
 from infra.errors import CheckpointError, StoreError
+from infra.storage import Moved, unseen
 
 LINE_BYTES = 1 << 16
+PIECE_BYTES = 8 << 20
 RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -120,14 +122,15 @@ def receive(
         os.close(descriptor)
 
 
-def read_exactly(stream: BufferedIOBase, view: memoryview) -> None:
-    """Fill `view` from a stream that ends no earlier."""
+def read_exactly(stream: BufferedIOBase, view: memoryview, moved: Moved = unseen) -> None:
+    """Fill `view` from a stream that ends no earlier; `moved` is called after every few MiB."""
     position = 0
     while position < len(view):
-        count = stream.readinto(view[position:])
+        count = stream.readinto(view[position : position + PIECE_BYTES])
         if not count:
             raise StoreError(f"the connection ended after {position} of {len(view)} bytes")
         position += count
+        moved()
 
 
 class Peer:
@@ -171,9 +174,9 @@ class Peer:
     def layout(self, name: ShardName) -> Layout:
         return Layout.decode(bytes(self._ask("layout", name)))
 
-    def open(self, name: ShardName) -> Shard:
+    def open(self, name: ShardName, moved: Moved = unseen) -> Shard:
         """Fetched into this process's memory and verified here."""
-        return parse_shard(self._ask("get", name), f"{self}: {name}")
+        return parse_shard(self._ask("get", name, moved=moved), f"{self}: {name}")
 
     def cut(self) -> None:
         """Wake a thread that waits for this peer, and let nothing wait again; callable from any thread."""
@@ -187,7 +190,9 @@ class Peer:
         with self._lock:
             self._drop()
 
-    def _ask(self, op: str, name: ShardName | None = None, payload: BinaryIO | None = None) -> memoryview:
+    def _ask(
+        self, op: str, name: ShardName | None = None, payload: BinaryIO | None = None, moved: Moved = unseen
+    ) -> memoryview:
         request: dict[str, Any] = {"token": self._token, "op": op, "run": self.run}
         if name is not None:
             request["name"] = str(name)
@@ -205,7 +210,7 @@ class Peer:
                     kind = CheckpointError if answer.get("damaged") else StoreError
                     raise kind(f"{self}: {answer['error']}")
                 content = memoryview(bytearray(answer["bytes"]))
-                read_exactly(stream, content)
+                read_exactly(stream, content, moved)
             return content
 
     def _connect(self) -> socket.socket:

@@ -13,6 +13,7 @@ from engines.snapshots.reader import SnapshotReader
 from engines.snapshots.segments import sealed
 from engines.snapshots.shard import Layout, Shard, ShardName, open_shard, read_layout
 from infra.errors import CheckpointError, StoreError
+from infra.storage import Moved, unseen
 
 T = TypeVar("T")
 
@@ -26,8 +27,8 @@ class Source(Protocol):
         """Raises CheckpointError where the shard is damaged or gone."""
         ...
 
-    def open(self, name: ShardName) -> Shard:
-        """The shard, verified here. Raises CheckpointError likewise."""
+    def open(self, name: ShardName, moved: Moved = unseen) -> Shard:
+        """The shard, verified here; `moved` is called while it comes. Raises CheckpointError likewise."""
         ...
 
 
@@ -43,7 +44,7 @@ class FolderSource:
     def layout(self, name: ShardName) -> Layout:
         return read_layout(self.folder / str(name))
 
-    def open(self, name: ShardName) -> Shard:
+    def open(self, name: ShardName, moved: Moved = unseen) -> Shard:
         return open_shard(self.folder / str(name))
 
     def __str__(self) -> str:
@@ -54,7 +55,7 @@ class Sources:
     """All places together, as they are now; make a new one for every recovery.
 
     `refused` collects what was not taken and why, for the log. `moved` is called with "load" for every piece that was
-    found, and with "fetch" before a place that is not this machine's memory is asked.
+    found, and with "fetch" before a place that is not this machine's memory is asked, and while it answers.
     """
 
     def __init__(self, sources: Sequence[Source], moved: Callable[[str], None] = lambda name: None) -> None:
@@ -92,7 +93,10 @@ class Sources:
         return self._first(name, lambda source: source.layout(name))
 
     def _open(self, name: ShardName) -> Shard:
-        shard = self._first(name, lambda source: _expected(source.open(name), name))
+        def fetching() -> None:
+            self._moved("fetch")
+
+        shard = self._first(name, lambda source: _expected(source.open(name, fetching), name))
         if shard is None:
             raise CheckpointError(f"no intact copy of {name}: {'; '.join(self.refused)}")
         return shard

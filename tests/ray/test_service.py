@@ -268,3 +268,10 @@ def test_service_on_s3_refuses_asks_cancels_and_goes_down(user: User, trace: Pat
     assert not (user.home / ".recua" / "service.json").exists()
     assert "no driver" in user.recua("watch", "stopped", "--store", s3_url, code=1)
     assert "nothing is up here" in user.recua("down", code=2)
+
+    assert "it goes on with 1 unfinished runs: stopped" in user.up("--store", s3_url)
+    wait_for(lambda: begun(trace) == 3, "an interrupted run goes on with the next service")
+    output = user.recua("down", "--cancel")
+    assert "cancelling stopped" in output and "unfinished" not in output and "not ended" not in output
+    assert load_run(store, "stopped").status == "cancelled"
+    wait_for(lambda: not user.processes(), f"left behind: {user.processes()}")

@@ -24,7 +24,7 @@ from cluster.beacons import Record
 from cluster.beats import BeatBoard
 from cluster.config import ElasticSettings
 from cluster.controller import GroupController, Listener
-from cluster.controller_messages import Join, Joined, SnapshotFlushed, Spawn, Tick, WorkersReady
+from cluster.controller_messages import Join, Joined, JoinMoved, SnapshotFlushed, Spawn, Tick, WorkersReady
 from cluster.controller_state import Controller
 from cluster.fleet import Fleet, WorkerKind
 from cluster.group_journal import GroupJournal
@@ -452,6 +452,25 @@ def test_chaos_a_rank_that_hangs_on_its_way_into_a_generation_is_named(tmp_path:
     (detected,) = [event for event in heard if event["event"] == "detected"]
     assert detected["workers"] == ["w1"] and "no progress" in detected["what"] and "load" in detected["what"]
     assert core.phase == "aborting" and core.roster.joined == {"w0", "w2"}
+
+
+def test_chaos_a_large_state_may_take_its_time_to_load_while_it_comes(tmp_path: Path) -> None:
+    """Beat after beat a little more of it, for five times `join_timeout_s`; then nothing does."""
+    controller = leader(tmp_path, [], [])
+    core = controller.core
+    core.generation, core.phase, core.blocks, core._deadline = 2, "forming", (("w0",),), 1060.0
+    core.roster.place("w0", "n0")
+    core.roster.joined.add("w0")
+    controller.joining.begin(2, 1)
+    for at in range(1000, 1300, 20):
+        record = Record(os.getpid(), state="joining", generation=2, world_size=1, phase="fetch", entered_at=float(at))
+        moved = controller.joining.saw((Sight("w0", True, record),))
+        assert moved and not controller.joining.saw((Sight("w0", True, record),))
+        core.handle(JoinMoved(2), float(at))
+        core.handle(Tick(), at + 19.0)
+        assert core.phase == "forming", at
+    core.handle(Tick(), 1341.0)
+    assert core.phase == "aborting" and "none got on for 60 s (elastic.join_timeout_s)" in core.reason
 
 
 def test_chaos_a_worker_that_fails_while_it_warms_up_ends_the_run_with_its_error(

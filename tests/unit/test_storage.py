@@ -81,6 +81,18 @@ def test_files_are_whole_and_checked(store: Store, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["source.bin"]
 
 
+def test_whoever_waits_for_a_large_file_is_told_that_it_comes(store: Store, tmp_path: Path) -> None:
+    source, moves = tmp_path / "source.bin", []
+    source.write_bytes(os.urandom(20 << 20))
+    store.upload_file("files/x.bin", source)
+    store.download_file("files/x.bin", tmp_path / "x.bin", moved=lambda: moves.append("fetched"))
+    fetched = len(moves)
+    store.download_file(
+        "files/x.bin", tmp_path / "x.bin", sha256_file(source), moved=lambda: moves.append("and checked")
+    )
+    assert fetched >= 3 and len(moves) >= 2 * fetched + 20
+
+
 def test_a_lost_answer_of_a_conditional_write_still_counts_as_ours(s3: Store) -> None:
     """The server has written, the connection breaks, the retry is told "exists": it is our own object."""
     from botocore.exceptions import EndpointConnectionError
