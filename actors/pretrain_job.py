@@ -53,8 +53,7 @@ class ReplicaPlace:
 class Order:
     """A place in the next generation. `at_most`: load no later step; None: start afresh. `sources`: nodes that may hold
     shards; `holders`: nodes that keep replicas of this rank's. `skipped`: windows of data left out. `high_step`: steps
-    below it were computed before. `verified`: the last step whose state is known to be right. `losses`: of steps before
-    step `told`, oldest first, as they are judged. `sent_to`: training goes back to this step soon."""
+    below it were computed before. `verified`: the last step whose state is known to be right."""
 
     generation: int
     rank: int
@@ -66,9 +65,6 @@ class Order:
     skipped: tuple[int, ...] = ()
     high_step: int = 0
     verified: int = 0
-    told: int = 0
-    losses: tuple[float, ...] = ()
-    sent_to: int | None = None
 
 
 def recipe_of(job: PretrainJob) -> Recipe:

@@ -16,7 +16,6 @@ from cluster.controller_messages import Join
 from cluster.fleet import Fleet
 from cluster.group_journal import GroupHistory
 from cluster.node_agent import AgentPlace, NodeAgent
-from cluster.outcomes import Outcomes
 from cluster.policies.snapshot import place_replicas
 from engines.process_groups import StoreAddress
 from infra.errors import StoreError
@@ -88,9 +87,7 @@ class PretrainTask:
         self._stored: set[tuple[int, int]] | None = None
         self._places: dict[str, tuple[Any, ReplicaPlace]] = {}  # by node; an agent that was replaced serves elsewhere
 
-    def orders(
-        self, join: Join, fleet: Fleet, history: GroupHistory, outcomes: Outcomes, high_step: int
-    ) -> Mapping[str, Order | None]:
+    def orders(self, join: Join, fleet: Fleet, history: GroupHistory, high_step: int) -> Mapping[str, Order | None]:
         """A place for every member, None for everybody else."""
         ranks = join.ranks()
         nodes = [fleet.node_of[worker] for worker in ranks]
@@ -112,9 +109,6 @@ class PretrainTask:
                 skipped,
                 high_step,
                 min(history.verified, join.restore.step),
-                outcomes.next,
-                tuple(outcomes.losses),
-                outcomes.sent_to,
             )
         return {**dict.fromkeys(fleet.node_of), **orders}
 

@@ -97,6 +97,7 @@ class PretrainRank:
             progress=self.beacon.tick,
             signs=JoinSigns(stage=self.beacon.enter, moved=self.beacon.stir),
         )
+        self._doubts = Doubts(self.elastic.milestones, settings.elastic)
         self.burning_in = BurningIn(self.beacon, self.elastic.device)
         threading.Thread(target=self._live, name="training", daemon=True).start()
 
@@ -199,7 +200,6 @@ class PretrainRank:
         held_out = HeldOut(self.job, learner) if self.job.held_out is not None else None
         if learner.last_step:
             self.beacon.enter("wait")
-            self._doubts.saw(learner.step - 1, learner.last_step)
             self._say(learner, order, loader.tokens(learner.step - 1), held_out)
         self.beacon.set(state="joined", phase="wait", ticks=0, start=learner.step, step=learner.step, own_s=own_s)
         steps = self.job.settings.steps
@@ -217,7 +217,7 @@ class PretrainRank:
             ask = self.points.in_answer(next_token_loss(tokens, self.beacon.tick), order.rank, order.generation, step)
             with self.ledger.step(learner.ranks.waits, again=step < order.high_step):
                 self.elastic.train_step(micro_batches, self.points.in_loss(ask, order.rank, step, loader.window(step)))
-            self._doubts.saw(step, learner.last_step)
+            self._doubts.saw(learner.losses, learner.step)
             own_s += own.end(self.ledger.waited_s) / loader.weight(step)
             rate = round(tokens / (time.perf_counter() - started), 1)
             self._say(learner, order, tokens, held_out, tokens_per_s=rate)
@@ -242,9 +242,6 @@ class PretrainRank:
         if order.store != self._store:
             self._store, self.elastic.rendezvous = order.store, Rendezvous(order.store)
         self.elastic.milestones.verified = order.verified
-        settings = self.job.settings.elastic
-        start = order.at_most or 0
-        self._doubts = Doubts(self.elastic.milestones, settings, order.losses, order.told, start, order.sent_to)
         joined = self.elastic.join(
             order.generation,
             order.rank,
@@ -261,6 +258,7 @@ class PretrainRank:
             self._note_refused(order, joined.refused)
         learner = self.elastic.learner
         assert learner is not None
+        self._doubts.begin(learner.losses, learner.step)
         learner.ranks.on_vote = self.beacon.tick
         return learner
 

@@ -34,7 +34,7 @@ from cluster.join_board import JoinBoard
 from cluster.node_watch import Beat, Sight
 from cluster.outcomes import Outcomes
 from cluster.policies.hang import Beacon
-from cluster.policies.rollback import Rollback, SavedState, doubt_of, judge_step, leave_out
+from cluster.policies.rollback import Rollback, SavedState, doubt_of, judge_step, leave_out, sure_doubt
 from cluster.ray_drain import draining_nodes
 from infra.errors import NodeLost, RecuaError, StepError
 from infra.notices import Notice, in_words
@@ -65,7 +65,7 @@ class Task(Protocol):
     replicated: bool
     """Every rank's shard is the whole state."""
 
-    def orders(self, join: m.Join, fleet: Fleet, history: Any, outcomes: Outcomes, high_step: int) -> Mapping[str, Any]:
+    def orders(self, join: m.Join, fleet: Fleet, history: Any, high_step: int) -> Mapping[str, Any]:
         """{worker: argument of its `join`}."""
         ...
 
@@ -80,6 +80,19 @@ class Listener:
 
     row: Callable[[dict[str, Any]], None] = lambda row: None
     event: Callable[[dict[str, Any]], None] = lambda event: None
+
+
+@dataclass(frozen=True)
+class Due:
+    """A rollback that waits until ranks run: what follows of step `step`, to a state no later than `first`.
+
+    Without `verdict` the losses up to `step` are judged by then.
+    """
+
+    step: int
+    first: int
+    verdict: Rollback | None = None
+    guilty: tuple[str, ...] = ()
 
 
 class GroupController:
@@ -115,14 +128,15 @@ class GroupController:
         self.watch = watch_group(fleet.accounts, self.core)
         floor = max((one for one, step in history.joins.items() if step <= len(rows)), default=0)
         self.outcomes = Outcomes(rows, floor, 4 * settings.spike_window)
-        self._doubt(self.outcomes.next)
         self._shards = HeldShards(task.replicated)
         self._account = AccountWriter(fleet.accounts)
         self._sights: dict[str, Sight] = {}
         self._stored = stored
         self._unheard: set[str] = set()
         self._out_since: dict[tuple[str, int], float] = {}
-        self._due: tuple[int, Rollback, tuple[str, ...]] | None = None
+        self._due: Due | None = None
+        self._look_back()
+        self._doubt()
         self._end: m.End | None = None
         self._error: Exception | None = None
         self._looked_at = 0.0
@@ -345,9 +359,18 @@ class GroupController:
             return
         if sight.record.state == "failed":
             try:
-                self._fail(self.fleet.ask(name, "failure"))
+                failure = self.fleet.ask(name, "failure")
             except ray.exceptions.RayError:
                 return  # it has died since: that will be heard
+            if core.seat(name).state == "spawned" and core.generation:  # the others go on: another takes its place
+                self._detected(
+                    m.WorkersRefused([name], str(failure)), f"{name} did not warm up: {failure}", worker=name
+                )
+                self._dismissed.add(name)
+                self.fleet.dismiss([name])
+                self._tell(m.WorkersRefused([name], str(failure)))
+            else:
+                self._fail(failure)
         elif core.phase in ("forming", "running", "stopping"):
             self._tell(m.Suspected(core.generation, (), f"{name} lost its peers in generation {core.generation}"))
 
@@ -480,26 +503,31 @@ class GroupController:
         taken = self.outcomes.take(row)
         if taken is not None:
             self.listener.row(taken)
-            self._doubt(taken["step"] + 1)
+            self._doubt()
             self._judge_loss(taken["step"])
 
-    def _doubt(self, following: int) -> None:
-        """What may have to be undone, now that `following` is the next step to be told of."""
+    def _doubt(self) -> None:
+        """What may have to be undone, now that the outcomes of the steps before `outcomes.next` are known."""
+        following = self.outcomes.next
         doubt = doubt_of(self.outcomes.losses, following - 1, self.settings)
-        known = (following, following if doubt is None else doubt.first, self.outcomes.sent_to)
-        self.core.book.doubtful = min(step for step in known if step is not None)
+        first = following if doubt is None else doubt.first
+        self.core.book.doubtful = first if self._due is None else min(first, self._due.first)
 
     def _judge_loss(self, step: int) -> None:
-        history = self.journal.history
-        losses, settings = self.outcomes.losses, self.settings
-        verdict = judge_step(losses, step, self._saved(), history.skipped, history.rollbacks, settings)
+        verdict = self._verdict(step)
         if verdict.decision.action in ("roll-back", "fail"):
             self._see_stored(fresh=True)  # by the time that all ranks have left, memory has only newer states
-            verdict = judge_step(losses, step, self._saved(), history.skipped, history.rollbacks, settings)
+            verdict = self._verdict(step)
         if verdict.decision.action == "skip-update":
             self._say("decided", decision=str(verdict.decision))
         else:
             self._roll_back(step, verdict)
+
+    def _verdict(self, step: int) -> Rollback:
+        """On the losses up to `step`."""
+        history, outcomes = self.journal.history, self.outcomes
+        losses = outcomes.losses[: len(outcomes.losses) - (outcomes.next - 1 - step)]
+        return judge_step(losses, step, self._saved(), history.skipped, history.rollbacks, self.settings)
 
     def _roll_back(self, step: int, verdict: Rollback, guilty: Sequence[str] = ()) -> None:
         """What follows from a judgement after step `step`, if anything does; `guilty` workers are replaced."""
@@ -509,8 +537,7 @@ class GroupController:
             self._fail(StepError(f"training does not recover: {verdict.decision}"))
         elif action == "roll-back" and verdict.to_step is not None:
             if self.core.phase not in ("running", "stopping"):  # ranks re-form: as soon as they run
-                self._due = self._due or (step, verdict, tuple(guilty))
-                self.outcomes.sent_to = self._due[1].to_step
+                self._due = self._due or Due(step, verdict.to_step, verdict, tuple(guilty))
                 return
             window = verdict.skip
             skipped = history.skipped if window is None else leave_out(history.skipped, window)
@@ -519,25 +546,32 @@ class GroupController:
             verified = min(history.verified, verdict.to_step)
             self.journal.note(skipped=skipped, rollbacks=history.rollbacks + 1, joins=joins, verified=verified)
             self.outcomes.back_to(verdict.to_step, self.core.generation + 1)
-            self._doubt(verdict.to_step)
+            self._doubt()
             self._tell(m.RollBack(self.core.generation, verdict.to_step, verdict.decision, guilty))
 
     def _roll_back_now(self) -> None:
         """What fell due while no generation ran; to what is still there by now."""
         if self._due is not None:
-            (step, verdict, guilty), self._due, self.outcomes.sent_to = self._due, None, None
-            assert verdict.to_step is not None
-            there = max(state.step for state in self._saved() if state.step <= verdict.to_step)
-            self._roll_back(step, replace(verdict, to_step=there), guilty)
+            due, self._due = self._due, None
+            self._see_stored(fresh=True)
+            verdict = due.verdict or self._verdict(due.step)
+            there = max((state.step for state in self._saved() if state.step <= due.first), default=0)
+            self._roll_back(due.step, replace(verdict, to_step=there), due.guilty)
+
+    def _look_back(self) -> None:
+        """A rollback that an earlier controller had not come to falls due again."""
+        doubt = sure_doubt(self.outcomes.losses, self.outcomes.next - 1, self.settings)
+        if doubt is not None:
+            self._due = Due(doubt.last, doubt.first)
 
     def _saved(self) -> list[SavedState]:
-        book = self.core.book
+        book, generation = self.core.book, self.core.generation
         whole = {step for step, snapshot in book.snapshots.items() if snapshot.whole}
         steps = {0} | whole | (book.flushed & {step for _, step in self._stored})
-        before, start = book.doubtful, self.core.joins.get(self.core.generation, 0)
-        before -= before % self.settings.snapshot_every
-        if start <= before < self.outcomes.next:  # with the outcome of a step all the copies of the state before it
-            steps.add(int(before))
+        if self.outcomes.generation == generation and generation in self.core.joins:
+            before = int(book.doubtful) - int(book.doubtful) % self.settings.snapshot_every
+            if self.core.joins[generation] <= before < self.outcomes.next:
+                steps.add(before)  # with the outcome of a step come all copies of the state before it
         verified = self.journal.history.verified
         return [SavedState(step, step <= verified) for step in sorted(steps)]
 
@@ -589,7 +623,7 @@ class GroupController:
         self.board.begin(command.generation, time.monotonic())
         self.joining.begin(command.generation, len(command.ranks()))
         high = max(self.core.high_step, self.outcomes.next)
-        orders = self.task.orders(command, self.fleet, self.journal.history, self.outcomes, high)
+        orders = self.task.orders(command, self.fleet, self.journal.history, high)
         for worker, order in orders.items():
             self.fleet.tell(worker, "join", order)
         self._note_join(command.restore.step)  # a controller that dies before this line is told by the beacons

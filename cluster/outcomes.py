@@ -23,17 +23,18 @@ class Outcomes:
         """The step that is wanted next, and the oldest generation that may tell of it."""
         self.losses = [judged_loss(row) for row in known[-remembered:]]
         """Of the steps before `next`, oldest first; NaN where the update was not applied."""
-        self.sent_to: int | None = None
-        """Where training goes back to as soon as ranks run."""
+        self.generation = -1
+        """Which told of the last step."""
         self._remembered = remembered
         self._rate = 0.0
         self._late_since: float | None = None
 
     def take(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """The row, complete, if it is the one that is wanted."""
-        if row["step"] != self.next or row.pop("generation") < self.floor:
+        generation = row.pop("generation") if row["step"] == self.next else -1
+        if generation < self.floor:
             return None
-        self.next += 1
+        self.next, self.generation = self.next + 1, generation
         self._rate = row.setdefault("tokens_per_s", self._rate)
         self.losses.append(judged_loss(row))
         del self.losses[: -self._remembered]

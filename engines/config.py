@@ -72,7 +72,8 @@ class SnapshotSettings(Settings):
     """Steps between snapshots; an infrastructure fault costs at most this many."""
 
     keep: int = Field(default=2, ge=1)
-    """Whole snapshots kept while the next is written: a rank's host memory is one more than this times its shard."""
+    """Whole snapshots kept while the next is written: a rank's host memory is one more than this times its shard, three
+    more with `milestones`, and two more after doubtful steps (a NaN, a spike of the loss) if there is room."""
 
     milestones: int = Field(default=0, ge=0)
     """Steps between snapshots that stay in memory for longer, the newest two of them, beyond `keep`; 0 keeps none."""

@@ -4,6 +4,7 @@ Sharding is not its business: it sees parameters (plain tensors or DTensors) and
 it saves has the parameters' names and global shapes, so that any other mesh loads it.
 """
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from engines.pipeline import Pipeline
 
 __all__ = ["LlamaConfig", "TorchLearner", "build"]
+
+RECENT = 128
+"""Losses that a learner keeps, with its state."""
 
 
 def build(
@@ -114,6 +118,8 @@ class TorchLearner:
         self.last_step: dict[str, Any] = {}
         """What the ranks agreed on for step `step - 1`: grad_norm, lr, committed, metrics added up over the replicas.
         Kept in snapshots, so that who goes on from one knows the outcome of the step before it."""
+        self.losses: list[float] = []
+        """Of the last `RECENT` steps, oldest first, NaN where the update was not applied. Kept in snapshots too."""
         self.reduces_gradients = reduces_gradients
         self._tokenizer = tokenizer
         self._pieces: list[Piece] | None = None
@@ -148,6 +154,8 @@ class TorchLearner:
         self.optimizer.clear_gradients()
         self.step += 1
         self.last_step = {"grad_norm": grad_norm, "lr": rate, "committed": committed, **self.ranks.totals}
+        loss = float(self.ranks.totals.get("loss", math.nan)) if committed else math.nan
+        self.losses = [*self.losses[1 - RECENT :], loss]
         self.take_snapshot()
         return StepOutput(grad_norm, rate, committed, metrics)
 
@@ -230,7 +238,7 @@ class TorchLearner:
         restore(self.pieces(), reader)
         progress = reader.progress(self.rank)
         self.step, self.data_position = int(progress["step"]), progress["data"]
-        self.last_step = progress["last_step"]
+        self.last_step, self.losses = progress["last_step"], progress["losses"]
         self.optimizer.updates = progress["updates"]
         if (progress["of_rank"], progress["of_world"]) == (self.rank, self.world_size):
             random_state.apply(progress["random"], self.ranks.device)
@@ -262,6 +270,7 @@ class TorchLearner:
             "updates": self.optimizer.updates,
             "data": self.data_position,
             "last_step": self.last_step,
+            "losses": self.losses,
             "random": random_state.capture(self.ranks.device),
         }
 

@@ -14,6 +14,8 @@ from cluster.config import ElasticSettings
 from cluster.decision import Decision, key
 
 MAD_TO_SIGMA = 1.4826
+LOOKED_BACK = 32
+"""Steps that may follow before whoever leads a group says that it goes back."""
 """A normal distribution's standard deviation over its median absolute deviation."""
 
 
@@ -93,9 +95,11 @@ def judge_step(
 
 @dataclass(frozen=True)
 class Doubt:
-    """Steps from `first` on may have to be undone: the state before them has to stay. `sure`: they will be."""
+    """Steps from `first` on may have to be undone, as those up to `last` make believe: the state before them has to
+    stay. `sure`: they will be."""
 
     first: int
+    last: int
     sure: bool
 
 
@@ -109,7 +113,17 @@ def doubt_of(losses: Sequence[float], step: int, settings: ElasticSettings) -> D
         bad, patience = _spike_streak(losses, settings), settings.spike_patience
     else:
         return None
-    return Doubt(step + 1 - bad, bad >= patience)
+    return Doubt(step + 1 - bad, step, bad >= patience)
+
+
+def sure_doubt(losses: Sequence[float], step: int, settings: ElasticSettings) -> Doubt | None:
+    """The first of the last `LOOKED_BACK` steps up to `step` after which training had to go back, and has not yet: what
+    was undone is no longer among `losses`."""
+    for later in range(min(LOOKED_BACK, len(losses)) - 1, -1, -1):
+        doubt = doubt_of(losses[: len(losses) - later], step - later, settings)
+        if doubt is not None and doubt.sure:
+            return doubt
+    return None
 
 
 def after_corruption(

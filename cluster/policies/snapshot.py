@@ -14,6 +14,9 @@ from cluster.decision import Decision, key
 KEPT = 2
 """Snapshots kept whole in host memory: k and k-1. So many of those that are verified, or will be, stay for longer."""
 
+MOST = 256
+"""Snapshots in the book, of those before steps whose outcome is never heard."""
+
 
 def place_replicas(nodes: Sequence[str], replicas: int) -> dict[str, set[int]]:
     """{node: shards it shall hold}: each rank's shard on its own node and on the next `replicas` other nodes.
@@ -132,6 +135,7 @@ class SnapshotBook:
             stay = [step for step in whole if self._stays(step)]
             kept = {*whole[-KEPT:], *stay[-KEPT:], *[step for step in stay if step <= self.verified][-1:]}
             needed = min(whole[-KEPT], *([step for step in whole if step <= self.doubtful][-KEPT:] or [0]))
+            needed = max(needed, whole[-MOST:][0])
             for old in [step for step in self.snapshots if step < needed and step not in kept]:
                 del self.snapshots[old]
 

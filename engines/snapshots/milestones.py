@@ -1,4 +1,5 @@
-"""Snapshots that stay in memory beyond the newest ones: where to go back to from a corruption that is found late."""
+"""Snapshots that stay in memory beyond the newest ones: where to go back to from a corruption that is found late, or
+from steps that are doubtful."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,12 +27,13 @@ class Milestones:
     def has(self, step: int) -> bool:
         return self.apart > 0 and step > 0 and step % self.every == 0 and step % self.apart < self.every
 
-    def kept(self, steps: Iterable[int]) -> set[int]:
-        """Of all steps at hand: the newest milestones, the newest verified, the last ones before doubtful steps."""
+    def kept(self, steps: Iterable[int], tight: bool = False) -> set[int]:
+        """Of all steps at hand: the newest milestones, the newest verified, the last ones before doubtful steps. Where
+        memory is `tight` the latter have to go: storage may have to do."""
         every = sorted(set(steps))
         found = [step for step in every if self.has(step)]
         right = [step for step in found if step <= self.verified]
-        good = [step for step in every if step <= self.doubtful]
+        good = [step for step in every if step <= self.doubtful and not tight]
         return {*found[-KEPT:], *right[-1:], *good[-KEPT:]}
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.snapshots.milestones import NO_MILESTONES, Milestones
+from engines.snapshots.milestones import KEPT, NO_MILESTONES, Milestones
 from engines.snapshots.shard import Layout, ShardName, ShardWriter
 from infra.errors import ResourceError
 
@@ -68,7 +68,7 @@ class Segments:
     Args:
         folder: of this node; made if missing.
         layout: of this rank's shard.
-        keep: sealed steps that stay while the next one is written; the newest `milestones` stay too.
+        keep: sealed steps that stay while the next one is written; those of `milestones` stay too.
     """
 
     def __init__(self, folder: Path, layout: Layout, keep: int = 2, milestones: Milestones = NO_MILESTONES) -> None:
@@ -87,7 +87,14 @@ class Segments:
             ResourceError: the node's shared memory is full.
         """
         writing = self.path(step).with_suffix(".shard" + WRITING)
-        slot = self._recycled(writing) or self._new(writing)
+        slot = self._recycled(writing)
+        if slot is None:
+            try:
+                slot = self._new(writing)
+            except ResourceError:
+                slot = self._recycled(writing, tight=True)
+                if slot is None:
+                    raise
         slot.writer.begin()
         return slot
 
@@ -126,11 +133,11 @@ class Segments:
             slot.path.unlink(missing_ok=True)
         self.close()
 
-    def _recycled(self, writing: Path) -> Slot | None:
-        """The oldest file beyond the newest `keep`, already under its new name."""
+    def _recycled(self, writing: Path, tight: bool = False) -> Slot | None:
+        """The oldest file beyond the newest `keep`, already under its new name. `tight`: see `Milestones.kept`."""
         with self._lock:
             done = sorted((slot for slot in self._slots if slot.step >= 0), key=lambda slot: slot.step)
-            kept = self.milestones.kept(slot.step for slot in done)
+            kept = self.milestones.kept((slot.step for slot in done), tight)
             spare = [slot for slot in done[: -self.keep] if not slot.readers and slot.step not in kept]
             if not spare:
                 return None
@@ -150,7 +157,8 @@ class Segments:
             need = self.layout.data_bytes / 2**20
             raise ResourceError(
                 f"{self.folder}: no shared memory for a snapshot of {need:.0f} MiB ({error.strerror}); "
-                f"each rank keeps {self.keep + 1}: enlarge it, or lower snapshots.keep"
+                f"each rank keeps {self.keep + 1}, and {KEPT + 1} older ones where steps are verified: "
+                "enlarge it, or lower snapshots.keep"
             ) from error
         slot = Slot(descriptor, writer, writing)
         with self._lock:

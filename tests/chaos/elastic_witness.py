@@ -39,6 +39,7 @@ class Witness:
         self._at_work: set[tuple[Path, int]] = set()
         self._readers: dict[Path, BeaconReader] = {}
         self._store = store
+        self._failure: Exception | None = None
         self._found_at = 0.0
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -58,6 +59,8 @@ class Witness:
         self._ended.set()
         for thread in self._threads:
             thread.join()
+        if self._failure is not None:
+            raise self._failure
 
     def ranks(self) -> dict[int, tuple[Path, Record]]:
         """Of the newest generation, by rank: beacon and record of the living."""
@@ -119,12 +122,18 @@ class Witness:
                         self._readers[path] = reader
 
     def _watch_store(self) -> None:
-        while not self._ended.wait(STORE_S):
-            with contextlib.suppress(StoreError):
-                for key in self._store.list(f"snapshots/{self.group}/manifests") if self.group else ():
-                    name = key.rpartition("/")[2]
-                    generation, step = map(int, name.split("-"))
-                    self.stored.setdefault(name, Stored(generation, step, time.monotonic()))
+        try:
+            while not self._ended.wait(STORE_S):
+                with contextlib.suppress(StoreError):
+                    self._ask_store()
+        except Exception as error:
+            self._failure = error  # whoever judges by what is known here has to know
+
+    def _ask_store(self) -> None:
+        for key in self._store.list(f"snapshots/{self.group}/manifests") if self.group else ():
+            name = key.rpartition("/")[2]
+            generation, step = map(int, name.split("-"))
+            self.stored.setdefault(name, Stored(generation, step, time.monotonic()))
 
     def _keeps_again(self, deaf: Taken) -> bool:
         """A replica was put there since."""

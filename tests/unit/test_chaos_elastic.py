@@ -265,7 +265,7 @@ def leader(folder: Path, rows: Sequence[Mapping[str, Any]], heard: list[Any]) ->
         heard.append((event["event"], GroupJournal(open_store(folder), "g").history.rollbacks))
 
     made = GroupController(Fleet("g", WorkerKind(object)), Nothing(), settings, journal, Listener(event=event), rows)
-    made.core.phase, made.core.generation = "running", 1
+    made.core.phase, made.core.generation, made.core.joins[1] = "running", 1, 0
     return made
 
 
@@ -479,7 +479,7 @@ def test_chaos_a_worker_that_fails_while_it_warms_up_ends_the_run_with_its_error
     """A time-out of the start would come minutes later, and would not say why."""
     controller = leader(tmp_path, [], [])
     monkeypatch.setattr(controller.fleet, "ask", lambda worker, method: StepError(f"{worker}: no such device"))
-    controller.core.phase = "starting"
+    controller.core.phase, controller.core.generation = "starting", 0
     controller.core.roster.ordered.add("w7")
     failed = Sight("w7", True, Record(os.getpid(), state="failed"))
     controller.fleet.node_of["w7"] = "n0"
@@ -487,6 +487,41 @@ def test_chaos_a_worker_that_fails_while_it_warms_up_ends_the_run_with_its_error
         assert controller._error is None
         controller._hear_beat(Beat("n0", 1, sights=(failed,)), at)
     assert str(controller._error) == "w7: no such device"
+
+
+def test_chaos_a_replacement_that_fails_while_it_warms_up_is_ordered_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever trains trains on."""
+    heard: list[Any] = []
+    controller = leader(tmp_path, [], heard)
+    core = controller.core
+    core.blocks = (("w0",),)
+    core.roster.place("w0", "n1")
+    core.roster.joined.add("w0")
+    monkeypatch.setattr(controller.fleet, "ask", lambda worker, method: StepError(f"{worker}: no such device"))
+    core.roster.ordered.add("w7")
+    controller.fleet.node_of["w7"] = "n0"
+    failed = Sight("w7", True, Record(os.getpid(), state="failed"))
+    for at in (0.0, 2.0, 4.0):
+        controller._sights["w7"] = failed
+        controller._settle(at)
+    assert controller._error is None and core.phase == "running" and "w7" not in core.roster.ordered
+    assert [kind for kind, _ in heard].count("detected") == 1
+
+
+def test_chaos_a_rollback_that_an_earlier_controller_did_not_come_to_falls_due_again(tmp_path: Path) -> None:
+    """It was killed between the outcomes and what followed from them; good steps came after."""
+    rows = [outcome(step, committed=step not in (2, 3)) for step in range(6)]
+    heard: list[Any] = []
+    controller = leader(tmp_path, rows, heard)
+    controller._roll_back_now()
+    history = GroupJournal(open_store(tmp_path), "g").history
+    assert (history.rollbacks, history.skipped, history.joins[2]) == (1, (DataWindow(2, 3),), 1)
+    assert controller.outcomes.next == 1 and controller._due is None
+    again = leader(tmp_path, rows[:1], heard)
+    again._roll_back_now()
+    assert again.journal.history.rollbacks == 1
 
 
 def test_chaos_a_hang_on_the_way_to_a_boundary_is_no_matter_of_the_boundary_s_time_out(tmp_path: Path) -> None:

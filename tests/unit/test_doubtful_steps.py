@@ -1,6 +1,8 @@
 """The state before steps that may have to be undone stays in memory until they have been judged."""
 
+import errno
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ def test_doubtful_is_what_training_may_go_back_to(bad: list[float]) -> None:
     """From the first bad step on, though more of them are waited for; and nothing after a good one."""
     assert doubt_of(NORMAL, 9, SETTINGS) is None and doubt_of([], -1, SETTINGS) is None
     for count in range(1, len(bad) + 1):
-        assert doubt_of([*NORMAL, *bad[:count]], 9 + count, SETTINGS) == Doubt(10, sure=count == len(bad))
+        assert doubt_of([*NORMAL, *bad[:count]], 9 + count, SETTINGS) == Doubt(10, 9 + count, sure=count == len(bad))
     found = judge_step([*NORMAL, *bad], 9 + len(bad), [SavedState(10), SavedState(12)], (), 0, SETTINGS)
     assert found.to_step == 10
     assert doubt_of([*NORMAL, bad[0], 2.0], 11, SETTINGS) is None
@@ -55,6 +57,24 @@ def test_doubtful_steps_leave_the_state_before_them_in_memory(tmp_path: Path) ->
     assert left(1) == set()
 
 
+def test_doubtful_steps_end_no_run_where_memory_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room for what is always kept, and for no more: the state before them has to go."""
+    milestones, pieces = Milestones(), [Piece.whole("w", torch.zeros(8))]
+    snapshots = Snapshots(tmp_path, "run", 1, 0, 1, milestones=milestones)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for step in range(1, 9):
+        snapshots.take(step, pieces, {})
+        snapshots.settle()
+        if step == 3:
+            milestones.doubtful = 2
+            monkeypatch.setattr(os, "posix_fallocate", full)
+    snapshots.close()
+    assert [name.step for name in sealed(tmp_path)] == [6, 7, 8]
+
+
 def test_doubtful_steps_and_untold_ones_leave_the_state_before_them_in_the_book() -> None:
     book = SnapshotBook()
 
@@ -73,26 +93,31 @@ def test_doubtful_steps_and_untold_ones_leave_the_state_before_them_in_the_book(
 
 
 def test_doubtful_steps_are_known_to_a_rank_that_comes_later() -> None:
-    """By the losses in its order; what it computes again is not counted twice."""
+    """By the losses that are kept with the state."""
     milestones = Milestones()
-    Doubts(milestones, SETTINGS, [*NORMAL, math.nan], told=111, step=111)
+    doubts = Doubts(milestones, SETTINGS)
+    doubts.begin([*NORMAL, math.nan], 111)
     assert milestones.doubtful == 110
-    doubts = Doubts(milestones, SETTINGS, [*NORMAL, math.nan, 2.0], told=112, step=111)
-    assert milestones.doubtful == 110
-    doubts.saw(110, {"loss": 2.0, "committed": True})
-    assert milestones.doubtful == 110
-    doubts.saw(111, {"loss": 2.0, "committed": True})
+    doubts.saw([*NORMAL, math.nan, 2.0], 112)
     assert milestones.doubtful == -1
-    Doubts(milestones, SETTINGS, [2.0, math.nan], told=200, step=100)
-    assert milestones.doubtful == -1, "all that it was told of will be computed again"
+    doubts.begin([], 0)
+    assert milestones.doubtful == -1
 
 
 def test_doubtful_steps_that_will_be_undone_stay_so_whatever_follows() -> None:
-    """Ranks go on until the controller's word reaches them."""
-    milestones = Milestones()
-    doubts = Doubts(milestones, SETTINGS, NORMAL, told=110, step=110)
-    for step, committed in enumerate((False, False, True, True), 110):
-        doubts.saw(step, {"loss": 2.0, "committed": committed})
+    """Ranks go on until the controller's word reaches them; a new one knows it from the losses; and it ends with the
+    return to the state before."""
+    milestones, losses = Milestones(), list(NORMAL)
+    doubts = Doubts(milestones, SETTINGS)
+    doubts.begin(losses, 110)
+    for step, loss in enumerate((math.nan, math.nan, 2.0, 2.0), 111):
+        losses.append(loss)
+        doubts.saw(losses, step)
         assert milestones.doubtful == 110, step
-    Doubts(milestones, SETTINGS, [*NORMAL, math.nan, math.nan, 2.0], told=113, step=113, sent_to=110)
+    fresh = Milestones()
+    Doubts(fresh, SETTINGS).begin(losses, 114)
+    assert fresh.doubtful == 110
+    doubts.begin(losses, 114)
     assert milestones.doubtful == 110
+    doubts.begin(NORMAL, 110)
+    assert milestones.doubtful == -1
