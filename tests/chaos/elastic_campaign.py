@@ -3,7 +3,7 @@
 Each run is a tiny pretraining on several raylets that some fifteen random faults hit (see `elastic_schedule`), compared
 with the fault-free one. See `campaign_results` for seeds and results. What is printed at the end sums up the whole file
 of results: a table of fault kinds and phases, then one line of JSON; `--runs 0` prints that alone. PATIENCE=2 in the
-environment doubles what is judged by the clock, for a crowded machine.
+environment doubles what is judged by the clock, for a crowded machine; KEEP=1 keeps all files of every run.
 """
 
 import contextlib
@@ -85,14 +85,14 @@ class Campaign:
                 violations += check(run, expected, self._corpus)
             except Exception as error:
                 violations.append(f"the checks failed: {error!r}")
-            if violations:
+            if violations or os.environ.get("KEEP"):
                 self._keep(run, violations)
         finally:
             run.sweep()
         return run, violations
 
     def _keep(self, run: Run, violations: list[str]) -> None:
-        """Everything of a run with a violation."""
+        """Everything of a run with a violation, or of any where KEEP is set."""
         target = self._kept / f"elastic-{run.schedule.seed}-{time.strftime('%H%M%S')}"
         (run.folder / "schedule.txt").write_text("\n".join([*map(str, run.schedule.faults), "", *violations, ""]))
         seen = {name: [str(one) for one in found] for name, found in run.witness.seen().items()}
