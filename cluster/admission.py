@@ -11,6 +11,8 @@ from cluster.wire_speed import SinkAddress
 
 PATIENCE_S = 10.0
 """How long a measurement that was asked for is waited for."""
+PEERS = 2
+"""So many nodes have to be out of a worker's reach before that is held against its own node."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,15 @@ class Answer:
     peer: SinkAddress | None = None
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """After which measurement a worker was asked for the next one, when, and for the way to which nodes so far."""
+
+    number: int
+    at: float
+    peers: tuple[str, ...] = ()
+
+
 WAIT = Answer(Decision("wait", "it measures", "none"))
 
 
@@ -31,7 +42,7 @@ class Admission:
     def __init__(self, settings: ElasticSettings) -> None:
         self._fitness = Fitness(settings)
         self._sinks: dict[str, SinkAddress] = {}
-        self._asked: dict[str, tuple[int, float]] = {}
+        self._asked: dict[str, _Asked] = {}
 
     def heard(self, node: str, sink: SinkAddress | None) -> None:
         """A node takes bytes there."""
@@ -47,16 +58,29 @@ class Admission:
         """A worker on standby, and what its beacon says that it measured; None: its kind measures nothing."""
         if note is None:
             return Answer(Decision("accept", f"{worker} measures nothing", "none"))
-        asked, at = self._asked.get(worker, (0, now))
-        if asked == note["number"] and now - at < PATIENCE_S:
+        asked = self._asked.get(worker, _Asked(0, now))
+        silent = asked.number == note["number"]
+        if silent and now - asked.at < PATIENCE_S:
             return WAIT
-        peer = next((sink for other, sink in self._sinks.items() if other != node), None)
-        if peer is not None and "peer" not in note["bandwidths"] and asked == 0:
-            self._asked[worker] = note["number"], now
-            return Answer(Decision("measure", "the way to another node", "none"), peer=peer)
+        rates = note["bandwidths"]
+        unreached = rates.get("peer") == 0.0
+        others = [other for other in self._sinks if other != node]
+        fresh = [other for other in others if other not in asked.peers]
+        if fresh and not silent and (unreached or (asked.number == 0 and "peer" not in rates)):
+            return self._measure(worker, note, now, fresh[0], Decision("measure", "the way to another node", "none"))
+        if unreached and len([one for one in asked.peers if one in others]) < PEERS:  # those may be gone themselves
+            note = {**note, "bandwidths": {name: rate for name, rate in rates.items() if name != "peer"}}
         decision = self._fitness.judge(worker, node, note)
-        if decision.action != "again" or asked == note["number"]:
+        if decision.action != "again" or silent:
             self._asked.pop(worker, None)
             return Answer(Decision("accept", decision.reason, decision.key) if decision.action == "again" else decision)
-        self._asked[worker] = note["number"], now
-        return Answer(Decision("measure", decision.reason, decision.key), again=True, peer=peer)
+        again = Decision("measure", decision.reason, decision.key)
+        return self._measure(worker, note, now, next(iter([*fresh, *others]), None), again, again=True)
+
+    def _measure(
+        self, worker: str, note: Mapping[str, Any], now: float, peer: str | None, why: Decision, again: bool = False
+    ) -> Answer:
+        asked = self._asked.get(worker, _Asked(0, now)).peers
+        peers = asked if peer is None or peer in asked else (*asked, peer)
+        self._asked[worker] = _Asked(note["number"], now, peers)
+        return Answer(why, again=again, peer=None if peer is None else self._sinks[peer])

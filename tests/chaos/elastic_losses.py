@@ -70,7 +70,10 @@ def losses(
             left.remove(sent)
         elif lost > 1:
             why = copies_gone(lives, taken, generation, replicated)
-            there = newest_stored(lives, stored, generation)
+            sent = min((step for step in left if life.start <= step < at), default=None)
+            if sent is not None and why:  # sent back, and then the state there was lost
+                left.remove(sent)
+            there = newest_stored(lives, stored, generation, at if sent is None else sent)
             if not why or life.start < there:
                 more = why and f" ({why}; storage had {there})"
                 found.append(f"generation {generation} went back from step {at} to {life.start}{more}")
@@ -78,15 +81,15 @@ def losses(
     return found
 
 
-def newest_stored(lives: Mapping[int, Life], stored: Sequence[Stored], generation: int) -> int:
-    """The last step that was whole in the store when the last step before `generation` was committed; 0: none. What a
-    generation stored after a later one's start belongs to a discarded future."""
+def newest_stored(lives: Mapping[int, Life], stored: Sequence[Stored], generation: int, at_most: int) -> int:
+    """The last step up to `at_most` that was whole in the store when the last one before `generation` was committed; 0:
+    none. What a generation stored after a later one's start belongs to a discarded future."""
     before = {one: life for one, life in lives.items() if one < generation}
     known_at = max((life.advanced_at for life in before.values()), default=0.0)
 
     def counts(one: Stored) -> bool:
         later = [life.start for number, life in before.items() if number > one.generation]
-        return one.at <= known_at and all(one.step <= start for start in later)
+        return one.at <= known_at and one.step <= at_most and all(one.step <= start for start in later)
 
     return max((one.step for one in stored if counts(one)), default=0)
 

@@ -71,6 +71,18 @@ def test_chaos_a_rollback_excuses_itself_once() -> None:
     assert losses(lives, [], [23, 23], False) == []
 
 
+def test_chaos_a_rollback_whose_state_is_lost_meanwhile_ends_before_it() -> None:
+    """What storage has after the step that training was sent back to is no help; and it excuses nothing else."""
+    others = {0: "n3", 1: "n4", 2: "n5"}
+    lives = {1: life(0, 28, 0.0, 10.0), 2: life(16, 40, 15.0, 20.0, others), 3: life(24, 60, 25.0, 40.0, others)}
+    gone = [Taken("node", 11.0, "n0"), Taken("node", 12.0, "n1")]
+    stored = [Stored(1, 16, 5.0), Stored(1, 24, 9.0)]
+    back = "generation 2 went back from step 28 to 16 (node; storage had 24)"
+    assert losses({1: lives[1], 2: lives[2]}, gone, [23], False, stored) == []
+    assert losses({1: lives[1], 2: lives[2]}, gone, [], False, stored) == [back]
+    assert losses(lives, gone, [23], False, stored) == ["generation 3 went back from step 40 to 24"]
+
+
 def test_chaos_runs_are_told_apart_by_time_and_by_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 

@@ -114,6 +114,32 @@ def test_guard_the_way_to_another_node_is_measured_once_there_is_one() -> None:
     assert admission.ask("w2", "b", note(), 0).decision.action == "accept"
 
 
+def test_guard_a_node_is_not_to_blame_for_another_that_is_gone() -> None:
+    """Whoever measures the way to a node that dies meanwhile asks the next one; without a next one it says nothing."""
+    admission = Admission(SETTINGS)
+    fast = {"memory": 10.0, "loopback": 2.0, "peer": 1.0}
+    for node in "abc":
+        admission.ask(f"w{node}", node, note(bandwidths=fast), 0)
+        admission.heard(node, SinkAddress(node, 1, b"t"))
+    unreached = {**fast, "peer": 0.0}
+    assert admission.ask("wd", "d", note(), 0).peer == SinkAddress("a", 1, b"t")
+    other = admission.ask("wd", "d", note(number=2, bandwidths=unreached), 1)
+    assert other.decision.action == "measure" and other.peer == SinkAddress("b", 1, b"t") and not other.again
+    assert admission.ask("wd", "d", note(number=3, bandwidths=fast), 2).decision.action == "accept"
+
+    asked = [admission.ask("we", "e", note(number=number, bandwidths=unreached), number) for number in (1, 2, 3)]
+    assert [answer.decision.action for answer in asked] == ["measure"] * 3
+    assert [answer.peer.host for answer in asked if answer.peer] == ["a", "b", "c"]
+    last = note(number=4, attempt=ATTEMPTS, bandwidths=unreached)
+    assert admission.ask("we", "e", last, 4).decision.key == "elastic.burn_in_bandwidth_ratio"
+
+    assert admission.ask("wf", "f", note(), 0).peer == SinkAddress("a", 1, b"t")
+    for node in "abc":
+        admission.lose(node, [])
+    alone = admission.ask("wf", "f", note(number=2, attempt=ATTEMPTS, bandwidths=unreached), 1)
+    assert alone.decision.action == "accept", "all of them are gone"
+
+
 def test_guard_a_node_with_uncorrected_errors_is_drained_once(tmp_path: Path) -> None:
     core = running(ElasticSettings(max_workers=2), ["a", "b"])
     guard = Guard(core.settings, core, GroupJournal(open_store(tmp_path), "x"), list)
