@@ -335,7 +335,7 @@ class ElasticLearner:
         for snapshot in sorted(common, reverse=True):
             problem = None
             try:
-                learner.load_snapshot(sources.reader(snapshot))
+                learner.load_snapshot(sources.reader(snapshot, learner.rank))
             except CheckpointError as error:
                 problem = f"rank {learner.rank}, {snapshot}: {error}"
             found = [str(text) for text in self._gather(learner, problem) if text is not None]

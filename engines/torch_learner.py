@@ -28,7 +28,7 @@ from infra.errors import CheckpointError
 from models.hf_format import to_hf_name
 from models.llama import Llama, LlamaConfig, parameter_shapes
 from models.parallelize import fill, materialize, parallelize, stage_of
-from models.tokenizer import Tokenizer, load_tokenizer
+from models.tokenizer import load_tokenizer
 from models.weights import read_tensors, save_hf
 
 if TYPE_CHECKING:
@@ -79,9 +79,8 @@ def build(
         model.tie()
     if weights_dir is not None:
         fill(model, read_tensors(weights_dir, config, torch.float32), moved)
-    tokenizer = load_tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
     reduces = fsdp and ranks.mesh is not None
-    return TorchLearner(model, settings, ranks, reduces_gradients=reduces, tokenizer=tokenizer)
+    return TorchLearner(model, settings, ranks, reduces_gradients=reduces, tokenizer_dir=tokenizer_dir)
 
 
 class TorchLearner:
@@ -94,7 +93,7 @@ class TorchLearner:
         ranks: the mesh that the module is sharded over.
         reduces_gradients: True when backward itself sums gradients over the replicas (FSDP); False when the learner
             has to (replicated parameters).
-        tokenizer: saved into every HF folder.
+        tokenizer_dir: of the tokenizer that is saved into every HF folder.
     """
 
     def __init__(
@@ -104,7 +103,7 @@ class TorchLearner:
         ranks: Ranks,
         *,
         reduces_gradients: bool,
-        tokenizer: Tokenizer | None = None,
+        tokenizer_dir: Path | None = None,
     ) -> None:
         self.module: torch.nn.Module = module
         self.settings, self.ranks, self.config = settings, ranks, module.config
@@ -121,7 +120,7 @@ class TorchLearner:
         self.losses: list[float] = []
         """Of the last `RECENT` steps, oldest first, NaN where the update was not applied. Kept in snapshots too."""
         self.reduces_gradients = reduces_gradients
-        self._tokenizer = tokenizer
+        self._tokenizer_dir = tokenizer_dir
         self._pieces: list[Piece] | None = None
         self._shapes = parameter_shapes(self.config) if ranks.stages > 1 else {}
         self.optimizer = ShardedAdamW(module, settings, self.world_size, ranks.stages)
@@ -178,7 +177,8 @@ class TorchLearner:
     def save_hf(self, folder: Path) -> None:
         """(collective) A folder that plain transformers and vLLM load; rank 0 gathers and writes."""
         if self.rank == 0:
-            save_hf(self.export(), self.config, folder, self._tokenizer)
+            tokenizer = load_tokenizer(self._tokenizer_dir) if self._tokenizer_dir is not None else None
+            save_hf(self.export(), self.config, folder, tokenizer)
         else:
             for _ in self.export():  # take part in the gathers
                 pass

@@ -34,6 +34,7 @@ class SnapshotReader(StorageReader):
         layouts: descriptions of the snapshot's shards, those nearest to this process first.
         open_shard: fetches and verifies one; CheckpointError where no good copy of it is left.
         moved: called before every piece that is read.
+        more: descriptions of further shards, asked for when those of `layouts` were refused.
     """
 
     def __init__(
@@ -41,11 +42,16 @@ class SnapshotReader(StorageReader):
         layouts: Mapping[ShardName, Layout],
         open_shard: Callable[[ShardName], Shard],
         moved: Callable[[], None] = lambda: None,
+        more: Callable[[], Mapping[ShardName, Layout]] | None = None,
     ) -> None:
         self._open, self._opened = open_shard, dict[ShardName, Shard | CheckpointError]()
-        self._moved = moved
+        self._moved, self._more = moved, more
         self._places: dict[MetadataIndex, list[tuple[ShardName, Part]]] = {}
-        entries: dict[str, TensorStorageMetadata] = {}
+        self.metadata = Metadata(state_dict_metadata={})
+        self._add(layouts)
+
+    def _add(self, layouts: Mapping[ShardName, Layout]) -> None:
+        entries: dict[str, Any] = self.metadata.state_dict_metadata
         for name, layout in layouts.items():
             for part in layout.parts:
                 entry = entries.get(part.name)
@@ -57,7 +63,12 @@ class SnapshotReader(StorageReader):
                 if not places:
                     entry.chunks.append(ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.sizes)))
                 places.append((name, part))
-        self.metadata = Metadata(state_dict_metadata=dict(entries))
+
+    def _take_more(self) -> bool:
+        more, self._more = self._more, None
+        if more is not None:
+            self._add(more())
+        return more is not None
 
     def read(self, item: ReadItem) -> torch.Tensor:
         """The part of a shard that `item` asks for, in place.
@@ -65,18 +76,28 @@ class SnapshotReader(StorageReader):
         Raises:
             CheckpointError: no shard that holds it is intact.
         """
+        tensor = self._read(MetadataIndex(item.storage_index.fqn, item.storage_index.offset))
+        for dimension, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            tensor = tensor.narrow(dimension, start, length)
+        return tensor
+
+    def read_same(self, piece: Piece) -> torch.Tensor | None:
+        """The same of exactly this piece; None where shards cut the tensor in another way."""
+        index = MetadataIndex(piece.name, piece.offsets)
+        places = self._places.get(index)
+        return self._read(index) if places and tuple(places[0][1].sizes) == tuple(piece.tensor.shape) else None
+
+    def _read(self, index: MetadataIndex) -> torch.Tensor:
         self._moved()
         refused = []
-        for name, part in self._places[MetadataIndex(item.storage_index.fqn, item.storage_index.offset)]:
+        for name, part in self._places[index]:
             shard = self._shard(name)
-            if isinstance(shard, CheckpointError):
-                refused.append(str(shard))
-                continue
-            tensor = shard.tensor(part)
-            for dimension, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                tensor = tensor.narrow(dimension, start, length)
-            return tensor
-        raise CheckpointError(f"no intact copy of {item.storage_index.fqn}: {'; '.join(refused)}")
+            if not isinstance(shard, CheckpointError):
+                return shard.tensor(part)
+            refused.append(str(shard))
+        if self._take_more():
+            return self._read(index)
+        raise CheckpointError(f"no intact copy of {index.fqn}: {'; '.join(refused)}")
 
     def progress(self, rank: int) -> dict[str, Any]:
         """What the learner of `rank` noted beside its tensors, or another rank's where that one is lost."""
@@ -85,6 +106,8 @@ class SnapshotReader(StorageReader):
             shard = self._shard(name)
             if isinstance(shard, Shard):
                 return {**shard.progress, "of_rank": name.rank, "of_world": name.world_size}
+        if self._take_more():
+            return self.progress(rank)
         raise CheckpointError("no intact shard")
 
     def _shard(self, name: ShardName) -> Shard | CheckpointError:
@@ -143,6 +166,9 @@ def restore(pieces: Sequence[Piece], reader: SnapshotReader) -> None:
             raise CheckpointError(f"the snapshot has no {piece.name}")
         if tuple(entry.size) != tuple(piece.global_shape):
             raise CheckpointError(f"{piece.name} is {tuple(entry.size)} in the snapshot, {piece.global_shape} here")
+        if (same := reader.read_same(piece)) is not None:  # the mesh is as it was
+            piece.tensor.copy_(same)
+            continue
         own = ChunkStorageMetadata(torch.Size(piece.offsets), piece.tensor.shape)
         filled = 0
         for item in create_read_items_for_chunk_list(piece.name, entry, [own]):

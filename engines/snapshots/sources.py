@@ -4,11 +4,11 @@ Sources are asked in the order given, nearest first. A copy that fails its check
 when a shard that is needed has no intact copy left, the whole snapshot is given up and the one before it is tried.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from engines.snapshots.catalog import SnapshotName, snapshots
+from engines.snapshots.catalog import SnapshotName, covers, snapshots
 from engines.snapshots.reader import SnapshotReader
 from engines.snapshots.segments import sealed
 from engines.snapshots.shard import Layout, Shard, ShardName, open_shard, read_layout
@@ -79,15 +79,26 @@ class Sources:
         """Whole snapshots by what the holders claim to have, best first."""
         return [snapshot for snapshot, _ in snapshots(self._places, self._layout)]
 
-    def reader(self, snapshot: SnapshotName) -> SnapshotReader:
-        """For that snapshot; shards are fetched and verified when they are read."""
-        layouts = {}
-        for name in self._places:
-            if (name.generation, name.step) == (snapshot.generation, snapshot.step):
-                layout = self._layout(name)
-                if layout is not None:
-                    layouts[name] = layout
-        return SnapshotReader(layouts, self._open, lambda: self._moved("load"))
+    def reader(self, snapshot: SnapshotName, rank: int | None = None) -> SnapshotReader:
+        """For that snapshot; shards are fetched and verified when they are read.
+
+        Where the shard of `rank` holds all of the state (replicated parameters), others are looked at only if it is
+        refused.
+        """
+
+        def moved() -> None:
+            self._moved("load")
+
+        names = [one for one in self._places if (one.generation, one.step) == (snapshot.generation, snapshot.step)]
+        own = self._layouts([name for name in names if name.rank == rank])
+        others = [name for name in names if name not in own]
+        if own and covers(own.values()):
+            return SnapshotReader(own, self._open, moved, lambda: self._layouts(others))
+        return SnapshotReader({**own, **self._layouts(others)}, self._open, moved)
+
+    def _layouts(self, names: Iterable[ShardName]) -> dict[ShardName, Layout]:
+        found = {name: self._layout(name) for name in names}
+        return {name: layout for name, layout in found.items() if layout is not None}
 
     def _layout(self, name: ShardName) -> Layout | None:
         return self._first(name, lambda source: source.layout(name))

@@ -439,3 +439,33 @@ def test_the_flusher_works_beside_the_snapshots(shared: Path, tmp_path: Path) ->
     assert flusher.wait(DEADLINE) and flusher.flushed == [1, 3, 5]
     flusher.close()
     assert_is(read(StoreSource(store, "run", tmp_path))[1], 5)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_rank_that_holds_all_of_the_state_reads_its_own_copy_alone_unless_it_is_damaged(
+    shared: Path, damaged: bool
+) -> None:
+    state = [Piece.whole(name, torch.randn(3, 5)) for name in ("a", "b")]
+    for rank in range(3):
+        snapshots = Snapshots(shared, "run", 1, rank, 3)
+        snapshots.take(7, state, {"of": rank})
+        snapshots.settle()
+        snapshots.close()
+    if damaged:
+        path = shared / str(ShardName(1, 7, 1, 3))
+        content = bytearray(path.read_bytes())
+        content[content.index(state[0].tensor.numpy().tobytes())] ^= 1
+        path.write_bytes(content)
+    opened: list[str] = []
+
+    class Watched(FolderSource):
+        def open(self, name: ShardName, *_: Any) -> Any:
+            opened.append(str(name.rank))
+            return super().open(name)
+
+    targets = [Piece.whole(piece.name, torch.zeros(3, 5)) for piece in state]
+    reader = Sources([Watched(shared)]).reader(SnapshotName(1, 7), rank=1)
+    restore(targets, reader)
+    assert all(torch.equal(one.tensor, other.tensor) for one, other in zip(targets, state, strict=True))
+    assert opened == (["1", "0"] if damaged else ["1"])
+    assert reader.progress(1)["of_rank"] == (0 if damaged else 1)
