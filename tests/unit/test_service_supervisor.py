@@ -1,4 +1,5 @@
-"""The supervisor with real driver processes. The workflows make no step calls, so no Ray is started."""
+"""The supervisor with real driver processes. The workflows make no step calls, so no Ray is started; something
+listens where it would be."""
 
 import json
 import os
@@ -63,10 +64,12 @@ class Service:
         package = packages.build(code, folder / "p.zip")
         self.store.upload_file(packages.package_key(package.sha256), package.file)
         self.package, self.folder = package.sha256, folder / "drivers"
+        self.head = socket.create_server(("127.0.0.1", 0), backlog=100)
         self.supervisor = self.make()
 
     def make(self) -> Supervisor:
-        return Supervisor(self.store, "127.0.0.1:1", self.folder, lambda: [{"CPU": 2.0}], period_s=0.05)
+        address = f"127.0.0.1:{self.head.getsockname()[1]}"
+        return Supervisor(self.store, address, self.folder, lambda: [{"CPU": 2.0}], period_s=0.05)
 
     def submit(self, **given: Any) -> dict[str, Any]:
         overrides = [f"folder={self.trace}", *given.pop("overrides", [])]
@@ -95,6 +98,7 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service
     service.supervisor.start()
     yield service
     service.supervisor.close()
+    service.head.close()
     for pid in service.drivers():
         assert not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes()
 
@@ -181,7 +185,7 @@ def test_service_resumes_what_failed_and_cancels_what_runs(service: Service) -> 
 
 def test_service_finds_active_runs_of_another_and_forgets_withdrawn_ones(service: Service) -> None:
     service.submit()
-    service.wait(lambda: service.status() == "running", "no driver")
+    service.wait(lambda: service.status() == "running" and service.drivers(), "no driver")  # in the workflow itself
     assert service.supervisor.close() == ["r"] and records.active_runs(service.store) == ["r"]
     service.wait(lambda: service.status() == "interrupted", "its driver was stopped")
     service.supervisor = service.make()
