@@ -66,9 +66,10 @@ class Admission:
         unreached = rates.get("peer") == 0.0
         others = [other for other in self._sinks if other != node]
         fresh = [other for other in others if other not in asked.peers]
-        if fresh and not silent and (unreached or (asked.number == 0 and "peer" not in rates)):
+        in_doubt = unreached and len([one for one in asked.peers if one in others]) < PEERS  # those may be gone
+        if fresh and not silent and (in_doubt or (asked.number == 0 and "peer" not in rates)):
             return self._measure(worker, note, now, fresh[0], Decision("measure", "the way to another node", "none"))
-        if unreached and len([one for one in asked.peers if one in others]) < PEERS:  # those may be gone themselves
+        if in_doubt:
             note = {**note, "bandwidths": {name: rate for name, rate in rates.items() if name != "peer"}}
         decision = self._fitness.judge(worker, node, note)
         if decision.action != "again" or silent:

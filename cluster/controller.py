@@ -86,11 +86,12 @@ class Listener:
 class Due:
     """A rollback that waits until ranks run: what follows of step `step`, to a state no later than `first`.
 
-    Without `verdict` the losses up to `step` are judged by then.
+    Without `verdict` the `losses` up to that step are judged by then.
     """
 
     step: int
     first: int
+    losses: Sequence[float] = ()
     verdict: Rollback | None = None
     guilty: tuple[str, ...] = ()
 
@@ -362,7 +363,8 @@ class GroupController:
                 failure = self.fleet.ask(name, "failure")
             except ray.exceptions.RayError:
                 return  # it has died since: that will be heard
-            if core.seat(name).state == "spawned" and core.generation:  # the others go on: another takes its place
+            going_on = core.reformed or core.roster.alive
+            if core.seat(name).state == "spawned" and going_on:  # another takes its place
                 self._detected(
                     m.WorkersRefused([name], str(failure)), f"{name} did not warm up: {failure}", worker=name
                 )
@@ -380,6 +382,11 @@ class GroupController:
         found = []
         for name, sight in self._sights.items():
             record, node = sight.record, self.fleet.node_of[name]
+            if record.state == "failed" and not record.generation:  # while it warmed up: nobody needs it
+                self._dismissed.add(name)
+                if self.fleet.adopt(name, node):
+                    self.fleet.dismiss([name])
+                continue
             states = {"finished": "joined", "boundary": "aborted", "failed": "aborted"}
             state = states.get(record.state, record.state)
             if sight.alive and state != "starting" and self.fleet.adopt(name, node):
@@ -514,19 +521,19 @@ class GroupController:
         self.core.book.doubtful = first if self._due is None else min(first, self._due.first)
 
     def _judge_loss(self, step: int) -> None:
-        verdict = self._verdict(step)
+        losses = self.outcomes.losses
+        verdict = self._verdict(step, losses)
         if verdict.decision.action in ("roll-back", "fail"):
             self._see_stored(fresh=True)  # by the time that all ranks have left, memory has only newer states
-            verdict = self._verdict(step)
+            verdict = self._verdict(step, losses)
         if verdict.decision.action == "skip-update":
             self._say("decided", decision=str(verdict.decision))
         else:
             self._roll_back(step, verdict)
 
-    def _verdict(self, step: int) -> Rollback:
+    def _verdict(self, step: int, losses: Sequence[float]) -> Rollback:
         """On the losses up to `step`."""
-        history, outcomes = self.journal.history, self.outcomes
-        losses = outcomes.losses[: len(outcomes.losses) - (outcomes.next - 1 - step)]
+        history = self.journal.history
         return judge_step(losses, step, self._saved(), history.skipped, history.rollbacks, self.settings)
 
     def _roll_back(self, step: int, verdict: Rollback, guilty: Sequence[str] = ()) -> None:
@@ -537,7 +544,7 @@ class GroupController:
             self._fail(StepError(f"training does not recover: {verdict.decision}"))
         elif action == "roll-back" and verdict.to_step is not None:
             if self.core.phase not in ("running", "stopping"):  # ranks re-form: as soon as they run
-                self._due = self._due or Due(step, verdict.to_step, verdict, tuple(guilty))
+                self._due = self._due or Due(step, verdict.to_step, verdict=verdict, guilty=tuple(guilty))
                 return
             window = verdict.skip
             skipped = history.skipped if window is None else leave_out(history.skipped, window)
@@ -554,15 +561,16 @@ class GroupController:
         if self._due is not None:
             due, self._due = self._due, None
             self._see_stored(fresh=True)
-            verdict = due.verdict or self._verdict(due.step)
+            verdict = due.verdict or self._verdict(due.step, due.losses)
             there = max((state.step for state in self._saved() if state.step <= due.first), default=0)
             self._roll_back(due.step, replace(verdict, to_step=there), due.guilty)
 
     def _look_back(self) -> None:
         """A rollback that an earlier controller had not come to falls due again."""
-        doubt = sure_doubt(self.outcomes.losses, self.outcomes.next - 1, self.settings)
+        losses, last = self.outcomes.losses, self.outcomes.next - 1
+        doubt = sure_doubt(losses, last, self.settings)
         if doubt is not None:
-            self._due = Due(doubt.last, doubt.first)
+            self._due = Due(doubt.last, doubt.first, losses[: len(losses) - (last - doubt.last)])
 
     def _saved(self) -> list[SavedState]:
         book, generation = self.core.book, self.core.generation

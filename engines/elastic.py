@@ -39,6 +39,7 @@ from engines.snapshots import (
 from engines.torch_learner import LlamaConfig, TorchLearner, build
 from infra.errors import CheckpointError, NodeLost
 from infra.storage import Store
+from models.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ class ElasticLearner:
         """Pay here, on standby, for what only the first step of a process costs: imports, mostly (about 2 s of CPU)."""
         if self.recipe.pipeline_parallel > 1:
             import engines.pipeline  # noqa: F401
+        if self.recipe.tokenizer_dir is not None:
+            load_tokenizer(self.recipe.tokenizer_dir)  # needed at the end, but what is wrong with it is said now
         groups = ProcessGroups(0, 0, 1, dist.HashStore(), device=self.device)
         ranks = groups.form(lambda: Ranks.over_all(1, self.device))
         learner = build(TINY, self.recipe.optimizer, ranks, fsdp=self.recipe.fsdp)

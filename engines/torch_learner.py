@@ -238,7 +238,7 @@ class TorchLearner:
         restore(self.pieces(), reader)
         progress = reader.progress(self.rank)
         self.step, self.data_position = int(progress["step"]), progress["data"]
-        self.last_step, self.losses = progress["last_step"], progress["losses"]
+        self.last_step, self.losses = progress["last_step"], progress.get("losses", [])
         self.optimizer.updates = progress["updates"]
         if (progress["of_rank"], progress["of_world"]) == (self.rank, self.world_size):
             random_state.apply(progress["random"], self.ranks.device)

@@ -212,7 +212,8 @@ class FolderStore:
             except FileNotFoundError:
                 raise StoreError(f"--store {self.url}: no object {key}") from None
             with stream, temporary.open("wb") as copy:
-                while os.sendfile(copy.fileno(), stream.fileno(), None, 8 * CHUNK):
+                while piece := stream.read(8 * CHUNK):
+                    copy.write(piece)
                     moved()
             check_sha256(temporary, sha256, self.url, key, moved)
 

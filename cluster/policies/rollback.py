@@ -14,9 +14,9 @@ from cluster.config import ElasticSettings
 from cluster.decision import Decision, key
 
 MAD_TO_SIGMA = 1.4826
+"""A normal distribution's standard deviation over its median absolute deviation."""
 LOOKED_BACK = 32
 """Steps that may follow before whoever leads a group says that it goes back."""
-"""A normal distribution's standard deviation over its median absolute deviation."""
 
 
 @dataclass(frozen=True)

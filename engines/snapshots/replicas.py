@@ -102,14 +102,27 @@ def receive(
     folder.mkdir(parents=True, exist_ok=True)
     writing = folder / f"{name}{WRITING}"
     older = [one for one in sealed(folder) if (one.generation, one.rank) == (name.generation, name.rank)]
-    stay = milestones.kept(one.step for one in older) | {one.step for one in older[-keep:]}
-    older = [one for one in older if one.step < name.step and one.step not in stay]
-    if older:  # its memory is used again: cheaper than fresh pages
-        (folder / str(older[0])).rename(writing)
-    descriptor = os.open(writing, os.O_RDWR | os.O_CREAT, 0o600)
+
+    def room(tight: bool) -> int:
+        stay = milestones.kept((one.step for one in older), tight) | {one.step for one in older[-keep:]}
+        spare = [one for one in older if one.step < name.step and one.step not in stay]
+        if spare:  # its memory is used again: cheaper than fresh pages
+            (folder / str(spare[0])).rename(writing)
+        descriptor = os.open(writing, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            os.ftruncate(descriptor, size)
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError:
+            os.close(descriptor)
+            writing.unlink()
+            raise
+        return descriptor
+
     try:
-        os.ftruncate(descriptor, size)
-        os.posix_fallocate(descriptor, 0, size)
+        descriptor = room(tight=False)
+    except OSError:
+        descriptor = room(tight=True)
+    try:
         mapped = memoryview(mmap.mmap(descriptor, size))
         read_exactly(stream, mapped)
         if (arrived := parse_shard(mapped, str(name)).name) != name:
