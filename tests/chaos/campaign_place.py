@@ -70,6 +70,8 @@ class Place:
 
     def store(self, url: str) -> Store:
         """The store without the proxy."""
+        if not url.startswith("s3://"):
+            return open_store(url)
         before = os.environ["AWS_ENDPOINT_URL"]
         os.environ["AWS_ENDPOINT_URL"] = self._server
         try:
