@@ -131,8 +131,13 @@ def is_finished(launch: Launch, store: Store, settings: RunSettings) -> bool:
     return end is not None and end["status"] == "finished"
 
 
-def run(launch: Launch, settings: RunSettings, reports: Path, display: Display | None = None) -> Path:
+def run(
+    launch: Launch, settings: RunSettings, reports: Path, display: Display | None = None, watched: bool = False
+) -> Path:
     """Run to the end with a live display, then write the report; returns the page's path.
+
+    `watched`: the caller ends the process when its cluster is gone, which may also come back; otherwise an address
+    where no Ray answers is refused.
 
     Raises:
         RecuaError, KeyboardInterrupt: as workflows.session.run.
@@ -145,7 +150,8 @@ def run(launch: Launch, settings: RunSettings, reports: Path, display: Display |
     store.check()
     if not is_finished(launch, store, settings):
         launch.preflight()
-        require_ray(settings.ray_address or os.environ.get("RAY_ADDRESS"), "--address (or RAY_ADDRESS)")
+        if not watched:
+            require_ray(settings.ray_address or os.environ.get("RAY_ADDRESS"), "--address (or RAY_ADDRESS)")
         if not (settings.ray_address or os.environ.get("RAY_ADDRESS") or settings.ray_options):
             launch.check_cluster([local_resources()])  # the cluster will be this machine: refuse before a run is made
     with display or open_display() as shown:

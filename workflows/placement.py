@@ -17,7 +17,6 @@ from typing import Any
 
 from infra.bundles import unplaceable
 from infra.errors import ConfigError, ResourceError, StoreError, SystemFault
-from infra.machine import require_ray
 from infra.storage import Store
 from workflows.config import RunSettings
 from workflows.gangs import GangAttempt, Gangs
@@ -190,7 +189,6 @@ class Placement:
 
     def _connect(self, ray: Any) -> None:
         address = self._settings.ray_address or os.environ.get("RAY_ADDRESS")
-        require_ray(address, "ray_address (or RAY_ADDRESS)")
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         try:
             if address and address != "local":

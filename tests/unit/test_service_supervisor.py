@@ -1,5 +1,4 @@
-"""The supervisor with real driver processes. The workflows make no step calls, so no Ray is started; something
-listens where it would be."""
+"""The supervisor with real driver processes. The workflows make no step calls, so no Ray is started."""
 
 import json
 import os
@@ -64,12 +63,10 @@ class Service:
         package = packages.build(code, folder / "p.zip")
         self.store.upload_file(packages.package_key(package.sha256), package.file)
         self.package, self.folder = package.sha256, folder / "drivers"
-        self.head = socket.create_server(("127.0.0.1", 0), backlog=100)
         self.supervisor = self.make()
 
     def make(self) -> Supervisor:
-        address = f"127.0.0.1:{self.head.getsockname()[1]}"
-        return Supervisor(self.store, address, self.folder, lambda: [{"CPU": 2.0}], period_s=0.05)
+        return Supervisor(self.store, "127.0.0.1:1", self.folder, lambda: [{"CPU": 2.0}], period_s=0.05)
 
     def submit(self, **given: Any) -> dict[str, Any]:
         overrides = [f"folder={self.trace}", *given.pop("overrides", [])]
@@ -98,7 +95,6 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service
     service.supervisor.start()
     yield service
     service.supervisor.close()
-    service.head.close()
     for pid in service.drivers():
         assert not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes()
 

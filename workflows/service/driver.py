@@ -11,7 +11,6 @@ A driver ends by itself, without an `end` record, when its cluster is gone: the 
 import contextlib
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 
 from infra.config import override_tree, parse_tree
 from infra.errors import RecuaError, RunBusy, StoreError, UserError
+from infra.machine import answers
 from infra.processes import process_start
 from infra.storage import open_store, write_text
 from workflows import launch, session
@@ -95,7 +95,7 @@ def run(task: Record, folder: Path) -> Record:
     options = {"runtime_env": {"working_dir": str(folder / "package.zip")}}
     settings = RunSettings(store=task["store"], run_id=task["run_id"], ray_address=task["address"], ray_options=options)
     reports = open_store(settings.store).local_path("runs") or folder / "reports"  # the store has them in either case
-    launch.run(prepare(task["submission"]), settings, reports, PlainDisplay(sys.stdout))
+    launch.run(prepare(task["submission"]), settings, reports, PlainDisplay(sys.stdout), watched=True)
     return {"run_id": task["run_id"]}
 
 
@@ -104,7 +104,7 @@ class Watch:
 
     def __init__(self, address: str, end: Callable[[int], None] = os._exit) -> None:
         parts = urlsplit(f"//{address.rpartition('://')[2]}")
-        self._head = (parts.hostname or "", parts.port or 0)
+        self._head = f"{parts.hostname or ''}:{parts.port or 0}"
         self._end = end
 
     def start(self) -> None:
@@ -118,10 +118,10 @@ class Watch:
             raylet = raylet or own_raylet()
             if raylet is not None and not raylet.alive():
                 return self._gone("this node's raylet")
-            if answers(self._head):
+            if answers(self._head, timeout_s=10):
                 seen = time.monotonic()
             elif time.monotonic() - seen > GCS_PATIENCE_S:
-                return self._gone(f"the cluster at {self._head[0]}:{self._head[1]}")
+                return self._gone(f"the cluster at {self._head}")
 
     def _gone(self, what: str) -> None:
         print(f"recua: {what} is gone; this driver ends, and the run goes on with the next `recua up`", flush=True)
@@ -142,14 +142,6 @@ def own_raylet() -> Process | None:
             if wanted in (entry / "cmdline").read_bytes().split(b"\0"):
                 return Process(int(entry.name), process_start(int(entry.name)) or "")
     return None
-
-
-def answers(address: tuple[str, int]) -> bool:
-    try:
-        socket.create_connection(address, timeout=10).close()
-    except OSError:
-        return False
-    return True
 
 
 if __name__ == "__main__":
