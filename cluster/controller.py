@@ -365,12 +365,11 @@ class GroupController:
                 return  # it has died since: that will be heard
             going_on = core.reformed or core.roster.alive
             if core.seat(name).state == "spawned" and going_on:  # another takes its place
-                self._detected(
-                    m.WorkersRefused([name], str(failure)), f"{name} did not warm up: {failure}", worker=name
-                )
+                refused = m.WorkersRefused([name], str(failure))
+                self._detected(refused, f"{name} did not warm up: {failure}", worker=name)
                 self._dismissed.add(name)
                 self.fleet.dismiss([name])
-                self._tell(m.WorkersRefused([name], str(failure)))
+                self._tell(refused)
             else:
                 self._fail(failure)
         elif core.phase in ("forming", "running", "stopping"):

@@ -77,20 +77,19 @@ def judge_step(
         losses: of the steps up to `step`, oldest first, without those that a rollback undid.
         saved: states that can be loaded. skipped: windows left out so far. rollbacks: so far in this run.
     """
+    doubt = doubt_of(losses, step, settings)
+    if doubt is None:
+        return Rollback(Decision("go-on", f"step {step}: loss {losses[-1]:.4g}", key("spike_sigmas")))
     if not math.isfinite(losses[-1]):
-        bad, what = _nonfinite_streak(losses), f"step {step}: the loss or gradient is not finite"
-        patience, name, mild = settings.nonfinite_patience, "nonfinite_patience", "skip-update"
+        what, name, mild = "the loss or gradient is not finite", "nonfinite_patience", "skip-update"
     else:
         score = spike_score(losses, settings.spike_window)
-        if score <= settings.spike_sigmas:
-            return Rollback(Decision("go-on", f"step {step}: loss {losses[-1]:.4g}", key("spike_sigmas")))
-        bad = _spike_streak(losses, settings)
-        what = f"step {step}: loss {losses[-1]:.4g} is {score:.1f} robust sigmas above the last {settings.spike_window}"
-        patience, name, mild = settings.spike_patience, "spike_patience", "go-on"
-    if bad < patience:
-        return Rollback(Decision(mild, f"{what} ({bad} in a row)", key(name)))
-    first_bad = step - bad + 1
-    return _roll_back(f"{what} ({bad} in a row)", first_bad, step, saved, skipped, rollbacks, name, settings)
+        what = f"loss {losses[-1]:.4g} is {score:.1f} robust sigmas above the last {settings.spike_window}"
+        name, mild = "spike_patience", "go-on"
+    text = f"step {step}: {what} ({step + 1 - doubt.first} in a row)"
+    if not doubt.sure:
+        return Rollback(Decision(mild, text, key(name)))
+    return _roll_back(text, doubt.first, step, saved, skipped, rollbacks, name, settings)
 
 
 @dataclass(frozen=True)
