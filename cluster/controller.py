@@ -156,6 +156,7 @@ class GroupController:
             SystemFault: the group cannot go on; the message has the decision and its setting.
             ResourceError: `min_workers` can never be there.
             Superseded: a later controller leads.
+            SystemExit: Ray ends this process; the group stays for the next controller.
         """
         ended = False
         try:
@@ -166,7 +167,7 @@ class GroupController:
             while self._end is None:
                 self._listen()
             ended = self._end.succeeded
-        except Superseded:
+        except (Superseded, SystemExit):  # Ray takes this process down, with its driver as a rule: the ranks train on
             self.fleet.hand_over()
             raise
         finally:

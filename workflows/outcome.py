@@ -20,10 +20,12 @@ OURS = {"worker.py", "executor.py", "session.py", "outcome.py", "graph.py"}
 def describe(error: BaseException) -> Record:
     """An exception of a body as a record: `kind` is "user", "refused" (never retried) or "system"."""
     raised = _raised_remotely(error) or error
+    ended = _ended_by_ray(error)
+    message = str(raised) if ended is None else f"its worker process was ended: {ended}"
     return {
         "kind": _kind(error),
         "type": _system_name(error) or type(raised).__name__,
-        "message": _plain(str(raised)).strip() or type(raised).__name__,
+        "message": _plain(message).strip() or type(raised).__name__,
         "traceback": user_traceback(error),
     }
 
@@ -92,8 +94,15 @@ def _kind(error: BaseException) -> str:
     return "refused" if isinstance(error, UserError) else "user"
 
 
+def _ended_by_ray(error: BaseException) -> str | None:
+    """Why Ray ends the process that runs the body, where this is the error that it raises then."""
+    return getattr(error, "ray_terminate_msg", None) if isinstance(error, SystemExit) else None
+
+
 def _system_name(error: BaseException) -> str | None:
-    """Errors of a body's own actors and objects that mean a lost process, not wrong code."""
+    """Errors of a body's process, or of its own actors and objects, that mean a lost process, not wrong code."""
+    if _ended_by_ray(error) is not None:
+        return "NodeLost"
     module, name = type(error).__module__, type(error).__name__
     if not module.startswith("ray."):
         return None

@@ -158,7 +158,8 @@ def main(settings: str, marks: str, variant: str) -> None:
 
     def tell(event: Event) -> None:
         if event.kind in ("run-started", "warning"):
-            print(json.dumps({"event": event.kind, **event.data}), flush=True)
+            line = json.dumps({"event": event.kind, **event.data})
+            os.write(1, f"{line}\n".encode())  # in one piece: Ray prints from threads of its own
 
     try:
         result = session.run(campaign, marks, int(variant), settings=RunSettings(**options), observers=[tell])
@@ -166,7 +167,7 @@ def main(settings: str, marks: str, variant: str) -> None:
         print(f"{type(error).__name__}: {error}", flush=True)
         raise SystemExit(3) from None
     value = {**result.value, "numbers": result.value["numbers"].digest}
-    print(json.dumps({"result": value}, sort_keys=True), flush=True)
+    os.write(1, f"{json.dumps({'result': value}, sort_keys=True)}\n".encode())
 
 
 if __name__ == "__main__":

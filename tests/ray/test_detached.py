@@ -140,16 +140,21 @@ def test_detached_ranks_outlive_step_and_driver_and_end_with_the_run(
     def told() -> int:
         return len(read_steps(open_store(state)))
 
-    # The step's process is killed: the executor repeats it, and the new attempt adopts the ranks as they are.
+    def goes_on(driver: Driver) -> None:
+        seen = step()
+        wait_for(lambda: told() > seen, f"rows do not go on: {driver.said()}")
+
+    # The step's process is killed, or told to end (what Ray does to it when its driver is gone): the executor repeats
+    # it, and the new attempt adopts the ranks as they are.
     first = start()
     wait_for(lambda: told() > 5, f"it does not train: {first.said()}")
     before = places()
     assert len(before) == 2, before
-    os.kill(wait_for(first.attempts, "no attempt")[0], signal.SIGKILL)
-    first.hears("decision: adopt")
-    seen = step()
-    wait_for(lambda: told() > seen, f"rows do not go on: {first.said()}")
-    assert places() == before, "the same processes in the same generation"
+    for deaths, number in enumerate((signal.SIGTERM, signal.SIGKILL), 1):
+        os.kill(wait_for(first.attempts, "no attempt")[-1], number)
+        first.hears("decision: adopt", deaths)
+        goes_on(first)
+        assert places() == before, "the same processes in the same generation"
 
     # The driver is killed: the ranks train on without anyone; what they did is told, once, by the next driver.
     lost, [*_, attempt] = time.monotonic(), first.attempts()
@@ -159,8 +164,7 @@ def test_detached_ranks_outlive_step_and_driver_and_end_with_the_run(
     wait_for(lambda: step() > left + 50, "the ranks do not train on")
     second = start()
     second.hears("decision: adopt")
-    seen = step()
-    wait_for(lambda: told() > seen, f"rows do not go on: {second.said()}")
+    goes_on(second)
     print(f"led again {time.monotonic() - lost:.1f} s after the driver was killed")
     assert places() == before, "the same processes in the same generation"
     rows = read_steps(open_store(state))
