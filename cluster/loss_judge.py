@@ -1,0 +1,101 @@
+"""What the outcomes of a group's steps mean: which are in doubt, what follows, and a rollback that has to wait.
+
+Nothing here knows Ray or acts: the controller passes on what it hears, and does what comes back.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+from cluster.config import ElasticSettings
+from cluster.controller_state import Controller
+from cluster.group_journal import GroupJournal
+from cluster.outcomes import Outcomes
+from cluster.policies.rollback import Rollback, SavedState, doubt_of, judge_step, sure_doubt
+
+
+@dataclass(frozen=True)
+class Due:
+    """A rollback that waits until ranks run: what follows of step `step`, to a state no later than `first`.
+
+    Without `verdict` the `losses` up to that step are judged by then.
+    """
+
+    step: int
+    first: int
+    losses: Sequence[float] = ()
+    verdict: Rollback | None = None
+    guilty: tuple[str, ...] = ()
+
+
+class LossJudge:
+    """Of one group.
+
+    Args:
+        outcomes: of the steps that are known; an earlier controller's last ones are looked at once more.
+        stored: (generation, step) of the snapshots that are whole in storage.
+    """
+
+    def __init__(
+        self,
+        settings: ElasticSettings,
+        core: Controller,
+        journal: GroupJournal,
+        outcomes: Outcomes,
+        stored: Callable[[], Collection[tuple[int, int]]],
+    ) -> None:
+        self._settings, self._core, self._journal = settings, core, journal
+        self._outcomes, self._stored = outcomes, stored
+        self._due: Due | None = None
+        self._look_back()
+        self.doubt()
+
+    def doubt(self) -> None:
+        """Tell the core what may have to be undone, now that the outcomes of the steps so far are known."""
+        following = self._outcomes.next
+        doubt = doubt_of(self._outcomes.losses, following - 1, self._settings)
+        first = following if doubt is None else doubt.first
+        self._core.book.doubtful = first if self._due is None else min(first, self._due.first)
+
+    def verdict(self, step: int, losses: Sequence[float] | None = None) -> Rollback:
+        """On the losses up to `step`; those that are known unless others are given."""
+        history = self._journal.history
+        losses = self._outcomes.losses if losses is None else losses
+        return judge_step(losses, step, self.saved(), history.skipped, history.rollbacks, self._settings)
+
+    def saved(self) -> list[SavedState]:
+        """The states that can be gone back to."""
+        core, outcomes = self._core, self._outcomes
+        book, generation = core.book, core.generation
+        whole = {step for step, snapshot in book.snapshots.items() if snapshot.whole}
+        steps = {0} | whole | (book.flushed & {step for _, step in self._stored()})
+        if outcomes.generation == generation and generation in core.joins:
+            before = int(book.doubtful) - int(book.doubtful) % self._settings.snapshot_every
+            if core.joins[generation] <= before < outcomes.next:
+                steps.add(before)  # with the outcome of a step come all copies of the state before it
+        verified = self._journal.history.verified
+        return [SavedState(step, step <= verified) for step in sorted(steps)]
+
+    def put_off(self, step: int, verdict: Rollback, guilty: Sequence[str]) -> None:
+        """Ranks re-form: the rollback is due as soon as they run. Of several the first counts."""
+        if self._due is None and verdict.to_step is not None:
+            self._due = Due(step, verdict.to_step, verdict=verdict, guilty=tuple(guilty))
+
+    @property
+    def is_due(self) -> bool:
+        return self._due is not None
+
+    def take_due(self) -> tuple[int, Rollback, tuple[str, ...]] | None:
+        """(step, verdict, guilty) of the rollback that waited, to what is still there by now."""
+        due, self._due = self._due, None
+        if due is None:
+            return None
+        verdict = due.verdict or self.verdict(due.step, due.losses)
+        there = max((state.step for state in self.saved() if state.step <= due.first), default=0)
+        return due.step, replace(verdict, to_step=there), due.guilty
+
+    def _look_back(self) -> None:
+        """A rollback that an earlier controller had not come to falls due again."""
+        losses, last = self._outcomes.losses, self._outcomes.next - 1
+        doubt = sure_doubt(losses, last, self._settings)
+        if doubt is not None:
+            self._due = Due(doubt.last, doubt.first, losses[: len(losses) - (last - doubt.last)])
