@@ -68,6 +68,8 @@ def deploy(model_folder: Path, weight_version: str, settings: ServingSettings) -
         _run_application(model, settings)
         if not ray.get(gateway.wait_ready.remote(settings.start_timeout_s)):
             raise ServingError("the gateway sees no running replica")
+    except SystemExit:  # Ray takes this process down: what serves goes on, and whoever comes next deploys again
+        raise
     except BaseException:
         _stop(settings.app_name, gateway, 0.0)
         raise

@@ -161,6 +161,9 @@ class Executor:
     def close(self, end: Record | None) -> None:
         """Cancel what still runs, write `end` (unless the run is no longer ours), call the hooks, leave Ray.
 
+        Hooks take down what the run has on the cluster. Where its end is not on record they are left out: it is
+        another driver's by now, or will be.
+
         Raises:
             StoreError, FencedError: the run is finished but for its `end`, which could not be written: running again
                 goes on from there. Of any other end there is an error to tell already.
@@ -183,7 +186,7 @@ class Executor:
         self._commits.close()
         if end is not None:
             self._status.write()
-        for hook in reversed(self._hooks):
+        for hook in reversed(self._hooks if end is not None and self._commits.failure is None else []):
             try:
                 hook()
             except Exception as error:

@@ -35,6 +35,8 @@ from workflows.values import artifact_records
 
 LOCK_KEY = "gc/lock.json"
 FENCE_TTL_S = 2.0
+WRITING_S = 60.0
+"""A temporary file that is younger may be one that a living process writes, whatever the grace."""
 POLL_S = 0.2
 THREADS = 8
 
@@ -202,7 +204,7 @@ def _unreferenced(store: Store, found: Survey, leaving: set[str], before: float)
             yield Item("code packages", key, size)
     for key, size in store.sizes("probe"):
         yield Item("probe files", key, size)
-    yield from _temporary(store, before)
+    yield from _temporary(store, min(before, time.time() - WRITING_S))
 
 
 def _of_run(store: Store, found: Survey, run: StoredRun, gone: bool) -> Iterator[Item]:
@@ -270,8 +272,10 @@ def _take_down(store: Store, run_id: str) -> bool:
     if state.lease is not None and state.end is None:
         try:
             _fence(store, run_id)
-        except UserError:
+        except BaseException as error:  # Ctrl-C while it waits for a driver that may live
             store.delete(removed_key(run_id))
+            if not isinstance(error, UserError):
+                raise
             return False
     store.delete(f"runs/{run_id}/run.json")
     return True

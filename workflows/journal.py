@@ -91,7 +91,7 @@ def read_journal(store: Store, run_id: str) -> JournalState:
     Raises:
         StoreError: a slot is missing in the middle or cannot be read.
     """
-    keys = list(store.list(f"runs/{run_id}/journal"))
+    keys = _listed(store, run_id)
     state = JournalState()
     if store.local_path("runs") is not None:
         blobs: Iterable[bytes | None] = map(store.get, keys)
@@ -100,6 +100,16 @@ def read_journal(store: Store, run_id: str) -> JournalState:
         with ThreadPoolExecutor(min(16, len(keys))) as pool:
             _replay(state, store, run_id, keys, pool.map(store.get, keys))
     return state
+
+
+def _listed(store: Store, run_id: str) -> list[str]:
+    """A listing is no moment: of slots that are written meanwhile it may have a later one and not an earlier one."""
+    keys: list[str] = []
+    for _ in range(3):
+        keys = list(store.list(f"runs/{run_id}/journal"))
+        if not keys or keys[-1] == slot_key(run_id, len(keys)):
+            break
+    return keys
 
 
 def _replay(state: JournalState, store: Store, run_id: str, keys: list[str], blobs: Iterable[bytes | None]) -> None:
@@ -256,16 +266,16 @@ class Heartbeat:
         self._on_beat()
 
     def _run(self) -> None:
-        journal, number = self._journal, 0
+        journal, number, told = self._journal, 0, False
         try:
             while not self._stop.wait(journal.ttl_s / 5):
                 number += 1
                 if latest_lease(journal.store, journal.run_id) != journal.lease_slot:
                     raise fenced(journal.run_id)
                 self._beat(number)
-                if journal.store.exists(cancel_key(journal.run_id, journal.lease_slot)):
-                    self._on_cancel()
-                    return
+                if not told and journal.store.exists(cancel_key(journal.run_id, journal.lease_slot)):
+                    told = True
+                    self._on_cancel()  # and go on: what runs has to be ended yet, by the driver that holds the lease
         except BaseException as error:
             self._on_error(error)
 

@@ -136,8 +136,8 @@ def run(
 ) -> Path:
     """Run to the end with a live display, then write the report; returns the page's path.
 
-    `watched`: the caller ends the process when its cluster is gone, which may also come back; otherwise an address
-    where no Ray answers is refused.
+    `watched`: the caller ends the process when its cluster is gone, which may also come back, and starts another when
+    it is told to end; otherwise an address where no Ray answers is refused, and SIGTERM cancels the run.
 
     Raises:
         RecuaError, KeyboardInterrupt: as workflows.session.run.
@@ -161,6 +161,7 @@ def run(
             settings=settings,
             observers=[shown.on_event],
             on_cluster=[launch.check_cluster],
+            term_cancels=not watched,
             **launch.kwargs,
         )
     if result.already_finished:

@@ -43,11 +43,12 @@ def user_traceback(error: BaseException) -> str:
 def of_ray_error(error: BaseException, ran_s: float | None, timeout_s: float | None, preempted: bool = False) -> Record:
     """What Ray says of a task that returned nothing: the worker, its node or its memory is gone, or it was cancelled.
 
-    `ran_s`: seconds since the body began, None where it never did. `preempted`: its node went after a notice.
+    `ran_s`: seconds since it was heard that the body began, None where it never did. `preempted`: its node went after
+    a notice.
     """
     name, text = type(error).__name__, str(error).strip()
     first_line = text.splitlines()[0] if text else name
-    if timeout_s is not None and ran_s is not None and ran_s >= timeout_s - 0.2:
+    if timeout_s is not None and ran_s is not None and ran_s >= timeout_s - min(1.0, timeout_s / 2):
         message = f"ran past its timeout of {timeout_s:g} s; its processes were killed (timeout= of the step)"
         return {"kind": "timeout", "type": "StepTimeout", "message": message, "traceback": ""}
     if name == "RuntimeEnvSetupError":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import signal
 import threading
@@ -46,12 +47,14 @@ def run(
     observers: Sequence[Observer] = (),
     on_end: Sequence[Callable[[], None]] = (),
     on_cluster: Sequence[ClusterCheck] = (),
+    term_cancels: bool = True,
     **kwargs: Any,
 ) -> RunResult:
     """Run `workflow(*args, **kwargs)`, or go on with it, or show its result where it has finished.
 
     `observers` get every Event, on the driver's loop thread. `on_end` hooks are called when the run ends, however it
-    does. `on_cluster` checks see the cluster's nodes before the first step starts, and may refuse them.
+    does. `on_cluster` checks see the cluster's nodes before the first step starts, and may refuse them. SIGTERM is as
+    Ctrl-C, unless not `term_cancels`: then it ends this process, and the run stays open for another driver.
 
     Raises:
         StepError, UserError, SystemFault: what ended the run; what was committed stays, and running again goes on.
@@ -80,7 +83,8 @@ def run(
             executor.on_cluster(check)
         data = {"run_id": run_id, "workflow": workflow.name, "store": store.url, "resumed": len(known.commits)}
         emit(Event("run-started", data=data))
-        tree = _drive(executor, workflow, args, kwargs, emit, recorder)
+        with _on_term(_interrupt if term_cancels else _leave):
+            tree = _drive(executor, workflow, args, kwargs, emit, recorder)
     return RunResult(run_id, store.url, decode(tree, source), False)
 
 
@@ -167,52 +171,58 @@ def _drive(
     began = time.monotonic()
     end: Record | None = None
     status = "failed"
-    with _terminate_as_interrupt():
-        try:
-            with running(executor):
-                tree = executor.finish(workflow.fn(*args, **kwargs))
-            recorder.flush()  # whoever sees the end sees all metrics
-            status, end = "finished", {"result": tree}
-            return tree
-        except (KeyboardInterrupt, Cancelled) as error:
-            status, end = (
-                "cancelled",
-                {"error": {"kind": "cancelled", "type": type(error).__name__, "message": str(error)}},
-            )
-            raise
-        except FencedError:
+    try:
+        with running(executor):
+            tree = executor.finish(workflow.fn(*args, **kwargs))
+        recorder.flush()  # whoever sees the end sees all metrics
+        status, end = "finished", {"result": tree}
+        return tree
+    except (KeyboardInterrupt, Cancelled) as error:
+        status, end = (
+            "cancelled",
+            {"error": {"kind": "cancelled", "type": type(error).__name__, "message": str(error)}},
+        )
+        raise
+    except FencedError:
+        status = "fenced"
+        raise
+    except BaseException as error:
+        if executor.journal.is_lost():  # whatever a driver that slept for long stumbles over first
             status = "fenced"
-            raise
-        except BaseException as error:
-            if executor.journal.is_lost():  # whatever a driver that slept for long stumbles over first
-                status = "fenced"
-                raise fenced(executor.run_id) from error
+            raise fenced(executor.run_id) from error
+        if error is not executor.fatal or not isinstance(error, StoreError):  # the store's trouble ends no run
             end = {"error": failure_record(error)}
-            raise
-        finally:
-            with _uninterrupted():
-                if end is not None:
-                    end = {"type": "end", "status": status, "time": time.time(), **end}
-                try:
-                    executor.close(end)
-                except StoreError as error:
-                    status = "fenced" if isinstance(error, FencedError) else "failed"
-                    raise
-                finally:
-                    emit(Event("run-ended", data={"status": status, "seconds": time.monotonic() - began}))
+        raise
+    finally:
+        with _uninterrupted():
+            if end is not None:
+                end = {"type": "end", "status": status, "time": time.time(), **end}
+            try:
+                executor.close(end)
+            except StoreError as error:
+                status = "fenced" if isinstance(error, FencedError) else "failed"
+                raise
+            finally:
+                emit(Event("run-ended", data={"status": status, "seconds": time.monotonic() - began}))
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """SIGTERM (a stopped job, a scheduler) ends the run as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def _leave(number: int, frame: Any) -> None:
+    """SIGTERM says that this machine goes, and nothing of the run."""
+    os.write(1, b"recua: this driver was told to end (SIGTERM); the run stays open for the next one\n")
+    os._exit(128 + number)
 
 
 @contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM (a stopped job, a scheduler) ends the run as Ctrl-C does."""
+def _on_term(handler: Callable[[int, Any], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """A small deterministic graph as a driver process: `python graph_chaos_program.py SETTINGS_JSON FOLDER`."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -75,8 +76,16 @@ def main(settings: str, folder: str) -> None:
     given = json.loads(settings)
     bodies = waiting_twice if given.pop("twice", False) else waiting
     options = RunSettings(**given)
+
+    def hook() -> None:
+        with (Path(folder) / "hooks").open("a") as stream:
+            stream.write(f"{os.getpid()}\n")
+
     try:
-        result = session.run(bodies, folder, settings=options) if folder else session.run(graph, settings=options)
+        if folder:
+            result = session.run(bodies, folder, settings=options, on_end=[hook])
+        else:
+            result = session.run(graph, settings=options)
     except RecuaError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         raise SystemExit(3) from None

@@ -180,6 +180,8 @@ def test_a_driver_that_slept_past_its_lease_is_fenced(start: Start, tmp_path: Pa
     assert sleeper.returncode == 3 and "FencedError" in output and "another driver has taken over" in output, output
     assert commits(open_store(url)) == before
     assert load_run(open_store(url), "r").status == "finished"
+    hooks = (tmp_path / "hooks").read_text().split()
+    assert hooks == [str(successor.pid)], "what the run has on the cluster is not the sleeper's to take down"
 
 
 def test_a_stopped_driver_does_not_keep_the_clusters_workers_from_its_successor(

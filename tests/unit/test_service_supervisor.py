@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -154,6 +155,7 @@ def test_service_gives_a_driver_up_that_dies_at_once_again_and_again(
     run = load_run(service.store, "r")
     assert run.status == "failed" and run.error is not None and len(service.drivers()) == 2
     assert "died 2 times" in run.error["message"] and f"driver {service.drivers()[1]}" in run.error["traceback"]
+    monkeypatch.setattr(supervisor, "QUICK_DEATHS", 1000)
     assert service.supervisor.resume("r") == "submitted", "it can be tried again"
     service.wait(lambda: len(service.drivers()) > 2, "no new driver")
     assert service.supervisor.cancel("r") in ("interrupted", "failed", "cancelling")
@@ -191,6 +193,49 @@ def test_service_finds_active_runs_of_another_and_forgets_withdrawn_ones(service
     records.deactivate(service.store, "r")  # `recua cancel` on another machine, while no driver lives
     service.wait(lambda: not service.supervisor.active(), "it was not let go")
     assert service.status() == "cancelled"
+
+
+def test_service_goes_on_with_a_run_whose_driver_was_told_to_end(service: Service) -> None:
+    """SIGTERM comes to all processes of a machine that is shut down; `recua cancel` goes through the store."""
+    service.submit()
+    service.wait(lambda: service.status() == "running" and service.drivers(), "no driver")
+    os.kill(service.drivers()[0], signal.SIGTERM)
+    service.wait(lambda: service.status() == "running" and len(service.drivers()) == 2, "it was not continued")
+    (service.trace / "go").touch()
+    service.wait(lambda: not service.supervisor.active(), "the run did not end")
+    assert service.status() == "finished"
+    assert "told to end (SIGTERM)" in (service.store.get("runs/r/driver/000001.log") or b"").decode()
+
+
+def test_service_leaves_a_driver_alone_that_somebody_started_in_a_terminal(service: Service) -> None:
+    service.submit()
+    service.wait(lambda: service.status() == "running" and service.drivers(), "no driver")
+    service.supervisor.close()
+    service.wait(lambda: service.status() == "interrupted", "its driver was stopped")
+    store, root = service.store.url, Path(__file__).parents[2]
+    script = f"""
+import time
+from infra.storage import open_store
+from workflows.journal import Heartbeat, Journal
+beat = Heartbeat(Journal.acquire(open_store({store!r}), "r"), lambda: None, lambda error: None)
+print("drives", flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=root) as theirs:
+        try:
+            assert theirs.stdout is not None and theirs.stdout.readline() == b"drives\n"
+            service.supervisor = service.make()
+            assert service.supervisor.start() == ["r"]
+
+            def watched() -> bool:
+                process = service.supervisor._runs["r"].process
+                return process is not None and process.pid == theirs.pid
+
+            service.wait(watched, "it is not seen")
+            assert service.supervisor.close() == ["r"]
+            assert theirs.poll() is None and len(service.drivers()) == 1
+        finally:
+            theirs.kill()
 
 
 def test_service_never_doubles_a_driver_of_another_machine(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

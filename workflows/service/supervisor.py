@@ -62,6 +62,8 @@ class Driven:
     leaving: Process | None = None
     looked: float = 0.0
     withdrawn: bool = False
+    ours: bool = True
+    """Started by a service, and not by somebody in a terminal."""
 
 
 class Supervisor:
@@ -89,7 +91,8 @@ class Supervisor:
         return sorted(self._runs)
 
     def close(self) -> list[str]:
-        """Stop looking, and end the drivers without a word: the runs stay active, for the next service. Their ids."""
+        """Stop looking, and end the service's drivers without a word: the runs stay active, for the next service. Their
+        ids."""
         self._stop.set()
         self._thread.join(timeout=30)
         with self._lock:
@@ -97,7 +100,7 @@ class Supervisor:
                 if self._has_ended(driven, read_journal(self.store, driven.run_id)):
                     records.deactivate(self.store, driven.run_id)  # its driver may still write the report
                     del self._runs[driven.run_id]
-                elif driven.process is not None:
+                elif driven.process is not None and driven.ours:
                     driven.process.kill()
                 if driven.log is not None:
                     driven.log.send(final=True)
@@ -195,7 +198,12 @@ class Supervisor:
         except Exception as error:
             _say(f"run {driven.run_id}: {traceback.format_exc()}")
             driven.deaths += 1
-            self._die(driven, f"the service cannot start its driver: {error}")
+            try:
+                with self._lock:
+                    self._die(driven, f"the service cannot start its driver: {error}")
+            except (RunBusy, StoreError) as second:
+                _say(f"run {driven.run_id}: {second}")
+                driven.not_before = time.monotonic() + SYNC_PERIOD_S
 
     def _sync(self) -> None:
         """Runs that another process made active, or no longer wants."""
@@ -244,7 +252,7 @@ class Supervisor:
         processes.fill(folder, self.store, submission["package"], task)
         number = len(list(self.store.list(f"runs/{run_id}/driver"))) + 1
         driven.log = DriverLog(self.store, run_id, number, folder)
-        driven.process = processes.start(folder, driven.log.file, number)
+        driven.process, driven.ours = processes.start(folder, driven.log.file, number), True
         driven.started = driven.looked = driven.beat_at = time.monotonic()
         driven.beat, driven.committed = ("", None), committed
         _say(f"run {run_id}: driver {number} is process {driven.process.pid}")
@@ -281,7 +289,8 @@ class Supervisor:
         """Somebody else's driver, or one of an earlier service. A process of this machine is adopted."""
         process = _process(lease)
         if process is not None:
-            driven.process, driven.beat = process, ("", None)
+            found = processes.read(self._folder / driven.run_id / "driver.json") or {}
+            driven.process, driven.beat, driven.ours = process, ("", None), found.get("start") == process.start
             driven.started = driven.looked = time.monotonic()
         elif self._still_for(driven, lease_key(driven.run_id, slot)) > lease["ttl_s"]:
             driven.process = None
