@@ -63,7 +63,11 @@ class PoolKeeper:
         threading.Thread(target=self._end_when_idle, daemon=True, name="pool-idle").start()
 
     def code(self) -> str:
-        """Which code this keeper and its members run; see `_code`."""
+        """Which code this keeper and its members run; see `_code`. Who asks is about to borrow: it stays for that."""
+        with self._free:
+            for pool in self._pools.values():
+                if pool.borrower is None and not pool.members:
+                    pool.used = time.monotonic()
         return self._code
 
     def borrow_generators(
@@ -244,7 +248,7 @@ class Pools:
         )
         for _ in range(3):
             keeper = actor.remote(name, code, self.lease_s, self.orphan_s)
-            with suppress(ray.exceptions.ActorDiedError):  # it ended itself just now: the next one is new
+            with suppress(ray.exceptions.RayActorError):  # it ended itself just now: the next one is new
                 if ray.get(keeper.code.remote()) == code:
                     return keeper
                 ray.kill(keeper)

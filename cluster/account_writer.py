@@ -37,6 +37,10 @@ class AccountWriter:
             self._writing.result()
         self._thread.shutdown()
 
+    def leave(self) -> None:
+        """Another controller goes on with it."""
+        self._thread.shutdown(wait=False)
+
     def _write(self, watch: GroupWatch, ended: bool) -> None:
         if self._accounts is None:
             return

@@ -31,12 +31,13 @@ from cluster.group_journal import GroupJournal, Superseded
 from cluster.guard import Finding, Guard
 from cluster.held_shards import HeldShards
 from cluster.join_board import JoinBoard
+from cluster.loss_judge import LossJudge
 from cluster.node_watch import Beat, Sight
 from cluster.outcomes import Outcomes
 from cluster.policies.hang import Beacon
-from cluster.policies.rollback import Rollback, SavedState, doubt_of, judge_step, leave_out, sure_doubt
+from cluster.policies.rollback import Rollback, leave_out
 from cluster.ray_drain import draining_nodes
-from infra.errors import NodeLost, RecuaError, StepError
+from infra.errors import NodeLost, RecuaError, StepError, StoreError
 from infra.notices import Notice, in_words
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ SILENCE_FACTOR = 4.0
 """A silent node whose raylet still takes connections is starved rather than gone, up to so many `node_timeout_s`."""
 FORMING_FACTOR = 10.0
 """While networks are built an interpreter may well be locked for a second: that takes so many `pulse_timeout_s`."""
+STOOD_STILL_S = 1.0
+"""A turn takes a controller a tenth of a second; after so long it was itself that stood still, or its store did."""
 SOONER_S = 1.0
 """A later notice of the same node counts if its deadline is earlier by this much."""
 OUT = ("aborted", "boundary", "finished")
@@ -80,20 +83,6 @@ class Listener:
 
     row: Callable[[dict[str, Any]], None] = lambda row: None
     event: Callable[[dict[str, Any]], None] = lambda event: None
-
-
-@dataclass(frozen=True)
-class Due:
-    """A rollback that waits until ranks run: what follows of step `step`, to a state no later than `first`.
-
-    Without `verdict` the `losses` up to that step are judged by then.
-    """
-
-    step: int
-    first: int
-    losses: Sequence[float] = ()
-    verdict: Rollback | None = None
-    guilty: tuple[str, ...] = ()
 
 
 class GroupController:
@@ -125,22 +114,21 @@ class GroupController:
         self.core.book.verified = history.verified
         journal.note(controllers=number + 1)
         self.board, self.joining, self.faults = BeatBoard(settings), JoinBoard(settings), FaultTimes()
-        self.guard = Guard(settings, self.core, journal, self._saved)
         self.watch = watch_group(fleet.accounts, self.core)
         floor = max((one for one, step in history.joins.items() if step <= len(rows)), default=0)
         self.outcomes = Outcomes(rows, floor, 4 * settings.spike_window)
+        self.judge = LossJudge(settings, self.core, journal, self.outcomes, lambda: self._stored)
+        self.guard = Guard(settings, self.core, journal, self.judge.saved)
         self._shards = HeldShards(task.replicated)
         self._account = AccountWriter(fleet.accounts)
         self._sights: dict[str, Sight] = {}
         self._stored = stored
         self._unheard: set[str] = set()
         self._out_since: dict[tuple[str, int], float] = {}
-        self._due: Due | None = None
-        self._look_back()
-        self._doubt()
         self._end: m.End | None = None
         self._error: Exception | None = None
         self._looked_at = 0.0
+        self._turned_at = time.monotonic()
         self._stacks: list[Any] = []
         self._draining: dict[str, float] = {}
         self._silent_since: dict[str, float] = {}
@@ -156,7 +144,7 @@ class GroupController:
             SystemFault: the group cannot go on; the message has the decision and its setting.
             ResourceError: `min_workers` can never be there.
             Superseded: a later controller leads.
-            SystemExit: Ray ends this process; the group stays for the next controller.
+            SystemExit, StoreError: Ray ends this process, or the store fails; the group stays for the next controller.
         """
         ended = False
         try:
@@ -167,22 +155,31 @@ class GroupController:
             while self._end is None:
                 self._listen()
             ended = self._end.succeeded
-        except (Superseded, SystemExit):  # Ray takes this process down, with its driver as a rule: the ranks train on
-            self.fleet.hand_over()
+        except (Superseded, SystemExit, StoreError):  # the ranks train on, for the next controller
+            self._account.leave()
             raise
-        finally:
-            self.fleet.close(remove=ended)
-            self._account.close(self.watch)
+        except BaseException:
+            self._close(remove=False)
+            raise
+        self._close(remove=ended)
         if not ended:
             raise self._error or NodeLost(f"group {self.fleet.group}: {self._end.decision}")
+
+    def _close(self, remove: bool) -> None:
+        self.fleet.close(remove)
+        self._account.close(self.watch)
 
     # ---- hearing
 
     def _listen(self) -> None:
         deadline = self.core.next_deadline
         timeout = 0.1 if deadline is None else min(0.1, max(0.0, deadline - time.monotonic()))
-        for news in self.fleet.wait(timeout, self._rows_wanted):
+        heard = self.fleet.wait(timeout, self._rows_wanted)
+        for news in heard:
             self._hear(news)
+        before, self._turned_at = self._turned_at, time.monotonic()
+        if (gap := self._turned_at - before) > STOOD_STILL_S:  # what was heard was said before that
+            self.board.excuse(gap, self._turned_at)
         self._judge()
         self._spawn()
         self._look_around()
@@ -510,31 +507,18 @@ class GroupController:
         taken = self.outcomes.take(row)
         if taken is not None:
             self.listener.row(taken)
-            self._doubt()
+            self.judge.doubt()
             self._judge_loss(taken["step"])
 
-    def _doubt(self) -> None:
-        """What may have to be undone, now that the outcomes of the steps before `outcomes.next` are known."""
-        following = self.outcomes.next
-        doubt = doubt_of(self.outcomes.losses, following - 1, self.settings)
-        first = following if doubt is None else doubt.first
-        self.core.book.doubtful = first if self._due is None else min(first, self._due.first)
-
     def _judge_loss(self, step: int) -> None:
-        losses = self.outcomes.losses
-        verdict = self._verdict(step, losses)
+        verdict = self.judge.verdict(step)
         if verdict.decision.action in ("roll-back", "fail"):
             self._see_stored(fresh=True)  # by the time that all ranks have left, memory has only newer states
-            verdict = self._verdict(step, losses)
+            verdict = self.judge.verdict(step)
         if verdict.decision.action == "skip-update":
             self._say("decided", decision=str(verdict.decision))
         else:
             self._roll_back(step, verdict)
-
-    def _verdict(self, step: int, losses: Sequence[float]) -> Rollback:
-        """On the losses up to `step`."""
-        history = self.journal.history
-        return judge_step(losses, step, self._saved(), history.skipped, history.rollbacks, self.settings)
 
     def _roll_back(self, step: int, verdict: Rollback, guilty: Sequence[str] = ()) -> None:
         """What follows from a judgement after step `step`, if anything does; `guilty` workers are replaced."""
@@ -543,8 +527,8 @@ class GroupController:
         if action == "fail":
             self._fail(StepError(f"training does not recover: {verdict.decision}"))
         elif action == "roll-back" and verdict.to_step is not None:
-            if self.core.phase not in ("running", "stopping"):  # ranks re-form: as soon as they run
-                self._due = self._due or Due(step, verdict.to_step, verdict=verdict, guilty=tuple(guilty))
+            if self.core.phase not in ("running", "stopping"):
+                self.judge.put_off(step, verdict, guilty)
                 return
             window = verdict.skip
             skipped = history.skipped if window is None else leave_out(history.skipped, window)
@@ -553,35 +537,15 @@ class GroupController:
             verified = min(history.verified, verdict.to_step)
             self.journal.note(skipped=skipped, rollbacks=history.rollbacks + 1, joins=joins, verified=verified)
             self.outcomes.back_to(verdict.to_step, self.core.generation + 1)
-            self._doubt()
+            self.judge.doubt()
             self._tell(m.RollBack(self.core.generation, verdict.to_step, verdict.decision, guilty))
 
     def _roll_back_now(self) -> None:
-        """What fell due while no generation ran; to what is still there by now."""
-        if self._due is not None:
-            due, self._due = self._due, None
+        """What fell due while no generation ran."""
+        if self.judge.is_due:
             self._see_stored(fresh=True)
-            verdict = due.verdict or self._verdict(due.step, due.losses)
-            there = max((state.step for state in self._saved() if state.step <= due.first), default=0)
-            self._roll_back(due.step, replace(verdict, to_step=there), due.guilty)
-
-    def _look_back(self) -> None:
-        """A rollback that an earlier controller had not come to falls due again."""
-        losses, last = self.outcomes.losses, self.outcomes.next - 1
-        doubt = sure_doubt(losses, last, self.settings)
-        if doubt is not None:
-            self._due = Due(doubt.last, doubt.first, losses[: len(losses) - (last - doubt.last)])
-
-    def _saved(self) -> list[SavedState]:
-        book, generation = self.core.book, self.core.generation
-        whole = {step for step, snapshot in book.snapshots.items() if snapshot.whole}
-        steps = {0} | whole | (book.flushed & {step for _, step in self._stored})
-        if self.outcomes.generation == generation and generation in self.core.joins:
-            before = int(book.doubtful) - int(book.doubtful) % self.settings.snapshot_every
-            if self.core.joins[generation] <= before < self.outcomes.next:
-                steps.add(before)  # with the outcome of a step come all copies of the state before it
-        verified = self.journal.history.verified
-        return [SavedState(step, step <= verified) for step in sorted(steps)]
+            if (due := self.judge.take_due()) is not None:
+                self._roll_back(*due)
 
     # ---- telling the core, and doing what it says
 

@@ -130,7 +130,6 @@ class Fleet:
         self._starting: dict[Any, str] = {}
         self._sent: list[Any] = []
         self._lost: set[str] = set()
-        self._handed_over = False
         self._failed_starts: dict[str, int] = {}
 
     # ---- nodes
@@ -258,7 +257,7 @@ class Fleet:
         references = []
         for node, mine in self._by_node(workers).items():
             if node in self.agents:
-                references.append(self.agents[node].kill.remote(sorted(mine), reason))
+                references.append(self.agents[node].kill.remote(sorted(mine), reason, self.leader))
         self._forget(worker for worker in workers if worker not in self.node_of)
         return references
 
@@ -268,13 +267,11 @@ class Fleet:
 
     def bury(self, node: str, workers: Collection[str]) -> None:
         """Dead workers, now known to the controller."""
-        self._sent.append(self.agents[node].discard.remote(sorted(workers)))
+        self._sent.append(self.agents[node].discard.remote(sorted(workers), self.leader))
         self._forget(workers)
 
     def close(self, remove: bool, timeout_s: float = 15.0) -> None:
         """Every process ends; `remove` frees the group's memory."""
-        if self._handed_over:
-            return
         for worker in list(self._handles):
             with contextlib.suppress(Exception):  # it may have ended by itself
                 ray.kill(self._handles[worker], no_restart=True)
@@ -287,12 +284,6 @@ class Fleet:
         self._handles.clear()
         with contextlib.suppress(Exception):  # the cluster may be going down, and everything with it
             end_workers(self.group)
-
-    def hand_over(self) -> None:
-        """A later controller leads: leave everything as it is."""
-        self._handed_over = True
-        self.agents.clear()
-        self._handles.clear()
 
     # ---- listening
 

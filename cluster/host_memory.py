@@ -138,18 +138,24 @@ def end_when_unwatched(folder: Path, patience_s: float) -> None:
 def living_workers(folder: Path) -> list[int]:
     """Process ids of a group's workers that live, by their beacons."""
     found = []
-    for path in (folder / BEACONS).glob(f"*{SUFFIX}"):
-        with contextlib.suppress(OSError, ValueError):
-            record = BeaconReader(path).read()
-            if process_start(record.pid) == str(record.started):
-                found.append(record.pid)
+    with contextlib.suppress(OSError):  # others may remove it meanwhile
+        for path in (folder / BEACONS).glob(f"*{SUFFIX}"):
+            with contextlib.suppress(OSError, ValueError):
+                record = BeaconReader(path).read()
+                if process_start(record.pid) == str(record.started):
+                    found.append(record.pid)
     return found
 
 
 def survey(ask: AskStanding | None = None, shared: Path = SHARED) -> list[Held]:
     """Every group's folder on this machine, and whether it is needed. `ask` knows runs; without it only processes and
     journals count. Folders of other users, who cannot be asked, are left out."""
-    return [_judge(folder, ask) for folder in sorted(shared.glob("recua-node-*/recua-*")) if _is_mine(folder)]
+    found = []
+    for folder in _folders(shared, "recua-node-*/recua-*"):
+        with contextlib.suppress(OSError):  # it has gone meanwhile
+            if _is_mine(folder):
+                found.append(_judge(folder, ask))
+    return found
 
 
 def free(found: list[Held], shared: Path = SHARED) -> None:
@@ -159,9 +165,18 @@ def free(found: list[Held], shared: Path = SHARED) -> None:
             shutil.rmtree(held.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # others have something there
                 held.folder.parent.rmdir()
-    for root in shared.glob("recua-node-*"):
-        if _is_mine(root) and not any(root.glob("recua-*")) and _idle_s(root) > NAMELESS_S:
-            shutil.rmtree(root, ignore_errors=True)
+    for root in _folders(shared, "recua-node-*"):
+        with contextlib.suppress(OSError):
+            if _is_mine(root) and not any(root.glob("recua-*")) and _idle_s(root) > NAMELESS_S:
+                shutil.rmtree(root, ignore_errors=True)
+
+
+def _folders(shared: Path, pattern: str) -> list[Path]:
+    """Looked for again where one goes just then: the search ends there (Python 3.11)."""
+    for _ in range(10):
+        with contextlib.suppress(OSError):
+            return sorted(shared.glob(pattern))
+    return []
 
 
 def _judge(folder: Path, ask: AskStanding | None) -> Held:

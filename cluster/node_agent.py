@@ -99,8 +99,13 @@ class NodeAgent:
         beat = self._watch.wait(after, timeout_s, first_row, row_floor)
         return replace(beat, notice=self._notices.earliest(), health=self._health.latest(), sink=self._sink.address)
 
-    def kill(self, workers: Collection[str], reason: str) -> dict[str, str]:
-        """SIGKILL, after their stacks were taken: {worker: where the stacks are (or the stacks themselves)}."""
+    def kill(self, workers: Collection[str], reason: str, leader: int = 0) -> dict[str, str]:
+        """SIGKILL, after their stacks were taken: {worker: where the stacks are (or the stacks themselves)}.
+
+        Raises:
+            Superseded: a later controller leads.
+        """
+        self._follow(leader)
         stacks = self._watch.kill(workers)
         if self._store is None or self.place.accounts is None:
             return stacks
@@ -114,8 +119,13 @@ class NodeAgent:
                 places[worker] = f"{error}\n{text}"
         return places
 
-    def discard(self, workers: Collection[str]) -> None:
-        """These deaths are known."""
+    def discard(self, workers: Collection[str], leader: int = 0) -> None:
+        """These deaths are known.
+
+        Raises:
+            Superseded: a later controller leads.
+        """
+        self._follow(leader)
         self._watch.discard(workers)
 
     def close(self, remove: bool, leader: int = 0) -> None:

@@ -232,11 +232,11 @@ class NodeWatch:
         """Dead workers that everybody knows of: their accounts stay."""
         for one in self._named(workers):
             if one.died_at is not None:
+                one.path.unlink(missing_ok=True)  # first, or it would be found again as a new one
                 with self._news:
                     del self._watched[one.reader.name]
                 self._gone.append(_account(one))
                 one.close()
-                one.path.unlink(missing_ok=True)
 
     def account(self) -> NodeAccount:
         """The ledgers of all ranks that ever lived here."""

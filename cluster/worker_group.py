@@ -6,6 +6,7 @@ raises a `SystemFault` at once, without waiting for the survivors' collectives t
 broken: `shutdown` it and start a new one with the next generation.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -25,6 +26,8 @@ from infra.processes import process_start
 
 log = logging.getLogger(__name__)
 
+DYING_S = 10.0
+"""What the kernel may take to end a process that got SIGKILL."""
 DEATH_GRACE_S = 1.0
 """How long a rank's ordinary error waits for the death that may have caused it (survivors of a dead rank raise too)."""
 
@@ -153,15 +156,17 @@ class WorkerGroup:
     def shutdown(self, timeout_s: float = 10.0) -> None:
         """Kill every worker, wait until Ray confirms their deaths, return the resources. Safe to call twice."""
         workers, infos, self.workers, self.infos = self.workers, self.infos, [], []
+        here = ray.get_runtime_context().get_node_id() if infos else ""
+        starts = {info.pid: process_start(info.pid) for info in infos if info.node_id == here}
         for worker in workers:
             ray.kill(worker, no_restart=True)
         if self._placement is not None:
             remove_placement_group(self._placement)
             self._placement = None
-        here = ray.get_runtime_context().get_node_id() if infos else ""
         deadline = time.monotonic() + timeout_s
-        for pid in [info.pid for info in infos if info.node_id == here]:
-            _await_exit(pid, deadline)
+        for pid, start in starts.items():
+            if start is not None:
+                _await_exit(pid, start, deadline)
 
     def _gather(
         self,
@@ -288,11 +293,15 @@ def _amounts(available: Mapping[str, float], wanted: Mapping[str, float]) -> str
     return ", ".join(f"{available.get(resource, 0.0):g} {resource}" for resource in wanted)
 
 
-def _await_exit(pid: int, deadline: float) -> None:
+def _await_exit(pid: int, start: str, deadline: float) -> None:
     """Wait until a process of this node is gone; one that outlives Ray's kill (stopped, stuck) gets SIGKILL."""
-    while time.monotonic() < deadline:
-        if process_start(pid) is None:
+    killed = False
+    while process_start(pid) == start:
+        if not killed and time.monotonic() >= deadline:
+            log.warning("worker process %d outlived its kill, sending SIGKILL", pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            killed = True
+        if time.monotonic() >= deadline + DYING_S:
             return
         time.sleep(0.005)
-    log.warning("worker process %d outlived its kill, sending SIGKILL", pid)
-    os.kill(pid, signal.SIGKILL)

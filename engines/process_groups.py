@@ -146,6 +146,10 @@ class ProcessGroups:
             meeting = self._rendezvous
             reached()
             shared = meeting.store() if isinstance(meeting, Rendezvous) else meeting
+            if self._aborted:  # while it connected, when nobody could wake it
+                if isinstance(meeting, Rendezvous):
+                    meeting.cut()
+                raise NodeLost(f"{self} was aborted while it was formed")
             store = dist.PrefixStore(f"generation-{self.generation}", shared)
             self._init_default(store)
             reached()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from actors.pretrain import in_words
 from bench.recovery.course import Course
 from bench.recovery.job import BATCH, CLIP, LEARNING_RATE, MODEL, RANKS, THREADS, TOKENS
 
@@ -25,10 +26,13 @@ class Ear:
         self.course, self.processes = course, processes
         self.pauses: list[float] = []
         self.lost_steps: list[int] = []
+        self.said: list[str] = []
         self._ready = 0
         self._members: dict[int, int] = {}
 
     def event(self, event: dict[str, Any]) -> None:
+        if self.course.kills and event["event"] in ("decided", "stacks"):
+            self.said.append(in_words(event) or "")
         if event["event"] == "ready":
             self._ready += len(event["workers"])
         elif event["event"] == "started":
@@ -85,7 +89,7 @@ def measure(case: str, folder: Path, kills: int) -> tuple[Course, dict[str, Any]
     group = GroupJournal(open_store(run / "state"), "").history.group
     for memory in Path("/dev/shm").glob(f"recua-node-*/recua-{group}"):  # kept, because the run has not ended
         shutil.rmtree(memory)
-    return course, {"pauses_s": ear.pauses, "lost_steps": ear.lost_steps, **CASES[case]}
+    return course, {"pauses_s": ear.pauses, "lost_steps": ear.lost_steps, "said": ear.said, **CASES[case]}
 
 
 @contextlib.contextmanager

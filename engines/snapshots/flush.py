@@ -23,7 +23,7 @@ from typing import Any
 
 from engines.snapshots.memory import Reach, unheard
 from engines.snapshots.shard import Layout, Shard, ShardName, open_shard
-from infra.errors import CheckpointError, StoreError
+from infra.errors import CheckpointError
 from infra.storage import Moved, Store, sha256_file, unseen
 
 log = logging.getLogger(__name__)
@@ -92,8 +92,8 @@ class Flusher:
                     if path is not None:
                         upload(self.store, self.run, path, self.keep, self._reach)
                         self.flushed.append(step)
-            except (StoreError, CheckpointError, OSError) as error:
-                log.warning("snapshot %d of run %s is not in the store: %s", step, self.run, error)
+            except Exception as error:  # the next one may get there
+                log.warning("snapshot %d of run %s is not in the store: %r", step, self.run, error)
                 self.problems.append(f"step {step}: {error}")
             finally:
                 self._idle.set()

@@ -233,6 +233,8 @@ class Peer:
             self._connection = socket.create_connection((self.host, self.port), timeout=min(3.0, self.timeout_s))
             self._connection.settimeout(self.timeout_s)
             self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._cut:  # while it connected, when there was nothing to shut down
+                raise StoreError(f"{self}: was cut")
         return self._connection
 
     @contextlib.contextmanager

@@ -87,12 +87,12 @@ class Segments:
             ResourceError: the node's shared memory is full.
         """
         writing = self.path(step).with_suffix(".shard" + WRITING)
-        slot = self._recycled(writing)
+        slot = self._recycled(writing, step)
         if slot is None:
             try:
                 slot = self._new(writing)
             except ResourceError:
-                slot = self._recycled(writing, tight=True)
+                slot = self._recycled(writing, step, tight=True)
                 if slot is None:
                     raise
         slot.writer.begin()
@@ -133,12 +133,15 @@ class Segments:
             slot.path.unlink(missing_ok=True)
         self.close()
 
-    def _recycled(self, writing: Path, tight: bool = False) -> Slot | None:
-        """The oldest file beyond the newest `keep`, already under its new name. `tight`: see `Milestones.kept`."""
+    def _recycled(self, writing: Path, step: int, tight: bool = False) -> Slot | None:
+        """The oldest file beyond the newest `keep`, already under its new name; that of `step` itself where it is taken
+        again. `tight`: see `Milestones.kept`."""
         with self._lock:
             done = sorted((slot for slot in self._slots if slot.step >= 0), key=lambda slot: slot.step)
             kept = self.milestones.kept((slot.step for slot in done), tight)
-            spare = [slot for slot in done[: -self.keep] if not slot.readers and slot.step not in kept]
+            again = [slot for slot in done if slot.step == step]
+            spare = again or [slot for slot in done[: -self.keep] if slot.step not in kept]
+            spare = [slot for slot in spare if not slot.readers]
             if not spare:
                 return None
             slot = spare[0]

@@ -42,6 +42,7 @@ from infra.errors import ConfigError, StepError, StoreError, SystemFault
 from infra.faults import FaultSchedule
 from infra.storage import FolderStore, open_store
 from models.llama import LlamaConfig
+from workflows.outcome import describe
 
 MODEL = LlamaConfig(dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=16, vocab_size=16, context=8)
 
@@ -518,7 +519,7 @@ def test_chaos_a_rollback_that_an_earlier_controller_did_not_come_to_falls_due_a
     controller._roll_back_now()
     history = GroupJournal(open_store(tmp_path), "g").history
     assert (history.rollbacks, history.skipped, history.joins[2]) == (1, (DataWindow(2, 3),), 1)
-    assert controller.outcomes.next == 1 and controller._due is None
+    assert controller.outcomes.next == 1 and not controller.judge.is_due
     again = leader(tmp_path, rows[:1], heard)
     again._roll_back_now()
     assert again.journal.history.rollbacks == 1
@@ -575,3 +576,30 @@ def test_chaos_a_node_whose_agent_starts_again_is_not_silent() -> None:
     board.deafen("n1")
     board.forget("n1")
     assert board.judge(90.0)[1] is not None, "a node that is gone is not waited for"
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), StepError("wrong")], ids=["ended", "failed"])
+def test_chaos_ranks_outlive_a_controller_that_ray_takes_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """A driver dies, and Ray raises SystemExit in the processes of its steps; only an error ends the group."""
+    controller, calls = leader(tmp_path, [], []), []
+
+    def wait(*_: Any) -> list[Any]:
+        raise error
+
+    monkeypatch.setattr(controller.fleet, "open_agents", list)
+    monkeypatch.setattr(controller.fleet, "wait", wait)
+    monkeypatch.setattr(controller.fleet, "refuse_impossible", lambda count: None)
+    monkeypatch.setattr("cluster.fleet.end_workers", calls.append)
+    with pytest.raises(type(error)):
+        controller.run()
+    assert calls == (["g"] if isinstance(error, StepError) else [])
+
+
+def test_chaos_a_step_whose_process_ray_ends_is_lost_and_not_wrong() -> None:
+    told = SystemExit(1)
+    told.ray_terminate_msg = "The process receives a SIGTERM."  # type: ignore[attr-defined]
+    record = describe(told)
+    assert (record["kind"], record["type"]) == ("system", "NodeLost") and "SIGTERM" in record["message"]
+    assert describe(SystemExit(1))["kind"] == "user"

@@ -20,7 +20,7 @@ from cluster.node_agent import AgentPlace, NodeAgent, inherit
 from cluster.node_watch import NodeWatch
 from infra.errors import StoreError
 from infra.processes import process_start
-from infra.storage import open_store
+from infra.storage import open_store, write_text
 
 DEADLINE = 60.0
 fork = multiprocessing.get_context("fork")
@@ -91,15 +91,16 @@ def test_detached_agent_ends_its_ranks_with_the_run_or_when_no_controller_comes(
     folder = host_memory.group_folder("n0", "g", shared)
     standing = tmp_path / "standing"
     standing.write_text("?" if said == "open" else "open")
+    beacon = folder / "beacons" / "w0.beacon"
+    rank = start(train, folder, "w0")
+    until(beacon.exists, "no rank")
     agent = start(watch_over, folder, shared, orphan_s, standing)
     until((folder / host_memory.OWNER).exists, "no agent")
-    rank = start(train, folder, "w0")
     (folder / "x.shard").touch()
     if said != "open":
-        beacon = folder / "beacons" / "w0.beacon"
-        until(lambda: beacon.exists() and BeaconReader(beacon).read().step > 100, "it does not train")
+        until(lambda: BeaconReader(beacon).read().step > 100, "it does not train")
         assert agent.is_alive() and rank.is_alive(), "a store without news ends nothing"
-        standing.write_text(said)
+        write_text(standing, said)
     rank.join(DEADLINE)
     agent.join(DEADLINE)
     assert rank.exitcode == -signal.SIGKILL and agent.exitcode == 0

@@ -42,6 +42,7 @@ def rank(folder: Path, name: str, body: Callable[[BeaconWriter], None]) -> None:
 def stays(writer: BeaconWriter) -> None:
     watch = Stopwatch(memory=writer.account)
     watch.enter("compute")
+    writer.enter("data")
 
 
 def ends_slowly(writer: BeaconWriter) -> None:
@@ -97,7 +98,7 @@ def test_elastic_death_is_seen_at_once_and_its_last_word_stays(folder: Path, sta
     watch = NodeWatch("n0", folder)
     start("w0", stays)
     victim = start("w1", stays)
-    until(watch, joined("w0", "w1"))
+    until(watch, lambda sights: joined("w0", "w1")(sights) and sights["w1"].record.phase == "data")
     killed = time.monotonic()
     os.kill(victim.pid, signal.SIGKILL)
     _, sights = until(watch, lambda sights: not sights["w1"].alive)

@@ -167,6 +167,15 @@ def test_memory_is_recycled_and_two_snapshots_stay_whole(shared: Path) -> None:
     assert not list(shared.iterdir())
 
 
+def test_a_step_that_is_taken_again_has_one_file(shared: Path) -> None:
+    snapshots = Snapshots(shared, "run", 0, 0, 1, keep=2)
+    for step in (0, 1, 1, 2, 2, 3, 4, 5):
+        assert snapshots.take(step, pieces(step), {"step": step})
+        snapshots.settle()
+    assert [open_shard(shared / str(name)).step for name in sealed(shared)] == [3, 4, 5]
+    snapshots.close(remove=True)
+
+
 def test_full_memory_is_an_error_where_training_waits(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
