@@ -93,12 +93,31 @@ def s3_endpoint() -> Iterator[str]:
         yield address
 
 
+MOTO = """
+import threading
+from moto.s3.responses import S3Response
+from moto.server import main
+
+lock, put_object = threading.Lock(), S3Response.put_object
+
+
+def one_by_one(*args, **kwargs):
+    with lock:
+        return put_object(*args, **kwargs)
+
+
+S3Response.put_object = one_by_one
+main()
+"""
+"""It looks whether a key is there and writes it later (moto 5.2): of two conditional writes at once both would win."""
+
+
 @contextlib.contextmanager
 def moto_server() -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", "from moto.server import main; main()", "-p", str(port)]
+    command = [sys.executable, "-c", MOTO, "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120

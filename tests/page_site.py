@@ -17,7 +17,7 @@ from workflows.service.control import Control
 from workflows.service.models import Submission
 
 TOKEN = "a-token-for-the-page"
-PATIENCE_MS = 60_000
+PATIENCE_MS = 180_000
 
 
 class Site:

@@ -136,9 +136,8 @@ class Driver:
         return '"run-started"' in self.log.read_text()
 
     def result(self) -> dict[str, Any] | None:
-        lines = self.log.read_text().splitlines()
-        found = lines and lines[-1].startswith('{"result"')
-        value: dict[str, Any] | None = json.loads(lines[-1])["result"] if found else None
+        lines = [line for line in self.log.read_text().splitlines() if line.startswith('{"result"')]
+        value: dict[str, Any] | None = json.loads(lines[-1])["result"] if lines else None
         return value
 
     def hit(self, number: signal.Signals) -> None:

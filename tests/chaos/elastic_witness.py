@@ -86,9 +86,12 @@ class Witness:
             return [(path, reader.read()) for path, reader in self._readers.items()]
 
     def _watch(self) -> None:
-        while not self._ended.wait(LOOK_S):
-            if self.group:
-                self._look(time.monotonic())
+        try:
+            while not self._ended.wait(LOOK_S):
+                if self.group:
+                    self._look(time.monotonic())
+        except Exception as error:
+            self._failure = error  # whoever judges by what is known here has to know
 
     def _look(self, now: float) -> None:
         if now - self._found_at > FIND_S:
@@ -114,12 +117,13 @@ class Witness:
                 life.reached, life.advanced_at = record.step, now
 
     def _find(self) -> None:
-        for path in SHARED.glob(f"recua-node-*/recua-{self.group}/beacons/*.beacon"):
-            if path not in self._readers:
-                with contextlib.suppress(OSError, ValueError):
-                    reader = BeaconReader(path)
-                    with self._lock:
-                        self._readers[path] = reader
+        with contextlib.suppress(OSError):  # a node's folder goes meanwhile: the rest is found the next time
+            for path in SHARED.glob(f"recua-node-*/recua-{self.group}/beacons/*.beacon"):
+                if path not in self._readers:
+                    with contextlib.suppress(OSError, ValueError):
+                        reader = BeaconReader(path)
+                        with self._lock:
+                            self._readers[path] = reader
 
     def _watch_store(self) -> None:
         try:
@@ -127,7 +131,7 @@ class Witness:
                 with contextlib.suppress(StoreError):
                     self._ask_store()
         except Exception as error:
-            self._failure = error  # whoever judges by what is known here has to know
+            self._failure = error
 
     def _ask_store(self) -> None:
         for key in self._store.list(f"snapshots/{self.group}/manifests") if self.group else ():

@@ -3,6 +3,8 @@
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from infra.faults import FaultSchedule
 from tests.chaos.elastic_campaign import campaign, summary
 from tests.chaos.elastic_schedule import CELLS, HANDS, VALUES, VARIANTS, Fault, Schedule
@@ -36,9 +38,12 @@ def _shared(schedule: Schedule) -> int:
     return max(0, sum(fault.kind in ("weights", "answer") for fault in schedule.faults) - 1)
 
 
-def test_elastic_training_under_selected_faults_ends_like_the_fault_free_one(tmp_path: Path) -> None:
+def test_elastic_training_under_selected_faults_ends_like_the_fault_free_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ranks killed, hung in two ways and during a recovery, a damaged shard, a lost node, a killed driver; always at
     full size, so every bit has to be right."""
+    monkeypatch.setenv("PATIENCE", "2")
     variant = next(variant for variant in VARIANTS if variant.name == "fsdp")
     with campaign(tmp_path, s3=False) as made:
         line = made.perform(Schedule(0, variant, shrinks=False, spares=1, s3=False, faults=SELECTED))

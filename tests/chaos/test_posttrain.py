@@ -1,5 +1,6 @@
 """The real post-training recipe in miniature, broken on purpose: Ray, DeepSpeed and vLLM, with its runs on S3."""
 
+import contextlib
 import json
 import os
 import signal
@@ -97,7 +98,8 @@ class Runs:
 
     def close(self) -> None:
         for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for driver in self._drivers:
             driver.wait()
 
@@ -145,7 +147,7 @@ def test_a_post_training_run_survives_an_interrupt_and_a_kill_on_s3(
 
     driver = runs.start(s3_url)
     runs.until(driver, "fine_tune[sft] committed")
-    wait_for(lambda: any("vllm_process" in line for line in runs.processes().values()), lambda: "no vLLM engine", 120)
+    wait_for(lambda: any("vllm_process" in line for line in runs.processes().values()), lambda: "no vLLM engine", 300)
     os.killpg(driver.pid, signal.SIGINT)
     runs.end(driver, 130)
     assert "recua: interrupted; the same command goes on where it stopped" in runs.output()

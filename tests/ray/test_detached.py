@@ -1,5 +1,6 @@
 """A shared cluster: ranks outlive the step's process and the driver, and are adopted; a run that ends ends them."""
 
+import contextlib
 import json
 import os
 import random
@@ -57,7 +58,8 @@ class Driver:
         for line in self.process.stdout:
             self.lines.append(line)
             if line.startswith('{"kind"'):
-                self.events.append(json.loads(line))
+                with contextlib.suppress(ValueError):  # a long one, with what Ray printed in between
+                    self.events.append(json.loads(line))
 
     def said(self) -> str:
         return "".join(self.lines[-40:])

@@ -184,7 +184,7 @@ def test_dynamic_gang_that_finds_no_room_says_so_and_gets_it_later(bench: Bench)
     settings = RunSettings(store=bench.store.url)
     assert session.run(program.holding, bench.folder, settings=settings, observers=[observe]).value == ["a", "b"]
     messages = [event.data["message"] for event in pending]
-    assert messages == ["waiting for resources: (CPU=1) + (CPU=2), PACK"]
+    assert messages and set(messages) == {"waiting for resources: (CPU=1) + (CPU=2), PACK"}
     wait_for(lambda: not groups(), "a placement group is left")
 
 
@@ -234,7 +234,7 @@ def test_dynamic_gang_says_which_nodes_it_waits_for_and_starts_when_they_come(be
 
 def test_dynamic_timeout_leaves_no_group_no_actor_and_no_process(bench: Bench) -> None:
     with pytest.raises(StepTimeout, match=r"hold\[0\]"):
-        bench.run(program.holding_one, bench.folder, 8.0)
+        bench.run(program.holding_one, bench.folder, 30.0)
     all_gone(bench)
 
 

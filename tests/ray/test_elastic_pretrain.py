@@ -268,7 +268,7 @@ def test_elastic_rank_that_hangs_on_its_way_into_a_generation_is_named_and_repla
     """One waits for ever where it should read the state, its replacement's peer spins where it should form the groups:
     each is known by its lack of progress, long before `join_timeout_s`; who waits for it is left alone."""
     faults = "pretrain.generation-1.rank-1.load:1=deadlock,pretrain.generation-2.rank-0.join:1=spin"
-    run.train(faults, elastic={"min_workers": 2, "spares": 1, "join_stall_s": 4})
+    run.train(faults, elastic={"min_workers": 2, "spares": 1, "join_stall_s": 8})
     run.assert_equals(quiet)
     seen = run.heard("detected")
     assert len(seen) == 2 and "(rank 1): no progress" in seen[0]["what"], run.said()
@@ -309,6 +309,8 @@ def test_elastic_run_whose_every_process_died_goes_on_from_what_is_left(left: st
 
     def end_all(run: Run) -> None:
         if len(run.rows) == 10:
+            stored = open_store(run.state)
+            until(lambda: any("/manifests/" in key for key in stored.list("snapshots")))
             raise Enough
 
     with pytest.raises(Enough):
@@ -333,7 +335,7 @@ def test_elastic_run_whose_every_process_died_goes_on_from_what_is_left(left: st
 def test_elastic_other_shards_go_on_from_the_same_state(run: Run, quiet: Run, block: dict[str, int]) -> None:
     """FSDP x two ranks a block, two blocks; a lost rank is replaced in its block; then one rank alone goes on."""
     kill = "pretrain.generation-1.rank-3.step:5=kill"
-    run.train(kill, sharding="fsdp", workers=4, elastic={"spares": 1}, **block)
+    run.train(kill, sharding="fsdp", workers=4, elastic={"spares": 1, "min_workers": 4}, **block)
     assert [row["loss"] for row in run.rows] == pytest.approx([row["loss"] for row in quiet.rows], rel=1e-4)
     run.assert_lost_at_most_one()
     assert [event["ranks"] for event in run.heard("started")] == [4, 4], run.said()

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from infra.storage import open_store
-from workflows import session
+from workflows import batches, session
 from workflows.config import RunSettings
 from workflows.journal import JournalState, read_journal
 from workflows.runs import read_log
@@ -27,6 +27,13 @@ def cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def crowded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else runs here, bodies count as short."""
+    monkeypatch.setattr(batches, "SHORT_S", 1.0)
+    monkeypatch.setattr(batches, "TOGETHER_S", 1.0)
 
 
 @dataclass

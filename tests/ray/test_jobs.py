@@ -1,5 +1,6 @@
 """A workflow as a Ray job: a real head with token authentication, a driver that is killed and submitted again."""
 
+import contextlib
 import json
 import os
 import re
@@ -111,14 +112,15 @@ def head(mark: str, environment: dict[str, str]) -> Iterator[str]:
     process.terminate()  # --block ends the processes of its node with it
     process.wait(60)
     for pid in marked(mark):
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 def ray_job(environment: dict[str, str], command: str, address: str, *arguments: str) -> str:
     """The output of `ray job COMMAND`."""
     call = [sys.executable, "-m", "ray.scripts.scripts", "job", command, "--address", address, *arguments]
-    done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=300)
     return done.stdout + done.stderr + ("" if done.returncode else "\nrunning")
 
 

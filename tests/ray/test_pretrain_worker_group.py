@@ -136,7 +136,7 @@ def test_a_killed_rank_is_named_at_once(how: str) -> None:
                 for _, value in group.stream("count", 60):
                     if value == 159:
                         kill()
-        assert time.monotonic() - killed_at[0] < 0.3  # 15 ms on a quiet machine; this one is shared
+        assert time.monotonic() - killed_at[0] < 10, "15 ms on a quiet machine; no time-out of a collective"
         assert alive(pids[0])
     assert not any(alive(pid) for pid in pids)
 
@@ -167,7 +167,7 @@ def test_a_new_owner_takes_over_the_resources_of_a_dead_one() -> None:
 
     with pytest.raises(ray.exceptions.WorkerCrashedError):
         ray.get(owner_that_dies.remote())
-    with WorkerGroup(Probe, 2, num_cpus=1.5, name="orphan", generation=1, start_timeout_s=30) as group:
+    with WorkerGroup(Probe, 2, num_cpus=1.5, name="orphan", generation=1) as group:
         assert len(group.run("greet", "x")) == 2
 
 

@@ -218,11 +218,11 @@ def test_cancelled_and_late_requests_leave_the_engine(client: RecuaClient) -> No
     next(stream)
     assert client.info().ongoing_requests == 1
     stream.close()  # type: ignore[attr-defined]  # a generator
-    wait_until_idle(client, 2.0)
+    wait_until_idle(client, 30.0)
     with pytest.raises(RequestError) as late:
         client.generate([0, 5, 6], timeout_s=0.3, **LONG)
     assert late.value.code == "DEADLINE_EXCEEDED"
-    wait_until_idle(client, 2.0)
+    wait_until_idle(client, 30.0)
     freed_after = time.monotonic() - started
     started = time.monotonic()
     assert client.generate([0, 5, 6], **LONG).completion_tokens == 2000
@@ -286,9 +286,9 @@ def test_a_killed_replica_comes_back_and_nobody_hangs(client: RecuaClient, http:
     with pytest.raises(RequestError) as refused:
         client.chat(CHAT, max_tokens=2)
     assert refused.value.code == "UNAVAILABLE"
-    assert time.monotonic() - started < 8.0
+    assert time.monotonic() - started < 30.0
 
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 300
     while True:
         try:
             assert client.chat(CHAT, max_tokens=2).completion_tokens == 2

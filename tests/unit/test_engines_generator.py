@@ -18,6 +18,7 @@ from engines.vllm_generator import VllmGenerator
 from engines.vllm_process import request_seeds
 from engines.weight_transfer import SharedMemorySender, read_weights
 from infra.errors import CheckpointError, SystemFault
+from infra.processes import process_start
 
 SETTINGS = GeneratorSettings(kv_cache_gib=0.1, max_model_len=64, max_num_seqs=32, max_num_batched_tokens=512)
 PROMPTS = [[2 + (7 * i + j) % 90 for j in range(3 + i % 5)] for i in range(12)]
@@ -201,8 +202,8 @@ def test_engine_dies_with_a_killed_parent(folders: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folders["untied2"])
     expected = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=10, do_sample=False, eos_token_id=None)
     assert tokens == expected[0, 3:].tolist()
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+    deadline = time.monotonic() + 60
+    while process_start(pid) is not None:
         assert time.monotonic() < deadline, "the engine outlived its parent"
         time.sleep(0.02)
 

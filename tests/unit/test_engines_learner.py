@@ -1,6 +1,8 @@
 """DeepSpeedLearner against plain torch in one process: the same gradients, updates and states, whatever is sharded."""
 
+import contextlib
 import multiprocessing
+import random
 import socket
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from engines.forward import logits, model_inputs, values
 from infra.errors import CheckpointError
 
 STAGES = (0, 1, 2, 3)
-DEADLINE = 240
+DEADLINE = 500
 
 
 def settings(stage: int = 0, **changes: Any) -> LearnerSettings:
@@ -153,14 +155,13 @@ def coexist(source: Path, folder: Path, seat: dict[str, Any]) -> dict[str, Any]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports: all are held until the last is found."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+    """Ports that nobody has, from where the kernel gives none to those who ask for any."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(20_000, 32_000)))
+            ports.add(int(probe.getsockname()[1]))
+    return sorted(ports)
 
 
 @pytest.fixture(scope="module")
