@@ -200,21 +200,21 @@ def test_a_stopped_driver_does_not_keep_the_clusters_workers_from_its_successor(
     assert sleeper.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_no_process_and_goes_on(
-    start: Start, tmp_path: Path, mark: str, number: signal.Signals
-) -> None:
-    url = str(tmp_path / "store")
-    driver = start(url, str(tmp_path))
-    wait_for((tmp_path / "begun").exists, "the run did not begin")
-    os.killpg(driver.pid, number)
-    driver.communicate(timeout=60)
-    assert driver.returncode != 0
-    wait_for(lambda: not marked(mark), lambda: f"left behind: {marked(mark)}")
-    run = load_run(open_store(url), "r")
-    assert run.status == "cancelled" and [step.status for step in run.steps] == ["committed", "interrupted"]
+def test_an_interrupted_run_leaves_no_process_and_goes_on(start: Start, tmp_path: Path, mark: str) -> None:
+    """Interrupted, then told to end, then left alone."""
+    url, begun = str(tmp_path / "store"), tmp_path / "begun"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        begun.unlink(missing_ok=True)
+        driver = start(url, str(tmp_path))
+        wait_for(begun.exists, "the run did not begin")
+        os.killpg(driver.pid, number)
+        driver.communicate(timeout=120)
+        assert driver.returncode != 0
+        wait_for(lambda: not marked(mark), lambda: f"left behind: {marked(mark)}")
+        run = load_run(open_store(url), "r")
+        assert run.status == "cancelled" and [step.status for step in run.steps] == ["committed", "interrupted"]
     (tmp_path / "go").touch()
     again = start(url, str(tmp_path))
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 0 and output.splitlines()[-1] == '"went"'
-    assert load_run(open_store(url), "r").drivers == 2
+    assert load_run(open_store(url), "r").drivers == 3

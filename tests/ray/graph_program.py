@@ -75,7 +75,7 @@ def crash(folder: str, times: int) -> int:
 def crash_late(folder: str, times: int) -> int:
     seen = trace(folder, "crash_late")
     if seen <= times:
-        time.sleep(2)
+        time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)
     return seen
 

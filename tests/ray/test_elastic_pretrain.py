@@ -268,7 +268,7 @@ def test_elastic_rank_that_hangs_on_its_way_into_a_generation_is_named_and_repla
     """One waits for ever where it should read the state, its replacement's peer spins where it should form the groups:
     each is known by its lack of progress, long before `join_timeout_s`; who waits for it is left alone."""
     faults = "pretrain.generation-1.rank-1.load:1=deadlock,pretrain.generation-2.rank-0.join:1=spin"
-    run.train(faults, elastic={"min_workers": 2, "spares": 1, "join_stall_s": 8})
+    run.train(faults, elastic={"min_workers": 2, "spares": 1, "join_stall_s": 6})
     run.assert_equals(quiet)
     seen = run.heard("detected")
     assert len(seen) == 2 and "(rank 1): no progress" in seen[0]["what"], run.said()
