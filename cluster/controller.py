@@ -174,8 +174,7 @@ class GroupController:
     def _listen(self) -> None:
         deadline = self.core.next_deadline
         timeout = 0.1 if deadline is None else min(0.1, max(0.0, deadline - time.monotonic()))
-        heard = self.fleet.wait(timeout, self._rows_wanted)
-        for news in heard:
+        for news in self.fleet.wait(timeout, self._rows_wanted):
             self._hear(news)
         before, self._turned_at = self._turned_at, time.monotonic()
         if (gap := self._turned_at - before) > STOOD_STILL_S:  # what was heard was said before that
@@ -542,10 +541,9 @@ class GroupController:
 
     def _roll_back_now(self) -> None:
         """What fell due while no generation ran."""
-        if self.judge.is_due:
+        if (due := self.judge.due) is not None:
             self._see_stored(fresh=True)
-            if (due := self.judge.take_due()) is not None:
-                self._roll_back(*due)
+            self._roll_back(*self.judge.take(due))
 
     # ---- telling the core, and doing what it says
 

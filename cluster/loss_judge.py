@@ -45,7 +45,8 @@ class LossJudge:
     ) -> None:
         self._settings, self._core, self._journal = settings, core, journal
         self._outcomes, self._stored = outcomes, stored
-        self._due: Due | None = None
+        self.due: Due | None = None
+        """A rollback that waits."""
         self._look_back()
         self.doubt()
 
@@ -54,7 +55,7 @@ class LossJudge:
         following = self._outcomes.next
         doubt = doubt_of(self._outcomes.losses, following - 1, self._settings)
         first = following if doubt is None else doubt.first
-        self._core.book.doubtful = first if self._due is None else min(first, self._due.first)
+        self._core.book.doubtful = first if self.due is None else min(first, self.due.first)
 
     def verdict(self, step: int, losses: Sequence[float] | None = None) -> Rollback:
         """On the losses up to `step`; those that are known unless others are given."""
@@ -77,18 +78,12 @@ class LossJudge:
 
     def put_off(self, step: int, verdict: Rollback, guilty: Sequence[str]) -> None:
         """Ranks re-form: the rollback is due as soon as they run. Of several the first counts."""
-        if self._due is None and verdict.to_step is not None:
-            self._due = Due(step, verdict.to_step, verdict=verdict, guilty=tuple(guilty))
+        if self.due is None and verdict.to_step is not None:
+            self.due = Due(step, verdict.to_step, verdict=verdict, guilty=tuple(guilty))
 
-    @property
-    def is_due(self) -> bool:
-        return self._due is not None
-
-    def take_due(self) -> tuple[int, Rollback, tuple[str, ...]] | None:
+    def take(self, due: Due) -> tuple[int, Rollback, tuple[str, ...]]:
         """(step, verdict, guilty) of the rollback that waited, to what is still there by now."""
-        due, self._due = self._due, None
-        if due is None:
-            return None
+        self.due = None
         verdict = due.verdict or self.verdict(due.step, due.losses)
         there = max((state.step for state in self.saved() if state.step <= due.first), default=0)
         return due.step, replace(verdict, to_step=there), due.guilty
@@ -98,4 +93,4 @@ class LossJudge:
         losses, last = self._outcomes.losses, self._outcomes.next - 1
         doubt = sure_doubt(losses, last, self._settings)
         if doubt is not None:
-            self._due = Due(doubt.last, doubt.first, losses[: len(losses) - (last - doubt.last)])
+            self.due = Due(doubt.last, doubt.first, losses[: len(losses) - (last - doubt.last)])

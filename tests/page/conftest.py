@@ -49,7 +49,7 @@ def tab(window: Callable[..., Any]) -> Any:
 
 
 def _console(message: Any, problems: list[str]) -> None:
-    expected = re.search(r"401|404|422|net::ERR_", message.text)
+    expected = re.search(r"401|404|422|ERR_CONNECTION_(REFUSED|RESET|CLOSED|ABORTED)|ERR_EMPTY_RESPONSE", message.text)
     if message.type == "error" and not expected:
         problems.append(message.text)
 

@@ -519,7 +519,7 @@ def test_chaos_a_rollback_that_an_earlier_controller_did_not_come_to_falls_due_a
     controller._roll_back_now()
     history = GroupJournal(open_store(tmp_path), "g").history
     assert (history.rollbacks, history.skipped, history.joins[2]) == (1, (DataWindow(2, 3),), 1)
-    assert controller.outcomes.next == 1 and not controller.judge.is_due
+    assert controller.outcomes.next == 1 and controller.judge.due is None
     again = leader(tmp_path, rows[:1], heard)
     again._roll_back_now()
     assert again.journal.history.rollbacks == 1

@@ -108,6 +108,12 @@ def start(folder: Path, log: Path, number: int) -> Process:
     return process
 
 
+def started(folder: Path) -> tuple[Process, int] | None:
+    """The driver that a service of this machine last started in this folder, and its number."""
+    found = read(folder / "driver.json")
+    return None if found is None else (Process(found["pid"], found["start"]), int(found["number"]))
+
+
 def read(file: Path) -> Record | None:
     """A JSON object that a process left, None where it did not."""
     try:

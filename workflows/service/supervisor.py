@@ -62,8 +62,6 @@ class Driven:
     leaving: Process | None = None
     looked: float = 0.0
     withdrawn: bool = False
-    ours: bool = True
-    """Started by a service, and not by somebody in a terminal."""
 
 
 class Supervisor:
@@ -100,8 +98,8 @@ class Supervisor:
                 if self._has_ended(driven, read_journal(self.store, driven.run_id)):
                     records.deactivate(self.store, driven.run_id)  # its driver may still write the report
                     del self._runs[driven.run_id]
-                elif driven.process is not None and driven.ours:
-                    driven.process.kill()
+                elif (found := processes.started(self._folder / driven.run_id)) and found[0] == driven.process:
+                    driven.process.kill()  # one that somebody started in a terminal is left alone
                 if driven.log is not None:
                     driven.log.send(final=True)
             return sorted(self._runs)
@@ -189,21 +187,19 @@ class Supervisor:
         """One run's trouble must not reach the others."""
         try:
             with self._lock:
-                self._look(driven)
+                try:
+                    self._look(driven)
+                except (RunBusy, StoreError):
+                    raise
+                except Exception as error:
+                    _say(f"run {driven.run_id}: {traceback.format_exc()}")
+                    driven.deaths += 1
+                    self._die(driven, f"the service cannot start its driver: {error}")
         except RunBusy:
             driven.not_before = time.monotonic() + SYNC_PERIOD_S  # another driver was quicker: it is watched now
         except StoreError as error:
             _say(f"run {driven.run_id}: {error}")
             driven.not_before = time.monotonic() + SYNC_PERIOD_S
-        except Exception as error:
-            _say(f"run {driven.run_id}: {traceback.format_exc()}")
-            driven.deaths += 1
-            try:
-                with self._lock:
-                    self._die(driven, f"the service cannot start its driver: {error}")
-            except (RunBusy, StoreError) as second:
-                _say(f"run {driven.run_id}: {second}")
-                driven.not_before = time.monotonic() + SYNC_PERIOD_S
 
     def _sync(self) -> None:
         """Runs that another process made active, or no longer wants."""
@@ -252,7 +248,7 @@ class Supervisor:
         processes.fill(folder, self.store, submission["package"], task)
         number = len(list(self.store.list(f"runs/{run_id}/driver"))) + 1
         driven.log = DriverLog(self.store, run_id, number, folder)
-        driven.process, driven.ours = processes.start(folder, driven.log.file, number), True
+        driven.process = processes.start(folder, driven.log.file, number)
         driven.started = driven.looked = driven.beat_at = time.monotonic()
         driven.beat, driven.committed = ("", None), committed
         _say(f"run {run_id}: driver {number} is process {driven.process.pid}")
@@ -289,8 +285,7 @@ class Supervisor:
         """Somebody else's driver, or one of an earlier service. A process of this machine is adopted."""
         process = _process(lease)
         if process is not None:
-            found = processes.read(self._folder / driven.run_id / "driver.json") or {}
-            driven.process, driven.beat, driven.ours = process, ("", None), found.get("start") == process.start
+            driven.process, driven.beat = process, ("", None)
             driven.started = driven.looked = time.monotonic()
         elif self._still_for(driven, lease_key(driven.run_id, slot)) > lease["ttl_s"]:
             driven.process = None
@@ -337,12 +332,12 @@ class Supervisor:
     def _adopted(self, run_id: str, after: int) -> Driven:
         """A run as it is found: with the driver that an earlier service of this machine started, where it lives."""
         folder = self._folder / run_id
-        found = processes.read(folder / "driver.json")
-        process = None if found is None else Process(found["pid"], found["start"])
-        driven = Driven(run_id, after, process if process is not None and process.alive() else None)
+        driven = Driven(run_id, after)
         driven.started = driven.beat_at = time.monotonic()
-        if driven.process is not None and found is not None:
-            driven.log = DriverLog(self.store, run_id, found["number"], folder)
+        found = processes.started(folder)
+        if found is not None and found[0].alive():
+            driven.process, number = found
+            driven.log = DriverLog(self.store, run_id, number, folder)
         return driven
 
 
