@@ -1,7 +1,6 @@
 """A service on loopback for the tests of the page, and what a user does with its page."""
 
 import hashlib
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -12,6 +11,7 @@ import uvicorn
 
 from infra.errors import UserError
 from infra.storage import Store
+from tests.ports import free_ports
 from workflows.service.app import create_app
 from workflows.service.control import Control
 from workflows.service.models import Submission
@@ -25,8 +25,7 @@ class Site:
 
     def __init__(self, store: Store, control: Control) -> None:
         self._app = create_app(store, control, {hashlib.sha256(TOKEN.encode()).hexdigest()})
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        (self.port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{self.port}"
         self.up()
 

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 
 from infra.storage import open_store
+from tests.ports import free_ports
 from workflows.runs import load_run
 
 PACKAGES = ("infra", "workflows")
@@ -78,14 +78,6 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> N
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.1)
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from infra.storage import open_store
+from tests.ports import free_ports
 from workflows.runs import load_run
 
 FLOW = """
@@ -64,8 +65,7 @@ class User:
         (self.project / "helpers" / "words.py").write_text("def shout(word):\n    return word.upper()\n")
         (self.project / "flow.py").write_text(FLOW)
         self.store = open_store(self.home / ".recua" / "store")
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = int(probe.getsockname()[1])
+        (self.port,) = free_ports(1)
         self.environment = {
             name: value
             for name, value in os.environ.items()

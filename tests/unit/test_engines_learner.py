@@ -1,9 +1,6 @@
 """DeepSpeedLearner against plain torch in one process: the same gradients, updates and states, whatever is sharded."""
 
-import contextlib
 import multiprocessing
-import random
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from engines.config import LearnerSettings
 from engines.forward import logits, model_inputs, values
 from infra.errors import CheckpointError
+from tests.ports import free_ports
 
 STAGES = (0, 1, 2, 3)
 DEADLINE = 500
@@ -152,16 +150,6 @@ def coexist(source: Path, folder: Path, seat: dict[str, Any]) -> dict[str, Any]:
     for learner in (policy, critic, reference, again):
         learner.close()
     return result
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody has, from where the kernel gives none to those who ask for any."""
-    ports: set[int] = set()
-    while len(ports) < count:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", random.randrange(20_000, 32_000)))
-            ports.add(int(probe.getsockname()[1]))
-    return sorted(ports)
 
 
 @pytest.fixture(scope="module")

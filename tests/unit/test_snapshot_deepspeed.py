@@ -3,7 +3,6 @@
 import multiprocessing
 import queue
 import shutil
-import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engines.config import LearnerSettings
 from engines.forward import logits
 from engines.snapshots import FolderSource, SnapshotName, Snapshots, Sources
+from tests.ports import free_ports
 
 ROWS, WORLD = 4, 2
 
@@ -106,9 +106,7 @@ def test_zero_1_and_3_go_on_from_each_others_snapshots(shared: Path, tmp_path: P
             initializer_range=0.2,
         )
     ).save_pretrained(tmp_path / "model")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_ports(1)[0]}"
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     ranks = [

@@ -1,7 +1,6 @@
 """The store's promises, on a folder and on an S3 server."""
 
 import os
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +10,7 @@ import pytest
 
 from infra.errors import ConfigError, StoreError
 from infra.storage import FolderStore, Store, open_store, sha256_file
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.ports import free_ports
 
 
 @pytest.fixture
@@ -136,7 +130,7 @@ def test_a_failing_server_is_retried_then_named(s3: Store) -> None:
 
 
 def test_an_unreachable_store_fails_fast_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")

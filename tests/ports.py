@@ -1,0 +1,15 @@
+"""Ports for servers of a test that begin to listen later."""
+
+import contextlib
+import random
+import socket
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports that nobody has, from where neither the kernel nor Ray gives any to those who ask for one."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(20_000, 32_000)))
+            ports.add(int(probe.getsockname()[1]))
+    return list(ports)
