@@ -1,7 +1,10 @@
 """The durable graph on a real local Ray."""
 
+import importlib
 import json
 import os
+import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +24,7 @@ from workflows.executor import Cancelled
 from workflows.graph import Workflow
 from workflows.journal import read_journal
 from workflows.runs import cancel_run, find_steps, list_runs, load_run, read_log
+from workflows.waits import reply
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -293,3 +297,31 @@ def test_every_call_has_exactly_one_commit_record(bench: Bench) -> None:
         commits += [record["call"] for record in json.loads(raw)["records"] if record["type"] == "commit"]
     assert sorted(commits) == ["number[0]", "number[1]", "number[2]", "total[0]"]
     assert not any("secret" in key.lower() for key in os.listdir(bench.folder))
+
+
+STORED = Path(__file__).resolve().parent.parent / "fixtures" / "stored_runs"
+
+
+@pytest.fixture
+def stored(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The program of the runs that an older version stored; `bench` gets a copy of their store."""
+    shutil.copytree(STORED / "store", bench.store.url)
+    monkeypatch.syspath_prepend(str(STORED))
+    return importlib.import_module("stored_flow")
+
+
+def test_a_run_that_an_older_version_left_unfinished_resumes(bench: Bench, stored: Any) -> None:
+    assert load_run(bench.store, "unfinished").status == "interrupted"
+    reply(bench.store, "unfinished", "labels", "event", ["a", "b"], "somebody")
+    result = bench.run(stored.unfinished, run_id="unfinished")
+    assert result.value == "4.5 HIGH/HIGH/HIGH/HIGH a-b yes"
+    assert bench.kinds("committed") == ["event[labels]", "publish[0]"]
+    assert not bench.kinds("warning")
+
+
+def test_results_of_an_older_version_are_reused(bench: Bench, stored: Any) -> None:
+    old = bench.run(stored.finished, run_id="finished")
+    assert old.already_finished and old.value == {"mean": 8 / 3, "rows": 4}
+    assert bench.run(stored.finished, run_id="second").value == old.value
+    if sys.version_info[:2] == (3, 11):  # the version of Python is part of every key
+        assert bench.kinds("committed") == []
