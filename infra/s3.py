@@ -32,6 +32,8 @@ CONTENT, WRITER = "recua-sha256", "recua-writer"
 STAMPED = 8 << 20  # bytes; larger files are artifacts', whose manifests have their checksums
 DAMAGED_READS = 4
 TRANSFERS = 3
+PROBE = "probes/conditional-write"
+"""Written once, and then refused, by every check of a store."""
 
 
 class S3Store:
@@ -138,6 +140,8 @@ class S3Store:
 
     def check(self) -> None:
         self._retry("", lambda: self._client.head_bucket(Bucket=self.bucket), patience_s=min(self.patience_s, 3.0))
+        if self.put_if_absent(PROBE, b"recua") and self.put_if_absent(PROBE, b"recua"):
+            raise self._unconditional()
 
     def hurry(self, patience_s: float) -> None:
         self.patience_s = min(self.patience_s, patience_s)
@@ -213,9 +217,17 @@ class S3Store:
                     raise self._explain(key, error) from error
             time.sleep(pause)
 
+    def _unconditional(self) -> StoreError:
+        return StoreError(
+            f"--store {self.url}: this server ignores conditional writes (If-None-Match), so two drivers could commit "
+            "the same step; use a server that honours them, or a folder"
+        )
+
     def _explain(self, key: str, error: Exception) -> StoreError:
         what = f"--store {self.url}" + (f": {key}" if key else "")
         code = _code(error)
+        if code == "NotImplemented":
+            return self._unconditional()
         if code in MISSING and not key:
             return StoreError(f"{what}: the bucket does not exist")
         if code in {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
@@ -265,7 +277,7 @@ def _may_pass(error: Exception) -> bool:
     if code:
         with contextlib.suppress(AttributeError, KeyError, TypeError):
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]  # type: ignore[attr-defined]
-            if int(status) >= 500 or int(status) == 429:
+            if (int(status) >= 500 and int(status) != 501) or int(status) == 429:
                 return True
         return code in PASSING
     return type(error).__name__ not in {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError"}

@@ -9,7 +9,7 @@ upstream, in seconds since the epoch.
 Kinds. Not applied upstream: `error-500`, `error-503`, `slow-down`, `reset-before`. Applied, and the answer is lost:
 `reset-after`, `late-error`. Applied later than the client's next try: `zombie` (writes only). Answers: `latency`,
 `stall` (silence for `stall_s`), `truncated` (half the body under the whole length), `short` (half the body under a
-length that fits).
+length that fits). `unconditional`: the condition of a write is not passed on, as if the server did not know it.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KINDS = ("latency", "stall", "error-500", "error-503", "slow-down", "reset-before", "reset-after", "late-error")
-KINDS += ("zombie", "truncated", "short")
+KINDS += ("zombie", "truncated", "short", "unconditional")
 ERRORS = {"error-500": (500, "InternalError"), "error-503": (503, "ServiceUnavailable"), "slow-down": (503, "SlowDown")}
 ERRORS |= {"late-error": (500, "InternalError")}
 CONTROL = "/__faults__"
@@ -121,6 +121,9 @@ class Proxy:
         if kind in ("error-500", "error-503", "slow-down"):
             await _send(writer, _error(kind), body=request.method != "HEAD")
             return True
+        if kind == "unconditional":
+            lines = (line for line in request.head.split(b"\r\n") if not line.lower().startswith(b"if-none-match:"))
+            request.head = b"\r\n".join(lines)
         answer = await self._ask(request)
         if kind == "reset-after":
             return _reset(writer)

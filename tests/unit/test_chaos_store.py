@@ -234,3 +234,12 @@ def test_a_lost_answer_to_our_own_link_counts_as_ours(tmp_path: Path, monkeypatc
     assert store.put_if_absent("slot", b"mine")
     monkeypatch.setattr(os, "link", link)
     assert not store.put_if_absent("slot", b"other") and store.get("slot") == b"mine"
+
+
+def test_a_server_that_ignores_conditional_writes_is_refused(store: S3Store, inject: Inject) -> None:
+    inject(script=["unconditional"] * 4, match="PUT")
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"--store s3://chaos-store: this server ignores conditional writes"):
+            store.check()
+    inject()
+    store.check()
