@@ -203,6 +203,15 @@ class Each(Enum):
 EACH = Each.ITEM
 
 
+class Keep(Enum):
+    """Stands for an option that is not given, where None has a meaning of its own."""
+
+    KEEP = "keep"
+
+
+KEEP = Keep.KEEP
+
+
 class Step(Generic[P, R]):
     """A plain function that a workflow can call durably. `fn` is the function itself, for tests and other code."""
 
@@ -249,23 +258,21 @@ class Step(Generic[P, R]):
         *,
         num_cpus: float | None = None,
         num_gpus: float | None = None,
-        memory: str | int | None = None,
+        memory: str | int | Keep | None = KEEP,
         retries: int | None = None,
-        timeout: float | None = None,
-        name: str | None = None,
+        timeout: float | Keep | None = KEEP,
+        name: str | Keep | None = KEEP,
         may_fail: bool | None = None,
-        gang: Gang | int | None = None,
+        gang: Gang | int | Keep | None = KEEP,
     ) -> "Step[P, R]":
-        """The step with other options: `train.options(num_gpus=8, name="final")(corpus)`, and so for `map`."""
-        given: dict[str, Any] = {
-            "num_cpus": num_cpus,
-            "num_gpus": num_gpus,
-            "retries": retries,
-            "timeout": timeout,
-            "name": name,
-        }
-        given |= {"gang": gang, "may_fail": may_fail, "memory": None if memory is None else parse_memory(memory)}
-        changes = {key: value for key, value in given.items() if value is not None}
+        """The step with other options: `train.options(num_gpus=8, name="final")(corpus)`, and so for `map`. What is
+        not given stays as it is; None takes the step's own `memory`, `timeout`, `name` or `gang` away."""
+        amounts = {"num_cpus": num_cpus, "num_gpus": num_gpus, "retries": retries, "may_fail": may_fail}
+        changes: dict[str, Any] = {key: value for key, value in amounts.items() if value is not None}
+        limits = {"memory": memory, "timeout": timeout, "name": name, "gang": gang}
+        changes |= {key: value for key, value in limits.items() if value is not KEEP}
+        if isinstance(memory, (str, int)):
+            changes["memory"] = parse_memory(memory)
         return type(self)(self.fn, replace(self.default, **changes))
 
     def submit(self, options: StepOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[R]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,17 @@ class Recorder:
         return True
 
     def on_end(self, hook: Any) -> None: ...
+
+
+def test_options_change_what_is_given_and_none_takes_a_limit_away() -> None:
+    limited = Step(double.fn, StepOptions(num_cpus=2, memory=5, retries=1, timeout=9, name="own", gang=2))
+    assert limited.options().default == limited.default
+    assert limited.options(timeout=7, memory="1KiB").default == replace(limited.default, timeout=7, memory=1024)
+    cleared = limited.options(timeout=None, memory=None, name=None, gang=None).default
+    assert cleared == StepOptions(num_cpus=2, retries=1)
+    assert limited.options(num_cpus=0, retries=0, may_fail=True).default == replace(
+        limited.default, num_cpus=0, retries=0, may_fail=True
+    )
 
 
 def test_call_ids_are_parent_step_and_name_or_ordinal() -> None:
