@@ -10,11 +10,13 @@ import contextlib
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import unquote
 
 from infra.errors import ConfigError, StoreError
 
@@ -91,17 +93,47 @@ def open_store(url: str | Path) -> Store:
     """A store from `s3://bucket[/prefix]`, `file:///path` or a plain path (made absolute).
 
     Raises:
-        ConfigError: another scheme, or an S3 URL without a bucket.
+        ConfigError: nothing, another scheme, or a URL that lacks a slash or its bucket.
     """
-    text = str(url)
-    if text.startswith("s3://"):
+    scheme, rest = parse_store(str(url))
+    if scheme == "s3":
         from infra.s3 import S3Store
 
-        return S3Store(text)
-    scheme, separator, rest = text.partition("://")
-    if separator and scheme != "file":
-        raise ConfigError(f"--store {text}: unknown scheme {scheme}://; use a folder or s3://bucket/prefix")
-    return FolderStore(Path(rest if separator else text))
+        return S3Store(f"s3://{rest}")
+    return FolderStore(Path(rest))
+
+
+def parse_store(text: str, setting: str = "--store") -> tuple[str, str]:
+    """("s3", "bucket/prefix") or ("file", path), from what `setting` says.
+
+    A scheme without its two slashes is refused: it is what `Path` makes of a URL, and would name a folder `s3:`.
+
+    Raises:
+        ConfigError: as `open_store`.
+    """
+    said = f"{setting} {text}"
+    scheme, separator, rest = text.partition(":")
+    scheme = scheme.strip().lower()
+    if not text.strip():
+        raise ConfigError(f"{setting} is empty: name a folder or s3://bucket/prefix")
+    if not separator or not (rest.startswith("/") or scheme in ("s3", "file")) or "/" in scheme:
+        return "file", text  # a folder, colons in its name or not
+    if scheme == "file" and rest.startswith("/"):
+        host, _, path = rest.removeprefix("//").partition("/") if rest.startswith("//") else ("", "", rest.lstrip("/"))
+        if host in ("", "localhost"):
+            return "file", f"/{unquote(path)}"
+        raise ConfigError(f"{said}: {host} stands where a host does; write file:///{host}/{path}, or no file:// at all")
+    if scheme not in ("s3", "file"):
+        raise ConfigError(f"{said}: unknown scheme {scheme}://; use a folder or s3://bucket/prefix")
+    if scheme == "file" or not rest.startswith("//"):
+        right = "s3://bucket/prefix" if scheme == "s3" else "file:///folder"
+        raise ConfigError(f"{said}: a folder by that name would be made; write it as {right}")
+    bucket = rest.removeprefix("//").partition("/")[0]
+    if not bucket:
+        raise ConfigError(f"{said}: no bucket; write it as s3://bucket/prefix")
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,255}|arn:[\w:.-]+", bucket):
+        raise ConfigError(f"{said}: {bucket!r} cannot be a bucket's name; write it as s3://bucket/prefix")
+    return "s3", rest.removeprefix("//")
 
 
 def default_store() -> str:
@@ -123,7 +155,10 @@ class FolderStore:
     """A store in a local or shared folder."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().absolute()
+        try:
+            self.root = root.expanduser().absolute()
+        except RuntimeError:
+            raise ConfigError(f"--store {root}: there is no such user's home folder") from None
         self.url = str(self.root)
         self._made: set[str] = set()
         self._mine = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"

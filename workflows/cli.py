@@ -527,7 +527,8 @@ def _settings(**given: Any) -> "RunSettings":
     from workflows.config import RunSettings
     from workflows.service import places
 
-    given["store"] = given.get("store") or places.known_store()
+    if given.get("store") is None:
+        given["store"] = places.known_store()
     return validate({name: value for name, value in given.items() if value is not None}, RunSettings, "options")
 
 

@@ -134,6 +134,8 @@ def test_commands_and_examples(recua: Recua) -> None:
         (["--recipe", "broken.toml"], "recipe broken.toml: not valid TOML"),
         (["--recipe", "wrong.toml"], "wrong.toml: unknown setting dpo.betta; did you mean dpo.beta?"),
         (["--store", "ftp://host/x"], "--store ftp://host/x: unknown scheme ftp://"),
+        (["--store", ""], "--store is empty: name a folder or s3://bucket/prefix"),
+        (["--store", "s3:/bucket/runs"], "--store s3:/bucket/runs: a folder by that name would be made; write it as s3://"),
         (["--run", "a/b"], "run id 'a/b': use letters"),
         (["--set", "dpo.port=70000"], "dpo.port: 70000 is no port"),
         (["--set", f"dpo.cache={2**62}"], "dpo.cache: needs 4194304.0 TiB of memory, this machine has"),

@@ -1,6 +1,7 @@
 """The store's promises, on a folder and on an S3 server."""
 
 import os
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -147,7 +148,43 @@ def test_an_unreachable_store_fails_fast_in_one_line(monkeypatch: pytest.MonkeyP
 def test_a_missing_bucket_and_bad_urls_are_named(s3: Store) -> None:
     with pytest.raises(StoreError, match="bucket does not exist"):
         open_store("s3://no-such-bucket-here").check()
-    with pytest.raises(ConfigError, match="unknown scheme gs://"):
-        open_store("gs://bucket")
-    with pytest.raises(ConfigError, match="no bucket"):
-        open_store("s3:///prefix")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("", "--store is empty: name a folder or s3://bucket/prefix"),
+        ("  ", "--store is empty"),
+        ("s3:///prefix", "no bucket; write it as s3://bucket/prefix"),
+        ("s3://", "no bucket"),
+        (Path("s3://bucket/runs"), "--store s3:/bucket/runs: a folder by that name would be made; write it as s3://"),
+        ("s3:bucket/runs", "write it as s3://bucket/prefix"),
+        ("S3:/bucket", "write it as s3://bucket/prefix"),
+        ("s3://two words/x", "'two words' cannot be a bucket's name"),
+        ("s3a://bucket", "unknown scheme s3a://"),
+        ("gs://bucket", "unknown scheme gs://"),
+        ("gs:/bucket", "unknown scheme gs://"),
+        (" http://host/x", "unknown scheme http://"),
+        ("C:/runs", "unknown scheme c://"),
+        ("file:runs", "write it as file:///folder"),
+        ("file://runs/here", "runs stands where a host does; write file:///runs/here"),
+        ("~no-such-user-here/runs", "no such user's home folder"),
+    ],
+)
+def test_a_url_that_would_become_a_folder_or_nothing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str | Path, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        open_store(url)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_and_buckets_in_every_spelling(tmp_path: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text in ("file:///a/b%20c", "file:/a/b c", "file://localhost/a/b c", "FILE:///a/b c", "/a/b c"):
+        assert open_store(text).url == "/a/b c"
+    for name in ("runs:2", "a/s3:/b", "./s3:b", "x y"):
+        assert open_store(name).url == str(tmp_path / name)
+    bucket = s3_url.removeprefix("s3://")
+    assert open_store(f"S3://{bucket}/").url == s3_url

@@ -161,7 +161,7 @@ def _source(run_id: str, store: str | None, service: str | None, token_file: str
             store = store or str(place["store"])
             return StoreSource(open_store(store), run_id, served=True)
         return ServiceSource(client, run_id)
-    return StoreSource(open_store(store or default_store()), run_id)
+    return StoreSource(open_store(default_store() if store is None else store), run_id)
 
 
 def _explain(error: dict[str, Any]) -> None:

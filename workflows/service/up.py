@@ -46,7 +46,7 @@ def up(options: UpOptions, say: Say) -> None:
     """
     if not options.auth and options.host not in LOOPBACK:
         raise ConfigError(f"--no-auth with --host {options.host} would open it to the network: use --host 127.0.0.1")
-    store = open_store(options.store or places.known_store() or default_store())
+    store = open_store(places.known_store() or default_store() if options.store is None else options.store)
     store.check()
     token = places.make_token(options.token_file) if options.auth else None
     before = places.read_place()
