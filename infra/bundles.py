@@ -4,10 +4,48 @@ A bundle is what must lie on one node, by Ray's names: {"CPU": 4.0, "GPU": 1.0}.
 (best effort), STRICT_PACK (all on one node), STRICT_SPREAD (each on another node).
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
 
+from infra.errors import ConfigError
+
+SMALLEST = 1e-4
+"""Ray counts resources in ten-thousandths."""
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 Bundle = Mapping[str, float]
+
+
+def check_amount(setting: str, resource: str, amount: Any) -> float:
+    """An amount of a resource that Ray can count, as Python's own number; `setting` is where it was given.
+
+    Raises:
+        ConfigError: it is no finite number, is negative, or has a fraction that Ray cannot count.
+    """
+    number = check_number(setting, amount)
+    if number < 0:
+        raise ConfigError(f"{setting}={amount}: must not be negative")
+    if 0 < number < SMALLEST:
+        raise ConfigError(f"{setting}={amount}: Ray counts in steps of {SMALLEST:g}; give at least that, or 0 for none")
+    if resource == "GPU" and number > 1 and number != int(number):
+        raise ConfigError(f"{setting}={amount}: more than one GPU must be a whole number of them")
+    return number
+
+
+def check_number(setting: str, value: Any) -> float:
+    """A finite number as Python's own.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond what a float can be
+        finite = False
+    if not finite:
+        raise ConfigError(f"{setting}={value!r}: must be a finite number")
+    return value if isinstance(value, (int, float)) else float(value)
 
 
 def unplaceable(bundles: Sequence[Bundle], strategy: str, nodes: Sequence[Bundle]) -> str | None:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from infra.bundles import STRATEGIES, show_bundle
+from infra.bundles import STRATEGIES, check_amount, show_bundle
 from infra.errors import ConfigError
 
 Done = Callable[[bytes | None, BaseException | None], None]
@@ -34,9 +34,11 @@ class Gang:
             raise ConfigError(f"gang.strategy={self.strategy!r}: use one of {', '.join(STRATEGIES)}")
         if not self.bundles:
             raise ConfigError("gang.bundles: there must be at least one")
-        for bundle in self.bundles:
-            if any(amount < 0 for amount in bundle.values()) or not any(bundle.values()):
-                raise ConfigError(f"gang.bundles: {dict(bundle)} must ask for something, and for nothing negative")
+        for number, bundle in enumerate(self.bundles):
+            for name, amount in bundle.items():
+                check_amount(f"gang.bundles[{number}]: {name}", name, amount)
+            if not any(bundle.values()):
+                raise ConfigError(f"gang.bundles[{number}]: {dict(bundle)} must ask for something")
         object.__setattr__(self, "bundles", tuple({k: float(v) for k, v in each.items() if v} for each in self.bundles))
 
     def __str__(self) -> str:
@@ -55,7 +57,9 @@ def resolve_gang(gang: Gang | int, body: Mapping[str, float]) -> Gang:
     Raises:
         ConfigError: the body does not fit into bundle 0.
     """
-    if isinstance(gang, int):
+    if not isinstance(gang, Gang):
+        if not isinstance(gang, int) or isinstance(gang, bool):
+            raise ConfigError(f"gang={gang!r}: must be a Gang, a whole number, or None")
         if gang < 1:
             raise ConfigError(f"gang={gang}: must be at least 1, or None")
         return Gang([body] * gang)

@@ -26,8 +26,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from numbers import Integral, Real
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
+from infra.bundles import check_amount, check_number
 from infra.errors import ConfigError, UserError
 from workflows.artifacts import Artifact, ArtifactWriter
 from workflows.context import StepContext, context
@@ -55,15 +57,17 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+LONGEST_TIMEOUT_S = 1e9
+"""More than thirty years, beyond which clocks and operating systems differ in what they can wait: it means no limit."""
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What a call asks for. `memory` bytes and `timeout` seconds, None: no limit. `retries`: for the user's own errors
-    and timeouts. `reuse=False`: never take the result from another run (deployments, measurements). `may_fail=True`:
-    the workflow handles this call's failure itself, at `.result()`. `libraries`: distributions that results depend on
-    beside those that the code imports. `gang`: several bundles of resources, all or none (workflows.gangs); a number is
-    so many times what the step itself asks for."""
+    """What a call asks for. `memory` bytes and `timeout` seconds, None: no limit (an infinite timeout becomes None).
+    `retries`: for the user's own errors and timeouts. `reuse=False`: never take the result from another run
+    (deployments, measurements). `may_fail=True`: the workflow handles this call's failure itself, at `.result()`.
+    `libraries`: distributions that results depend on beside those that the code imports. `gang`: several bundles of
+    resources, all or none (workflows.gangs); a number is so many times what the step itself asks for."""
 
     num_cpus: float = 1
     num_gpus: float = 0
@@ -77,11 +81,11 @@ class StepOptions:
     gang: Gang | int | None = None
 
     def __post_init__(self) -> None:
-        for setting, value in (("num_cpus", self.num_cpus), ("num_gpus", self.num_gpus), ("retries", self.retries)):
-            if value < 0:
-                raise ConfigError(f"{setting}={value}: must not be negative")
-        if self.timeout is not None and self.timeout <= 0:
-            raise ConfigError(f"timeout={self.timeout}: must be positive seconds, or None")
+        for setting, resource in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
+            object.__setattr__(self, setting, check_amount(setting, resource, getattr(self, setting)))
+        for setting in ("retries", "memory"):
+            object.__setattr__(self, setting, _whole_number(setting, getattr(self, setting)))
+        object.__setattr__(self, "timeout", _timeout(self.timeout))
         if self.name is not None and (not self.name or any(letter in self.name for letter in "/[]")):
             raise ConfigError(f"name={self.name!r}: must be non-empty and without / [ ]")
         if self.gang is not None:
@@ -271,9 +275,10 @@ class Step(Generic[P, R]):
         changes: dict[str, Any] = {key: value for key, value in amounts.items() if value is not None}
         limits = {"memory": memory, "timeout": timeout, "name": name, "gang": gang}
         changes |= {key: value for key, value in limits.items() if value is not KEEP}
-        if isinstance(memory, (str, int)):
-            changes["memory"] = parse_memory(memory)
-        return type(self)(self.fn, replace(self.default, **changes))
+        with _named(self.short_name):
+            if isinstance(memory, (str, int)):
+                changes["memory"] = parse_memory(memory)
+            return type(self)(self.fn, replace(self.default, **changes))
 
     def submit(self, options: StepOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[R]:
         """Call it with these options; what `__call__` does."""
@@ -348,10 +353,13 @@ def step(
 
 def step(fn: Callable[..., Any] | None = None, /, *, memory: str | int | None = None, **options: Any) -> Any:
     """Make a function a step. `memory` as bytes or text ("2GiB"), `timeout` in seconds; see StepOptions."""
-    settings = StepOptions(memory=None if memory is None else parse_memory(memory), **options)
-    if fn is not None:
-        return Step(fn, settings)
-    return lambda function: Step(function, settings)
+
+    def make(function: Callable[..., Any]) -> Step[..., Any]:
+        with _named(function.__name__):
+            settings = StepOptions(memory=None if memory is None else parse_memory(memory), **options)
+        return Step(function, settings)
+
+    return make if fn is None else make(fn)
 
 
 def workflow(fn: Callable[P, R]) -> Workflow[P, R]:
@@ -411,11 +419,41 @@ def parse_memory(text: str | int) -> int:
     Raises:
         ConfigError: anything else.
     """
-    if isinstance(text, int):
+    if not isinstance(text, str):
         return text
     number = text.rstrip("BKMGib ")
     unit = text[len(number) :].strip()
     try:
         return int(float(number) * UNITS[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise ConfigError(f"memory={text!r}: write bytes, or a number with MiB or GiB") from None
+
+
+@contextmanager
+def _named(step_name: str) -> Iterator[None]:
+    """A refused option is refused by the name of its step."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"step {step_name}: {error}") from None
+
+
+def _whole_number(setting: str, value: Any) -> int | None:
+    if value is None and setting == "memory":
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ConfigError(f"{setting}={value!r}: must be a whole number")
+    if value < 0:
+        raise ConfigError(f"{setting}={value}: must not be negative")
+    return int(value)
+
+
+def _timeout(value: Any) -> float | None:
+    """Seconds, or None for no limit."""
+    number = isinstance(value, Real)
+    if value is None or (number and value > LONGEST_TIMEOUT_S):
+        return None
+    seconds = check_number("timeout", value)
+    if seconds <= 0:
+        raise ConfigError(f"timeout={value}: must be positive seconds, or None")
+    return seconds
