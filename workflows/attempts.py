@@ -181,7 +181,7 @@ class Attempts:
         if not self._settings.wait_for_nodes:
             for check in self._cluster_checks:
                 check(self._placement.nodes())
-        self._listener = Listener(host, lambda message: self._loop.post(self._on_message, message))
+        self._listener = Listener(host, functools.partial(self._loop.post, self._on_message), self._on_error)
         run = {
             "run": self._journal.run_id,
             "lease_slot": self._journal.lease_slot,
@@ -399,7 +399,7 @@ class Attempts:
             self._on_failure(call, rebuild(call.id, record))
             return
         failures = call.system_failures if system else call.user_failures
-        pause = min(LONGEST_PAUSE_S, self._settings.backoff_s * 2.0 ** (failures - 1)) * random.uniform(0.5, 1.0)
+        pause = min(LONGEST_PAUSE_S, self._settings.backoff_s * 2.0 ** min(failures - 1, 64)) * random.uniform(0.5, 1.0)
         self._tell("retry", call, error=record["message"], error_type=record["type"], seconds=pause)
         self._loop.later(pause, self.enqueue, call)
 

@@ -2,7 +2,8 @@
 
 The driver listens on one TCP port; each worker process keeps one connection and writes one JSON object per line, the
 first of them a random token that came with the task. Losing messages loses no work (what is more than for eyes comes
-with the task's result too), so a worker never waits for the driver and drops what it cannot send.
+with the task's result too), so a worker never waits for the driver and drops what it cannot send. A line that is too
+long is cut, and a connection that was lost is made again.
 """
 
 import contextlib
@@ -13,18 +14,27 @@ import select
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 Message = dict[str, Any]
 LINE_LIMIT = 1 << 20
+KEPT = 1 << 16
+"""Letters that are kept of a text whose line would be too long."""
+RECONNECT_S = 10.0
+"""Nobody tries more often to reach a driver that cannot be reached: each try may take two seconds."""
 
 
 class Listener:
-    """The driver's side. `deliver(message)` is called on the listener's thread."""
+    """The driver's side. `deliver(message)` is called on the listener's thread; `on_error(error)` where it fails
+    (without it Python prints the error)."""
 
-    def __init__(self, host: str, deliver: Callable[[Message], None]) -> None:
+    def __init__(
+        self, host: str, deliver: Callable[[Message], None], on_error: Callable[[BaseException], None] | None = None
+    ) -> None:
         self._deliver = deliver
+        self._on_error = on_error
         self._token = secrets.token_hex(16)
         self._server = socket.create_server((host, 0), backlog=128)
         self._server.setblocking(False)
@@ -44,6 +54,19 @@ class Listener:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
+        try:
+            self._listen()
+        except BaseException as error:
+            if self._on_error is None:
+                raise
+            self._on_error(error)
+        finally:
+            for connection in list(self._buffers):
+                self._drop(connection)
+            self._selector.close()
+            self._server.close()
+
+    def _listen(self) -> None:
         while not self._closing:
             for key, _ in self._selector.select():
                 if key.fileobj is self._server:
@@ -51,10 +74,6 @@ class Listener:
                 else:
                     assert isinstance(key.fileobj, socket.socket)
                     self._read(key.fileobj)
-        for connection in list(self._buffers):
-            self._drop(connection)
-        self._selector.close()
-        self._server.close()
 
     def _accept(self) -> None:
         try:
@@ -105,37 +124,48 @@ class Listener:
 
 
 class Sender:
-    """A worker's side: connects at the first message, and never raises."""
+    """A worker's side: connects at the first message, and again where the connection was lost; never raises."""
 
     def __init__(self, address: tuple[str, int, str]) -> None:
         self._address = address
         self._socket: socket.socket | None = None
-        self._dead = False
+        self._lost = False
+        self._not_before = 0.0
         self._lock = threading.Lock()
 
     def send(self, message: Message) -> None:
+        line = _line(message)
         with self._lock:
-            if self._dead:
+            if line is None or time.monotonic() < self._not_before:
                 return
             try:
-                self._connected().sendall(json.dumps(message, default=str).encode() + b"\n")
+                if not self._is_open():
+                    self._drop()
+                self._connected().sendall(line)
             except OSError:
-                self._give_up()
+                self._drop()
+                self._not_before = time.monotonic() + RECONNECT_S
 
     def open(self) -> bool:
-        """Whether the driver's end is open: it has not ended, though it may be stopped. No message is needed."""
+        """Whether the driver's end is open: it has not ended, though it may be stopped. No message is needed. Once the
+        connection was lost this says False: whoever listens at the address now may be somebody else."""
         with self._lock:
-            if self._dead:
-                return False
-            try:
-                waiting = select.poll()
-                waiting.register(self._connected(), select.POLLIN)
-                if not waiting.poll(0):  # the driver sends nothing: what can be read is its end
-                    return True
-            except OSError:
-                pass
-            self._give_up()
-            return False
+            if not self._lost:
+                try:
+                    self._connected()
+                except OSError:
+                    self._drop()
+                if not self._is_open():
+                    self._drop()
+            return not self._lost
+
+    def _is_open(self) -> bool:
+        """The driver sends nothing: what can be read is its end."""
+        if self._socket is None:
+            return True
+        waiting = select.poll()
+        waiting.register(self._socket, select.POLLIN)
+        return not waiting.poll(0)
 
     def _connected(self) -> socket.socket:
         if self._socket is None:
@@ -145,7 +175,20 @@ class Sender:
             self._socket.sendall(token.encode() + b"\n")
         return self._socket
 
-    def _give_up(self) -> None:
-        self._dead = True
+    def _drop(self) -> None:
+        self._lost = True
         if self._socket is not None:
             self._socket.close()
+            self._socket = None
+
+
+def _line(message: Message) -> bytes | None:
+    """A message as it is sent, its text cut where it is too long; None for any other that is too long."""
+    line = json.dumps(message, default=str).encode() + b"\n"
+    if len(line) <= LINE_LIMIT:
+        return line
+    text = message.get("message")
+    if not isinstance(text, str) or len(text) <= 2 * KEPT:
+        return None
+    cut = f"{text[:KEPT]} [cut here: {len(text):,} letters in all, which the step's log has]"
+    return _line({**message, "message": cut})

@@ -329,22 +329,23 @@ class GroupCommit:
         self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._write()
+        except BaseException as error:
+            self.failure = error
+            self._on_error(error)
+
+    def _write(self) -> None:
         closing = False
         while not closing:
             batch, closing = self._gather()
-            if not batch or self.failure is not None:
-                continue
-            try:
+            if batch:
                 self._journal.append([record for record, _ in batch])
-            except BaseException as error:
-                self.failure = error
-                self._on_error(error)
-                continue
-            if any(then is not None for _, then in batch):
+            done = [then for _, then in batch if then is not None]
+            if done:
                 self._written()
-            for _, then in batch:
-                if then is not None:
-                    then()
+            for then in done:
+                then()
 
     def _gather(self) -> tuple[list[Entry], bool]:
         """The next batch, once a commit has come (or notes have waited for `idle_s`), and whether it is the last."""

@@ -17,7 +17,8 @@ Work = tuple[Callable[..., None], tuple[Any, ...]]
 
 
 class Loop:
-    """`on_error(error)` gets what a piece of work raised; the loop goes on."""
+    """`on_error(error)` gets what a piece of work raised; the loop goes on. Where the loop itself fails it gets that
+    too, and from then on there are no timers and no rests: what is posted is still done, so that the run can end."""
 
     def __init__(self, on_error: Callable[[BaseException], None], rest: Callable[[], float]) -> None:
         self._on_error = on_error
@@ -44,6 +45,14 @@ class Loop:
         self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._rounds()
+        except BaseException as error:
+            self._on_error(error)
+            while (work := self._inbox.get()) is not None:
+                self._do(work)
+
+    def _rounds(self) -> None:
         while True:
             try:
                 work = self._inbox.get(timeout=self._until_due())

@@ -57,13 +57,13 @@ class SavedStates:
     def _run(self) -> None:
         while (name := self._queue.get()) is not None:
             key = f"{self._folder}/{name}"
-            if (folder := self._store.local_path(key)) is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-                continue
             try:
+                if (folder := self._store.local_path(key)) is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    continue
                 for one in list(self._store.list(key)):
                     self._store.delete(one)
-            except StoreError as error:
+            except (StoreError, OSError) as error:
                 log.warning("the state of a finished step stays (recua gc removes it): %s", error)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -18,15 +19,17 @@ from infra.errors import FencedError, StoreError
 from infra.processes import process_start, this_machine
 from infra.storage import FolderStore
 from workflows import journal, session
-from workflows.channel import Listener, Sender
+from workflows.channel import LINE_LIMIT, Listener, Sender
 from workflows.config import RunSettings
 from workflows.graph import workflow
 from workflows.indexer import Indexer
-from workflows.journal import lease_key, read_journal, slot_key
+from workflows.journal import GroupCommit, lease_key, read_journal, slot_key
 from workflows.known import Known, index_key
+from workflows.loop import Loop
 from workflows.runs import load_run
 from workflows.takeover import StoppedDrivers, kill_stopped
 from workflows.values import encode
+from workflows.waits import Poller, event
 
 HERE = Path(__file__).parent
 
@@ -47,6 +50,11 @@ def stepless(store: str, trouble: str) -> str:
         FolderStore(Path(store)).put(lease_key("r", 2), b"{}")
         raise RuntimeError("the connection to the cluster is broken")
     return "done"
+
+
+@workflow
+def endless() -> Any:
+    return event("never").result()
 
 
 def test_a_run_whose_end_another_driver_took_is_not_reported_as_finished(tmp_path: Path) -> None:
@@ -109,6 +117,52 @@ def test_a_worker_knows_that_its_driver_has_ended() -> None:
     wait_for(lambda: not sender.open(), "the closed connection was not noticed")
     assert not late.open()
     late.send({"kind": "log"})
+
+
+def test_a_line_that_is_too_long_is_cut_and_costs_no_later_one() -> None:
+    told: queue.Queue[dict[str, Any]] = queue.Queue()
+    listener = Listener("127.0.0.1", told.put)
+    sender = Sender(listener.address)
+    try:
+        sender.send({"kind": "log", "message": "ü" * 2_000_000})
+        sender.send({"kind": "ended", "outcome": "x" * 2_000_000})  # it comes with the task's result
+        sender.send({"kind": "log", "message": "after"})
+        cut, after = (told.get(timeout=60)["message"] for _ in range(2))
+        assert cut.startswith("üüü") and cut.endswith("[cut here: 2,000,000 letters in all, which the step's log has]")
+        assert len(json.dumps(cut)) < LINE_LIMIT and after == "after"
+    finally:
+        listener.close()
+
+
+def test_a_worker_reconnects_to_its_driver_after_a_drop() -> None:
+    told: queue.Queue[dict[str, Any]] = queue.Queue()
+    listener = Listener("127.0.0.1", told.put)
+    sender = Sender(listener.address)
+    try:
+        sender.send({"kind": "log", "message": "before"})
+        assert told.get(timeout=60)["message"] == "before" and sender.open()
+        assert sender._socket is not None
+        sender._socket.sendall(b"no JSON\n")  # the driver drops whoever sends that
+        wait_for(lambda: not sender._is_open(), "the driver did not drop the connection")
+        sender.send({"kind": "log", "message": "after"})
+        assert told.get(timeout=60)["message"] == "after"
+        assert not sender.open(), "who listens there now may be another driver: the store has to be asked"
+    finally:
+        listener.close()
+
+
+@pytest.mark.parametrize(("kind", "part"), [(Loop, "_until_due"), (Poller, "_look"), (GroupCommit, "_gather")])
+def test_a_thread_of_the_driver_that_breaks_ends_the_run_with_its_error(
+    kind: type, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("its clock is broken")
+
+    monkeypatch.setattr(kind, part, broken)
+    with pytest.raises(RuntimeError, match="its clock is broken"):
+        session.run(endless, settings=RunSettings(store=str(tmp_path), run_id="r"))
+    end = read_journal(FolderStore(tmp_path), "r").end
+    assert kind is GroupCommit or (end is not None and end["status"] == "failed")
 
 
 def test_the_reaper_does_its_work_although_it_was_killed_or_its_worker_ends_its_children(tmp_path: Path) -> None:
