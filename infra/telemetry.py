@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from infra.errors import DataError
+from infra.errors import DataError, UserError
 
 HIDDEN = "[redacted]"
 
@@ -68,6 +68,18 @@ def setup_logging(verbose: bool = False, stream: TextIO | None = None) -> None:
         logging.getLogger(package).setLevel(level)
 
 
+def as_number(name: str, value: Any) -> float:
+    """A number of whatever library as Python's own float; NaN and infinities are numbers here.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # torch raises RuntimeError of several numbers
+        raise UserError(f"{name}={value!r:.60}: must be one number") from None
+
+
 class MetricsWriter:
     """Appends rows to a `metrics.jsonl`; each row is flushed, so that a killed process loses at most the current one.
 
@@ -82,7 +94,7 @@ class MetricsWriter:
         """One row. Write a slash in a name as a dictionary: `write("sft", 1, **{"loss/reasoning/arithmetic": 2.0})`."""
         row: dict[str, Any] = {"stage": stage, "step": step}
         for name, value in values.items():
-            number = float(value)
+            number = as_number(name, value)
             row[name] = number if math.isfinite(number) else None
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -121,3 +133,32 @@ def parse_metrics(lines: Iterable[str], source: str) -> Iterator[dict[str, Any]]
         if not isinstance(row, dict):
             raise DataError(f"{source}:{number}: expected an object, got {line.strip()[:60]}")
         yield row
+
+
+def metric_rows(data: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a `metrics.jsonl` of whatever origin, and how many of its lines are none.
+
+    A row is an object whose `step` is a number. What else it has is kept where it is a number, or None for NaN, and of
+    texts `stage` only. A last line without its newline (its writer was killed) is not looked at.
+    """
+    rows, others = [], 0
+    for line in data.decode(errors="replace").split("\n")[:-1]:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and is_number(row.get("step")):
+            stage = {"stage": row.pop("stage")} if isinstance(row.get("stage"), str) else {}
+            row.pop("stage", None)
+            rows.append({**stage, **{name: value for name, value in row.items() if value is None or is_number(value)}})
+        else:
+            others += 1
+    return rows, others
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that JSON has, and no boolean."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number with hundreds of digits
+        return False

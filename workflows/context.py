@@ -1,5 +1,6 @@
 """What a step's body can ask for while it runs: `context()`."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 from infra.errors import UserError
 from infra.storage import Store
+from infra.telemetry import as_number
 from workflows.artifacts import ArtifactSource, ArtifactWriter
 from workflows.saved import state_url
 
@@ -63,19 +65,28 @@ class StepContext:
 
     def progress(self, done: float, total: float | None = None, **metrics: float) -> None:
         """Show how far the body is, and metrics, on the driver's terminal. Cheap: shows at most five per second, and
-        always the last one (done == total)."""
+        always the last one (done == total). An infinite `total` is an unknown one.
+
+        Raises:
+            UserError: `done` is no finite number, or `total` or a metric is none.
+        """
+        done, total = as_number("done", done), None if total is None else as_number("total", total)
+        if not math.isfinite(done):
+            raise UserError(f"done={done}: must be finite")
+        if total is not None and not math.isfinite(total):
+            total = None
+        numbers = {name: as_number(name, value) for name, value in metrics.items()}
         now = time.monotonic()
         with self._lock:
             if now - self._last_progress < PROGRESS_PERIOD_S and done != total:
                 return
             self._last_progress = now
-        numbers = {name: float(value) for name, value in metrics.items()}
         self.send({"kind": "progress", "done": done, "total": total, "metrics": numbers})
 
     def log(self, message: str) -> None:
         """A line for this attempt's log (where its standard output goes too) and for the driver's observers."""
         print(message, flush=True)
-        self.send({"kind": "log", "message": message})
+        self.send({"kind": "log", "message": str(message)})
 
     def placement_group(self) -> Any:
         """The Ray placement group of this attempt (`@step(gang=...)`). The body runs in its bundle 0; what it starts

@@ -64,7 +64,7 @@ class Curve:
 
 class Recorder:
     """An observer of one run. `flush` writes what is new at once, `close` what is left. A store that fails costs
-    points, never the run."""
+    points, never the run; what else fails on its thread is raised at the next event, for whoever drops observers."""
 
     def __init__(self, store: Store, run_id: str, lease_slot: int, period_s: float = PERIOD_S) -> None:
         self._store = store
@@ -81,17 +81,20 @@ class Recorder:
         self._fresh_texts: deque[Row] = deque(maxlen=TEXTS)
         self._keys: list[str] = []
         self._behind = False
+        self._failure: Exception | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="recua-history", daemon=True)
         self._thread.start()
 
     def __call__(self, event: Event) -> None:
+        if self._failure is not None:
+            raise self._failure
         data = event.data
         with self._lock:
             if event.kind == "progress":
                 self._number += 1
-                metrics = {name: value if math.isfinite(value) else None for name, value in data["metrics"].items()}
-                row = [self._number, event.time, data["done"], data["total"], metrics]
+                metrics = {name: _finite(value) for name, value in data["metrics"].items()}
+                row = [self._number, event.time, _finite(data["done"]), _finite(data["total"]), metrics]
                 self._add(event.call_id, row)
             elif event.kind in ("log", "warning"):
                 self._number += 1
@@ -135,7 +138,13 @@ class Recorder:
         with contextlib.suppress(StoreError), self._writing:
             everything = everything or self._behind or len(self._keys) >= BATCHES
             self._behind = True  # what is not written now goes with the next file of everything
-            self._write(everything)
+            try:
+                self._write(everything)
+            except StoreError:
+                raise
+            except Exception as error:
+                self._failure = error
+                return
             self._behind = False
 
     def _write(self, everything: bool) -> None:
@@ -165,7 +174,7 @@ class Recorder:
 def read_history(store: Store, run_id: str, after: str = "") -> tuple[list[Record], str]:
     """What was recorded since the cursor `after` (empty: everything that is kept), in order, and the cursor now.
 
-    An event is {"kind": "progress", "call", "time", "done", "total", "metrics"} (None for a metric that is no number),
+    An event is {"kind": "progress", "call", "time", "done", "total", "metrics"} (None for what JSON has no number for),
     or {"kind": "log" | "warning", "call", "time", "message"}.
     """
     start = parse_cursor(after)
@@ -197,10 +206,16 @@ def _events(slot: int, tree: Record, start: tuple[int, int]) -> dict[tuple[int, 
     found: dict[tuple[int, int], Record] = {}
     for curve in tree["curves"]:
         for number, when, done, total, metrics in curve["rows"]:
-            if (slot, number) > start:
-                event = {"kind": "progress", "call": curve["call"], "time": when, "done": done, "total": total}
-                found[slot, number] = {**event, "metrics": metrics}
+            if (slot, number) > start and _finite(done) is not None:
+                event = {"kind": "progress", "call": curve["call"], "time": when}
+                event |= {"done": done, "total": _finite(total)}
+                found[slot, number] = {**event, "metrics": {name: _finite(value) for name, value in metrics.items()}}
     for number, when, kind, call, message in tree["texts"]:
         if (slot, number) > start:
             found[slot, number] = {"kind": kind, "call": call, "time": when, "message": message}
     return found
+
+
+def _finite(value: Any) -> float | None:
+    """A number that JSON has, or None."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None

@@ -1,10 +1,13 @@
 """Dynamic graphs without Ray: what can be placed, gangs, maps in plans, and what a long loop leaves in memory."""
 
 import gc
+import math
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from infra.bundles import unplaceable
@@ -47,8 +50,11 @@ def test_dynamic_gangs_are_checked_where_they_are_written() -> None:
     assert str(mixed) == "(CPU=1, GPU=1) + (CPU=4), SPREAD"
     for wrong, message in (
         (lambda: Gang([]), "gang.bundles: there must be at least one"),
-        (lambda: Gang([{"CPU": 0}]), "gang.bundles: .* must ask for something"),
-        (lambda: Gang([{"CPU": -1}]), "gang.bundles"),
+        (lambda: Gang([{"CPU": 0}]), r"gang.bundles\[0\]: .* must ask for something"),
+        (lambda: Gang([{"CPU": -1}]), r"gang.bundles\[0\]: CPU=-1: must not be negative"),
+        (lambda: Gang([{"CPU": 1e-5}]), r"gang.bundles\[0\]: CPU=1e-05: Ray counts in steps of 0.0001"),
+        (lambda: Gang([{"CPU": 1}, {"GPU": 1.5}]), r"gang.bundles\[1\]: GPU=1.5: .* whole number"),
+        (lambda: StepOptions(gang=True), "gang=True: must be a Gang, a whole number, or None"),
         (lambda: Gang([{"CPU": 1}], "NEAR"), "gang.strategy='NEAR': use one of PACK, SPREAD"),
         (lambda: StepOptions(gang=0), "gang=0: must be at least 1"),
         (lambda: StepOptions(num_cpus=2, gang=Gang([{"CPU": 1}])), r"gang.bundles\[0\] has CPU=1, .* asks for CPU=2"),
@@ -56,6 +62,42 @@ def test_dynamic_gangs_are_checked_where_they_are_written() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             wrong()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timeout": math.nan}, "timeout=nan: must be a finite number"),
+        ({"timeout": -math.inf}, "timeout=-inf: must be a finite number"),
+        ({"timeout": -1}, "timeout=-1: must be positive seconds, or None"),
+        ({"timeout": 0}, "timeout=0: must be positive seconds, or None"),
+        ({"timeout": True}, "timeout=True: must be a finite number"),
+        ({"timeout": "60"}, "timeout='60': must be a finite number"),
+        ({"num_cpus": 0.00001}, "num_cpus=1e-05: Ray counts in steps of 0.0001"),
+        ({"num_cpus": math.nan}, "num_cpus=nan: must be a finite number"),
+        ({"num_cpus": 10**400}, "num_cpus=1000"),
+        ({"num_cpus": "2"}, "num_cpus='2': must be a finite number"),
+        ({"num_gpus": 1.5}, "num_gpus=1.5: more than one GPU must be a whole number of them"),
+        ({"num_gpus": -1}, "num_gpus=-1: must not be negative"),
+        ({"retries": 1.5}, "retries=1.5: must be a whole number"),
+        ({"retries": math.inf}, "retries=inf: must be a whole number"),
+        ({"memory": "infGiB"}, "memory='infGiB': write bytes"),
+        ({"memory": "-1GiB"}, "memory=-1073741824: must not be negative"),
+        ({"memory": 1.5}, "memory=1.5: must be a whole number"),
+    ],
+)
+def test_dynamic_impossible_options_are_refused_where_the_step_is_defined(options: Any, message: str) -> None:
+    def train() -> None: ...
+
+    for define in (lambda: step(**options)(train), lambda: step(train).options(**options)):
+        with pytest.raises(ConfigError, match=f"^step train: {re.escape(message)}"):
+            define()
+
+
+@pytest.mark.parametrize("timeout", [None, math.inf, 1e10, 10**40])
+def test_dynamic_an_endless_timeout_is_none(timeout: Any) -> None:
+    assert StepOptions(timeout=timeout).timeout is None
+    assert StepOptions(timeout=np.float32(2)).timeout == 2.0  # a number of another library travels as JSON
 
 
 @step
@@ -186,3 +228,24 @@ def test_dynamic_a_body_without_a_gang_has_no_group(tmp_path: Path) -> None:
     context = StepContext("r", "doubled[0]", 1, "a", "", tmp_path, None, None, print, print)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"doubled\[0\] has no placement group: ask for one with @step\(gang=...\)"):
         context.placement_group()
+
+
+def test_dynamic_progress_takes_numbers_of_other_libraries_and_refuses_what_is_none(tmp_path: Path) -> None:
+    sent: list[Any] = []
+    told = StepContext("r", "a[0]", 1, "a", "", tmp_path, None, None, sent.append, print)  # type: ignore[arg-type]
+    told.progress(np.int64(10), np.int32(10), loss=np.float32(0.5), kl=math.nan)
+    assert sent[-1]["done"] == sent[-1]["total"] == 10 and sent[-1]["metrics"]["loss"] == 0.5
+    assert all(type(value) is float for value in [sent[-1]["done"], sent[-1]["total"], *sent[-1]["metrics"].values()])
+    told._last_progress = 0.0
+    told.progress(1, math.inf)
+    assert (sent[-1]["done"], sent[-1]["total"]) == (1, None), "an endless total is an unknown one"
+    for wrong, message in (
+        ((math.inf,), "done=inf: must be finite"),
+        ((math.nan, 3), "done=nan: must be finite"),
+        ((None,), "done=None: must be one number"),
+        ((1, "many"), "total='many': must be one number"),
+    ):
+        with pytest.raises(UserError, match=f"^{message}$"):
+            told.progress(*wrong)
+    with pytest.raises(UserError, match=r"^loss=None: must be one number$"):
+        told.progress(1, 2, loss=None)  # type: ignore[arg-type]

@@ -4,11 +4,13 @@ import io
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from infra.errors import DataError
-from infra.telemetry import MetricsWriter, read_metrics, redact, setup_logging
+from infra.errors import DataError, UserError
+from infra.telemetry import MetricsWriter, as_number, metric_rows, read_metrics, redact, setup_logging
 
 SECRETS = [
     ("Authorization: Bearer abcdef0123456789", "abcdef0123456789"),
@@ -94,3 +96,34 @@ def test_a_malformed_line_names_file_and_line(tmp_path: Path, line: str) -> None
     path.write_text(f'{{"stage": "a", "step": 1}}\n{line}\n{{"stage": "a", "step": 3}}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: "):
         list(read_metrics(path))
+
+
+def test_the_rows_of_a_file_of_whatever_origin_are_read_and_the_rest_is_counted() -> None:
+    lines = [
+        b'{"stage": "sft", "step": 1, "loss": 2.5, "note": "warm", "ok": true, "kl": null}',
+        b"",
+        b"[1, 0.5]",
+        '{"step": "caf\xe9"}'.encode("latin-1"),
+        b'{"loss": 1}',
+        b'{"step": Infinity, "loss": 1}',
+        b'{"step": 1' + b"0" * 400 + b"}",
+        b"[" * 100_000,
+        b'{"stage": 7, "step": 2, "loss": NaN}',
+        b'{"stage": "sft", "st',
+    ]
+    rows, others = metric_rows(b"\n".join(lines))
+    assert rows == [{"stage": "sft", "step": 1, "loss": 2.5, "kl": None}, {"step": 2}] and others == 7
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.int64(3), np.array(2.0), True, 7, float("nan"), "0.25"])
+def test_numbers_of_other_libraries_are_metrics(value: Any) -> None:
+    assert type(as_number("loss", value)) is float
+
+
+@pytest.mark.parametrize("value", [None, "high", [1.0, 2.0], np.zeros(2), 1j, 10**400])
+def test_what_is_no_number_is_refused_by_name(value: Any, tmp_path: Path) -> None:
+    with (
+        MetricsWriter(tmp_path / "m.jsonl") as writer,
+        pytest.raises(UserError, match=r"^loss=.*: must be one number$"),
+    ):
+        writer.write("sft", 1, loss=value)

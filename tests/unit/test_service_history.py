@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,37 @@ def test_service_history_is_read_live_and_after_the_end(store: Store) -> None:
     second.close()
     assert [event["time"] for event in read_history(store, "r", end)[0]] == [9.0], "the next driver's points come after"
     assert [event["time"] for event in read_history(store, "r")[0]] == [1.0, 2.0, 3.0, 9.0]
+
+
+def test_service_history_has_only_numbers_that_json_has(store: Store) -> None:
+    """An endless total came into the store once: it is read as an unknown one, and a text as nothing."""
+    rows = [[1, 1.0, 1, math.inf, {"loss": 0.5}], [2, 2.0, "3", "10", {"loss": "a"}]]
+    tree = {"format": 1, "curves": [{"call": "a[0]", "rows": rows}], "texts": []}
+    store.put("runs/r/history/00000001-0000000002.json", json.dumps(tree).encode())
+    events = read_history(store, "r")[0]
+    assert [(event["done"], event["total"], event["metrics"]) for event in events] == [(1, None, {"loss": 0.5})]
+    recorder = Recorder(store, "r", 2, period_s=60)
+    recorder(Event("progress", "a[0]", "a", {"done": 2, "total": math.inf, "metrics": {"loss": None}}, time=3.0))
+    recorder.close()
+    last = read_history(store, "r")[0][-1]
+    assert (last["done"], last["total"], last["metrics"]) == (2, None, {"loss": None})
+    json.dumps(events, allow_nan=False)
+
+
+def test_service_a_recorder_that_cannot_write_is_heard_of_and_fails_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(open_store(tmp_path), "r", 1, period_s=60)
+    recorder(progress(1))
+
+    def broken(*_: object, **__: object) -> bytes:
+        raise TypeError("no JSON")
+
+    monkeypatch.setattr(json, "dumps", broken)
+    recorder.flush()
+    with pytest.raises(TypeError, match="no JSON"):  # by which whoever watches drops it, with a word
+        recorder(progress(2))
+    recorder.close()
 
 
 def test_service_history_of_long_curves_is_small(tmp_path: Path) -> None:

@@ -4,14 +4,12 @@ A call whose result has an artifact with a `metrics.jsonl` is drawn from that (e
 one from the run's history, which is thinned.
 """
 
-import math
 from collections import defaultdict
 from functools import partial
 from typing import Any
 
-from infra.errors import DataError
 from infra.storage import Store
-from infra.telemetry import parse_metrics
+from infra.telemetry import metric_rows
 from workflows.history import read_history
 from workflows.service.replay import Replay, RunCache, open_run
 
@@ -47,31 +45,22 @@ def _curves(cache: RunCache, store: Store, replay: Replay, call_id: str) -> list
     for location in replay.locations[call_id]:
         found |= cache.fact(f"{store.url} metrics {location}", partial(_read, store, location))
     return [
-        {"call": call_id, "name": name, "x": [x for x, _ in points], "y": [_finite(y) for _, y in points]}
+        {"call": call_id, "name": name, "x": [x for x, _ in points], "y": [y for _, y in points]}
         for name, points in found.items()
     ]
 
 
 def _read(store: Store, location: str) -> dict[str, list[Point]]:
-    """name -> points of an artifact's metrics; nothing where it has none, or damaged ones."""
-    key = f"{location}/data/metrics.jsonl"
-    raw = store.get(key)
+    """name -> points of an artifact's metrics; nothing where it has none."""
+    raw = store.get(f"{location}/data/metrics.jsonl")
     lines: dict[str, list[Point]] = defaultdict(list)
     if raw is None:
         return lines
-    try:
-        for position, row in enumerate(parse_metrics(raw.decode(errors="replace").splitlines(keepends=True), key)):
-            for name, value in row.items():
-                if name not in ("stage", "step") and isinstance(value, (int, float)):
-                    lines[name].append((row.get("step", position), value))
-    except DataError:
-        return {}
+    for row in metric_rows(raw)[0]:
+        for name, value in row.items():
+            if name not in ("stage", "step") and value is not None:
+                lines[name].append((row["step"], value))
     return {name: thin(points) for name, points in lines.items()}
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN; a gap in the curve stands for it."""
-    return value if math.isfinite(value) else None
 
 
 def thin(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
