@@ -15,11 +15,12 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from infra.config import Settings, read_tree, validate
 from infra.errors import ConfigError, UserError
@@ -29,6 +30,11 @@ from workflows.config import RunSettings
 from workflows.graph import Workflow
 from workflows.names import canonical_module, load_name, module_of_file
 from workflows.progress import Display, open_display
+
+if TYPE_CHECKING:
+    from workflows.session import RunResult
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -133,8 +139,9 @@ def is_finished(launch: Launch, store: Store, settings: RunSettings) -> bool:
 
 def run(
     launch: Launch, settings: RunSettings, reports: Path, display: Display | None = None, watched: bool = False
-) -> Path:
-    """Run to the end with a live display, then write the report; returns the page's path.
+) -> Path | None:
+    """Run to the end with a live display, then write the report; returns the page's path, None where that failed: what
+    comes after a run's end is told as a warning, and changes nothing of how the run ended.
 
     `watched`: the caller ends the process when its cluster is gone, which may also come back, and starts another when
     it is told to end; otherwise an address where no Ray answers is refused, and SIGTERM cancels the run.
@@ -142,9 +149,7 @@ def run(
     Raises:
         RecuaError, KeyboardInterrupt: as workflows.session.run.
     """
-    from workflows import report, session
-    from workflows.runs import load_run
-    from workflows.values import encode, one_line
+    from workflows import session
 
     store = open_store(settings.store)
     store.check()
@@ -168,20 +173,45 @@ def run(
         shown.say(f"run {result.run_id} has finished already; nothing ran (--new starts another)")
     finish = getattr(launch.module, "on_finish", None)
     if finish is not None:
-        finish(result)
-    elif text := one_line(encode(result.value, "the workflow's result")):
+        _after_the_end(shown, f"on_finish of {launch.module.__name__}", lambda: finish(result))
+    else:
+        _after_the_end(shown, "showing its result", lambda: _show_result(shown, result))
+    again = f"the report (write it with `recua report {result.run_id}`)"
+    return _after_the_end(shown, again, lambda: _report(store, result.run_id, reports, shown))
+
+
+def _after_the_end(shown: Display, what: str, work: Callable[[], T]) -> T | None:
+    """A run that has finished stays finished, whatever fails when it is told of."""
+    try:
+        return work()
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        shown.say(f"warning: the run has finished, but {what} failed: {type(error).__name__}: {error}")
+        return None
+
+
+def _show_result(shown: Display, result: "RunResult") -> None:
+    from workflows.values import encode, one_line
+
+    if text := one_line(encode(result.value, "the workflow's result")):
         shown.say(f"result: {text}")
-    record = report.read_run(store, load_run(store, result.run_id))
-    page = report.write(record, reports / result.run_id)
+
+
+def _report(store: Store, run_id: str, reports: Path, shown: Display) -> Path:
+    from workflows import report
+    from workflows.runs import load_run
+
+    record = report.read_run(store, load_run(store, run_id))
+    page = report.write(record, reports / run_id)
     for name in ("report.html", "report.json"):  # a job's own folder may vanish with its cluster; the store does not
-        store.put(f"runs/{result.run_id}/{name}", (page.parent / name).read_bytes())
+        store.put(f"runs/{run_id}/{name}", (page.parent / name).read_bytes())
     for line in report.table_lines(report.summarise(record)):
         shown.say(line)
     shown.say(f"report: {page.absolute()}")
     return page
 
 
-def resume(store: Store, run_id: str, settings: RunSettings, reports: Path) -> Path:
+def resume(store: Store, run_id: str, settings: RunSettings, reports: Path) -> Path | None:
     """Go on with a run by its id alone: workflow and recipe are in the store.
 
     Raises:

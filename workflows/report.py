@@ -5,21 +5,25 @@
       -> page.render(record, summary) -> HTML
 
 The inputs are conventions, so a step needs to know nothing of this module: an artifact whose folder holds
-`metrics.jsonl` gives curves; a result that has `stage`, `n` and `accuracy` is an evaluation; a result that has `grpc`,
-`openai` and `weight_version` says what is served. They are found wherever in a step's result they are.
+`metrics.jsonl` of rows with a `step` gives curves; a result that has a text `stage` and the numbers `n` and `accuracy`
+is an evaluation; a result that has `grpc`, `openai` and `weight_version` says what is served. They are found wherever
+in a step's result they are. What only resembles them (a user's own file or result) is left out, part by part.
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from infra.storage import Store, write_text
-from infra.telemetry import parse_metrics
+from infra.telemetry import is_number, metric_rows
 from workflows import report_groups
 from workflows.artifacts import Artifact
 from workflows.runs import RunView
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,8 @@ def artifacts(value: Any) -> Iterator[Artifact]:
 def gather_metrics(store: Store, steps: list[StepRecord]) -> list[dict[str, Any]]:
     """The rows of every `metrics.jsonl` in the steps' artifacts, each artifact read once and nothing else fetched.
 
-    A row without `stage` belongs to the step that wrote it. An artifact that two steps return counts for the first.
+    A row without `stage` belongs to the step that wrote it. An artifact that two steps return counts for the first. A
+    file without any row is somebody else's; lines that are none in a file that has some are left out with a warning.
     """
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -139,9 +144,10 @@ def gather_metrics(store: Store, steps: list[StepRecord]) -> list[dict[str, Any]
             seen.add(artifact.digest)
             key = f"{artifact.location}/data/metrics.jsonl"
             raw = store.get(key)
-            if raw is not None:
-                lines = raw.decode().splitlines(keepends=True)
-                rows += [{"stage": step.name, **row} for row in parse_metrics(lines, key)]
+            found, others = metric_rows(raw or b"")
+            if found and others:
+                log.warning("%s: %d lines are no metrics (an object with a `step`) and are left out", key, others)
+            rows += [{"stage": step.name, **row} for row in found]
     return rows
 
 
@@ -150,18 +156,41 @@ def evaluations(record: RunRecord) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for step in record.steps:
         for item in dictionaries(step.result):
-            if {"stage", "n", "accuracy"} <= item.keys():
+            if isinstance(item.get("stage"), str) and is_number(item.get("n")) and is_number(item.get("accuracy")):
                 found.pop(item["stage"], None)
-                found[item["stage"]] = item
+                found[item["stage"]] = _evaluation(item)
     return list(found.values())
 
 
-def differences(evaluation: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """stage compared with -> {difference, standard_error}, from either form of `versus`."""
-    versus = evaluation.get("versus") or {}
-    if "stage" in versus:
-        return {versus["stage"]: {key: versus[key] for key in ("difference", "standard_error")}}
-    return versus
+def _evaluation(item: dict[str, Any]) -> dict[str, Any]:
+    """Without the parts that are not what ours are: a user's result may have some of the names by chance."""
+    parts: dict[str, Any] = {name: _numbers(item[name]) for name in ("pass_at_n", "safety", "reward") if name in item}
+    by_type = item.get("per_task_type")
+    if isinstance(by_type, dict):
+        parts["per_task_type"] = {name: part for name, part in by_type.items() if is_number(_of(part, "accuracy"))}
+    versus = item.get("versus")
+    if isinstance(versus, dict):
+        either = {versus["stage"]: versus} if isinstance(versus.get("stage"), str) else versus
+        measures = ("difference", "standard_error")
+        parts["versus"] = {
+            stage: {name: change[name] for name in measures}
+            for stage, change in either.items()
+            if all(is_number(_of(change, name)) for name in measures)
+        }
+    interval, samples = item.get("accuracy_ci"), item.get("samples")
+    if isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval)):
+        parts["accuracy_ci"] = interval
+    if isinstance(samples, list):
+        parts["samples"] = [each for each in samples if isinstance(_of(each, "prompt"), str) and "answer" in each]
+    return {name: item[name] for name in ("stage", "n", "accuracy", "weight_version") if name in item} | parts
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    return {name: number for name, number in value.items() if is_number(number)} if isinstance(value, dict) else {}
+
+
+def _of(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else None
 
 
 def summarise(record: RunRecord) -> dict[str, Any]:
@@ -188,7 +217,7 @@ def summarise(record: RunRecord) -> dict[str, Any]:
             for step in record.steps
         ],
         "eval": {
-            item["stage"]: {key: item[key] for key in keep if key in item} | {"versus": differences(item)}
+            item["stage"]: {key: item[key] for key in keep if key in item} | {"versus": item.get("versus", {})}
             for item in evaluations(record)
         },
         "served": served,
@@ -241,7 +270,8 @@ def write(record: RunRecord, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "report.json", json.dumps(summary, indent=2, default=_json) + "\n")
     page = folder / "report.html"
-    write_text(page, report_page.render(record, summary))
+    text = report_page.render(record, summary)
+    write_text(page, text.encode(errors="backslashreplace").decode())  # an error's text may hold half a surrogate
     return page
 
 

@@ -1,19 +1,27 @@
 """The report of a hand-written run: every number on the page and in report.json can be checked by eye."""
 
+import io
 import json
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from infra.storage import open_store
 from infra.telemetry import MetricsWriter
+from workflows import launch, report
 from workflows.artifacts import Artifact
+from workflows.config import RunSettings
+from workflows.graph import workflow
+from workflows.progress import PlainDisplay
 from workflows.report import RunRecord, StepRecord, gather_metrics, plain, summarise, table, table_lines, write
+from workflows.runs import load_run
 from workflows.values import encode
 
 
@@ -167,6 +175,84 @@ def test_metrics_are_read_once_per_artifact(tmp_path: Path) -> None:
         StepRecord("pick", "pick", "committed", result=[one, {"other": none}]),
     ]
     assert gather_metrics(store, steps) == [{"stage": "sft", "step": 1, "loss": 2.0}]
+
+
+def test_files_and_results_that_only_look_like_ours_cost_no_report(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(tmp_path)
+    files = {
+        "blank": b'{"loss": 1}\n\n',
+        "lists": b"[1, 0.5]\n",
+        "latin": '{"n": "caf\xe9"}\n'.encode("latin-1"),
+        "mixed": b'{"step": 1, "loss": 2.0, "note": "x"}\n\nhello\n{"step": 2, "loss": "high"}\n',
+    }
+    for name, data in files.items():
+        store.put(f"runs/r/{name}/data/metrics.jsonl", data)
+    results: list[Any] = [Artifact(name, location=f"runs/r/{name}") for name in files]
+    results += [
+        {"stage": "dev", "n": 3, "accuracy": None},
+        {"stage": "dev", "n": 3, "accuracy": {"top1": 0.5}},
+        {"stage": ["dev"], "n": 3, "accuracy": 0.5},
+        {"stage": "nan", "n": 3, "accuracy": float("nan")},
+        {
+            "stage": "test",
+            "n": 3,
+            "accuracy": 0.5,
+            "accuracy_ci": 0.1,
+            "per_task_type": {"a": 0.5, "b": {"accuracy": 1}},
+        }
+        | {
+            "pass_at_n": [1],
+            "safety": {"refused": None},
+            "reward": 3,
+            "samples": ["x", {"prompt": 1}],
+            "versus": "dev",
+        },
+        {
+            "stage": "more",
+            "n": 3,
+            "accuracy": 1,
+            "versus": {"test": {"difference": 0.5}, "x": None},
+            "samples": {"a": 1},
+        },
+        {"grpc": [1], "openai": None, "weight_version": {}},
+    ]
+    steps = [StepRecord(f"s{place}", "s", "committed", result=result) for place, result in enumerate(results)]
+    metrics = gather_metrics(store, steps)
+    assert metrics == [{"stage": "s3", "step": 1, "loss": 2.0}, {"stage": "s3", "step": 2}]
+    warned = [record.message for record in caplog.records]
+    assert len(warned) == 1 and "mixed/data/metrics.jsonl: 2 lines are no metrics" in warned[0]
+    record = _record(steps=steps, metrics=metrics)
+    assert summarise(record)["eval"] == {
+        "test": {"n": 3, "accuracy": 0.5, "per_task_type": {"b": {"accuracy": 1}}, "pass_at_n": {}, "safety": {}}
+        | {"reward": {}, "versus": {}},
+        "more": {"n": 3, "accuracy": 1, "versus": {}},
+    }
+    assert table_lines(summarise(record))[1].split() == ["accuracy", "50.0%", "100.0%"]
+    assert "<h2>Evaluation" in write(record, tmp_path / "out").read_text()
+
+
+@workflow
+def stepless() -> int:
+    """Nothing that needs Ray."""
+    return 7
+
+
+def test_what_fails_after_the_end_changes_nothing_of_a_finished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = ModuleType("flows")
+    monkeypatch.setattr(module, "on_finish", lambda result: sys.exit(3), raising=False)
+    monkeypatch.setattr(report, "write", lambda *_: {}["gone"])
+    settings = RunSettings(store=str(tmp_path / "store"), run_id="r")
+    monkeypatch.setitem(sys.modules, "flows", module)
+    shown = io.StringIO()
+    page = launch.run(launch.Launch(module, stepless, (), {}), settings, tmp_path / "reports", PlainDisplay(shown))
+    assert page is None and load_run(open_store(tmp_path / "store"), "r").status == "finished"
+    assert "warning: the run has finished, but on_finish of flows failed: SystemExit: 3" in shown.getvalue()
+    assert "the report (write it with `recua report r`) failed: KeyError: 'gone'" in shown.getvalue()
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_table_for_the_terminal_has_a_column_per_stage() -> None:
