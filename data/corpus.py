@@ -8,7 +8,7 @@ from random import Random
 from data.config import CleaningSettings, CorpusSettings
 from data.dedup import ExactDuplicates, LineDuplicates, NearDuplicates
 from data.filters import why_rejected
-from data.formats import Row, read_rows, validate, write_jsonl
+from data.formats import Row, rows_by_source, validate, write_jsonl
 from data.stdlib_text import is_held_out, stdlib_documents
 from infra.errors import ConfigError, DataError
 
@@ -72,6 +72,5 @@ def clean(rows: Iterator[Row], settings: CleaningSettings, removed: Counter[str]
 def _documents(settings: CorpusSettings) -> Iterator[Row]:
     for document in stdlib_documents(settings):
         yield {"text": document.text, "source": f"stdlib/{document.kind}"}
-    for source in settings.files:
-        for row in read_rows(source, "text"):
-            yield {"text": row["text"], "source": source}
+    for source, row in rows_by_source(settings.files, "text"):
+        yield {"text": row["text"], "source": source}

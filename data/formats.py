@@ -1,35 +1,52 @@
 """Reading and writing training files: JSONL, parquet, and any source of the `datasets` library.
 
-A source is a file, a folder (all .jsonl and .parquet files below it), a glob, or
-`datasets:NAME[?name=CONFIG&split=SPLIT]` where NAME is a hub repository or a folder that `save_to_disk` wrote. Several
-sources are read one after the other.
-Everything malformed is a DataError that starts with `file:line:`.
+A source is a file, a folder or a glob (see `data.files`), or `datasets:NAME[?name=CONFIG&split=SPLIT]` where NAME is a
+hub repository or a folder that `save_to_disk` wrote. Several sources are read one after the other, a file that several
+of them mean once.
+
+    .jsonl .ndjson    one object a line
+    .json             the same, or a list of objects
+    .parquet          one row an object
+
+Text may be compressed (.gz .bz2 .xz .zst). Everything malformed is a DataError that starts with `file:line:`.
 """
 
-import glob
+import bz2
+import gzip
+import io
 import json
+import logging
+import lzma
 import os
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qsl
+from typing import Any, BinaryIO, cast
 
+from data.files import DATASETS, kind_of, parse_dataset, resolve_files
 from data.shapes import Row, Shape, check_row
 from infra.errors import DataError
 from infra.storage import appear
 
-_SUFFIXES = (".jsonl", ".parquet")
+_BOM = b"\xef\xbb\xbf"
 _SHOWN_PROBLEMS = 5
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a validation pass saw, e.g. Summary(rows=3, task_types={"reasoning/addition": 2, "": 1})."""
+    """What a validation pass saw, e.g. Summary(rows=3, task_types={"reasoning/addition": 2, "": 1}).
+
+    `text_bytes`: UTF-8 bytes of all "text", which bounds the tokens that pretraining gets of it.
+    """
 
     rows: int
     task_types: dict[str, int] = field(default_factory=dict)
+    text_bytes: int = 0
 
 
 def read_rows(sources: str | Path | Sequence[str | Path], shape: Shape) -> Iterator[Row]:
@@ -38,37 +55,49 @@ def read_rows(sources: str | Path | Sequence[str | Path], shape: Shape) -> Itera
     Raises:
         DataError: `file:line: what is wrong` at the first malformed row; a missing file before any row.
     """
-    for place, row in _raw_rows(_resolve(sources)):
+    return (row for _, row in rows_by_source(sources, shape))
+
+
+def rows_by_source(sources: str | Path | Sequence[str | Path], shape: Shape) -> Iterator[tuple[str, Row]]:
+    """(source, row) as `read_rows`, with the source that each row is from."""
+    for source, place, row in _raw_rows(sources):
         try:
-            yield check_row(_parsed(row), shape)
+            yield source, check_row(_parsed(row), shape)
         except ValueError as error:
             raise DataError(f"{place}: {error}") from None
 
 
-def validate(sources: str | Path | Sequence[str | Path], shape: Shape) -> Summary:
-    """Read everything once before expensive work.
+def validate(
+    sources: str | Path | Sequence[str | Path], shape: Shape, also: Callable[[Row], None] | None = None
+) -> Summary:
+    """Read everything once before expensive work. `also` may raise ValueError for a row of the right shape.
 
     Raises:
         DataError: the first five malformed rows, one line each, and how many more there are; or no row at all.
     """
     problems: list[str] = []
-    count, bad = 0, 0
+    count, bad, size = 0, 0, 0
     task_types: Counter[str] = Counter()
-    for place, row in _raw_rows(_resolve(sources)):
+    for _, place, row in _raw_rows(sources):
         try:
-            task_types[check_row(_parsed(row), shape).get("task_type", "")] += 1
-            count += 1
+            checked = check_row(_parsed(row), shape)
+            if also is not None:
+                also(checked)
         except ValueError as error:
             bad += 1
             if len(problems) < _SHOWN_PROBLEMS:
                 problems.append(f"{place}: {error}")
+            continue
+        count += 1
+        size += len(checked.get("text", "").encode())
+        task_types[checked.get("task_type", "")] += 1
     if bad > len(problems):
         problems.append(f"... and {bad - len(problems)} more malformed rows")
     if problems:
         raise DataError("\n".join(problems))
     if not count:
         raise DataError(f"{_shown(sources)}: no rows")
-    return Summary(count, dict(task_types))
+    return Summary(count, dict(task_types), size)
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> int:
@@ -94,56 +123,79 @@ def write_parquet(path: str | Path, rows: Iterable[Row]) -> int:
     return int(table.num_rows)
 
 
-def resolve_files(source: str | Path) -> list[Path]:
-    """The .jsonl and .parquet files that a file name, folder or glob means, sorted.
-
-    Raises:
-        DataError: nothing there, or a file of another kind.
-    """
-    text = str(source)
-    path = Path(text)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
-        if not files:
-            raise DataError(f"{text}: no .jsonl or .parquet file in this folder")
-        return files
-    if path.is_file():
-        files = [path]
-    else:
-        files = sorted(Path(name) for name in glob.glob(text, recursive=True) if os.path.isfile(name))
-        if not files:
-            raise DataError(f"{text}: no such file")
-    for file in files:
-        if file.suffix not in _SUFFIXES:
-            raise DataError(f"{file}: expected a .jsonl or .parquet file")
-    return files
+def _raw_rows(sources: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, str, object]]:
+    """(source, place, row); a row of text is still its bytes, so that one bad line does not end a validation pass."""
+    for source, file in _resolve(sources):
+        rows = _datasets_rows(source) if file is None else _file_rows(file)
+        for place, row in rows:
+            yield source, place, row
 
 
-def _resolve(sources: str | Path | Sequence[str | Path]) -> list[str | Path]:
-    """Files and `datasets:` sources in order; everything missing is found before the first row is read."""
+def _resolve(sources: str | Path | Sequence[str | Path]) -> list[tuple[str, Path | None]]:
+    """(source, file) in order, no file for `datasets:`; everything missing is found before the first row is read."""
     listed = [sources] if isinstance(sources, str | Path) else list(sources)
-    resolved: list[str | Path] = []
-    for source in listed:
-        resolved += [source] if str(source).startswith("datasets:") else resolve_files(source)
+    resolved: list[tuple[str, Path | None]] = []
+    seen: set[str] = set()
+    for source in map(str, listed):
+        files = [None] if source.startswith(DATASETS) else resolve_files(source)
+        for file in files:
+            if (place := source if file is None else os.path.realpath(file)) in seen:
+                log.warning("%s is named more than once; it is read once", file or source)
+                continue
+            seen.add(place)
+            resolved.append((source, file))
     return resolved
 
 
-def _raw_rows(resolved: Iterable[str | Path]) -> Iterator[tuple[str, object]]:
-    """(place, row); a JSONL row is still the line's bytes, so that one bad line does not end a validation pass."""
-    for source in resolved:
-        if str(source).startswith("datasets:"):
-            yield from _datasets_rows(str(source))
-        elif Path(source).suffix == ".parquet":
-            yield from _parquet_rows(Path(source))
-        else:
-            yield from _jsonl_lines(Path(source))
+def _file_rows(path: Path) -> Iterator[tuple[str, object]]:
+    layout, compression = kind_of(path)
+    if layout == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    try:
+        with _opened(path, compression) as file:
+            yield from _json_rows(path, file) if layout == ".json" else _lines(path, file)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        why = getattr(error, "strerror", None) or f"damaged or cut off: {error}"
+        raise DataError(f"{path}: {why}") from None
 
 
-def _jsonl_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path}:{number}", line
+def _opened(path: Path, compression: str) -> BinaryIO:
+    """A file's content, decompressed."""
+    if compression == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    opens: dict[str, Any] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return cast(BinaryIO, opens[compression](path, "rb"))
+
+
+def _lines(path: Path, file: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
+    for number, line in enumerate(file, start=1):
+        if line.removeprefix(_BOM).strip():
+            yield f"{path}:{number}", line
+
+
+def _json_rows(path: Path, file: Iterable[bytes]) -> Iterator[tuple[str, object]]:
+    """The items of a list; a file that does not begin with `[` holds one object a line."""
+    lines, head = iter(file), b""
+    while not head.removeprefix(_BOM).strip() and (line := next(lines, b"")):
+        head += line
+    if not head.removeprefix(_BOM).lstrip().startswith(b"["):
+        yield from _lines(path, chain(head.splitlines(keepends=True), lines))
+        return
+    try:
+        items = json.loads(head + b"".join(lines))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: {_invalid(error)}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8; a number of thousands of digits; nested too deeply
+        raise DataError(f"{path}:1: not usable JSON: {error}") from None
+    for number, item in enumerate(items, start=1):
+        yield f"{path}:{number}", item
+
+
+def _invalid(error: json.JSONDecodeError) -> str:
+    return f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 def _parsed(row: object) -> object:
@@ -154,7 +206,7 @@ def _parsed(row: object) -> object:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
+        raise ValueError(_invalid(error)) from None
     except RecursionError:
         raise ValueError("not usable JSON: nested too deeply") from None
 
@@ -175,24 +227,35 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _datasets_rows(source: str) -> Iterator[tuple[str, Row]]:
+    number = 0
+    try:
+        for row in _dataset(source):
+            number += 1
+            yield f"{source}:{number}", row
+    except DataError:
+        raise
+    except Exception as error:  # the library raises many kinds, some of them private
+        hint = f"; write {DATASETS}NAME?split=SPLIT" if "Unknown split" in str(error) else ""
+        raise DataError(f"{source}: {type(error).__name__}: {error}{hint}") from error
+
+
+def _dataset(source: str) -> Iterable[Row]:
     import datasets
 
-    name, _, query = source.removeprefix("datasets:").partition("?")
-    options = dict(parse_qsl(query))
-    unknown = sorted(set(options) - {"name", "split"})
-    if unknown:
-        raise DataError(f"{source}: unknown option {unknown[0]}; known: name, split")
+    name, options = parse_dataset(source)
+    if not any(Path(name, file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
+        split = options.get("split", "train")
+        return cast(Iterable[Row], datasets.load_dataset(name, options.get("name"), split=split))
+    if "name" in options:
+        raise DataError(f"{source}: a folder that save_to_disk wrote has no configurations; leave name= out")
+    loaded: Any = datasets.load_from_disk(name)
     split = options.get("split", "train")
-    try:
-        if (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
-            loaded: Any = datasets.load_from_disk(name)
-            loaded = loaded[split] if isinstance(loaded, dict) else loaded
-        else:
-            loaded = datasets.load_dataset(name, options.get("name"), split=split)
-    except Exception as error:  # the library raises many kinds, some of them private
-        raise DataError(f"{source}: {type(error).__name__}: {error}") from error
-    for number, row in enumerate(loaded, start=1):
-        yield f"{source}:{number}", row
+    if not isinstance(loaded, dict):  # one split, which may not know its name
+        loaded = {str(loaded.split) if loaded.split and "split" in options else split: loaded}
+    if split not in loaded:
+        there = f"it has {', '.join(loaded)}: write {DATASETS}{name}?split={next(iter(loaded))}"
+        raise DataError(f"{source}: no split {split!r}; {there}")
+    return cast(Iterable[Row], loaded[split])
 
 
 def _shown(sources: str | Path | Sequence[str | Path]) -> str:

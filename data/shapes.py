@@ -5,7 +5,8 @@
     prompt       {"prompt"[, "answer"]}                        what reinforcement learning samples from
     text         {"text"}                                      pretraining
 
-All keep an optional "task_type"; other columns are left out. Every checker raises ValueError with what is wrong,
+A message is {"role", "content"[, "weight"]}: an assistant turn of weight 0 is read and not trained on, 1 is the same as
+none. All keep an optional "task_type"; other columns are left out. Every checker raises ValueError with what is wrong,
 without the place: `data.formats` knows the file and line.
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 Row = dict[str, Any]
+Message = dict[str, Any]
 Shape = Literal["messages", "preference", "prompt", "text"]
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
@@ -51,7 +53,14 @@ def _messages_row(row: Row) -> Row:
         raise ValueError('"messages" has no assistant turn: nothing to train on')
     if not all(message["content"].strip() for message in answers):
         raise ValueError('"messages" has an empty assistant turn')
+    if not any(map(is_trained, answers)):
+        raise ValueError('"messages" has assistant turns of weight 0 only: nothing to train on')
     return {"messages": messages}
+
+
+def is_trained(message: Message) -> bool:
+    """Whether training wants this turn of the assistant."""
+    return bool(message.get("weight", 1))
 
 
 def _prompt_row(row: Row) -> Row:
@@ -64,13 +73,17 @@ def _prompt_row(row: Row) -> Row:
 
 def _preference_row(row: Row) -> Row:
     chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
-    prompt = _prompt(row["prompt"]) if row.get("prompt") is not None else _common_start(chosen, rejected)
+    prompt = (
+        _prompt(row["prompt"]) if row.get("prompt") is not None else _common_start(_plain(chosen), _plain(rejected))
+    )
     if not prompt:
         raise ValueError('"prompt" is missing, and "chosen" and "rejected" share no first messages')
     chosen, rejected = (
-        answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer for answer in (chosen, rejected)
+        answer[len(prompt) :] if _plain(answer[: len(prompt)]) == prompt else answer for answer in (chosen, rejected)
     )
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not all(map(is_trained, answer)):
+            raise ValueError(f'"{name}" has a turn of weight 0: preferences compare whole answers')
         if not answer or answer[-1]["role"] != "assistant" or not answer[-1]["content"].strip():
             raise ValueError(f'"{name}" must end with a non-empty assistant turn')
     if chosen == rejected:
@@ -84,14 +97,14 @@ def _preference_row(row: Row) -> Row:
     return checked
 
 
-def _answer(row: Row, key: str) -> list[dict[str, str]]:
+def _answer(row: Row, key: str) -> list[Message]:
     value = _required(row, key)
     if isinstance(value, str):
         return [{"role": "assistant", "content": _string(value, f'"{key}"')}]
     return _messages(value, key)
 
 
-def _prompt(value: object) -> list[dict[str, str]]:
+def _prompt(value: object) -> list[Message]:
     if isinstance(value, str):
         if not value.strip():
             raise ValueError('"prompt" is empty')
@@ -99,29 +112,38 @@ def _prompt(value: object) -> list[dict[str, str]]:
     messages = _messages(value, "prompt")
     if messages[-1]["role"] == "assistant":
         raise ValueError('"prompt" ends with an assistant turn: there is nothing to answer')
-    return messages
+    return _plain(messages)
 
 
-def _common_start(chosen: list[dict[str, str]], rejected: list[dict[str, str]]) -> list[dict[str, str]]:
+def _plain(messages: list[Message]) -> list[Message]:
+    """The messages without weights."""
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _common_start(chosen: list[Message], rejected: list[Message]) -> list[Message]:
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     return chosen[:shared]
 
 
-def _messages(value: object, key: str) -> list[dict[str, str]]:
+def _messages(value: object, key: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise ValueError(f'"{key}" must be a non-empty list of messages, found {_named(value)}')
     return [_message(message, f"{key}[{place}]") for place, message in enumerate(value)]
 
 
-def _message(message: object, name: str) -> dict[str, str]:
+def _message(message: object, name: str) -> Message:
     if not isinstance(message, dict):
         raise ValueError(f"{name} must be an object, found {_named(message)}")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"{name} has role {role!r}; known: {', '.join(ROLES)}")
-    return {"role": role, "content": _string(content, f'{name} "content"')}
+    checked = {"role": role, "content": _string(content, f'{name} "content"')}
+    weight = message.get("weight")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise ValueError(f"{name} has weight {weight!r}; known: 1 (train on it) and 0 (do not)")
+    return {**checked, "weight": 0} if weight == 0 and role == "assistant" else checked
 
 
 def _string(value: object, name: str) -> str:
@@ -138,7 +160,8 @@ def _string(value: object, name: str) -> str:
 
 def _required(row: Row, key: str) -> Any:
     if row.get(key) is None:
-        raise ValueError(f'"{key}" is missing (found: {", ".join(sorted(map(str, row))) or "nothing"})')
+        found = "it is null" if key in row else f"found: {', '.join(sorted(map(str, row))) or 'nothing'}"
+        raise ValueError(f'"{key}" is missing ({found})')
     return row[key]
 
 

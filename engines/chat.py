@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from models.chat import render, render_with_mask
 from models.tokenizer import Tokenizer, load_tokenizer
@@ -19,12 +19,12 @@ class ChatTokenizer:
     def load(cls, folder: str | Path) -> "ChatTokenizer":
         return cls(load_tokenizer(folder))
 
-    def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The conversation up to where the assistant's answer starts."""
         return render(messages, self.tokenizer, add_generation_prompt=True)
 
     def example(
-        self, messages: Sequence[Mapping[str, str]], train_on: Literal["all", "last"]
+        self, messages: Sequence[Mapping[str, Any]], train_on: Literal["all", "last"]
     ) -> tuple[list[int], list[int]]:
         """(ids [T], mask [T]): mask 1 on what the assistant must produce."""
         return render_with_mask(messages, self.tokenizer, train_on)

@@ -13,15 +13,15 @@ special tokens; whoever serves untrusted text renders here and passes ids.)
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from infra.errors import ConfigError
 
 if TYPE_CHECKING:
     from models.tokenizer import Tokenizer
 
-Message = Mapping[str, str]
-"""{"role": "system" | "user" | "assistant" | ..., "content": text}"""
+Message = Mapping[str, Any]
+"""{"role": "system" | "user" | "assistant" | ..., "content": text[, "weight": 0 where nothing is to be learnt]}"""
 
 TEMPLATES = {
     "llama3": (
@@ -76,14 +76,21 @@ def render_with_mask(
 ) -> tuple[list[int], list[int]]:
     """(ids [T], mask [T]): mask is 1 on the tokens that the assistant must produce, its end-of-turn token included.
 
-    `train_on="last"` keeps only the last assistant turn. The mask belongs to the token itself: when position t predicts
-    token t + 1, shift it with the labels. Raises as `render`, and ValueError when there is no assistant turn.
+    A turn of weight 0 has mask 0. `train_on="last"` keeps only the last assistant turn. The mask belongs to the token
+    itself: when position t predicts token t + 1, shift it with the labels. Raises as `render`, and ValueError when no
+    assistant turn is trained on.
     """
     pieces = _pieces(messages, tokenizer, open_end=False)
     answers = [index for index, (_, is_answer) in enumerate(pieces) if is_answer]
     if not answers:
         raise ValueError("nothing to train on: the conversation has no assistant turn")
-    kept = set(answers if train_on == "all" else answers[-1:])
+    turns = [message for message in messages if message["role"] == "assistant"]
+    wanted = [index for index, turn in zip(answers, turns, strict=True) if turn.get("weight", 1)]
+    kept = set(answers if train_on == "all" else answers[-1:]) & set(wanted)
+    if not kept:
+        raise ValueError(
+            f"nothing to train on: {'every' if train_on == 'all' else 'the last'} assistant turn has weight 0"
+        )
     ids: list[int] = []
     mask: list[int] = []
     for index, (piece, _) in enumerate(pieces):

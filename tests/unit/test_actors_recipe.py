@@ -1,5 +1,6 @@
 """Every recipe that ships is valid, and mistakes in one are refused by name."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,16 @@ def test_a_malformed_line_is_named_by_file_and_line(tmp_path: Path) -> None:
     file.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{"mess\n')
     with pytest.raises(UserError, match=r"mine\.jsonl:2"):
         check_recipe(load(TINY, Recipe, [f"problems.instruction_files=['{file}']"]))
+
+
+def test_a_last_turn_that_is_not_learnt_is_named_by_file_and_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    file.write_text(f"{json.dumps({'messages': [*turns[:3], {**turns[3], 'weight': 0}]})}\n")
+    named = [f"problems.instruction_files=['{file}']"]
+    check_recipe(load(TINY, Recipe, named))
+    with pytest.raises(UserError, match=r"mine\.jsonl:1: the last assistant turn has weight 0 and sft\.train_on"):
+        check_recipe(load(TINY, Recipe, [*named, "sft.train_on=last"]))
 
 
 def test_pools_are_part_of_no_key() -> None:

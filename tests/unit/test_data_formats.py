@@ -1,11 +1,17 @@
 """Files in: every malformed line is named by file and line. Files out: atomic and equal bytes."""
 
+import bz2
+import gzip
 import json
+import logging
+import lzma
+import os
 import re
 
 import pytest
 
-from data.formats import read_rows, resolve_files, validate, write_jsonl, write_parquet
+from data.files import resolve_files
+from data.formats import read_rows, validate, write_jsonl, write_parquet
 from infra.errors import DataError
 
 USER = {"role": "user", "content": "2+2?"}
@@ -67,6 +73,25 @@ def test_all_preference_spellings_mean_the_same(tmp_path, row):
             "empty assistant",
         ),
         ("messages", json.dumps({**CHAT, "task_type": 1}).encode(), '"task_type" must be a string'),
+        *(
+            (
+                "messages",
+                json.dumps({"messages": [USER, {**FOUR, "weight": weight}]}).encode(),
+                f"weight {weight!r}; known",
+            )
+            for weight in (0.5, 2, -1, True, "0", float("nan"))
+        ),
+        (
+            "messages",
+            json.dumps({"messages": [USER, {**FOUR, "weight": 0}]}).encode(),
+            "weight 0 only: nothing to train",
+        ),
+        (
+            "preference",
+            json.dumps({"prompt": "a", "chosen": "b", "rejected": [{**FIVE, "weight": 0}]}).encode(),
+            '"rejected" has a turn of weight 0',
+        ),
+        ("text", b'{"text": null}', '"text" is missing (it is null)'),
         ("preference", b'{"prompt": "a", "chosen": "b"}', '"rejected" is missing'),
         ("preference", b'{"prompt": "a", "chosen": "b", "rejected": "b"}', "are equal"),
         ("preference", b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": "x"}', "finite number, found 'x'"),
@@ -151,6 +176,174 @@ def test_datasets_source(tmp_path, monkeypatch):
         validate(source + "?splitt=x", "text")
     with pytest.raises(DataError, match=r"^datasets:"):
         validate(f"datasets:{tmp_path / 'none'}", "text")
+
+
+def test_a_dataset_without_the_split_names_those_that_it_has(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    import datasets
+
+    one = datasets.Dataset.from_list([{"text": "a"}])
+    datasets.DatasetDict({"test": one, "dev": one}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(
+        DataError, match=r"saved: no split 'train'; it has test, dev: write datasets:.*saved\?split=test"
+    ):
+        validate(f"datasets:{tmp_path / 'saved'}", "text")
+    assert validate("datasets:~/saved?split=dev", "text").rows == 1
+    with pytest.raises(DataError, match="no configurations; leave name= out"):
+        validate("datasets:~/saved?split=dev&name=x", "text")
+    (tmp_path / "loose").mkdir()
+    write_jsonl(tmp_path / "loose" / "test.jsonl", [{"text": "a"}])
+    with pytest.raises(DataError, match=r"loose: .*Should be one of \['test'\].*; write datasets:NAME\?split=SPLIT"):
+        validate("datasets:~/loose", "text")
+    with pytest.raises(DataError, match="name a dataset or a folder"):
+        validate("datasets:", "text")
+
+
+def zst(content):
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as out:
+        out.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+LINES = b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n'
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zst}
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.json", *(f"a.jsonl{suffix}" for suffix in COMPRESS)])
+def test_text_in_every_spelling_is_read(tmp_path, name):
+    compress = COMPRESS.get(os.path.splitext(name)[1], bytes)
+    half = LINES.index(b"\r\n{") + 2
+    (tmp_path / name).write_bytes(compress(LINES[:half]) + compress(LINES[half:]))  # streams may be joined
+    for source in (tmp_path, tmp_path / name, f"{tmp_path}/*"):
+        assert [row["text"] for row in read_rows(source, "text")] == ["a", "b"]
+    (tmp_path / name).write_bytes(compress(b'{"text": "a"}\n{"text": 1}\n'))
+    with pytest.raises(DataError, match=rf'{name}:2: "text" must be a string'):
+        validate(tmp_path, "text")
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_damaged_or_shortened_compressed_file_is_named(tmp_path, suffix):
+    whole = COMPRESS[suffix](b"".join(b'{"text": "%s"}\n' % os.urandom(20).hex().encode() for _ in range(5000)))
+    for content in (whole[: len(whole) // 2], b"no such format at all"):
+        (tmp_path / f"a.jsonl{suffix}").write_bytes(content)
+        with pytest.raises(DataError, match=rf"a\.jsonl\{suffix}: damaged or cut off"):
+            validate(tmp_path, "text")
+
+
+def test_a_list_of_objects_is_read_and_its_mistakes_are_named(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "a"}, {"text": "b"}], indent=1))
+    assert [row["text"] for row in read_rows(tmp_path, "text")] == ["a", "b"]
+    for text, problem in [
+        ('[{"text": "a"},\n {"text": }]', "a.json:2: not valid JSON"),
+        ('[{"text": "a"}, 3]', "a.json:2: expected an object, found a number"),
+        ("[" * 100_000, "a.json:1: not usable JSON"),
+        ("[]", f"{tmp_path}: no rows"),
+        ('{"data": [\n', "a.json:1: not valid JSON"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(DataError, match=re.escape(problem)):
+            validate(tmp_path, "text")
+    path.write_bytes(b'[{"text": "\xe9"}]')
+    with pytest.raises(DataError, match=r"a\.json:1: not usable JSON: .*utf-8"):
+        validate(tmp_path, "text")
+
+
+def test_what_a_folder_holds_beside_training_files_is_named(tmp_path, caplog):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "sub.jsonl").mkdir()  # a folder named like a file
+    write_jsonl(tmp_path / "sub.jsonl" / "b.jsonl", [{"text": "b"}])
+    for name in ("b.csv", "c.jsonl.7z", "d.parquet.gz", "README.md"):
+        (tmp_path / name).write_text("x")
+    with caplog.at_level(logging.WARNING):
+        assert [row["text"] for row in read_rows(tmp_path, "text")] == ["a", "b"]
+    (said,) = caplog.messages
+    assert "not read" in said and all(f"{tmp_path}/{name}" in said for name in ("b.csv", "c.jsonl.7z", "d.parquet.gz"))
+    with pytest.raises(DataError, match=r"README\.md: expected a"):
+        validate(f"{tmp_path}/*.*", "text")
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "sub.jsonl" / "b.jsonl").unlink()
+    with pytest.raises(DataError, match=r"in this folder; it holds .*README\.md"):
+        validate(tmp_path, "text")
+
+
+def test_a_file_of_several_names_is_read_once(tmp_path, caplog):
+    (tmp_path / "d").mkdir()
+    write_jsonl(tmp_path / "d" / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "d" / "b.jsonl").symlink_to("a.jsonl")
+    assert [path.name for path in resolve_files(tmp_path / "d")] == ["a.jsonl"]
+    with caplog.at_level(logging.WARNING):
+        sources = [tmp_path / "d", f"{tmp_path}/d/*.jsonl", f"{tmp_path}/d/../d/a.jsonl"]
+        assert [row["text"] for row in read_rows(sources, "text")] == ["a"]
+    assert "a.jsonl is named more than once; it is read once" in caplog.text
+
+
+def test_links_are_followed_and_end(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "a.jsonl", [{"text": name}])
+    for place in ("here", "there"):
+        for number in range(3):  # every way round would be an endless one
+            (tmp_path / place / f"link{number}").symlink_to(tmp_path / ("there" if place == "here" else "here"))
+            (tmp_path / place / f"self{number}").symlink_to(tmp_path / place)
+    for source in (tmp_path / "here", f"{tmp_path}/here/**/*.jsonl", f"{tmp_path}/here/**"):
+        assert [row["text"] for row in read_rows(source, "text")] == ["here", "there"]
+
+
+def test_sources_that_mean_nothing_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "d" / "a.jsonl", [{"text": "a"}])
+    for source, problem in [
+        ("", "an empty name"),
+        (f"{tmp_path}/*.jsonl", "no file matches this pattern"),
+        (f"{tmp_path}/*", "only folders match"),
+        (f"{tmp_path}/none/**/*.jsonl", "no file matches this pattern"),
+        ("s3://bucket/a.jsonl", "s3://bucket/a.jsonl: no such file"),
+    ]:
+        with pytest.raises(DataError, match=re.escape(problem)):
+            validate(source, "text")
+    (tmp_path / "d" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"gone\.jsonl: a link that leads nowhere"):
+        validate(tmp_path / "d", "text")
+    (tmp_path / "d" / "gone.jsonl").unlink()
+    os.mkfifo(tmp_path / "d" / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"pipe\.jsonl: not a regular file"):
+        validate(tmp_path / "d", "text")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \r\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
+def test_a_file_of_nothing_has_no_rows(tmp_path, content):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match="no rows"):
+        validate(tmp_path, "text")
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("data.formats.open", refuse, raising=False)
+    with pytest.raises(DataError, match=r"a\.jsonl: Permission denied"):
+        validate(tmp_path, "text")
+
+
+def test_only_a_weight_of_0_is_kept(tmp_path):
+    turns = [{**USER, "weight": 1}, {**FOUR, "weight": 0}, {**USER, "weight": 0}, {**FIVE, "weight": 1.0}]
+    turns += [USER, {**FOUR, "weight": None}]
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
+    (row,) = read_rows(tmp_path / "a.jsonl", "messages")
+    assert row["messages"] == [USER, {**FOUR, "weight": 0}, USER, FIVE, USER, FOUR]
+    asked = {"prompt": [USER, {**FOUR, "weight": 0}, USER], "chosen": [USER, FOUR, USER, FIVE], "rejected": "4"}
+    write_jsonl(tmp_path / "p.jsonl", [asked])
+    assert list(read_rows(tmp_path / "p.jsonl", "preference")) == [
+        {"prompt": [USER, FOUR, USER], "chosen": [FIVE], "rejected": [FOUR]}
+    ]
 
 
 def test_failed_write_leaves_the_old_file(tmp_path):

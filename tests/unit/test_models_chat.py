@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from test_models_tokenizer import CORPUS, llama2_folder, llama3_folder, random_text, ranks  # noqa: F401
@@ -139,3 +140,19 @@ def test_refusals(trained: Tokenizer, request: pytest.FixtureRequest) -> None:
     plain = type(backend).from_str(backend.to_str().replace("<|start_header_id|>", "<|im_start|>"))
     with pytest.raises(ConfigError, match="no chat format fits"):
         render(CONVERSATION, HFTokenizer(plain, {}))
+
+
+def test_turns_of_weight_0_are_read_and_not_learnt(tokenizer: Tokenizer) -> None:
+    def weighed(*weights: int) -> list[dict[str, Any]]:
+        left = iter(weights)
+        return [{**m, "weight": next(left)} if m["role"] == "assistant" else m for m in CONVERSATION]
+
+    ids, both = render_with_mask(CONVERSATION, tokenizer)
+    _, last = render_with_mask(CONVERSATION, tokenizer, "last")
+    assert render_with_mask(weighed(1, 1), tokenizer) == (ids, both)
+    assert render_with_mask(weighed(0, 1), tokenizer) == (ids, last)
+    assert render_with_mask(weighed(1, 0), tokenizer) == (ids, [a - b for a, b in zip(both, last, strict=True)])
+    with pytest.raises(ValueError, match="every assistant turn has weight 0"):
+        render_with_mask(weighed(0, 0), tokenizer)
+    with pytest.raises(ValueError, match="the last assistant turn has weight 0"):
+        render_with_mask(weighed(1, 0), tokenizer, "last")

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +12,7 @@ from workflows.recipe import ModelSettings, PretrainRecipe, Recipe, TokenizerSet
 
 if TYPE_CHECKING:
     from actors.config import PretrainSettings
+    from data.formats import Summary
     from models.llama import LlamaConfig
     from models.tokenizer import Tokenizer
 
@@ -28,7 +29,8 @@ def check_recipe(recipe: Recipe) -> None:
         ConfigError, DataError, CheckpointError, ResourceError.
     """
     _check_files("corpus.files", recipe.corpus.files, "text")
-    _check_files("problems.instruction_files", recipe.problems.instruction_files, "messages")
+    trained = _last_is_trained if recipe.sft.train_on == "last" else None
+    _check_files("problems.instruction_files", recipe.problems.instruction_files, "messages", trained)
     _check_kinds(recipe)
     _check_lengths(recipe, _context(recipe.model, recipe.tokenizer))
     if recipe.model.init_from is None:
@@ -142,14 +144,29 @@ def _require_room(
         )
 
 
-def _check_files(setting: str, sources: Sequence[str], shape: Literal["text", "messages"]) -> None:
-    from data.formats import validate
+def _check_files(
+    setting: str, sources: Sequence[str], shape: Literal["text", "messages"],
+    also: Callable[[dict[str, Any]], None] | None = None,
+) -> "Summary":  # fmt: skip
+    """What the sources hold, all of them together; `also` is asked about each row."""
+    from data.formats import Summary, validate
 
+    rows, text_bytes = 0, 0
     for source in sources:
         try:
-            validate(source, shape)
+            summary = validate(source, shape, also)
         except DataError as error:
             raise DataError("\n".join(f"{setting}: {line}" for line in str(error).splitlines())) from None
+        rows, text_bytes = rows + summary.rows, text_bytes + summary.text_bytes
+    return Summary(rows, text_bytes=text_bytes)
+
+
+def _last_is_trained(row: dict[str, Any]) -> None:
+    from data.shapes import is_trained
+
+    last = [message for message in row["messages"] if message["role"] == "assistant"][-1]
+    if not is_trained(last):
+        raise ValueError('the last assistant turn has weight 0 and sft.train_on is "last": nothing to train on')
 
 
 def _check_kinds(recipe: Recipe) -> None:

@@ -1,41 +1,73 @@
 """Files that a recipe names, reduced to their content: passed to a step, so that a changed file is a changed input."""
 
-import glob
+import functools
 import hashlib
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.files import DATASETS, find_files, parse_dataset
+from infra.errors import DataError
 from infra.storage import sha256_file
 
-WHOLE_BYTES = 1 << 26
-"""A larger file (weights, mostly) is known by its size, its first and its last MiB."""
-END_BYTES = 1 << 20
+REMEMBERED = 1 << 16
+SETTLED_NS = 2_000_000_000
+"""A file that was written less than this ago may be written once more without its time becoming another."""
 
 
 def content(sources: Sequence[str | None]) -> dict[str, str]:
-    """Source -> digest of the files behind it (a file, a folder, a glob); `datasets:NAME` stands for itself."""
+    """Source -> digest of the files behind it (a file, a folder, a glob); a `datasets:` name that is no folder stands
+    for itself.
+
+    Raises:
+        DataError: nothing there, or a file that cannot be read.
+    """
     return {source: _digest(source) for source in sources if source is not None}
 
 
+def require_unchanged(setting: str, sources: Sequence[str], files: dict[str, str]) -> None:
+    """Refuse what was read from `sources` unless they still hold what `files` says (`content` at the run's start).
+
+    Raises:
+        DataError: the setting, and the sources that have changed.
+    """
+    now = content(sources)
+    if changed := [source for source in now if source in files and now[source] != files[source]]:
+        raise DataError(
+            f"{setting}: {', '.join(changed)} changed after the run had started: run again once it is whole"
+        )
+
+
 def _digest(source: str) -> str:
-    path = Path(source).expanduser()
-    if path.is_file():
-        return _file_digest(path)
-    found = sorted(path.rglob("*")) if path.is_dir() else [Path(name) for name in sorted(glob.glob(str(path)))]
+    path = source
+    if source.startswith(DATASETS):
+        path, _ = parse_dataset(source)
+        if not os.path.isdir(path):
+            return hashlib.sha256().hexdigest()
+    folder = Path(os.path.expanduser(path))
+    files = find_files(path)
+    if files == [folder]:
+        return _file_digest(folder)
     digest = hashlib.sha256()
-    for file in found:
-        if file.is_file():
-            digest.update(f"{file.relative_to(path) if path.is_dir() else file} {_file_digest(file)}\n".encode())
+    for file in files if folder.is_dir() else sorted(files, key=str):
+        name = file.relative_to(folder) if folder.is_dir() else file
+        digest.update(f"{name} {_file_digest(file)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
 def _file_digest(file: Path) -> str:
-    size = file.stat().st_size
-    if size <= WHOLE_BYTES:
-        return sha256_file(file)
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as data:
-        digest.update(data.read(END_BYTES))
-        data.seek(-END_BYTES, 2)
-        digest.update(data.read())
-    return digest.hexdigest()
+    """Of the whole content; read once a process, for as long as inode, size and times stay as they are."""
+    try:
+        seen = file.stat()
+        changed = max(seen.st_mtime_ns, seen.st_ctime_ns)
+        if time.time_ns() - changed < SETTLED_NS:
+            return sha256_file(file)
+        return _remembered(file.absolute(), seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from None
+
+
+@functools.lru_cache(REMEMBERED)
+def _remembered(file: Path, *seen: int) -> str:
+    return sha256_file(file)

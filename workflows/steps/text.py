@@ -13,6 +13,7 @@ from data.config import CorpusSettings, TaskSettings
 from infra.errors import DataError
 from workflows.graph import Artifact, context, step
 from workflows.recipe import ProblemSettings, TokenizerSettings
+from workflows.steps.inputs import require_unchanged
 
 if TYPE_CHECKING:
     from data.tasks import Problem
@@ -36,7 +37,9 @@ def build_corpus(section: CorpusSettings, seed: int, files: dict[str, str]) -> A
 
     run = context()
     out = run.artifact("corpus")
-    return out.seal(**write_corpus(section, out.path, seed, run.progress))
+    counts = write_corpus(section, out.path, seed, run.progress)
+    require_unchanged("corpus.files", section.files, files)
+    return out.seal(**counts)
 
 
 @step(num_cpus=0.5, memory="1GiB", timeout=1800)
@@ -67,7 +70,9 @@ def build_problems(section: ProblemSettings, tasks: TaskSettings, seed: int, fil
     ]
     library = stdlib_instructions("train")
     rows += random.Random(seed).sample(library, min(section.stdlib_instructions, len(library)))
-    rows += read_files(section.instruction_files, "messages") if section.instruction_files else []
+    if section.instruction_files:
+        rows += read_files(section.instruction_files, "messages")
+        require_unchanged("problems.instruction_files", section.instruction_files, files)
     out = context().artifact("instructions")
     write_rows(out.path / "messages.jsonl", [{"task_type": "user/files", **row} for row in rows])
     return Problems(

@@ -182,5 +182,5 @@ def import_model(folder: str, files: dict[str, str]) -> Artifact:
     source = Path(folder).expanduser()
     check_start_model(source)
     out = context().artifact("model")
-    shutil.copytree(source, out.path, dirs_exist_ok=True)
+    shutil.copytree(source, out.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))  # as `files` does
     return out.seal()

@@ -1,0 +1,152 @@
+"""Which files does a source mean? One answer for those who read them and for those who hash them.
+
+A source is a file, a folder (all files below it) or a glob (`**` crosses folders); `~` is the home folder. Hidden files
+and folders (`.ipynb_checkpoints`, `.git`) are left out unless the source names them. Links are followed, each folder is
+entered once, so that links that lead in a circle end.
+"""
+
+import glob
+import logging
+import os
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from infra.errors import DataError
+
+DATASETS = "datasets:"
+"""How a source of the `datasets` library begins."""
+FORMATS = (".jsonl", ".ndjson", ".json", ".parquet")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+"""Suffixes that may follow those of text: `rows.jsonl.gz`."""
+_EXPECTED = f"expected a .jsonl or .parquet file (or .ndjson, .json; text also with {' '.join(COMPRESSIONS)})"
+_SHOWN = 5
+
+log = logging.getLogger(__name__)
+
+
+def kind_of(file: Path) -> tuple[str, str]:
+    """(format, compression) by the file's name, both "" where it is none that can be read; capitals do not matter.
+
+    Example: `a.JSONL.gz` is (".jsonl", ".gz").
+    """
+    stem, suffix = os.path.splitext(file.name.lower())
+    inner = os.path.splitext(stem)[1]
+    if suffix in COMPRESSIONS and inner in FORMATS and inner != ".parquet":
+        return inner, suffix
+    return (suffix, "") if suffix in FORMATS else ("", "")
+
+
+def find_files(source: str | Path) -> list[Path]:
+    """Every file that a source means, whatever it holds, sorted.
+
+    Raises:
+        DataError: nothing there, a folder that cannot be listed, or a link to nothing where a data file should be.
+    """
+    if not str(source):
+        raise DataError("'': an empty name; name a file, a folder or a glob")
+    text = os.path.expanduser(source)
+    try:
+        if os.path.isfile(text):
+            return [Path(text)]
+        found = _below(text) if os.path.isdir(text) else _matching(text)
+        files = sorted(path for path in found if _is_regular(path))
+    except OSError as error:
+        raise DataError(f"{error.filename or source}: {error.strerror}") from None
+    if not files and not os.path.isdir(text):
+        if found:
+            raise DataError(f"{source}: only folders match; add /**/*.jsonl to read what lies below them")
+        raise DataError(f"{source}: no {'file matches this pattern' if glob.has_magic(text) else 'such file'}")
+    return files
+
+
+def resolve_files(source: str | Path) -> list[Path]:
+    """The files of a source that can be read as rows, sorted; a file that is there under two names counts once.
+
+    What else lies in a folder is named in a warning.
+
+    Raises:
+        DataError: as `find_files`; no such file in a folder; or a file of another kind that is no folder's.
+    """
+    files = find_files(source)
+    readable = [file for file in files if kind_of(file)[0]]
+    others = [file for file in files if not kind_of(file)[0]]
+    if not os.path.isdir(os.path.expanduser(source)):
+        if others:
+            raise DataError(f"{others[0]}: {_EXPECTED}")
+    elif not readable:
+        raise DataError(f"{source}: no .jsonl or .parquet file in this folder{_listed('; it holds', others)}")
+    elif others:
+        log.warning("%s: not read, neither JSON lines nor parquet by name%s", source, _listed(":", others))
+    return once(readable)
+
+
+def parse_dataset(source: str) -> tuple[str, dict[str, str]]:
+    """(name or folder, options) of a source `datasets:NAME[?name=CONFIG&split=SPLIT]`.
+
+    Raises:
+        DataError: no name, or an option that there is not.
+    """
+    name, _, query = source.removeprefix(DATASETS).partition("?")
+    options = dict(parse_qsl(query))
+    if unknown := sorted(set(options) - {"name", "split"}):
+        raise DataError(f"{source}: unknown option {unknown[0]}; known: name, split")
+    if not name:
+        raise DataError(f"{source}: name a dataset or a folder: {DATASETS}NAME")
+    return os.path.expanduser(name), options
+
+
+def once(files: Sequence[Path]) -> list[Path]:
+    """The files in order without those that came before, be it by another name."""
+    return list({os.path.realpath(file): file for file in reversed(files)}.values())[::-1]
+
+
+def _listed(before: str, files: Sequence[Path]) -> str:
+    more = f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
+    return f"{before} {', '.join(map(str, files[:_SHOWN]))}{more}" if files else ""
+
+
+def _below(folder: str) -> list[Path]:
+    """All that is no folder below this one, what is hidden left out."""
+    waiting, entered, found = [folder], set(), []
+    while waiting:  # linked folders come after the real ones, which keep their own names
+        for root, folders, names in os.walk(waiting.pop(0), onerror=_raise):
+            if (place := os.path.realpath(root)) in entered:
+                folders.clear()
+                continue
+            entered.add(place)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            waiting += [path for name in folders if os.path.islink(path := os.path.join(root, name))]
+            found += [Path(root, name) for name in names if not name.startswith(".")]
+    return found
+
+
+def _matching(pattern: str) -> list[Path]:
+    """What a glob matches, folders included. The standard library's `**` would go round in circles of links."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return [Path(name) for name in glob.glob(pattern)]
+    first = parts.index("**")
+    roots = [name for name in glob.glob(os.path.join(*parts[:first])) if os.path.isdir(name)] if first else ["."]
+    return [path for root in roots for path in _below(root) if _fits(path.relative_to(root).parts, parts[first:])]
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_fits(parts[start:], pattern[1:]) for start in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
+
+
+def _is_regular(path: Path) -> bool:
+    if path.is_file():
+        return True
+    if kind_of(path)[0] and not path.is_dir():  # leaving it out would train on less than there seems to be
+        raise DataError(f"{path}: {'a link that leads nowhere' if path.is_symlink() else 'not a regular file'}")
+    return False
+
+
+def _raise(error: OSError) -> None:
+    raise error
