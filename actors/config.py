@@ -1,13 +1,19 @@
 """Settings of the post-training loops (contents of a recipe's stage sections). No torch, no ray."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.config import ElasticSettings
+from data.config import rising
 from engines.config import LearnerSettings
-from infra.config import Settings
+from infra.config import Seconds, Settings
+from infra.errors import ConfigError
+from infra.storage import parse_store
+
+Epochs = Annotated[float, Field(gt=0, le=1e6)]
+"""Passes over data."""
 
 
 class LearnerPoolSettings(Settings):
@@ -25,7 +31,7 @@ class LearnerPoolSettings(Settings):
     """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimizer, 2 also gradients, 3 also parameters."""
     micro_batch_tokens: int = Field(default=8192, ge=1)
     """Largest padded micro-batch (rows x longest row) of one rank; lower it when memory runs out."""
-    idle_timeout_s: float = Field(default=600, gt=0)
+    idle_timeout_s: Seconds = 600
     """An idle pool ends itself after this many seconds without a borrower."""
 
 
@@ -38,7 +44,7 @@ class GeneratorPoolSettings(Settings):
     """CPUs that Ray books for one engine."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs that Ray books for one engine."""
-    idle_timeout_s: float = Field(default=600, gt=0)
+    idle_timeout_s: Seconds = 600
     """An idle pool ends itself after this many seconds without a borrower."""
 
 
@@ -108,6 +114,21 @@ class PretrainSettings(Settings):
         given["min_workers"] = -(-self.elastic.min_workers // block) * block
         return ElasticSettings(**_group(given, self.workers, self.tensor_parallel, self.pipeline_parallel))
 
+    @field_validator("snapshot_store")
+    @classmethod
+    def _is_a_store(cls, url: str) -> str:
+        try:
+            if url:
+                parse_store(url, "")
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return url
+
+    @field_validator("batch_growth")
+    @classmethod
+    def _growth_rises(cls, growth: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        return rising(growth)
+
     @model_validator(mode="before")
     @classmethod
     def _says_it_once(cls, values: Any) -> Any:
@@ -156,7 +177,7 @@ class SftSettings(Settings):
 
     optimizer: LearnerSettings = LearnerSettings()
     """Learning rate, schedule, clipping."""
-    epochs: float = Field(default=2, gt=0)
+    epochs: Epochs = 2
     """Passes over the data; a fraction is allowed."""
     batch_size: int = Field(default=64, ge=1)
     """Examples per optimizer step, over all ranks."""
@@ -190,7 +211,7 @@ class RewardSettings(Settings):
 
     optimizer: LearnerSettings = LearnerSettings()
     """Learning rate, schedule, clipping."""
-    epochs: float = Field(default=1, gt=0)
+    epochs: Epochs = 1
     """Passes over the pairs."""
     batch_size: int = Field(default=64, ge=1)
     """Pairs per optimizer step, over all ranks."""
@@ -224,7 +245,7 @@ class DpoSettings(Settings):
 
     optimizer: LearnerSettings = LearnerSettings()
     """Learning rate, schedule, clipping."""
-    epochs: float = Field(default=1, gt=0)
+    epochs: Epochs = 1
     """Passes over the pairs."""
     batch_size: int = Field(default=64, ge=1)
     """Pairs per optimizer step, over all ranks."""
@@ -255,7 +276,7 @@ class PpoSettings(Settings):
     """Answers per prompt."""
     mini_batch_size: int = Field(default=128, ge=1)
     """Answers per optimizer step."""
-    epochs: int = Field(default=1, ge=1)
+    epochs: int = Field(default=1, ge=1, le=1_000_000)
     """Passes over one rollout batch."""
     critic_warmup_steps: int = Field(default=0, ge=0)
     """Rollout batches that train the critic alone."""

@@ -4,14 +4,14 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from infra.config import Settings
+from infra.config import Pause, Seconds, Settings
 from infra.notices import NoticeSettings
 
 
 class HealthSettings(Settings):
     """How each node's error counters and temperatures are read (see cluster.health)."""
 
-    period_s: float = Field(default=10, gt=0)
+    period_s: Seconds = 10
     """Seconds between two readings."""
     root: Path = Path("/")
     """Where the node's own /sys and /proc are: below another folder in a container that has the host's there."""
@@ -33,41 +33,41 @@ class ElasticSettings(Settings):
 
     max_faults_without_progress: int = Field(default=8, ge=0)
     """Faults in a row without one new committed step, before the run fails."""
-    capacity_wait_s: float = Field(default=3600, gt=0)
+    capacity_wait_s: Seconds = 3600
     """How long a run with fewer than `min_workers` waits for workers before it fails."""
-    start_timeout_s: float = Field(default=300, gt=0)
+    start_timeout_s: Seconds = 300
     """How long the first generation waits for all `max_workers`; after that it starts with what is there."""
-    respawn_backoff_s: float = Field(default=10, gt=0)
+    respawn_backoff_s: Seconds = 10
     """Pause before workers are ordered again after the platform refused some."""
-    abort_timeout_s: float = Field(default=2, gt=0)
+    abort_timeout_s: Seconds = 2
     """A worker that has not left its collectives by then is killed by its node agent."""
-    join_timeout_s: float = Field(default=60, gt=0)
+    join_timeout_s: Seconds = 60
     """When nobody gets on for so long in a re-forming (rendezvous, process groups, restore), the generation is given up
     and tried again. A large state may take longer to load: every few MiB of it count as getting on."""
-    join_stall_s: float = Field(default=15, gt=0)
+    join_stall_s: Seconds = 15
     """A rank that gets on with nothing for so long on its way into a generation, while others wait for it, hangs. Time
     without a processor does not count, nor does waiting for storage or for another node's memory."""
-    boundary_timeout_s: float = Field(default=120, gt=0)
+    boundary_timeout_s: Seconds = 120
     """Longest wait for a step boundary that was asked for; after that the step is abandoned."""
-    adopt_timeout_s: float = Field(default=5, gt=0)
+    adopt_timeout_s: Seconds = 5
     """How long a restarted controller waits for node agents to name their living workers before it asks again."""
-    orphan_s: float = Field(default=300, gt=0)
+    orphan_s: Seconds = 300
     """How long ranks train on without a controller before they end: the time that a lost driver has to be replaced in.
     A run that was cancelled or has failed ends its ranks within seconds."""
     growth_must_pay: bool = True
     """Grow only if the ranks gained, over the time until the next expected re-forming, outweigh the pause of all."""
 
-    node_timeout_s: float = Field(default=2.5, gt=0)
+    node_timeout_s: Seconds = 2.5
     """A node without a beat for this long is lost."""
-    pulse_timeout_s: float = Field(default=1.0, gt=0)
+    pulse_timeout_s: Seconds = 1.0
     """A process whose beacon pulse stands still for this long is stopped or locked."""
     hang_factor: float = Field(default=5, gt=1)
     """No progress for this many of the run's own median step times is a hang."""
-    flush_timeout_s: float = Field(default=1800, gt=0)
+    flush_timeout_s: Seconds = 1800
     """How long the last snapshot's way to storage may take before its rank counts as hung."""
-    hang_floor_s: float = Field(default=5, gt=0)
+    hang_floor_s: Seconds = 5
     """Never call a hang sooner than this, however short the steps."""
-    first_step_grace_s: float = Field(default=120, gt=0)
+    first_step_grace_s: Seconds = 120
     """A generation's first step (compilation, lazy set-up) may take this long before it counts as a hang."""
 
     straggler_ratio: float = Field(default=1.25, gt=1)
@@ -100,14 +100,14 @@ class ElasticSettings(Settings):
     """Steps between snapshots into host memory: what an infrastructure fault can cost at most."""
     snapshot_replicas: int = Field(default=1, ge=0)
     """Copies of each shard in other nodes' memory; 0 keeps it only on its own node."""
-    drain_margin_s: float = Field(default=2, ge=0)
+    drain_margin_s: Pause = 2
     """How long before a preemption deadline the drained ranks must have left, on top of the measured pause."""
     notices: NoticeSettings = NoticeSettings()
     """Which notices of preemption and maintenance the nodes listen for."""
 
     quarantine_faults: int = Field(default=3, ge=1)
     """Faults of one node within `quarantine_window_s` that take it out of use."""
-    quarantine_window_s: float = Field(default=24 * 3600, gt=0)
+    quarantine_window_s: Seconds = 24 * 3600
     """How long a node's fault is remembered."""
     burn_in_speed_ratio: float = Field(default=0.7, gt=0, le=1)
     """A node whose compute speed is below this share of the fleet's median fails its burn-in."""

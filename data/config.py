@@ -1,9 +1,9 @@
 """Settings of the data part: the corpus, the made tasks, packing and the loader. Imports neither torch nor ray."""
 
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from infra.config import Settings
 
@@ -11,7 +11,7 @@ from infra.config import Settings
 class TaskSettings(Settings):
     """Made tasks with checkable answers. The sizes decide how hard each kind is for a small model."""
 
-    kinds: dict[str, float] = Field(
+    kinds: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default={
             "reasoning/addition": 4.0,
             "reasoning/subtraction": 2.0,
@@ -54,6 +54,13 @@ class TaskSettings(Settings):
 
     letters_alphabet: str = Field(default="abcdefghijklmnopqrstuvwxyz", min_length=2)
     """Letters that the spaced-letter tasks draw from; fewer letters make them easier."""
+
+    @field_validator("kinds")
+    @classmethod
+    def _some_kind(cls, kinds: dict[str, float]) -> dict[str, float]:
+        if not any(kinds.values()):
+            raise ValueError("no kind has a positive weight")
+        return kinds
 
 
 class CleaningSettings(Settings):
@@ -126,9 +133,15 @@ class BatchSettings(Settings):
     """(first window, size) pairs in rising order: from that window on the global batch has that size instead. Windows
     and steps have the same numbers until a window has been skipped."""
 
-    @model_validator(mode="after")
-    def _growth_rises(self) -> "BatchSettings":
-        starts = [0, *(start for start, _ in self.growth)]
-        if any(later <= earlier for earlier, later in pairwise(starts)) or any(size < 1 for _, size in self.growth):
-            raise ValueError("growth: windows must rise from 1 on and sizes must be positive")
-        return self
+    @field_validator("growth")
+    @classmethod
+    def _growth_rises(cls, growth: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        return rising(growth)
+
+
+def rising(growth: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """The (first window, size) pairs. Raises ValueError where windows do not rise from 1 on, or a size is no size."""
+    starts = [0, *(start for start, _ in growth)]
+    if any(later <= earlier for earlier, later in pairwise(starts)) or any(size < 1 for _, size in growth):
+        raise ValueError("windows must rise from 1 on and sizes must be positive")
+    return growth

@@ -1,13 +1,14 @@
 """Settings of the learners and the generators. Torch-free, so that `recua --help` stays fast."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from infra.config import Settings
+from infra.config import Seconds, Seed, Settings
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LearnerSettings(Settings):
@@ -31,7 +32,7 @@ class LearnerSettings(Settings):
     final_learning_rate: float = Field(default=0.1, ge=0, le=1)
     """Where the schedule ends, as a fraction of the peak."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's beta1 and beta2."""
 
     eps: float = Field(default=1e-8, gt=0)
@@ -52,10 +53,10 @@ class LearnerSettings(Settings):
     threads: int = Field(default=0, ge=0)
     """Intra-op threads of this rank's process; 0 leaves them as they are."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the initialisation of what the folder does not hold (a new scalar head)."""
 
-    timeout: float = Field(default=600.0, gt=0)
+    timeout: Seconds = 600.0
     """Seconds after which a collective on a live but silent peer fails."""
 
     @model_validator(mode="after")
@@ -118,7 +119,7 @@ class GeneratorSettings(Settings):
     threads: int = Field(default=1, gt=0)
     """CPU threads of the engine's process."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the sampler of requests that carry no seed of their own."""
 
     weight_backend: Literal["shared_memory", "nccl", "ipc"] = "shared_memory"
@@ -127,7 +128,7 @@ class GeneratorSettings(Settings):
     shared_folder: Path = Path("/dev/shm")
     """Where the shared_memory backend puts weights: a folder in memory that both sides see."""
 
-    start_timeout: float = Field(default=600.0, gt=0)
+    start_timeout: Seconds = 600.0
     """Seconds until the engine must answer for the first time."""
 
     @model_validator(mode="after")

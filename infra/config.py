@@ -6,21 +6,45 @@ This module imports neither torch nor ray nor vllm, so that `recua --help` stays
 
 import difflib
 import json
+import re
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
+from pydantic.errors import PydanticUserError
 
 from infra.errors import ConfigError
 
+LONGEST_S = 1e9
+"""About thirty years: what waits longer waits for ever, and clocks overflow."""
+Seconds = Annotated[float, Field(gt=0, le=LONGEST_S)]
+"""A time that something may take."""
+Pause = Annotated[float, Field(ge=0, le=LONGEST_S)]
+"""A time that may be none."""
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+"""What numpy, torch and vLLM all take."""
+
 
 class Settings(BaseModel):
-    """Frozen, unknown keys refused, field docstrings kept."""
+    """Frozen, unknown keys refused, field docstrings kept. A number is finite unless its field says
+    `allow_inf_nan=True`, fits 64 bits, and is never a truth value."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = set(_members(cls.model_fields[info.field_name or ""].annotation))
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError(f"must be a number, not {json.dumps(value)}")
+        if type(value) is int and not -(1 << 63) <= value < 1 << 63:
+            raise ValueError("does not fit 64 bits")
+        return value
 
 
 S = TypeVar("S", bound=Settings)
@@ -33,53 +57,106 @@ def load(path: str | Path | None, schema: type[S], overrides: Sequence[str] = ()
         ConfigError: the file is missing or is no TOML, a key is unknown (the nearest known one is named), a value has
             the wrong type. One line per problem.
     """
-    source = "recipe" if path is None else str(path)
-    return validate(read_tree(path, overrides), schema, source, {override.partition("=")[0] for override in overrides})
+    return build(read_tree(path), schema, "recipe" if path is None else str(path), overrides)
 
 
-def read_tree(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A recipe as TOML says it, overrides applied, not validated.
+def build(tree: dict[str, Any], schema: type[S], source: str, overrides: Sequence[str] = ()) -> S:
+    """`schema` from a recipe's tree, which becomes what the overrides make of it. What an override says is read as its
+    setting's type asks: `version=1.10` is text where `version` is a `str`, and a number where it is a `float`.
 
     Raises:
-        ConfigError: the file is missing or is no TOML, or an override is malformed.
+        ConfigError: as `load`.
     """
-    return parse_tree("" if path is None else read_text(path), str(path), overrides)
+    given: set[str] = set()
+    for override in overrides:
+        location, text = split_override(override)
+        _put(tree, location, read_value(text, kind_at(schema, location)), override)
+        given.add(".".join(location))
+    return validate(tree, schema, source, given)
+
+
+def read_tree(path: str | Path | None) -> dict[str, Any]:
+    """A recipe as TOML says it, not validated.
+
+    Raises:
+        ConfigError: the file is missing or is no TOML.
+    """
+    return {} if path is None else parse_tree(read_text(path), str(path))
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a recipe file.
+    """The text of a recipe file, without the mark that some editors put before it.
 
     Raises:
         ConfigError: the file is missing or is no text.
     """
     try:
-        return Path(path).read_text()
+        return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"recipe {path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"recipe {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"recipe {path}: not valid TOML: {error}") from None
+        raise ConfigError(
+            f"recipe {path}: not valid TOML: no UTF-8 text at byte {error.start}; save it as UTF-8"
+        ) from None
 
 
-def parse_tree(text: str, source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A recipe's text as a tree, overrides applied, not validated; errors call it `source`."""
+def parse_tree(text: str, source: str) -> dict[str, Any]:
+    """A recipe's text as a tree, not validated; errors call it `source`."""
     try:
-        tree = tomllib.loads(text)
+        return tomllib.loads(text.removeprefix("\ufeff"))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"recipe {source}: not valid TOML: {error}") from None
-    return override_tree(tree, overrides)
 
 
-def override_tree(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply `--set section.key=value` to a tree, in place.
+_PART = re.compile(r"""\s*("(?:[^"\\]|\\.)*"\s*|'[^']*'\s*|[^."'=][^.=]*)([.=])""")
+
+
+def split_override(override: str) -> tuple[list[str], str]:
+    """The key of `section.key=value`, part by part, and the text of the value. A part in quotes may hold anything.
 
     Raises:
-        ConfigError: an override is malformed.
+        ConfigError: it is written in another way.
     """
-    for override in overrides:
-        _apply_override(tree, override)
-    return tree
+    location: list[str] = []
+    at = 0
+    while found := _PART.match(override, at):
+        name, at = found[1].strip(), found.end()
+        if name[:1] in ("'", '"'):
+            try:
+                name = next(iter(tomllib.loads(f"{name} = 0")))
+            except tomllib.TOMLDecodeError:
+                break
+        location.append(name)
+        if found[2] == "=":
+            return location, override[at:]
+    raise ConfigError(f"--set {override!r}: write it as section.key=value")
+
+
+def read_value(text: str, kind: Any) -> Any:
+    """What `text` stands for where a value of `kind` (a type as in an annotation; Any where nothing is known) is
+    wanted: what TOML reads in it, else the text itself - and the text where `kind` takes that and not what TOML reads.
+    Not validated. `True` and `False` count as TOML's, and `none` stands for None where `kind` has it."""
+    value = _toml(text)
+    if kind is Any or (isinstance(value, str) and value is not text):
+        return value
+    try:
+        adapter = TypeAdapter(kind)
+    except (PydanticUserError, NameError, TypeError):  # no type that values can be checked against
+        return value
+    if _takes(adapter, value, strict=True):
+        return value
+    if _takes(adapter, text, strict=False):
+        return text
+    return None if text.lower() in ("none", "null") and NoneType in _members(kind) else value
+
+
+def kind_at(kind: Any, location: Sequence[str]) -> Any:
+    """The type of the setting at `location` below a type; Any where there is none, or none is known."""
+    for part in location:
+        kind = _inside(kind, part)
+    return kind
 
 
 def validate(tree: dict[str, Any], schema: type[S], source: str = "recipe", overridden: Collection[str] = ()) -> S:
@@ -97,21 +174,60 @@ def validate(tree: dict[str, Any], schema: type[S], source: str = "recipe", over
         raise ConfigError("\n".join(line(problem) for problem in error.errors())) from None
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"--set {override!r}: write it as section.key=value")
-    try:
-        value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = text
+def _put(tree: dict[str, Any], location: Sequence[str], value: Any, override: str) -> None:
     node = tree
-    *parents, leaf = key.split(".")
+    *parents, leaf = location
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
     node[leaf] = value
+
+
+def _toml(text: str) -> Any:
+    """What TOML reads in the text, with Python's spelling of truth values; the very text where that is nothing."""
+    if text in ("True", "False"):
+        return text == "True"
+    try:
+        tree = tomllib.loads(f"v = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return tree["v"] if len(tree) == 1 else text
+
+
+def _takes(adapter: TypeAdapter[Any], value: Any, strict: bool) -> bool:
+    try:
+        adapter.validate_python(value, strict=strict)
+    except ValidationError:
+        return False
+    return True
+
+
+def _members(kind: Any) -> Iterator[Any]:
+    """The types that a type says a value may have: those of a union, without what is annotated to them."""
+    if get_origin(kind) is Annotated:
+        yield from _members(get_args(kind)[0])
+    elif get_origin(kind) in (Union, UnionType):
+        for one in get_args(kind):
+            yield from _members(one)
+    else:
+        yield kind
+
+
+def _fields(kind: type[BaseModel]) -> dict[str, Any]:
+    """Types by the names that a recipe has for them."""
+    return {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
+
+
+def _inside(kind: Any, part: str) -> Any:
+    """The type of the part of that name, which may lie in a section, a table, or a list of sections."""
+    for one in _members(kind):
+        if isinstance(one, type) and issubclass(one, BaseModel):
+            if part in (fields := _fields(one)):
+                return fields[part]
+        elif inner := [each for each in get_args(one) if each is not Ellipsis]:
+            return inner[-1]
+    return Any
 
 
 def _explain(problem: Any, schema: type[Settings]) -> str:
@@ -120,26 +236,24 @@ def _explain(problem: Any, schema: type[Settings]) -> str:
     if problem["type"] == "extra_forbidden":
         known = _keys_at(schema, location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
-        hint = f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"; known: {', '.join(known)}"
+        meant = ".".join([*location[:-1], *near])
+        hint = f"; did you mean {meant}?" if near else f"; known: {', '.join(known) or 'none'}"
         return f"unknown setting {name}{hint}"
+    if problem["type"] == "missing":
+        return f"{name} is missing: give --recipe FILE or --set {name}=VALUE"
     if problem["type"] == "value_error":  # our own validators say what is wrong, and with which values
         return f"{name or 'recipe'}: {str(problem['msg']).removeprefix('Value error, ')}"
-    shown = json.dumps(problem.get("input"), default=str)
+    given = problem.get("input")
+    quotes = "; write it in quotes" if problem["type"] == "string_type" and not isinstance(given, (list, dict)) else ""
+    shown = json.dumps(given, default=str)
     if len(shown) > 80:
         shown = shown[:77] + "..."
-    return f"{name or 'recipe'}: {problem['msg']} (got {shown})"
+    return f"{name or 'recipe'}: {problem['msg']}{quotes} (got {shown})"
 
 
 def _keys_at(schema: type[BaseModel], location: list[str]) -> list[str]:
     """The settings of the section at `location`, which may lie in a table or a list of sections."""
-    here: Any = schema
-    for part in location:
-        if isinstance(here, type) and issubclass(here, BaseModel):
-            field = here.model_fields.get(part)
-            here = field.annotation if field else None
-        else:
-            inner = [one for one in get_args(here) if one is not Ellipsis]
-            here = inner[-1] if inner else None
-        if get_origin(here) in (Union, UnionType):  # a section that may be left out
-            here = next((one for one in get_args(here) if one is not NoneType), None)
-    return sorted(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []
+    sections = [
+        one for one in _members(kind_at(schema, location)) if isinstance(one, type) and issubclass(one, BaseModel)
+    ]
+    return sorted(_fields(sections[0])) if sections else []

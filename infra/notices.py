@@ -26,9 +26,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal, Protocol
 
-from pydantic import Field
-
-from infra.config import Settings
+from infra.config import Seconds, Settings
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +47,7 @@ class NoticeSettings(Settings):
     """The metadata service's address, where it is not the cloud's usual one (a proxy, IPv6)."""
     on_rebalance: bool = True
     """Leave a machine that AWS recommends to leave as soon as a replacement is ready; its end may never come."""
-    sigterm_grace_s: float = Field(default=30, gt=0)
+    sigterm_grace_s: Seconds = 30
     """How long after SIGTERM the machine goes: a pod's terminationGracePeriodSeconds, GCP's or init's time-out."""
 
 

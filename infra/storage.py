@@ -111,7 +111,7 @@ def parse_store(text: str, setting: str = "--store") -> tuple[str, str]:
     Raises:
         ConfigError: as `open_store`.
     """
-    said = f"{setting} {text}"
+    said = f"{setting} {text}".strip()
     scheme, separator, rest = text.partition(":")
     scheme = scheme.strip().lower()
     if not text.strip():

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from infra.config import Settings
+from infra.config import Pause, Seconds, Settings
 
 
 class ServingEngineSettings(Settings):
@@ -69,25 +69,25 @@ class ServingSettings(Settings):
     max_queued_requests: int = Field(default=256, ge=0)
     """Requests that may wait for a replica at each of the two servers; more are refused (429 / RESOURCE_EXHAUSTED)."""
 
-    admission_timeout_s: float = Field(default=10.0, gt=0)
+    admission_timeout_s: Seconds = 10.0
     """How long a gRPC request waits for a replica that can take it before it gets UNAVAILABLE."""
 
-    request_timeout_s: float = Field(default=600.0, gt=0)
+    request_timeout_s: Seconds = 600.0
     """Deadline of requests that bring none."""
 
-    start_timeout_s: float = Field(default=600.0, gt=0)
+    start_timeout_s: Seconds = 600.0
     """How long the replicas may take to load the model and answer."""
 
-    drain_timeout_s: float = Field(default=30.0, ge=0)
+    drain_timeout_s: Pause = 30.0
     """How long requests in flight may go on after a shutdown or replacement began."""
 
-    health_period_s: float = Field(default=5.0, gt=0)
+    health_period_s: Seconds = 5.0
     """How often each replica proves itself with a real one-token generation (skipped while tokens flow)."""
 
-    health_timeout_s: float = Field(default=60.0, gt=0)
+    health_timeout_s: Seconds = 60.0
     """How long that generation may take before the replica is restarted."""
 
-    stream_interval_ms: float = Field(default=10.0, ge=0)
+    stream_interval_ms: float = Field(default=10.0, ge=0, le=1e6)
     """Shortest time between two messages of one gRPC stream; tokens in between travel together."""
 
     auth_token_file: str = ""

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import Field
 
-from infra.config import Settings
+from infra.config import Pause, Seconds, Settings
 from infra.storage import default_store
 from workflows.artifacts import default_cache
 
@@ -42,13 +42,13 @@ class RunSettings(Settings):
     system_retries: int = Field(default=5, ge=0)
     """How often an attempt that the platform broke (node lost, preempted, out of memory, store trouble) is repeated."""
 
-    retry_window_s: float = Field(default=600.0, ge=0)
+    retry_window_s: Pause = 600.0
     """An attempt that ran for so long before the platform broke it is the first one that counts again."""
 
-    backoff_s: float = Field(default=1.0, ge=0)
+    backoff_s: Pause = 1.0
     """First pause before a repeated attempt; doubles up to 30 s."""
 
-    lease_s: float = Field(default=15.0, gt=0)
+    lease_s: Seconds = 15.0
     """How long a driver on another machine may be silent before its run is taken over."""
 
     wait_for_nodes: bool = False

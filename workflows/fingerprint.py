@@ -23,10 +23,10 @@ from workflows.source import Import, Module, SourceIndex, is_text
 FORMAT = 1
 PLATFORM = {
     "alarm", "artifacts", "attempts", "batches", "bundle", "channel", "cli", "config", "context", "events", "executor",
-    "fanout", "fingerprint", "gangs", "gc", "graph", "history", "housekeeping", "indexer", "journal", "known", "launch",
-    "listing", "loop", "marks", "names", "outcome", "output", "placement", "planning", "progress", "reaper", "report",
-    "report_groups", "report_page", "runs", "saved", "session", "source", "status", "survey", "taken", "takeover",
-    "values", "waits", "why", "worker",
+    "fanout", "fingerprint", "gangs", "gc", "graph", "history", "housekeeping", "indexer", "journal", "keywords",
+    "known", "launch", "listing", "loop", "marks", "names", "outcome", "output", "placement", "planning", "progress",
+    "reaper", "report", "report_groups", "report_page", "runs", "saved", "session", "source", "status", "survey",
+    "taken", "takeover", "values", "waits", "why", "worker",
 }  # fmt: skip
 """Modules of `workflows` that carry, show and keep results. What remains are recipes and their steps."""
 BLINDING = {"exec", "eval", "globals", "__import__"}

@@ -3,16 +3,15 @@
 A workflow file has one @workflow function. It may define
 
     RECIPE = SomeSettings           the recipe's schema; the workflow gets one argument of it. Without it, the recipe's
-                                    top-level keys are the workflow's keyword arguments
+                                    top-level keys are the workflow's arguments, checked against their annotations
+                                    (workflows.keywords)
     RECIPE_FILE = "recipes/x.toml"  the recipe when none is named, relative to the root of the file's packages
     def preflight(recipe): ...      raises a UserError (infra.machine has checks) before anything is started
     def check_cluster(recipe, nodes): ...   the same, with what each node has ({"CPU": 2.0, "GPU": 1.0, ...})
     def on_finish(result): ...      called with the RunResult of a finished run, before its report is written
 """
 
-import difflib
 import importlib
-import inspect
 import os
 import sys
 import traceback
@@ -22,12 +21,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from infra.config import Settings, read_tree, validate
-from infra.errors import ConfigError, UserError
+from infra.config import Settings, build, read_tree
+from infra.errors import UserError
 from infra.machine import local_resources, require_ray
 from infra.storage import Store, open_store
 from workflows.config import RunSettings
 from workflows.graph import Workflow
+from workflows.keywords import arguments_of
 from workflows.names import canonical_module, load_name, module_of_file
 from workflows.progress import Display, open_display
 
@@ -91,13 +91,13 @@ def prepare(file: Path, recipe: str | None, overrides: Sequence[str]) -> Launch:
     module = load_workflow_file(file)
     if recipe is None and (default := getattr(module, "RECIPE_FILE", None)):
         recipe = str(module_of_file(file)[1] / default)
-    return with_recipe(module, file, read_tree(recipe, overrides), recipe or "recipe", overrides)
+    return with_recipe(module, file, read_tree(recipe), recipe or "recipe", overrides)
 
 
 def with_recipe(
     module: ModuleType, file: Path, tree: dict[str, Any], source: str, overrides: Sequence[str] = ()
 ) -> Launch:
-    """The file's workflow with a recipe that was read from `source`, overrides applied already; validates it.
+    """The file's workflow with a recipe that was read from `source`, and overrides; validates both.
 
     Raises:
         UserError: what is wrong, naming file or setting.
@@ -105,10 +105,9 @@ def with_recipe(
     workflow = find_workflow(module, file)
     schema = getattr(module, "RECIPE", None)
     if schema is None:
-        return Launch(module, workflow, (), _keywords(workflow, tree, source))
+        return Launch(module, workflow, *arguments_of(workflow, tree, source, overrides))
     assert isinstance(schema, type) and issubclass(schema, Settings), "RECIPE must be a class of settings"
-    overridden = {override.partition("=")[0] for override in overrides}
-    return Launch(module, workflow, (validate(tree, schema, source, overridden),), {})
+    return Launch(module, workflow, (build(tree, schema, source, overrides),), {})
 
 
 def find_workflow(module: ModuleType, file: Path) -> Workflow[..., Any]:
@@ -243,19 +242,6 @@ def import_code(name: str) -> Any:
     """
     _import_from(Path.cwd(), None)
     return load_name(name)
-
-
-def _keywords(workflow: Workflow[..., Any], tree: dict[str, Any], source: str) -> dict[str, Any]:
-    parameters = inspect.signature(workflow.fn).parameters
-    for key in tree:
-        if key not in parameters:
-            near = difflib.get_close_matches(key, parameters, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(parameters) or 'none'}"
-            raise ConfigError(f"{source}: unknown setting {key}{hint}")
-    for name, parameter in parameters.items():
-        if parameter.default is inspect.Parameter.empty and name not in tree:
-            raise ConfigError(f"{source}: {name} is missing: give --recipe FILE or --set {name}=VALUE")
-    return tree
 
 
 def _check_package(name: str, root: Path, file: Path) -> None:

@@ -21,7 +21,7 @@ from actors.config import (
 )
 from data.config import CorpusSettings, TaskSettings
 from engines.config import GeneratorSettings
-from infra.config import Settings
+from infra.config import Seed, Settings
 from serving.config import ServingSettings
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class StageSettings(PretrainSettings):
 class PretrainRecipe(Settings):
     """From text to a pretrained model, in stages."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Every random choice of the run follows from it."""
     corpus: CorpusSettings = CorpusSettings()
     """Text; its held-out share measures every stage."""
@@ -179,7 +179,7 @@ class PretrainRecipe(Settings):
 class Recipe(Settings):
     """A whole run, from text to an endpoint."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Every random choice of the run follows from it; held-out problems are the same for all seeds."""
     rounds: int = Field(default=1, ge=1)
     """Rounds of preferences -> reward models -> rejection sampling -> DPO -> PPO, each from the newest policy."""

@@ -117,7 +117,7 @@ def test_service_drives_a_submitted_run_from_the_store_alone(service: Service) -
 
 def test_service_refuses_what_run_refuses_in_the_same_words(service: Service) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"overrides": ["y=1"]}, "recipe: unknown setting y; known: folder, deadly"),
+        ({"overrides": ["y=1"]}, "--set: unknown setting y; known: deadly, folder"),
         ({"overrides": ["deadly=-1"]}, "deadly: must not be negative"),
         ({"recipe": 'x = "', "recipe_name": "recipes/a.toml"}, "recipe recipes/a.toml: not valid TOML"),
         ({"workflow_file": "nope.py"}, "workflow nope.py: no such Python file"),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from infra.config import override_tree, parse_tree
+from infra.config import parse_tree
 from infra.errors import RecuaError, RunBusy, StoreError, UserError
 from infra.machine import answers
 from infra.processes import process_start
@@ -71,7 +71,7 @@ def prepare(submission: Record) -> Launch:
     if recipe is None:
         return launch.prepare(file, None, overrides)
     module, source = launch.load_workflow_file(file), submission["recipe_name"]
-    tree = parse_tree(recipe, source, overrides) if isinstance(recipe, str) else override_tree(recipe, overrides)
+    tree = parse_tree(recipe, source) if isinstance(recipe, str) else recipe
     return launch.with_recipe(module, file, tree, source, overrides)
 
 
