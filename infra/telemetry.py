@@ -17,35 +17,70 @@ from typing import Any, TextIO
 from infra.errors import DataError, UserError
 
 HIDDEN = "[redacted]"
+SECRET_LETTERS = 4096
+"""No secret is longer than that."""
 
 _SECRET_NAME = re.compile(r"(?:SECRET|TOKEN|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)", re.IGNORECASE)
+_NO_SECRET = "".join(rf"(?<!(?<![\w-]){name}_)" for name in ("bos", "eos", "eot", "pad", "unk", "stop"))
+"""Before a word like `token`: those of a tokenizer are none."""
 
+# Each with words of which a text that it matches has one, in small letters. Every one takes time linear in the text:
+# none begins with an open-ended run, and none runs on over a place where another match may begin.
 _SECRETS = [
-    re.compile(
-        r"(?P<keep>\b(?:Authorization|Proxy-Authorization|X-Api-Key)[\"']?\s*[:=]\s*[\"']?)[^\"'\r\n,}]+", re.IGNORECASE
+    (
+        ("authorization", "x-api-key"),
+        re.compile(
+            r"(?P<keep>\b(?:Authorization|Proxy-Authorization|X-Api-Key)[\"']?\s*+[:=]\s*+[\"']?)[^\"'\r\n,}]++",
+            re.IGNORECASE,
+        ),
     ),
-    re.compile(r"(?P<keep>\b(?:Bearer|Basic)\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE),
-    re.compile(
-        r"(?P<keep>\b(?!(?:bos|eos|eot|pad|unk|stop)_)[\w-]*(?:secret|token|password|passwd|api_?key|access_?key(?:_?id)?)[\"']?\s*(?:=|:\s)\s*[\"']?)"
-        r"(?!\d+\b|None\b|null\b|true\b|false\b|\[)[^\s\"',}&]{4,}",
-        re.IGNORECASE,
+    (("bearer", "basic"), re.compile(r"(?P<keep>\b(?:Bearer|Basic)\s++)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)),
+    (
+        ("secret", "token", "passw", "apikey", "api_key", "accesskey", "access_key"),
+        re.compile(
+            rf"(?P<keep>(?=[stpa]){_NO_SECRET}(?:secret|token|password|passwd|api_?key|access_?key(?:_?id)?)"
+            r"[\"']?\s*+(?:=|:\s)\s*+[\"']?)(?!\d++\b|None\b|null\b|true\b|false\b|\[)[^\s\"',}&]{4,}",
+            re.IGNORECASE,
+        ),
     ),
-    re.compile(r"(?P<keep>[a-z][a-z0-9+.-]*://[^/\s:@]*:)[^/\s@]+(?=@)", re.IGNORECASE),
-    re.compile(r"(?P<keep>)\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
-    re.compile(r"(?P<keep>)\b(?:hf_|sk-|ghp_|gho_|github_pat_|xox[abp]-)[A-Za-z0-9_-]{12,}"),
-    re.compile(r"(?P<keep>[?&]X-Amz-(?:Signature|Credential|Security-Token)=)[^&\s\"']+", re.IGNORECASE),
+    (("://",), re.compile(r"(?P<keep>://[^/\s:@]*+:)[^/\s@]++(?=@)")),
+    (("akia", "asia"), re.compile(r"(?P<keep>)\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")),
+    (
+        ("hf_", "sk-", "ghp_", "gho_", "github_pat_", "xox"),
+        re.compile(r"(?P<keep>)\b(?:hf_|sk-|ghp_|gho_|github_pat_|xox[abp]-)[A-Za-z0-9_-]{12,}"),
+    ),
+    (
+        ("x-amz-",),
+        re.compile(r"(?P<keep>[?&]X-Amz-(?:Signature|Credential|Security-Token)=)[^&\s\"']+", re.IGNORECASE),
+    ),
 ]
 
 
 def redact(text: str) -> str:
     """`text` without AWS keys, tokens, passwords in URLs, authorization headers, and without the values of environment
-    variables whose names say that they are secret (a bare AWS secret key looks like nothing in particular)."""
+    variables whose names say that they are secret (a bare AWS secret key looks like nothing in particular). The time
+    that it takes grows with the length and no faster: a fifth of a second for a million letters."""
     for name, value in os.environ.items():
-        if len(value) >= 12 and value in text and _SECRET_NAME.search(name):
+        if len(value) >= 12 and _SECRET_NAME.search(name) and value in text:
             text = text.replace(value, HIDDEN)
-    for pattern in _SECRETS:
-        text = pattern.sub(lambda match: match["keep"] + HIDDEN, text)
+    small = text.lower()
+    for words, pattern in _SECRETS:
+        if any(word in small for word in words):
+            text = pattern.sub(lambda match: match["keep"] + HIDDEN, text)
     return text
+
+
+def shorten(text: str, most: int) -> str:
+    """About `most` letters of `text`, half of them its beginning and half its end, with a word on what is missing.
+
+    The end begins where a word does: the rest of a secret would not be known as one.
+    """
+    if len(text) <= most:
+        return text
+    head, tail = text[: most // 2], text[-(most // 2) :]
+    if (gap := re.search(r"[^\w+/=.~-]", tail[:SECRET_LETTERS])) is not None:
+        tail = tail[gap.start() :]
+    return f"{head} [{len(text) - len(head) - len(tail):,} letters left out] {tail}"
 
 
 class RedactingFormatter(logging.Formatter):

@@ -15,7 +15,7 @@ from rich.text import Text
 from infra.errors import UserError
 from infra.machine import show_size
 from infra.storage import Store, open_store
-from infra.telemetry import redact
+from infra.telemetry import redact, shorten
 from workflows.artifacts import Artifact, ArtifactSource, read_manifest
 from workflows.config import RunSettings
 from workflows.planning import Plan
@@ -25,6 +25,8 @@ from workflows.values import artifact_records
 from workflows.waits import command
 from workflows.why import Why
 
+SHOWN_LETTERS = 200_000
+"""Of an error; what is longer is shown by its beginning and its end."""
 STYLES = {"finished": "green", "committed": "green", "reused": "green", "running": "bold", "failed": "red"}
 
 
@@ -64,7 +66,7 @@ def show_run(view: RunView, store_url: str, as_json: bool = False) -> None:
                 f"{step.call_id} waits for an answer: {command(view.run_id, step.call_id, step.step, store_url)}"
             )
     if view.error:
-        click.echo(redact(f"error: {view.error.get('message', '')}"))
+        click.echo(redact(f"error: {shorten(view.error.get('message', ''), SHOWN_LETTERS)}"))
 
 
 def show_step(step: StepView, as_json: bool = False) -> None:
@@ -83,7 +85,7 @@ def show_step(step: StepView, as_json: bool = False) -> None:
     if step.message:
         click.echo(redact(step.message))
     if step.error:
-        click.echo(redact(step.error.get("traceback") or step.error.get("message", "")))
+        click.echo(redact(shorten(step.error.get("traceback") or step.error.get("message", ""), SHOWN_LETTERS)))
     if step.result is not None:
         click.echo(redact(json.dumps(step.result, indent=2)))
 

@@ -12,22 +12,34 @@ from typing import Any
 
 import infra.errors as errors
 from infra.errors import RecuaError, StepError, StepTimeout, StoreError, SystemFault, UserError
+from infra.telemetry import shorten
 
 Record = dict[str, Any]
+MESSAGE_LETTERS, TRACEBACK_LETTERS = 10_000, 100_000
 OURS = {"worker.py", "executor.py", "session.py", "outcome.py", "graph.py"}
 
 
 def describe(error: BaseException) -> Record:
-    """An exception of a body as a record: `kind` is "user", "refused" (never retried) or "system"."""
-    raised = _raised_remotely(error) or error
+    """An exception of a body as a record: `kind` is "user", "refused" (never retried) or "system". Texts that are very
+    long keep their beginning and their end."""
     ended = _ended_by_ray(error)
-    message = str(raised) if ended is None else f"its worker process was ended: {ended}"
+    raised = _raised_remotely(error) or error
+    message = _message(raised) if ended is None else f"its worker process was ended: {ended}"
     return {
         "kind": _kind(error),
         "type": _system_name(error) or type(raised).__name__,
-        "message": _plain(message).strip() or type(raised).__name__,
-        "traceback": user_traceback(error),
+        "message": shorten(_plain(message).strip() or type(raised).__name__, MESSAGE_LETTERS),
+        "traceback": shorten(user_traceback(error), TRACEBACK_LETTERS),
     }
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, SystemExit) and not isinstance(error.code, str):
+        return f"the body called sys.exit({'' if error.code is None else error.code}); a step ends by returning"
+    try:
+        return str(error)
+    except Exception as failure:
+        return f"it cannot say what it is about: {type(failure).__name__} in its __str__"
 
 
 def user_traceback(error: BaseException) -> str:
@@ -57,7 +69,8 @@ def of_ray_error(error: BaseException, ran_s: float | None, timeout_s: float | N
         message = "killed for memory by Ray; give the step more (memory=) or run fewer steps at once"
         return {"kind": "system", "type": "OutOfMemory", "message": message, "traceback": ""}
     if name == "RayTaskError" or "RayTaskError" in name:
-        return {"kind": "user", "type": name, "message": first_line, "traceback": text}
+        trace = shorten(text, TRACEBACK_LETTERS)
+        return {"kind": "user", "type": name, "message": shorten(first_line, MESSAGE_LETTERS), "traceback": trace}
     if preempted:
         return {"kind": "system", "type": "Preempted", "message": "its node was preempted", "traceback": ""}
     what = "its node was lost" if name == "NodeDiedError" else f"its worker process died ({name})"
@@ -73,13 +86,14 @@ def rebuild(call_id: str, record: Record) -> RecuaError:
         assert kind is not None
         error: RecuaError = kind(message)
         return error
-    return StepError(f"{call_id}: {record['type']}: {record['message']}", record["traceback"])
+    said = "" if record["message"] == record["type"] else f": {record['message']}"
+    return StepError(f"{call_id}: {record['type']}{said}", record["traceback"])
 
 
 def _raised_remotely(error: BaseException) -> BaseException | None:
     """What a body's own Ray task or actor raised, out of the error that Ray wraps it in."""
-    cause = getattr(error, "cause", None)
-    return cause if type(error).__name__.startswith("RayTaskError") and isinstance(cause, BaseException) else None
+    cause = getattr(error, "cause", None) if type(error).__name__.startswith("RayTaskError") else None
+    return cause if isinstance(cause, BaseException) else None
 
 
 def _plain(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from infra.telemetry import redact
+from infra.telemetry import redact, shorten
 from workflows.report import RunRecord, StepRecord, evaluations, table
 from workflows.report_groups import interruptions, time_spent
 
@@ -15,6 +15,7 @@ COLOURS = {"committed": "#2a9d8f", "reused": "#8ab6d6", "running": "#e9c46a", "f
 LEDGER_NOTE = (
     "Every second of every rank stands in one row, as a share of the capacity asked for; compute is useful work only."
 )
+ERROR_LETTERS = 10_000
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #222 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
@@ -101,7 +102,7 @@ def _losses_by_type(rows: list[dict[str, Any]]) -> list[str]:
 def _head(record: RunRecord, summary: dict[str, Any]) -> str:
     served = ", ".join(name for name in ("grpc", "openai") if summary["served"][name]) or "nothing"
     failed = "".join(
-        f'<p class="wrong">{html.escape(step.name)}: {html.escape(redact(step.error))}</p>'
+        f'<p class="wrong">{html.escape(step.name)}: {_text(shorten(step.error, ERROR_LETTERS))}</p>'
         for step in record.steps
         if step.error
     )

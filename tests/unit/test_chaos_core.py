@@ -26,6 +26,7 @@ from workflows.indexer import Indexer
 from workflows.journal import GroupCommit, lease_key, read_journal, slot_key
 from workflows.known import Known, index_key
 from workflows.loop import Loop
+from workflows.outcome import describe, rebuild
 from workflows.runs import load_run
 from workflows.takeover import StoppedDrivers, kill_stopped
 from workflows.values import encode
@@ -91,6 +92,44 @@ def test_a_run_whose_end_could_not_be_written_is_not_finished_and_goes_on(
     result = session.run(stepless, str(tmp_path), "", settings=settings)
     assert result.value == "done" and not result.already_finished
     assert load_run(FolderStore(tmp_path), "r").status == "finished"
+
+
+class NoText(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class NoCause(Exception):
+    @property
+    def cause(self) -> Any:
+        raise RuntimeError("no cause")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (NoText(), "a[0]: NoText: it cannot say what it is about: RuntimeError in its __str__"),
+        (NoCause("x"), "a[0]: NoCause: x"),
+        (ValueError(), "a[0]: ValueError"),
+        (SystemExit(0), "a[0]: SystemExit: the body called sys.exit(0); a step ends by returning"),
+        (SystemExit(), "a[0]: SystemExit: the body called sys.exit(); a step ends by returning"),
+        (SystemExit("bad configuration"), "a[0]: SystemExit: bad configuration"),
+        (KeyboardInterrupt(), "a[0]: KeyboardInterrupt"),
+        (ExceptionGroup("two", [ValueError("a"), KeyError("b")]), "a[0]: ExceptionGroup: two (2 sub-exceptions)"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_a_body_raises_becomes_one_clear_line(error: BaseException, said: str) -> None:
+    record = describe(error)
+    json.dumps(record)
+    assert record["kind"] == "user" and str(rebuild("a[0]", record)) == said
+
+
+def test_an_error_of_twenty_megabytes_keeps_its_beginning_and_its_end() -> None:
+    record = describe(ValueError(f"begin {'x' * 20_000_000} end"))
+    assert len(record["message"]) < 11_000 and len(record["traceback"]) < 101_000
+    assert record["message"].startswith("begin x") and record["message"].endswith(" end")
+    assert "ValueError: begin x" in record["traceback"] and record["traceback"].rstrip().endswith(" end")
 
 
 def test_half_an_index_entry_is_as_good_as_none(tmp_path: Path) -> None:

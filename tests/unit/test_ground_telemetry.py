@@ -1,8 +1,10 @@
 """Secrets never reach a log; metrics survive a killed writer."""
 
+import base64
 import io
 import json
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from infra.errors import DataError, UserError
-from infra.telemetry import MetricsWriter, as_number, metric_rows, read_metrics, redact, setup_logging
+from infra.telemetry import MetricsWriter, as_number, metric_rows, read_metrics, redact, setup_logging, shorten
 
 SECRETS = [
     ("Authorization: Bearer abcdef0123456789", "abcdef0123456789"),
@@ -52,6 +54,26 @@ def test_a_bare_secret_from_the_environment_is_removed(monkeypatch: pytest.Monke
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "plainlookingvalue0123")
     monkeypatch.setenv("PLAIN_SETTING", "ordinaryvalue0123")
     assert redact("a plainlookingvalue0123 b ordinaryvalue0123") == "a [redacted] b ordinaryvalue0123"
+
+
+PIECES = ["x", "a:", "/", "a://", "a://b:", "token", "secret-", "token = ", "token:  ", "Bearer ", "AKIA", "é", "a\n"]
+
+
+@pytest.mark.parametrize("piece", [*PIECES, "Authorization" + " " * 99, "?X-Amz-Signature=", "1.-+", "eos_", "base64"])
+def test_redaction_of_a_million_letters_comes_to_its_end(piece: str) -> None:
+    """No clock is asked: what is quadratic takes hours here, and the test's time limit ends it."""
+    text = piece * (1_000_000 // len(piece))
+    if piece == "base64":
+        text = base64.b64encode(random.Random(0).randbytes(750_000)).decode()
+    redact(f"{text} password=hunter2222 {text}")
+    assert redact(f"{text} and postgres://user:hunter22@db/x").endswith("postgres://user:[redacted]@db/x")
+
+
+def test_a_long_text_keeps_its_beginning_and_its_end_but_no_half_of_a_word() -> None:
+    text = f"first {'x' * 1000} AWS_SECRET_ACCESS_KEY=abcdefghij klm last"
+    assert shorten(text, 40) == "first xxxxxxxxxxxxxx [1,019 letters left out]  klm last"
+    assert shorten(text, len(text)) == text
+    assert len(shorten("x" * 20_000_000, 10_000)) < 10_100
 
 
 def test_log_lines_and_tracebacks_are_redacted() -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import page_stores as stores
 import pytest
+from click.testing import CliRunner
 from page_stores import artifact, commit, end, failure, full, start
 
 from infra.errors import StoreError, UserError
 from infra.storage import FolderStore, Store, open_store
 from infra.telemetry import MetricsWriter
+from workflows import cli
 from workflows.artifacts import Artifact, ArtifactSource, ArtifactWriter
 from workflows.journal import Journal, Record
 from workflows.known import index_key, parameters_key
@@ -129,6 +131,22 @@ def test_who_is_asked_sees_what_it_is_about(store: Store, cache: views.RunCache)
     assert (told["message"], told["since"]) == ("Ship it?", 5.0)
     assert told["show"]["model"] == {"$artifact": {"digest": full("a"), "name": "model"}}
     assert "abcdefghijkl" not in json.dumps(told["show"])
+
+
+def test_an_error_of_twenty_megabytes_is_shown_by_its_ends(store: Store, cache: views.RunCache) -> None:
+    """As a store may have it from before errors were cut where they are made."""
+    journal = stores.open_run(store, "r")
+    huge = failure("a", f"begin {'x' * 20_000_000} end", final=True)
+    huge["error"]["traceback"] = f"{TRACE}{huge['error']['message']}\n"
+    journal.append([start("a"), huge, {**end(), "status": "failed", "error": huge["error"]}])
+    for command in (["show", "r"], ["show", "r", "a"], ["report", "r", "--output", str(Path(store.url) / "out")]):
+        ran = CliRunner().invoke(cli.main_group, [*command, "--store", store.url])
+        assert ran.exit_code == 0 and len(ran.output) < 210_000
+    shown = views.step(cache, store, "r", "a")["error"]
+    assert (
+        shown["message"].startswith("begin x") and shown["message"].endswith(" end") and len(shown["message"]) < 210_000
+    )
+    assert len(json.dumps(views.steps(cache, store, "r"))) < 10_000
 
 
 def test_a_retried_step_runs_again(store: Store, cache: views.RunCache) -> None:

@@ -5,11 +5,11 @@ from typing import Any
 
 from infra.errors import UserError
 from infra.storage import Store
-from infra.telemetry import redact
+from infra.telemetry import redact, shorten
 from workflows.journal import Record
 from workflows.known import code_key, index_key, parameters_key
 from workflows.service.replay import RunCache, open_run
-from workflows.service.shown import shown_parameters
+from workflows.service.shown import MOST_LETTERS, shown_parameters
 
 Json = dict[str, Any]
 
@@ -78,5 +78,5 @@ def attempts_of(records: list[Record], commit: Record | None, live: bool) -> lis
 def error_of(record: Record | None) -> Json | None:
     if record is None:
         return None
-    texts = {name: redact(record.get(name) or "") for name in ("type", "message", "traceback")}
+    texts = {name: redact(shorten(record.get(name) or "", MOST_LETTERS)) for name in ("type", "message", "traceback")}
     return {**texts, "kind": record.get("kind", "")}

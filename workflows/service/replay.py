@@ -14,7 +14,7 @@ from typing import Any
 
 from infra.errors import StoreError
 from infra.storage import Store
-from infra.telemetry import redact
+from infra.telemetry import redact, shorten
 from workflows.journal import FORMAT, JournalState, Record, slot_key
 from workflows.runs import load_metadata, run_status
 from workflows.values import artifact_records
@@ -250,5 +250,5 @@ def _records(store: Store, run_id: str, slot: int, blob: bytes) -> list[Record]:
 
 
 def _line(text: str) -> str:
-    text = redact(text.strip().partition("\n")[0])
+    text = redact(shorten(text.strip().partition("\n")[0], 100 * MESSAGE_LETTERS))
     return text if len(text) <= MESSAGE_LETTERS else f"{text[: MESSAGE_LETTERS - 3]}..."
