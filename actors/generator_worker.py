@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import ray
+
 from cluster.gather import gather
 from engines.base import Completion, Sampling, WeightUpdate
 from engines.config import GeneratorSettings
@@ -19,7 +21,7 @@ class GeneratorWorker:
     def __init__(self, folder: str, settings: GeneratorSettings) -> None:
         from engines.vllm_generator import VllmGenerator
 
-        self._engine = VllmGenerator(Path(folder), settings)
+        self._engine = VllmGenerator(Path(folder), settings, address=ray.util.get_node_ip_address())
 
     def ready(self) -> str:
         """The version of the weights it carries; answers once the engine runs."""

@@ -91,6 +91,7 @@ class PretrainRank:
             group,
             Rendezvous(store),
             device=torch.device("cuda", 0) if settings.num_gpus > 0 else torch.device("cpu"),
+            address=ray.util.get_node_ip_address(),
             shared=self.shared,
             store=self._snapshot_store,
             reach=self.points.reach,

@@ -14,6 +14,7 @@ def process_groups(seat: Seat, device: torch.device, timeout_s: float) -> Proces
         seat.world_size,
         Rendezvous(StoreAddress(seat.master_address, seat.master_port), hosts=seat.rank == 0, timeout_s=timeout_s),
         device=device,
+        address=seat.address,
         timeout_s=timeout_s,
         form_timeout_s=timeout_s,
     )

@@ -13,7 +13,8 @@ import ray
 
 @dataclass(frozen=True)
 class Seat:
-    """One worker's place in one generation of a group, e.g. rank 1 of 2, generation 3, rendezvous 10.0.0.4:38211.
+    """One worker's place in one generation of a group, e.g. rank 1 of 2, generation 3, on 10.0.0.5, rendezvous
+    10.0.0.4:38211.
 
     `local_rank` counts the group's workers on the same node; ranks of one node are contiguous. A later generation
     has another rendezvous port, so that nothing of an older one can connect to it.
@@ -24,6 +25,7 @@ class Seat:
     local_rank: int
     local_world_size: int
     generation: int
+    address: str
     master_address: str
     master_port: int
 

@@ -282,6 +282,7 @@ class WorkerGroup:
                 local_rank=nodes[:rank].count(node),
                 local_world_size=nodes.count(node),
                 generation=self.generation,
+                address=self.infos[rank].address,
                 master_address=self.infos[0].address,
                 master_port=port,
             )

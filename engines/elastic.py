@@ -84,6 +84,7 @@ class ElasticLearner:
         run: names the shards; one for all generations.
         rendezvous: over a store that no rank hosts.
         device: of this rank.
+        address: of this machine, see `ProcessGroups`.
         shared: this node's memory file system.
         store: where every `snapshots.flush_every`-th step goes too, in the background.
         reach: of "load" (its third argument is the generation: the groups are formed, nothing is read), "snapshot" and
@@ -99,6 +100,7 @@ class ElasticLearner:
         rendezvous: Rendezvous,
         *,
         device: torch.device | None = None,
+        address: str | None = None,
         shared: Path = Path("/dev/shm"),
         store: Store | None = None,
         reach: Reach = unheard,
@@ -108,6 +110,7 @@ class ElasticLearner:
         self._reach, self._progress, self._signs = reach, progress, signs or JoinSigns()
         self.recipe, self.run, self.rendezvous = recipe, run, rendezvous
         self.device = device or torch.device("cpu")
+        self.address = address
         self.folder = node_folder(run, shared)
         self.groups: ProcessGroups | None = None
         self.learner: TorchLearner | None = None
@@ -125,7 +128,7 @@ class ElasticLearner:
             import engines.pipeline  # noqa: F401
         if self.recipe.tokenizer_dir is not None:
             load_tokenizer(self.recipe.tokenizer_dir)  # needed at the end, but what is wrong with it is said now
-        groups = ProcessGroups(0, 0, 1, dist.HashStore(), device=self.device)
+        groups = ProcessGroups(0, 0, 1, dist.HashStore(), device=self.device, address=self.address)
         ranks = groups.form(lambda: Ranks.over_all(1, self.device))
         learner = build(TINY, self.recipe.optimizer, ranks, fsdp=self.recipe.fsdp)
         tokens = torch.zeros(1, TINY.context, dtype=torch.long, device=self.device)
@@ -164,7 +167,13 @@ class ElasticLearner:
         self.leave()
         optimizer = self.recipe.optimizer
         groups = ProcessGroups(
-            generation, rank, world_size, self.rendezvous, device=self.device, timeout_s=optimizer.timeout
+            generation,
+            rank,
+            world_size,
+            self.rendezvous,
+            device=self.device,
+            address=self.address,
+            timeout_s=optimizer.timeout,
         )
         self.groups = groups
         if generation <= self._aborted:

@@ -32,7 +32,8 @@ import torch
 import torch.distributed as dist
 
 from engines import gloo_waits
-from infra.errors import NodeLost, RecuaError
+from infra.addresses import listen, unreachable, use_sockets_at
+from infra.errors import NodeLost, PeersUnreachable, RecuaError
 
 T = TypeVar("T")
 
@@ -42,6 +43,9 @@ LOST_PEER = re.compile(
     re.IGNORECASE,
 )
 """What torch.distributed says when the other side of a collective or of the store is gone."""
+
+MEET_S = 5.0
+"""How long the way to another machine may take to be there: TCP asks again after 1 s and after 3 s."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class ProcessGroups:
         rank, world_size: this process's place in it.
         rendezvous: where the ranks meet; a store object for a single rank.
         device: cuda adds NCCL for CUDA tensors to gloo for host tensors.
+        address: of this machine, where its peers reach it; None: what gloo finds by itself, on a single machine.
         timeout_s: after which a collective on a live but silent peer fails.
         form_timeout_s: after which forming fails because a peer did not come.
     """
@@ -114,9 +119,11 @@ class ProcessGroups:
         rendezvous: Rendezvous | dist.Store,
         *,
         device: torch.device | None = None,
+        address: str | None = None,
         timeout_s: float = 600.0,
         form_timeout_s: float = 60.0,
     ) -> None:
+        self.address = address
         self.generation, self.rank, self.world_size = generation, rank, world_size
         self.device = device or torch.device("cpu")
         self.timeout_s, self.form_timeout_s = timeout_s, form_timeout_s
@@ -136,7 +143,9 @@ class ProcessGroups:
         `reached` is called before each of the parts in which ranks wait for each other.
 
         Raises:
+            PeersUnreachable: two of the machines have no way to each other.
             NodeLost: a peer did not come within `form_timeout_s`, was lost meanwhile, or `abort` was called.
+            ConfigError: the address is on no interface of this machine.
         """
         with self._lock:
             if self._aborted:
@@ -151,6 +160,8 @@ class ProcessGroups:
                     meeting.cut()
                 raise NodeLost(f"{self} was aborted while it was formed")
             store = dist.PrefixStore(f"generation-{self.generation}", shared)
+            if self.address is not None:
+                meet_peers(store, self.rank, self.world_size, use_sockets_at(self.address))
             self._init_default(store)
             reached()
             built = build()
@@ -272,6 +283,36 @@ class ProcessGroups:
             for entry in opened
             if entry.remote is not None and (entry.local in listening or entry.remote in theirs)
         }
+
+
+def meet_peers(store: dist.Store, rank: int, world_size: int, address: str, patience_s: float = MEET_S) -> None:
+    """(collective) Try the ways between all machines of a group, as gloo will use them: it would only say that somebody
+    did not come.
+
+    Of the ranks on one machine the first one tries. Nothing is tried where all are on one.
+
+    Raises:
+        PeersUnreachable: on every rank, with all the ways that there are not.
+    """
+    if world_size == 1:
+        return
+    with listen(address, backlog=2 * world_size) as door:
+        store.set(f"door/{rank}", json.dumps([address, door.getsockname()[1]]))
+        doors = [json.loads(found) for found in store.multi_get([f"door/{other}" for other in range(world_size)])]
+        first: dict[str, tuple[int, int]] = {}
+        for other, (host, port) in enumerate(doors):
+            first.setdefault(host, (other, port))
+        if len(first) == 1:
+            return
+        failed = {}
+        if first[address][0] == rank:
+            failed = unreachable([(host, port) for host, (_, port) in first.items() if host != address], patience_s)
+        missing = [[rank, first[host][0], f"{address} to {host}: {why}"] for (host, _), why in failed.items()]
+        store.set(f"missing/{rank}", json.dumps(missing))
+        answers = store.multi_get([f"missing/{other}" for other, _ in first.values()])
+    ways = [tuple(way) for answer in answers for way in json.loads(answer)]
+    if ways:
+        raise PeersUnreachable([(one, other) for one, other, _ in ways], "; ".join(text for _, _, text in ways))
 
 
 def forget_meshes() -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from engines.base import Completion, Sampling, WeightUpdate
 from engines.config import GeneratorSettings
 from engines.weight_transfer import check_same_architecture, read_shapes
+from infra.addresses import sockets_at
 from infra.errors import SystemFault
 
 
@@ -35,8 +36,11 @@ class VllmGenerator:
     the call, not on the order of the batch nor on earlier calls (up to rounding, which varies with batch shapes).
     """
 
-    def __init__(self, folder: Path, settings: GeneratorSettings, version: str = "initial") -> None:
-        """Start the engine on the HF model in `folder`; returns when it has generated a token.
+    def __init__(
+        self, folder: Path, settings: GeneratorSettings, version: str = "initial", address: str | None = None
+    ) -> None:
+        """Start the engine on the HF model in `folder`; returns when it has generated a token. `address`: of this
+        machine, where others reach it; None: what vLLM finds by itself.
 
         Raises:
             CheckpointError: `folder` has no weights.
@@ -46,7 +50,7 @@ class VllmGenerator:
         self._lock = threading.Lock()
         self._version = version
         self._log = tempfile.TemporaryFile(prefix="recua-vllm-")  # noqa: SIM115  (closed in close())
-        self._connection, self._process, self._keeper = _spawn(settings, self._log)
+        self._connection, self._process, self._keeper = _spawn(settings, self._log, address)
         info = self._exchange((Path(folder), settings, version), settings.start_timeout)
         self.max_model_len: int = info["max_model_len"]
         self.vocab_size: int = info["vocab_size"]
@@ -183,7 +187,9 @@ class VllmGenerator:
         return b"\n".join(self._log.read().splitlines()[-count:]).decode(errors="replace")
 
 
-def _spawn(settings: GeneratorSettings, log: Any) -> tuple[Connection, "subprocess.Popen[bytes]", threading.Thread]:
+def _spawn(
+    settings: GeneratorSettings, log: Any, address: str | None
+) -> tuple[Connection, "subprocess.Popen[bytes]", threading.Thread]:
     """Start the engine's process from a thread that lives exactly as long as it does.
 
     The kernel's parent-death signal fires when the *thread* that started a process ends; callers may be short-lived.
@@ -199,7 +205,7 @@ def _spawn(settings: GeneratorSettings, log: Any) -> tuple[Connection, "subproce
             process = subprocess.Popen(
                 command,
                 pass_fds=[theirs.fileno()],
-                env=_environment(settings),
+                env=_environment(settings, address),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -222,10 +228,11 @@ def _spawn(settings: GeneratorSettings, log: Any) -> tuple[Connection, "subproce
     return ours, started[0], keeper
 
 
-def _environment(settings: GeneratorSettings) -> dict[str, str]:
+def _environment(settings: GeneratorSettings, address: str | None) -> dict[str, str]:
     root = str(Path(__file__).resolve().parent.parent)
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    environment = os.environ | {
+    environment = os.environ | ({} if address is None else sockets_at(address))
+    environment |= {
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": str(settings.threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the cores are shared with learners; binding would stack engines on one

@@ -14,10 +14,13 @@ RecuaError
 ├── StepError                  a step's own code raised; carries the user's traceback
 └── SystemFault                the platform failed under a step; retried by the executor
     ├── NodeLost
+    │   └── PeersUnreachable   two machines of a group have no way to each other
     ├── Preempted
     ├── OutOfMemory
     └── StepTimeout
 """
+
+from collections.abc import Sequence
 
 
 class RecuaError(Exception):
@@ -81,6 +84,21 @@ class SystemFault(RecuaError):
 
 class NodeLost(SystemFault):
     """The node or worker process that ran the step died."""
+
+
+class PeersUnreachable(NodeLost):
+    """Machines of a group have no way to each other. `ways`: (rank that tried, rank that it did not reach)."""
+
+    def __init__(self, ways: Sequence[tuple[int, int]], tried: str) -> None:
+        super().__init__(
+            f"no connection from {tried}. Nodes must reach each other on every port at the addresses that Ray has for "
+            "them (--node-ip-address of their Ray), or on the interface that GLOO_SOCKET_IFNAME names there: look at "
+            "both, and at the firewall between them"
+        )
+        self.ways, self.tried = tuple(ways), tried
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[tuple[int, int], ...], str]]:
+        return type(self), (self.ways, self.tried)
 
 
 class Preempted(SystemFault):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 
 from serving.auth import TokenAuthority
@@ -40,7 +41,7 @@ class Replica:
         if not (Path(model.folder) / "config.json").is_file():
             raise FileNotFoundError(f"{model.folder}: no model folder on this node; use a path that every node sees")
         self._arguments = engine_arguments(Path(model.folder), model.weight_version, settings)
-        self._engine = await asyncio.to_thread(start_engine, self._arguments)
+        self._engine = await asyncio.to_thread(start_engine, self._arguments, ray.util.get_node_ip_address())
         self._probe = HealthProbe(self._engine, settings.health_period_s, settings.health_timeout_s)
         self._app = await build_openai_app(self._engine, self._arguments)
         self._door = Door(

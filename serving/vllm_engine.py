@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
+from infra.addresses import use_sockets_at
 from serving.config import ServingSettings
 
 
@@ -64,11 +65,13 @@ def engine_arguments(model_folder: Path, weight_version: str, settings: ServingS
         raise ValueError(f"serving.engine.extra_args: vLLM refuses {' '.join(engine.extra_args)}") from None
 
 
-def start_engine(arguments: Namespace) -> Any:
-    """An AsyncLLM (blocking: loads the model, some 15 s on a CPU) that remembers when it last produced a token.
+def start_engine(arguments: Namespace, address: str) -> Any:
+    """An AsyncLLM (blocking: loads the model, some 15 s on a CPU) that remembers when it last produced a token. Its
+    sockets are at `address`, the node's one.
 
     The stamp lets the health check skip its probe under load, when the probe would only queue behind real work.
     """
+    use_sockets_at(address)  # before vLLM is imported
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM

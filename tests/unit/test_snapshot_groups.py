@@ -1,11 +1,13 @@
 """Process groups that are aborted, left and formed again, by real processes over a store that none of them hosts."""
 
 import gc
+import json
 import os
 import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,9 +15,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from engines.process_groups import ProcessGroups, Rendezvous, StoreAddress, host_store, open_sockets
+from engines.process_groups import ProcessGroups, Rendezvous, StoreAddress, host_store, meet_peers, open_sockets
 from engines.ranks import Ranks
-from infra.errors import NodeLost
+from infra.addresses import listen
+from infra.errors import NodeLost, PeersUnreachable
 
 CYCLES = 100
 DEADLINE = 60.0
@@ -169,3 +172,34 @@ def test_a_missing_store_and_a_missing_peer_are_named() -> None:
         ProcessGroups(8, 0, 2, Rendezvous(StoreAddress("127.0.0.1", port), timeout_s=0.5)).form(lambda: None)
     assert not dist.is_initialized()
     del store
+
+
+def test_ranks_of_two_machines_try_the_way_to_each_other_before_they_form() -> None:
+    store = dist.HashStore()
+    places = ["127.0.0.1", "127.0.0.2", "127.0.0.1"]
+    with ThreadPoolExecutor(3) as ranks:
+        for met in [ranks.submit(meet_peers, store, rank, 3, place) for rank, place in enumerate(places)]:
+            met.result(DEADLINE)
+
+
+def test_machines_without_a_way_to_each_other_are_named_with_both_addresses_and_the_setting() -> None:
+    store = dist.HashStore()
+    with listen("127.0.0.2") as closed:
+        nowhere = closed.getsockname()
+    store.set("door/1", json.dumps(nowhere))
+    store.set("missing/1", json.dumps([[1, 0, "127.0.0.2 to 127.0.0.1: no answer"]]))
+    with pytest.raises(PeersUnreachable, match="GLOO_SOCKET_IFNAME") as caught:
+        meet_peers(store, 0, 2, "127.0.0.1", patience_s=0.1)
+    assert caught.value.ways == ((0, 1), (1, 0))
+    assert "127.0.0.1 to 127.0.0.2: Connection refused; 127.0.0.2 to 127.0.0.1: no answer" in str(caught.value)
+
+
+def test_groups_are_formed_over_the_interface_of_the_address_given() -> None:
+    """Whatever the host's name resolves to."""
+    _host, address = host_store()
+    groups = ProcessGroups(0, 0, 1, Rendezvous(address), address="127.0.0.1")
+    groups.form(lambda: None)
+    assert {entry.local[0] for entry in open_sockets() if entry.listens and entry.local[1] != address.port} <= {
+        "127.0.0.1"
+    }
+    groups.leave()

@@ -1,0 +1,127 @@
+"""Pretraining over real networks: hosts whose names resolve to loopback, links that are cut and healed."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.tokenized import write_shards
+from models.tokenizer import load_tokenizer, train_bpe
+from tests.net_hosts import REPOSITORY, Host, hosts, no_hosts
+
+pytestmark = pytest.mark.skipif(no_hosts() is not None, reason=str(no_hosts()))
+
+DEADLINE_S = 300.0
+SETTINGS: dict[str, Any] = {
+    "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2, "timeout": 120},
+    "batch_size": 6,
+    "sequence_length": 16,
+    "micro_batch_size": 2,
+    "save_every": 10**6,
+    "workers": 2,
+    "num_cpus": 0.6,
+}
+"""One rank finds room on a host."""
+PATIENT = {"hang_floor_s": 60, "pulse_timeout_s": 30, "abort_timeout_s": 20, "start_timeout_s": 600}
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    texts = [" ".join(str(draw.randrange(100)) + " plus" for _ in range(40)) for _ in range(60)]
+    train_bpe(texts, 300).save(folder / "tokenizer")
+    write_shards(texts, load_tokenizer(folder / "tokenizer"), folder / "tokens")
+    return folder
+
+
+class Training:
+    """A driver on `host`, in its own process, and what it says."""
+
+    def __init__(self, host: Host, head: Host, corpus: Path, folder: Path, **settings: Any) -> None:
+        folder.mkdir()
+        self.order = {
+            "address": head.ray, "corpus": str(corpus), "folder": str(folder), "faults": "",
+            "vocab_size": load_tokenizer(corpus / "tokenizer").vocab_size,
+            "settings": {**SETTINGS, **settings},
+        }  # fmt: skip
+        self._log, self._output = folder / "log", (folder / "output").open("w")
+        command = [sys.executable, str(REPOSITORY / "tests/chaos/elastic_program.py"), json.dumps(self.order)]
+        streams = {"stdout": self._output, "stderr": self._output}
+        self.process = host.start(*command, str(self._log), env=host.environment, **streams)
+
+    def said(self, kind: str) -> list[Any]:
+        lines = self._log.read_text().splitlines(keepends=True) if self._log.exists() else []
+        facts = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [fact[kind] for fact in facts if kind in fact]
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.said("row")
+
+    def formed(self) -> list[int]:
+        """Ranks of every generation so far."""
+        return [event["ranks"] for event in self.said("event") if event["event"] == "started"]
+
+    def wait(self, what: Callable[["Training"], object]) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not what(self):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.story()
+            time.sleep(0.05)
+
+    def ends(self) -> Row:
+        """Its result."""
+        assert self.process.wait(DEADLINE_S) == 0, self.story()
+        result: Row = self.said("result")[0]
+        return result
+
+    def story(self) -> str:
+        events = "\n".join(str(event) for event in self.said("event")[-40:])
+        return f"{events}\n{Path(self._output.name).read_text()[-3000:]}"
+
+
+def losses(rows: list[Row]) -> list[tuple[Any, ...]]:
+    return [(row["step"], row["loss"], row["grad_norm"], row["tokens"]) for row in rows]
+
+
+def reference(order: dict[str, Any], folder: Path) -> "subprocess.Popen[bytes]":
+    """The same on one machine, without Ray; see tests.chaos.elastic_reference."""
+    folder.mkdir()
+    order = {**order, "folder": str(folder), "skipped": []}
+    command = [sys.executable, str(REPOSITORY / "tests/chaos/elastic_reference.py"), json.dumps(order)]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)})
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[list[Host]]:
+    """A head and a second host, with room for one rank each."""
+    folder = tmp_path / "hosts"
+    folder.mkdir()
+    with hosts(2, folder) as made:
+        made[0].start_ray()
+        made[1].start_ray(made[0])
+        yield made
+
+
+def test_two_hosts_train_as_one_machine_does_through_a_cut_of_a_second(
+    pair: list[Host], corpus: Path, tmp_path: Path
+) -> None:
+    head, other = pair
+    training = Training(head, head, corpus, tmp_path / "two", steps=60, elastic={**PATIENT, "node_timeout_s": 20})
+    alone = reference(training.order, tmp_path / "one")
+    training.wait(lambda said: len(said.rows) >= 10)
+    other.cut()
+    time.sleep(1)  # how long it is cut
+    other.heal()
+    result = training.ends()
+    assert training.formed() == [2] and result["lost_steps"] == 0, training.story()
+    assert alone.wait(DEADLINE_S) == 0
+    assert losses(training.rows) == losses(json.loads((tmp_path / "one" / "rows.json").read_text()))
