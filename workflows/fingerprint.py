@@ -2,45 +2,65 @@
 
 Starting at the step's function it follows every name into our own sources: functions, whole classes (an actor's
 methods with it), globals, function-local imports, imports with effects (registries), strings that name one of our
-modules, and data files that the code names. Comments, docstrings and annotations do not count. Where it cannot see
+modules, and data files. Comments, docstrings and annotations do not count. Where it cannot see
 (star imports, `getattr` on a module, `exec`, an import of a computed name) it takes the whole module, or the whole
 package. Libraries count by their installed version. recua's platform (the graph, the command line, `infra`) does not
 count: it moves results, it does not make them.
+
+A data file of a step is a file that is there and that its code names: a text `"corpus.txt"` in it, or a path put
+together of such texts and `__file__`, is the way to it from the module's folder or from its package's root. A folder
+counts with all files in it where the code lists it, or names it in a statement with `__file__`. A link counts by what
+it leads to. No data file is what the same code writes (`open(..., "w")`, `write_text`, `save...`, `to_csv`, ...; see
+workflows.paths): a step is not run again because of its own product. Nor is what only a run can tell: absolute paths
+and names that are computed come in as inputs.
 """
 
 import ast
+import contextlib
 import functools
+import glob
 import hashlib
+import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from infra.storage import remembered_sha256
 from workflows.names import canonical_module, module_of_file
+from workflows.paths import PathReader
 from workflows.source import Import, Module, SourceIndex, is_text
 
 FORMAT = 1
+FILE = "file "
 PLATFORM = {
     "alarm", "artifacts", "attempts", "batches", "bundle", "channel", "cli", "config", "context", "events", "executor",
     "fanout", "fingerprint", "gangs", "gc", "graph", "history", "housekeeping", "indexer", "journal", "keywords",
-    "known", "launch", "listing", "loop", "marks", "names", "outcome", "output", "placement", "planning", "progress",
-    "reaper", "report", "report_groups", "report_page", "runs", "saved", "session", "source", "status", "survey",
-    "taken", "takeover", "values", "waits", "why", "worker",
+    "known", "launch", "listing", "loop", "marks", "names", "outcome", "output", "paths", "placement", "planning",
+    "progress", "reaper", "report", "report_groups", "report_page", "runs", "saved", "session", "source", "status",
+    "survey", "taken", "takeover", "values", "waits", "why", "worker",
 }  # fmt: skip
 """Modules of `workflows` that carry, show and keep results. What remains are recipes and their steps."""
 BLINDING = {"exec", "eval", "globals", "__import__"}
 NAMES_FILES = {"__file__", "resources", "files"}
-FILES_PER_FOLDER = 200
+LONGEST_PATH = 4096
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """`code`: sha256 of everything reachable. `parts`: name -> sha256 of each. `libraries`: name -> version."""
+    """`code`: sha256 of everything reachable. `parts`: name -> sha256 of each (a data file's is `file NAME`).
+    `libraries`: name -> version. `products`: files that the code names and writes, which do not count."""
 
     code: str
     parts: dict[str, str]
     libraries: dict[str, str]
+    products: tuple[str, ...] = ()
+
+    @property
+    def data_files(self) -> list[str]:
+        """Names of the files that count."""
+        return sorted(name.removeprefix(FILE) for name in self.parts if name.startswith(FILE))
 
 
 class Fingerprinter:
@@ -50,7 +70,7 @@ class Fingerprinter:
     def __init__(self, roots: Iterable[Path] = ()) -> None:
         self._roots = [Path(root) for root in roots]
         self._done: dict[str, Fingerprint] = {}
-        self._index: dict[tuple[Path, ...], SourceIndex] = {}
+        self._readers: dict[tuple[Path, ...], PathReader] = {}
 
     def of(self, function: object, libraries: Iterable[str] = ()) -> Fingerprint:
         """The fingerprint of a function defined at the top of a module; `libraries` are distributions to add."""
@@ -62,22 +82,24 @@ class Fingerprinter:
             own = Path(__file__).resolve().parents[1]
             roots = tuple(self._roots or dict.fromkeys([module_of_file(file)[1], own]))
             roots = tuple(root for root in roots if root.name not in ("site-packages", "dist-packages"))
-            index = self._index.setdefault(roots, SourceIndex(list(roots)))
-            walk = _Walk(index)
+            if roots not in self._readers:
+                self._readers[roots] = PathReader(SourceIndex(list(roots)))
+            walk = _Walk(self._readers[roots])
             walk.reach(module, qualname.partition(".")[0])
             self._done[name] = self._finish(walk, libraries)
         return self._done[name]
 
     def _finish(self, walk: "_Walk", libraries: Iterable[str]) -> Fingerprint:
         parts = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in walk.parts.items()}
-        parts |= {f"file {name}": checksum for name, checksum in walk.files.items()}
+        files, products = walk.files()
+        parts |= {f"{FILE}{name}": checksum for name, checksum in files.items()}
         lines = [f"{name} {parts[name]}" for name in sorted(parts)]
         code = hashlib.sha256("\n".join([f"format {FORMAT}", *lines]).encode()).hexdigest()
         names = {name for root in walk.libraries for name in _packages().get(root, ())}
         found = {name: metadata.version(name) for name in names}
         declared = {name: metadata.version(name) for name in libraries}
         python = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
-        return Fingerprint(code, parts, dict(sorted((found | declared | python).items())))
+        return Fingerprint(code, parts, dict(sorted((found | declared | python).items())), products)
 
 
 @functools.cache
@@ -87,14 +109,33 @@ def _packages() -> Mapping[str, list[str]]:
 
 
 class _Walk:
-    """One traversal. `parts`: canonical name -> stripped source; `files`: path -> sha256; `libraries`: import roots."""
+    """One traversal. `parts`: canonical name -> stripped source; `libraries`: import roots."""
 
-    def __init__(self, index: SourceIndex) -> None:
+    def __init__(self, paths: PathReader) -> None:
         self.parts: dict[str, str] = {}
-        self.files: dict[str, str] = {}
         self.libraries: set[str] = set()
-        self._index = index
+        self._index = paths.index
+        self._paths = paths
+        self._named: dict[Path, Module] = {}
+        self._listed: dict[Path, Module] = {}
+        self._written: set[Path] = set()
+        self._filled: set[Path] = set()
         self._entered: set[str] = set()
+
+    def files(self) -> tuple[dict[str, str], tuple[str, ...]]:
+        """Name -> sha256 of the data files, and the names of those that the code itself writes."""
+        found: dict[str, str] = {}
+        products: set[str] = set()
+        for path, module in (self._listed | self._named).items():
+            real = path.resolve()
+            among = {real, *real.parents}
+            name = self._index.name_of(path, module)
+            if among & self._written or (path not in self._named and among & self._filled):
+                products.add(name)
+                continue
+            with contextlib.suppress(OSError):  # gone, or not ours to read: as good as none
+                found[name] = remembered_sha256(path)
+        return found, tuple(sorted(products))
 
     def reach(self, module_name: str, name: str) -> None:
         """Follow one top-level name of one module."""
@@ -185,6 +226,26 @@ class _Walk:
         named = {name for chain in reading.chains for name in chain}
         for text in reading.constants:
             self._text(module, text, names_files=bool(named & NAMES_FILES))
+        self._follow_paths(module, statement)
+
+    def _follow_paths(self, module: Module, statement: ast.stmt) -> None:
+        paths = self._paths.of(module, statement)
+        self._written.update(place.resolve() for path in paths.written for place in self._places(module, path))
+        self._filled.update(place.resolve() for path in paths.filled for place in self._places(module, path))
+        for place in (place for path in paths.read for place in self._places(module, path)):
+            pattern = any(letter in place.name for letter in "*?[")
+            found = glob.glob(str(place), recursive=True, include_hidden=True) if pattern else [place]
+            for file in map(Path, found):
+                self._file(module, file, folders_too=False)
+        for place in (place for path in paths.listed for place in self._places(module, path)):
+            self._file(module, place, folders_too=True)
+
+    def _places(self, module: Module, path: str) -> set[Path]:
+        """Where a path that code names may lie."""
+        if not path or path.startswith("<") or len(path) > LONGEST_PATH or "\0" in path:
+            return set()
+        folders = {module.file.parent, self._index.root_of(module.file)}
+        return {Path(os.path.normpath(folder / path)) for folder in folders}
 
     def _target(self, target: Import, rest: list[str]) -> None:
         """Follow an imported thing with the attributes taken from it."""
@@ -214,7 +275,7 @@ class _Walk:
 
     def _text(self, module: Module, text: str, names_files: bool) -> None:
         """A string may name one of our modules (`"engines.worker.Extension"`) or a data file."""
-        if not 2 < len(text) < 200 or "\n" in text or text.startswith("/"):
+        if not text or len(text) > LONGEST_PATH or "\n" in text or text.startswith("/"):
             return
         dotted = text.replace(":", ".").split(".")
         if len(dotted) > 1 and all(part.isidentifier() for part in dotted):
@@ -225,23 +286,29 @@ class _Walk:
                     elif end > 1:
                         self.whole(".".join(dotted))
                     break
-        for base in {module.file.parent, self._index.root_of(module.file)}:
-            self._file(base / text, names_files)
+        for place in self._places(module, text):
+            self._file(module, place, folders_too=names_files and len(text) > 2)
 
-    def _file(self, path: Path, folders_too: bool) -> None:
+    def _file(self, module: Module, path: Path, folders_too: bool) -> None:
         try:
             if path.is_file() and path.suffix != ".py":
-                found = [path]
+                self._named[path] = module
             elif folders_too and path.is_dir():
-                files = (file for file in sorted(path.rglob("*")) if "__pycache__" not in file.parts)
-                found = [file for file in files if file.is_file()][:FILES_PER_FOLDER]
-            else:
-                return
+                self._listed |= dict.fromkeys(_files_in(path), module)
         except (OSError, ValueError):
             return
-        for file in found:
-            name = file.resolve().relative_to(self._index.root_of(file.resolve())).as_posix()
-            self.files[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """All files under a folder, links followed, each folder once."""
+    seen: set[Path] = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if name != "__pycache__")
+        if (real := Path(path).resolve()) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(path, name) for name in sorted(files) if Path(path, name).is_file())
 
 
 def _is_platform(name: str) -> bool:

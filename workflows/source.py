@@ -6,11 +6,12 @@ site-packages; everything else counts as a library.
 
 import ast
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from workflows.names import canonical_module
+from workflows.names import canonical_module, module_of_file
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 KNOWN_DECORATORS = {
@@ -76,7 +77,17 @@ class SourceIndex:
         return self._modules[name]
 
     def root_of(self, file: Path) -> Path:
-        return next(root for root in self._roots if file.is_relative_to(root))
+        """The root that a module's file lies under; of a link to another place, the folder to import it from there."""
+        return next((root for root in self._roots if file.is_relative_to(root)), module_of_file(file)[1])
+
+    def name_of(self, file: Path, module: Module) -> str:
+        """What a data file that `module` names is called: where it lies under our roots, else the way to it from
+        the module's root."""
+        real = file.resolve()
+        for root in self._roots:
+            if real.is_relative_to(root):
+                return real.relative_to(root).as_posix()
+        return Path(os.path.relpath(file, self.root_of(module.file))).as_posix()
 
     def _find(self, name: str) -> Path | None:
         for root in self._roots:

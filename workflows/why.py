@@ -15,7 +15,7 @@ from typing import Any
 from infra.errors import RecuaError
 from infra.storage import Store
 from workflows.artifacts import Artifact
-from workflows.fingerprint import Fingerprint, Fingerprinter
+from workflows.fingerprint import FILE, Fingerprint, Fingerprinter
 from workflows.graph import Step
 from workflows.journal import JournalState, read_journal
 from workflows.known import code_key, content_key, index_key
@@ -45,7 +45,9 @@ class Comparison:
 @dataclass(frozen=True)
 class Why:
     """`happened`: one sentence on what happened in the run. `compared_with`: run, call and end of the earlier commit.
-    `again`: whether an equal call in a new run would run; None where that cannot be said. `because`: why."""
+    `again`: whether an equal call in a new run would run; None where that cannot be said. `because`: why.
+    `data_files`: files that the step's code names and that count as part of it; `products`: those that it names and
+    writes, which do not (workflows.fingerprint)."""
 
     call_id: str
     status: str
@@ -54,13 +56,18 @@ class Why:
     differs: Comparison | None
     again: bool | None
     because: list[str]
+    data_files: list[str] = field(default_factory=list)
+    products: list[str] = field(default_factory=list)
 
     def sentences(self) -> list[str]:
         """What to print."""
-        if self.again is None:
-            return [self.happened, f"would run again in a new run: unknown, {'; '.join(self.because)}"]
-        word = "yes, because " if self.again else "no: "
-        return [self.happened, f"would run again in a new run: {word}{'; '.join(self.because)}"]
+        word = {None: "unknown, ", True: "yes, because ", False: "no: "}[self.again]
+        lines = [self.happened, f"would run again in a new run: {word}{'; '.join(self.because)}"]
+        if self.data_files:
+            lines.append(f"data files that its code names, which count: {_listed(self.data_files)}")
+        if self.products:
+            lines.append(f"files that its code writes, which do not count: {_listed(self.products)}")
+        return lines
 
 
 class Reasons:
@@ -92,7 +99,9 @@ class Reasons:
         if earlier is not None:
             compared = {"run": earlier[0], "call": earlier[1]["call"], "ended": earlier[1]["ended"]}
         happened = self._happened(commit, earlier, differs)
-        return Why(view.call_id, view.status, happened, compared, differs, again, because)
+        now = self._fingerprint(commit)
+        named = ([], []) if now is None else (now.data_files, list(now.products))
+        return Why(view.call_id, view.status, happened, compared, differs, again, because, *named)
 
     # --- what happened ---
 
@@ -212,7 +221,8 @@ class Reasons:
             return None, [f"because {commit['step']} cannot be imported here ({step})"]
         if not step.default.reuse:
             return True, ["the step is never reused (reuse=False)"]
-        now = self._fingerprinter.of(step.fn, step.default.libraries)
+        now = self._fingerprint(commit)
+        assert now is not None, "of a step"
         reasons = self._changed_since(commit, now)
         if not reasons:
             reasons = self._lost(content_key(commit["step"], commit["inputs"], now))
@@ -247,6 +257,11 @@ class Reasons:
                 return [f"artifact {artifact.name} {artifact.digest[:12]} of its result is about to be removed"]
         return []
 
+    def _fingerprint(self, commit: Record) -> Fingerprint | None:
+        """Of the step as it is now; None where it cannot be imported."""
+        step = self._step(commit)
+        return self._fingerprinter.of(step.fn, step.default.libraries) if isinstance(step, Step) else None
+
     def _step(self, commit: Record) -> Any:
         """The step as it is now, or what stood in the way of importing it."""
         try:
@@ -267,8 +282,8 @@ def _changed_parts(before: dict[str, str] | None, now: dict[str, str] | None) ->
 
 
 def _part(name: str) -> str:
-    if name.startswith("file "):
-        return name
+    if name.startswith(FILE):
+        return f"data {name}"
     module, _, thing = name.partition(":")
     return {"*": f"module {module}", "import": f"what importing {module} does"}.get(thing, name)
 

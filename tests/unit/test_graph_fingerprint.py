@@ -2,11 +2,14 @@
 
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -298,3 +301,195 @@ def test_a_change_reaches_only_the_steps_that_use_it(repository: Path, tmp_path:
     (copy / "actors/ppo.py").write_text(ppo.replace("def optimise_policy(", "def optimise_policy(unused=0, *, ", 1))
     after = codes()
     assert {name for name in before if after[name] != before[name]} == {"optimise_policy"}
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Callable[[], Fingerprint]]:
+    """A module `lone` beside its files; what is returned takes the fingerprint of its `body` anew."""
+    folder = tmp_path / "lone"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+
+    def make(source: str) -> Callable[[], Fingerprint]:
+        (folder / "lone.py").write_text(source)
+        monkeypatch.delitem(sys.modules, "lone", raising=False)
+        importlib.invalidate_caches()
+        body = importlib.import_module("lone").body
+        monkeypatch.delitem(sys.modules, "lone")
+        return lambda: Fingerprinter().of(body)
+
+    return make
+
+
+HEAD = """
+import csv, gzip, json, os, shutil
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+OUT = HERE / "out.json"
+NAME = "out.json"
+
+def keep(path, data):
+    Path(path).write_text(data)
+
+def keep_in(folder, name):
+    (folder / f"{name}.json").write_text("")
+
+"""
+WRITES = [
+    "open('out.json', 'w').write('x')",
+    "open('./out.json', mode='a').write('x')",
+    "open(NAME, 'wb').write(b'x')",
+    "open(file=OUT, mode='x')",
+    "with open(Path(__file__).parent / 'out.json', 'w') as out: json.dump(1, out)",
+    "with OUT.open('w', newline='') as out: csv.writer(out).writerow([1])",
+    "OUT.write_text('x')",
+    "(HERE / 'out.json').write_bytes(b'x')",
+    "Path('out.json').touch()",
+    "OUT.with_suffix('.json').write_text('x')",
+    "Path(__file__).with_name('out.json').write_text('x')",
+    "os.path.join(HERE, 'out.json'); open(os.path.join(os.path.dirname(__file__), 'out.json'), 'w')",
+    "open(f'{HERE}/out.json', 'w')",
+    "open(str(HERE) + '/out.json', 'w')",
+    "path = HERE / 'out.json'; path.write_text('x')",
+    "target = str(OUT); open(target, 'w')",
+    "gzip.open('out.json', 'wt')",
+    "import numpy as np; np.savez('out.json', a=1)",
+    "import torch; torch.save({}, OUT)",
+    "import pandas as pd; pd.DataFrame().to_csv('out.json')",
+    "import joblib; joblib.dump({}, 'out.json')",
+    "shutil.copy('in.txt', 'out.json')",
+    "os.replace('part', NAME)",
+    "Path('part').rename(OUT)",
+    "import logging; logging.basicConfig(filename='out.json')",
+    "keep('out.json', 'x')",
+    "keep(OUT, data='x')",
+    "keep(data='x', path=HERE / 'out.json')",
+    "[open(name, 'w') for name in ('out.json', 'other.json')]",
+    "n = json.loads(OUT.read_text()) if OUT.exists() else 0; OUT.write_text(json.dumps(n + 1))",
+]
+READS = [
+    "open('in.txt').read()",
+    "open('in.txt', 'rb').read()",
+    "Path('in.txt').read_text()",
+    "(HERE / 'in.txt').read_text()",
+    "(HERE / 'deep' / 'far.txt').read_text()",
+    "open(os.path.join(HERE, 'deep', 'far.txt'))",
+    "open(f'{HERE}/deep/far.txt')",
+    "[file.read_text() for file in (HERE / 'deep').iterdir()]",
+    "[open(os.path.join('deep', name)) for name in os.listdir('deep')]",
+    "[file.read_text() for file in HERE.glob('deep/*.txt')]",
+    "import glob; [open(name) for name in glob.glob('deep/*.txt')]",
+    "shutil.copy('in.txt', 'out.json')",
+    "import pandas; pandas.read_csv('in.txt').to_csv('out.json')",
+    "source = HERE / 'in.txt'; text = source.read_text(); (HERE / 'out.json').write_text(text)",
+    "path = HERE / 'in.txt'; text = path.read_text(); path = OUT; path.write_text(text)",
+    "text = (HERE / 'deep' / 'far.txt').read_text(); (HERE / 'deep' / 'out.json').write_text(text)",
+    "text = (HERE / 'deep' / 'far.txt').read_text(); keep_in(HERE / 'deep', text)",
+    "json.dump(open('in.txt').read(), open('out.json', 'w'))",
+    "print('x'.replace('x', 'in.txt'), open('in.txt'))",
+    "scratch = Path(os.environ['HOME']); (scratch / 'in.txt').write_text(open('in.txt').read())",
+]
+
+
+@pytest.mark.parametrize("line", WRITES)
+def test_what_a_step_writes_is_no_data_of_it(line: str, script: Callable[..., Any], tmp_path: Path) -> None:
+    fingerprint = script(f"{HEAD}def body():\n    {line}\n")
+    first = fingerprint()
+    for content in ("[1]", "[2]"):
+        (tmp_path / "lone" / "out.json").write_text(content)
+        assert fingerprint().code == first.code
+    assert fingerprint().products == ("out.json",) and "out.json" not in fingerprint().data_files
+
+
+@pytest.mark.parametrize("line", READS)
+def test_what_a_step_reads_is_data_of_it(line: str, script: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "lone" / "deep").mkdir()
+    files = [tmp_path / "lone" / name for name in ("in.txt", "deep/far.txt")]
+    for file in files:
+        file.write_text("one")
+    fingerprint = script(f"{HEAD}def body():\n    {line}\n")
+    first = fingerprint()
+    assert first.data_files in (["in.txt"], ["deep/far.txt"])
+    for file in files:
+        file.write_text("two")
+    assert fingerprint().code != first.code
+
+
+def test_files_of_computed_names_in_a_folder_of_its_own_are_products(
+    script: Callable[..., Any], tmp_path: Path
+) -> None:
+    body = """def body(n):
+    out = Path(__file__).parent / "made"
+    out.mkdir(exist_ok=True)
+    for i in range(n):
+        (out / f"{i}.txt").write_text("x")
+    keep_in(out, n)
+"""
+    fingerprint = script(HEAD + body)
+    first = fingerprint()
+    (tmp_path / "lone" / "made").mkdir()
+    (tmp_path / "lone" / "made" / "1.txt").write_text("x")
+    assert fingerprint().code == first.code and fingerprint().products == ("made/1.txt",)
+
+
+def test_a_link_counts_by_what_it_leads_to(script: Callable[..., Any], tmp_path: Path) -> None:
+    folder, disk = tmp_path / "lone", tmp_path / "disk"
+    (disk / "texts").mkdir(parents=True)
+    (disk / "corpus.txt").write_text("one")
+    (disk / "texts" / "a.txt").write_text("one")
+    (folder / "corpus.txt").symlink_to(disk / "corpus.txt")
+    (folder / "texts").symlink_to(disk / "texts")
+    (disk / "texts" / "round").symlink_to(disk / "texts")
+    (folder / "nowhere.txt").symlink_to(disk / "nothing")
+    (folder / "loop.txt").symlink_to("loop.txt")
+    body = """def body():
+    names = ["corpus.txt", "nowhere.txt", "loop.txt", "../disk/corpus.txt"]
+    return names, list((HERE / "texts").iterdir())
+"""
+    fingerprint = script(HEAD + body)
+    first = fingerprint()
+    assert first.data_files == ["../disk/corpus.txt", "corpus.txt", "texts/a.txt"]
+    (disk / "corpus.txt").write_text("two")
+    changed = {name for name, part in fingerprint().parts.items() if part != first.parts[name]}
+    assert changed == {"file ../disk/corpus.txt", "file corpus.txt"}
+    (disk / "texts" / "a.txt").write_text("two")
+    assert fingerprint().parts["file texts/a.txt"] != first.parts["file texts/a.txt"]
+
+
+def test_a_module_that_is_a_link_names_files_beside_its_source(script: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "texts.py").write_text("def load():\n    return open('words.txt').read()\n")
+    (tmp_path / "shared" / "words.txt").write_text("one")
+    (tmp_path / "lone" / "texts.py").symlink_to(tmp_path / "shared" / "texts.py")
+    fingerprint = script("from texts import load\n\ndef body():\n    return load()\n")
+    assert fingerprint().data_files == ["words.txt"]
+
+
+def test_a_large_data_file_is_read_in_pieces_and_once(script: Callable[..., Any], tmp_path: Path) -> None:
+    file = tmp_path / "lone" / "large.bin"
+    with file.open("wb") as stream:
+        stream.truncate(256 << 20)
+    os.utime(file, (1, 1))
+    fingerprint = script("def body():\n    return open('large.bin')\n")
+    tracemalloc.start()
+    first = fingerprint()
+    assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    tracemalloc.stop()
+    with file.open("r+b") as stream:  # in its middle, its size and time as they were
+        stream.seek(128 << 20)
+        stream.write(b"x")
+    os.utime(file, (1, 1))
+    assert fingerprint().code != first.code
+
+
+def test_every_file_of_a_folder_counts(script: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / "lone" / "texts"
+    folder.mkdir()
+    for number in range(300):
+        (folder / f"{number:03}.txt").write_text("one")
+    fingerprint = script("from pathlib import Path\n\ndef body():\n    return Path(__file__).parent / 'texts'\n")
+    first = fingerprint()
+    (folder / "299.txt").write_text("two")
+    assert fingerprint().code != first.code

@@ -110,6 +110,24 @@ def test_a_changed_function_is_named(bench: Bench, project: Path) -> None:
     )
 
 
+def test_a_changed_data_file_is_named_and_what_the_step_writes_is_none(bench: Bench, project: Path) -> None:
+    (project / "whyflow/words.txt").write_text("one")
+    body = "def scale(x):\n    open('seen.log', 'a').write('x')\n    return open('words.txt').read()\n"
+    (project / "whyflow/helper.py").write_text(body)
+    bench.run("r1", [train()])
+    (project / "whyflow/seen.log").write_text("x")
+    assert bench.why("r1", "train").sentences()[1:] == [
+        "would run again in a new run: no: inputs, code and libraries are as they were, and its result is in the store",
+        "data files that its code names, which count: whyflow/words.txt",
+        "files that its code writes, which do not count: whyflow/seen.log",
+    ]
+    (project / "whyflow/words.txt").write_text("two")
+    assert bench.why("r1", "train").because == ["data file whyflow/words.txt changed since it was committed"]
+    bench.run("r2", [train()])
+    happened = "train[0] ran because data file whyflow/words.txt changed since run r1"
+    assert bench.why("r2", "train").happened.startswith(happened)
+
+
 def test_a_changed_input_is_named_leaf_by_leaf_with_who_made_it(bench: Bench) -> None:
     bench.run("r1", [train({"lr": 1, "steps": 5})])
     bench.run("r2", [train({"lr": 2, "steps": 5})])
