@@ -1,19 +1,13 @@
 """Files that a recipe names, reduced to their content: passed to a step, so that a changed file is a changed input."""
 
-import functools
 import hashlib
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from data.files import DATASETS, find_files, parse_dataset
 from infra.errors import DataError
-from infra.storage import sha256_file
-
-REMEMBERED = 1 << 16
-SETTLED_NS = 2_000_000_000
-"""A file that was written less than this ago may be written once more without its time becoming another."""
+from infra.storage import remembered_sha256
 
 
 def content(sources: Sequence[str | None]) -> dict[str, str]:
@@ -57,17 +51,7 @@ def _digest(source: str) -> str:
 
 
 def _file_digest(file: Path) -> str:
-    """Of the whole content; read once a process, for as long as inode, size and times stay as they are."""
     try:
-        seen = file.stat()
-        changed = max(seen.st_mtime_ns, seen.st_ctime_ns)
-        if time.time_ns() - changed < SETTLED_NS:
-            return sha256_file(file)
-        return _remembered(file.absolute(), seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+        return remembered_sha256(file)
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}") from None
-
-
-@functools.lru_cache(REMEMBERED)
-def _remembered(file: Path, *seen: int) -> str:
-    return sha256_file(file)
