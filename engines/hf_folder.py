@@ -1,19 +1,21 @@
 """Models from and to Hugging Face folders: config.json, safetensors, and the files that travel with them."""
 
 import json
-import os
+import logging
 import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from engines.chat import write_chat
 from engines.forward import ScalarModel
-from infra.errors import CheckpointError
+from engines.quiet import one_line, quiet_transformers
+from infra.errors import CheckpointError, RecuaError
+from models.files import read_object, whole_folder
+from models.weights import write_shards
 
 Head = Literal["lm", "scalar"]
 
@@ -25,10 +27,12 @@ COMPANIONS = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
 )
-"""Files of a model folder that training does not change."""
+"""Files of a model folder that travel with its weights as they are, beside generation_config.json."""
+log = logging.getLogger(__name__)
 
 
 def load_model(folder: Path, head: Head, dtype: torch.dtype, seed: int = 0) -> torch.nn.Module:
@@ -59,19 +63,14 @@ def load_model(folder: Path, head: Head, dtype: torch.dtype, seed: int = 0) -> t
 def _from_pretrained(kind: str, folder: Path, dtype: torch.dtype) -> Any:
     import transformers
 
-    logging = transformers.utils.logging
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of tensors goes into our errors instead
-    logging.disable_progress_bar()
     loader = getattr(transformers, kind)
     try:
-        model, report = loader.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa", output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    finally:
-        logging.set_verbosity(verbosity)
+        with quiet_transformers():
+            model, report = loader.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa", output_loading_info=True
+            )
+    except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: {one_line(error)}") from error
     if report["missing_keys"]:
         raise CheckpointError(f"{folder}: missing tensors: {', '.join(sorted(report['missing_keys'])[:5])}")
     return model
@@ -85,31 +84,56 @@ def _read_tensor(folder: Path, name: str) -> torch.Tensor | None:
     return None
 
 
-def save_model(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: Path | None, folder: Path) -> None:
-    """Write `tensors` (full, HF names) and `model`'s config into `folder`; `source` lends tokenizer and templates.
+def check_configs(folder: Path) -> Any:
+    """Whether transformers reads config.json and generation_config.json; returns the model's config.
 
-    Everything is written beside `folder` first and moved in last, config.json at the very end: a crash leaves no
-    folder that looks like a model.
+    Raises:
+        CheckpointError: names the file.
     """
-    draft = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
-    draft.mkdir(parents=True)
-    try:
+    import transformers
+
+    def read(kind: Any, name: str) -> Any:
+        try:
+            with quiet_transformers():
+                return kind.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # whatever the file's content makes of it
+            raise CheckpointError(f"{folder / name}: transformers cannot use it: {one_line(error)}") from error
+
+    if (folder / "generation_config.json").is_file():
+        read_object(folder / "generation_config.json")
+        read(transformers.GenerationConfig, "generation_config.json")
+    return read(transformers.AutoConfig, "config.json")
+
+
+def save_model(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: Path | None, folder: Path) -> None:
+    """Write `tensors` (full, HF names) and `model`'s config into `folder`; `source` lends what travels with a model.
+
+    The folder appears whole or not at all. Weights come first, and whatever is wrong with what travels beside them does
+    not keep them from being saved: it is logged, and left out.
+    """
+    with whole_folder(folder) as draft:
         if isinstance(model, ScalarModel):
             _write_scalar(model, tensors, draft)
         else:
-            saver: Any = model
-            saver.save_pretrained(draft, state_dict=dict(tensors))
-        for name in COMPANIONS if source is not None else ():
+            _write_causal(model, tensors, draft)
+        for add in (_copy_companions, write_chat) if source is not None else ():
             assert source is not None
-            if (source / name).is_file():
-                shutil.copyfile(source / name, draft / name)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(draft.iterdir(), key=lambda file: file.name == "config.json"):
-            _sync(file)
-            file.replace(folder / file.name)
-        _sync(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+            try:
+                add(source, draft)
+            except (OSError, ValueError, RecuaError) as error:
+                log.warning("%s is saved without all that travels with its model: %s", folder, error)
+
+
+def _write_causal(model: Any, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """As `save_pretrained` does, but for its refusals: it will not save what it loaded with only a warning."""
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    published = revert_weight_conversion(model, remove_tied_weights_from_state_dict(dict(tensors), model))
+    write_shards(published.items(), folder)
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.to_json_file(folder / "config.json", use_diff=True)
 
 
 def _write_scalar(model: ScalarModel, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
@@ -123,14 +147,14 @@ def _write_scalar(model: ScalarModel, tensors: Mapping[str, torch.Tensor], folde
         "label2id": {"LABEL_0": 0},
         "dtype": str(model.score.weight.dtype).removeprefix("torch."),
     }
+    write_shards(tensors.items(), folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _copy_companions(source: Path, folder: Path) -> None:
+    for pattern in COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            shutil.copyfile(file, folder / file.name)
+    if (generation := source / "generation_config.json").is_file():
+        read_object(generation)  # a broken one would keep others from loading the model
+        shutil.copyfile(generation, folder / generation.name)

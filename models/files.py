@@ -1,11 +1,58 @@
-"""A model folder that is there whole or not at all."""
+"""A model folder that is there whole or not at all, and its files as they may be found."""
 
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from infra.errors import CheckpointError
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the small text begins that Git keeps in place of a large file."""
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object of a model folder.
+
+    Raises:
+        CheckpointError: the file is missing, a Git LFS pointer, or no JSON object in UTF-8.
+    """
+    refuse_pointer(file)
+    try:
+        tree = json.loads(file.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        hint = "save it as UTF-8 without a byte order mark" if "BOM" in str(error) else str(error)
+        raise CheckpointError(f"{file}: not valid JSON: {hint}") from None
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{file}: not a JSON object")
+    return tree
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raises CheckpointError where Git LFS left a pointer instead of the file; nothing where there is no file."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(len(LFS_POINTER))
+    except OSError:
+        return
+    if start == LFS_POINTER:
+        raise CheckpointError(f"{file} is a Git LFS pointer, the file itself is not here: run `git lfs pull` there")
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises CheckpointError where a folder holds a PEFT adapter: what loads it would depend on the library."""
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter (adapter_config.json), which is only part of a model: merge it into its base "
+            "(PEFT's merge_and_unload) and name the folder of the merged model; if the weights here are whole, remove "
+            "adapter_config.json and adapter_model.safetensors"
+        )
 
 
 @contextmanager
@@ -22,13 +69,21 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield filling
         files = sorted(filling.iterdir(), key=lambda file: file.name == "config.json")
         for file in files:
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+            _sync(file)
         folder.mkdir(exist_ok=True)
         (folder / "config.json").unlink(missing_ok=True)
         for stale in folder.glob("*.safetensors*"):
             stale.unlink()
         for file in files:
             file.replace(folder / file.name)
+        _sync(folder)
     finally:
         shutil.rmtree(filling, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,14 +1,26 @@
 """Hugging Face's names and config.json for a Llama <-> ours. The tensors themselves are the same, none is permuted."""
 
-import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from infra.errors import CheckpointError
+from models.files import read_object, refuse_adapter
 from models.llama import LlamaConfig, RopeScaling
 from models.tokenizer import Tokenizer
+
+FOREIGN_KEYS = (
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "embedding_multiplier",
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "residual_multiplier",
+)
+"""Of networks that are nearly Llamas. Runtimes differ in which of them they honour under the name of a Llama."""
 
 
 def to_hf_name(name: str) -> str:
@@ -97,57 +109,115 @@ def config_from_hf(tree: Mapping[str, Any], source: str = "config.json") -> Llam
     refuse_unless(tree.get("hidden_act", "silu") == "silu", "hidden_act", "'silu'")
     refuse_unless(not tree.get("attention_bias"), "attention_bias", "false")
     refuse_unless(not tree.get("mlp_bias"), "mlp_bias", "false")
+    for key in FOREIGN_KEYS:
+        refuse_unless(tree.get(key) in (None, 1), key, "none: a Llama has no such thing")
+    tied = tree.get("tie_word_embeddings")
+    refuse_unless(tied in (None, True, False), "tie_word_embeddings", "true or false")
+    heads = _count(tree, "num_attention_heads", source)
+    theta, scaling = _rope_from_hf(tree, source)
     try:
-        theta, scaling = _rope_from_hf(tree, source)
         config = LlamaConfig(
-            dim=tree["hidden_size"],
-            layers=tree["num_hidden_layers"],
-            heads=tree["num_attention_heads"],
-            kv_heads=tree.get("num_key_value_heads") or tree["num_attention_heads"],
-            ffn_dim=tree["intermediate_size"],
-            vocab_size=tree["vocab_size"],
-            context=tree.get("max_position_embeddings", 2048),
-            norm_eps=tree.get("rms_norm_eps", 1e-6),
+            dim=_count(tree, "hidden_size", source),
+            layers=_count(tree, "num_hidden_layers", source),
+            heads=heads,
+            kv_heads=_count(tree, "num_key_value_heads", source, heads),
+            ffn_dim=_count(tree, "intermediate_size", source),
+            vocab_size=_count(tree, "vocab_size", source),
+            context=_count(tree, "max_position_embeddings", source, 2048),
+            norm_eps=_positive(tree, "rms_norm_eps", source, 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tied=bool(tree.get("tie_word_embeddings", False)),
+            tied=bool(tied),
         )
-    except KeyError as error:
-        raise CheckpointError(f"{source}: {error.args[0]} is missing") from None
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from None
     refuse_unless(
         tree.get("head_dim") in (None, config.head_dim), "head_dim", f"hidden_size / heads = {config.head_dim}"
     )
+    window = tree.get("sliding_window")
+    unused = window is None or tree.get("use_sliding_window") is False
+    refuse_unless(unused or (type(window) is int and window >= config.context), "sliding_window", "null")
+    kinds = tree.get("layer_types") or []
+    refuse_unless(all(kind == "full_attention" for kind in kinds), "layer_types", "full attention in every layer")
     return config
 
 
+def read_tree(folder: str | Path) -> dict[str, Any]:
+    """config.json of a model folder as it is.
+
+    Raises:
+        CheckpointError: no such folder, no readable config.json, an adapter without its model, or quantized weights.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        refuse_adapter(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder, so that config.json is missing")
+        raise CheckpointError(f"no model in {folder}: config.json is missing (was the folder written to its end?)")
+    tree = read_object(folder / "config.json")
+    for key in ("quantization_config", "compression_config"):
+        if tree.get(key) is not None:
+            method = tree[key].get("quant_method", "") if isinstance(tree[key], dict) else tree[key]
+            raise CheckpointError(
+                f"{folder / 'config.json'}: {key} says that the weights are quantized ({method}); training needs them "
+                "in float32, bfloat16 or float16: name a folder of the model before quantization"
+            )
+    return tree
+
+
 def read_config(folder: str | Path) -> LlamaConfig:
-    """`config_from_hf` of a folder; CheckpointError where there is no readable config.json."""
-    file = Path(folder) / "config.json"
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"no model in {folder}: config.json is missing (was the folder written to its end?)"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON: {error}") from None
-    return config_from_hf(tree, str(file))
+    """`config_from_hf` of a folder. Raises as `read_tree` too."""
+    return config_from_hf(read_tree(folder), str(Path(folder) / "config.json"))
+
+
+def _count(tree: Mapping[str, Any], key: str, source: str, default: int | None = None) -> int:
+    value = default if tree.get(key) is None else tree[key]
+    if value is None:
+        raise CheckpointError(f"{source}: {key} is missing")
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{source}: {key} is {value!r}; it must be a whole number above 0")
+    return value
+
+
+def _positive(tree: Mapping[str, Any], key: str, source: str, default: float | None = None) -> float:
+    value = default if tree.get(key) is None else tree[key]
+    if value is None:
+        raise CheckpointError(f"{source}: {key} is missing")
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise CheckpointError(f"{source}: {key} is {value!r}; it must be a number above 0")
+    return float(value)
 
 
 def _rope_from_hf(tree: Mapping[str, Any], source: str) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) from either spelling: rope_theta + rope_scaling, or transformers 5's rope_parameters."""
-    rope = tree.get("rope_parameters") or {"rope_theta": tree.get("rope_theta"), **(tree.get("rope_scaling") or {})}
-    theta = float(rope.get("rope_theta") or tree.get("rope_theta") or 10_000.0)
+    """(theta, scaling) from either spelling: rope_theta + rope_scaling, or transformers 5's rope_parameters.
+
+    Where a file has both, what counts is what counts for transformers.
+    """
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(tree.get(key) or {}, Mapping):
+            raise CheckpointError(
+                f"{source}: {key} is {tree[key]!r}; it must be an object such as {{'rope_type': ...}}"
+            )
+    rope: Mapping[str, Any] = tree.get("rope_scaling") or tree.get("rope_parameters") or {}
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise CheckpointError(f"{source}: rope_parameters differ by layer; this network has one rotation for all")
+    rope = {"partial_rotary_factor": tree.get("partial_rotary_factor"), "rope_theta": tree.get("rope_theta"), **rope}
+    theta = _positive(rope, "rope_theta", source, _positive(tree, "rope_theta", source, 10_000.0))
+    if rope["partial_rotary_factor"] not in (None, 1):
+        raise CheckpointError(
+            f"{source}: partial_rotary_factor is {rope['partial_rotary_factor']!r}; this network rotates whole heads"
+        )
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise CheckpointError(f"{source}: rope type {kind!r} is not supported (known: default, llama3)")
-    original = rope.get("original_max_position_embeddings") or tree["max_position_embeddings"]
-    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    return theta, RopeScaling(factor, low, high, int(original))
+    context = _count(tree, "max_position_embeddings", source, 2048)
+    original = _count({**rope, **tree}, "original_max_position_embeddings", source, context)
+    factor, low, high = (_positive(rope, key, source) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    if low > high:
+        raise CheckpointError(f"{source}: low_freq_factor = {low:g} is above high_freq_factor = {high:g}")
+    return theta, RopeScaling(factor, low, high, original)
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:

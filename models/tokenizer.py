@@ -23,6 +23,7 @@ from tokenizers import models as tokenizer_models
 from infra.errors import CheckpointError, ConfigError
 from infra.storage import write_text
 from models.chat import TEMPLATES, chat_format
+from models.files import read_object, refuse_pointer
 
 LLAMA3_SPLIT = "|".join(
     (
@@ -152,7 +153,30 @@ class HFTokenizer(Tokenizer):
         return self._backend
 
     def config(self) -> dict[str, Any]:
-        return {**super().config(), **{key: value for key, value in self._config.items() if value is not None}}
+        """As the folder says, but for its class: one with a name builds the tokenizer anew from its vocabulary, by
+        rules of its own, and gives other ids than tokenizer.json."""
+        named = {key: value for key, value in self._config.items() if value is not None and key != "tokenizer_class"}
+        return {**super().config(), **named}
+
+
+def own_template(folder: Path) -> tuple[Path, str] | None:
+    """(file, Jinja source) of the chat template that a folder brings along; None where it has none.
+
+    Raises:
+        CheckpointError: it has several and none is the default.
+    """
+    if (file := folder / "chat_template.jinja").is_file():
+        return file, file.read_text(encoding="utf-8", errors="replace")
+    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+        template = read_object(file).get("chat_template") if file.is_file() else None
+        if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
+            named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+            if "default" not in named:
+                raise CheckpointError(f"{file}: chat_template names no default, only {', '.join(named)}")
+            template = named["default"]
+        if template:
+            return file, str(template)
+    return None
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -162,6 +186,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         CheckpointError: no tokenizer there, or its file is damaged.
     """
     folder = Path(folder)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        refuse_pointer(folder / name)
     try:
         if (folder / "tokenizer.json").is_file():
             return HFTokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), _read_config(folder))
@@ -225,13 +251,13 @@ def byte_level(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json over special_tokens_map.json; templates live elsewhere since we write our own."""
+    """tokenizer_config.json over special_tokens_map.json, and the folder's template wherever it lies."""
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            config.update(json.loads((folder / name).read_text(encoding="utf-8")))
-    if (folder / "chat_template.jinja").is_file():
-        config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            config.update(read_object(folder / name))
+    if template := own_template(folder):
+        config["chat_template"] = template[1]
     return config
 
 

@@ -7,6 +7,7 @@ before any big tensor is allocated. Writing puts config.json down last: a half-w
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,18 @@ from torch import Tensor, nn
 
 from infra.errors import CheckpointError, ConfigError
 from infra.storage import write_text
-from models.files import whole_folder
+from models.files import read_object, refuse_adapter, refuse_pointer, whole_folder
 from models.hf_format import from_hf_name, hf_config, read_config, to_hf_name, token_ids
 from models.llama import Llama, LlamaConfig
 from models.tokenizer import Tokenizer
 
 SHARD_BYTES = 5 * 10**9
 """Largest weight file; the ecosystem's custom."""
+ROWS_BYTES = 1 << 28
+"""How much of a tensor is read at a time where a file is only looked at."""
+FLOATS = ("F64", "F32", "BF16", "F16")
+"""What weights may be stored as, by safetensors' names."""
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -40,14 +46,18 @@ def tensor_index(folder: str | Path) -> dict[str, TensorEntry]:
     """Every tensor of a folder by its name there; only headers are read.
 
     Raises:
-        CheckpointError: no weights, a shard named by the index is missing, or a file is damaged or cut short.
+        CheckpointError: no weights, or only an adapter's; a shard named by the index is missing; a file is damaged, cut
+            short or a Git LFS pointer; a tensor lies in two files.
     """
     folder = Path(folder)
     entries: dict[str, TensorEntry] = {}
     for file in _weight_files(folder):
+        refuse_pointer(file)
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    if name in entries:
+                        raise CheckpointError(f"{folder}: {name} lies in {entries[name].file.name} and in {file.name}")
                     view = opened.get_slice(name)
                     entries[name] = TensorEntry(file, tuple(view.get_shape()), view.get_dtype())
         except (SafetensorError, OSError) as error:
@@ -59,12 +69,14 @@ def check(folder: str | Path, config: LlamaConfig) -> dict[str, TensorEntry]:
     """Compare a folder's headers with the network that `config` describes; returns the tensors under our names.
 
     Raises:
-        CheckpointError: missing, unexpected or misshapen tensors, named (at most eight of each kind).
+        CheckpointError: missing, unexpected or misshapen tensors, named (at most eight of each kind), or as
+            `check_plain`.
     """
     expected = _expected_shapes(config)
     found: dict[str, TensorEntry] = {}
     unexpected: list[str] = []
-    for name, entry in tensor_index(folder).items():
+    index = tensor_index(folder)
+    for name, entry in index.items():
         if name.endswith("rotary_emb.inv_freq"):  # old conversions stored this constant
             continue
         try:
@@ -83,8 +95,40 @@ def check(folder: str | Path, config: LlamaConfig) -> dict[str, TensorEntry]:
     problems = [("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen)]
     if any(names for _, names in problems):
         text = "; ".join(f"{kind}: {some(names)}" for kind, names in problems if names)
+        if prefix := _wrapper(unexpected):
+            text = f"every name starts with {prefix!r}, as if saved from a wrapped model: save the model inside it"
         raise CheckpointError(f"{folder}: the weights do not fit config.json: {text}")
+    check_plain(folder, index, config.tied)
     return found
+
+
+def check_plain(folder: str | Path, index: Mapping[str, TensorEntry], tied: bool) -> None:
+    """Whether the tensors mean what a network of any architecture takes them for.
+
+    Raises:
+        CheckpointError: weights that are quantized, or a head of its own where config.json ties it to the embedding.
+    """
+    odd = [name for name, entry in index.items() if name.endswith("weight") and entry.dtype not in FLOATS]
+    if odd:
+        raise CheckpointError(
+            f"{folder}: {some(odd)} is stored as {index[odd[0]].dtype}; training needs weights in float32, bfloat16 or "
+            "float16: name a folder of the model before quantization"
+        )
+    if tied and HEAD in index and EMBEDDING in index and not _equal(HEAD, EMBEDDING, index):
+        raise CheckpointError(
+            f"{folder}: config.json says tie_word_embeddings = true, but {HEAD} differs from {EMBEDDING}: set "
+            f"tie_word_embeddings to false to keep both, or remove {HEAD}"
+        )
+
+
+def check_finite(folder: str | Path, index: Mapping[str, TensorEntry]) -> None:
+    """Read every weight once. Raises CheckpointError for tensors with NaN or infinity in them, named."""
+    bad: list[str] = []
+    for name, rows in _rows(index):
+        if rows.is_floating_point() and not all(bool(end.isfinite()) for end in torch.aminmax(rows)):
+            bad += [name] if name not in bad else []
+    if bad:
+        raise CheckpointError(f"{folder}: NaN or infinity in {some(bad)}: the model was damaged before it came here")
 
 
 def read_tensors(
@@ -123,20 +167,76 @@ def _stream(entries: Mapping[str, TensorEntry], dtype: torch.dtype | None) -> It
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    refuse_adapter(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} is damaged: {error!r}") from None
+        names = _shards(index)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(f"{folder}: {index.name} names files that are missing: {some(missing)}")
+        if single.is_file() and single.name not in names:
+            raise CheckpointError(f"{folder}: {index.name} does not name {single.name}: remove the one that is stale")
         return [folder / name for name in names]
     if single.is_file():
         return [single]
-    other = " (pytorch_model*.bin files must be converted to safetensors)" if list(folder.glob("*.bin")) else ""
+    others = [file.name for pattern in ("pytorch_model*.bin", "*.pth", "*.gguf") for file in folder.glob(pattern)]
+    other = f" ({some(sorted(others))} must be converted to safetensors)" if others else ""
     raise CheckpointError(f"no weights in {folder}: expected model.safetensors or its index{other}")
+
+
+def _shards(index: Path) -> list[str]:
+    """The file names of an index; they must be names and no paths: a model is one folder."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} is damaged: weight_map must say which file each tensor lies in")
+    names = list(weight_map.values())
+    outside = [repr(name) for name in names if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{index}: weight_map names {some(outside)}, which is no file of this folder")
+    return sorted(set(names))
+
+
+def _rows(index: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
+    """(name, some rows of it) until every tensor was whole; at most about `ROWS_BYTES` at a time."""
+    by_file: dict[Path, list[str]] = {}
+    for name, entry in index.items():
+        by_file.setdefault(entry.file, []).append(name)
+    for file, names in by_file.items():
+        with safe_open(file, framework="pt") as opened:
+            for name in names:
+                if 0 in (shape := index[name].shape):
+                    continue
+                if not shape:
+                    yield name, opened.get_tensor(name)
+                    continue
+                view, step = opened.get_slice(name), max(1, ROWS_BYTES // (8 * math.prod(shape[1:])))
+                for start in range(0, shape[0], step):
+                    yield name, view[start : start + step]
+
+
+def _equal(one: str, other: str, index: Mapping[str, TensorEntry]) -> bool:
+    if index[one].shape != index[other].shape:
+        return False
+    pairs = zip(_rows({one: index[one]}), _rows({other: index[other]}), strict=True)
+    return all(torch.equal(rows.float(), others.float()) for (_, rows), (_, others) in pairs)
+
+
+def _wrapper(unexpected: Sequence[str]) -> str | None:
+    """What stands before a name that we know in each of these names ("_orig_mod.", "module."); None if they differ."""
+    parts = unexpected[0].split(".") if unexpected else []
+    for cut in range(1, len(parts)):
+        prefix = ".".join(parts[:cut]) + "."
+        if all(name.startswith(prefix) and _is_known(name.removeprefix(prefix)) for name in unexpected):
+            return prefix
+    return None
+
+
+def _is_known(name: str) -> bool:
+    try:
+        from_hf_name(name)
+    except KeyError:
+        return False
+    return True
 
 
 def _expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

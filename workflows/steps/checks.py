@@ -1,7 +1,6 @@
 """Before a run starts: what can be refused at once. After it ended: what must not stay behind."""
 
 import difflib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -95,27 +94,28 @@ def check_pretraining_capacity(recipe: PretrainRecipe, nodes: Sequence[Node]) ->
 
 
 def check_start_model(folder: Path) -> int:
-    """Whether a run can start from an HF folder: config, every tensor and its shape, tokenizer, chat format.
+    """Whether a run can start from an HF folder: config, every tensor and its shape, tokenizer, chat template.
 
-    Returns its context in tokens. Raises CheckpointError.
+    Every weight is read once, because nothing that is trained from a NaN is of use. Returns its context in tokens, as
+    far as all of it is attended to. Raises CheckpointError.
     """
-    from models.hf_format import read_config
-    from models.tokenizer import load_tokenizer
-    from models.weights import check, tensor_index
+    from engines.chat import check_chat
+    from engines.hf_folder import check_configs
+    from models.hf_format import config_from_hf, read_tree
+    from models.weights import check, check_finite, check_plain, tensor_index
 
-    tree = _config_tree(folder)
+    tree = read_tree(folder)
+    index = tensor_index(folder)
     if tree.get("model_type") == "llama":
-        config = read_config(folder)
-        check(folder, config)
-        vocab_size, context = config.vocab_size, config.context
-    else:  # the engines' business; here only what every Hugging Face model has
-        tensor_index(folder)
-        vocab_size, context = int(tree.get("vocab_size", 0)), int(tree.get("max_position_embeddings", 0))
-    tokenizer = load_tokenizer(folder)
-    _check_chat(tokenizer, str(folder))
+        check(folder, config_from_hf(tree, str(folder / "config.json")))
+    config = check_configs(folder).get_text_config(decoder=True)
+    check_plain(folder, index, bool(getattr(config, "tie_word_embeddings", False)))
+    tokenizer, vocab_size = check_chat(folder), getattr(config, "vocab_size", 0)
     if vocab_size and tokenizer.vocab_size > vocab_size:
         raise CheckpointError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {vocab_size}")
-    return context
+    check_finite(folder, index)
+    context, window = getattr(config, "max_position_embeddings", 0), getattr(config, "sliding_window", None)
+    return min(context, window) if window and getattr(config, "use_sliding_window", True) else context
 
 
 def close_pools(run_id: str) -> None:
@@ -227,38 +227,14 @@ def _context(model: ModelSettings, tokenizer: TokenizerSettings) -> tuple[int, s
 
 
 def _check_tokenizer(folder: Path) -> "Tokenizer":
-    from models.tokenizer import load_tokenizer
+    from engines.chat import check_chat
 
     if not folder.is_dir():
         raise ConfigError(f"tokenizer.folder {folder}: no such folder")
     try:
-        tokenizer = load_tokenizer(folder)
-        _check_chat(tokenizer, str(folder))
+        return check_chat(folder)
     except CheckpointError as error:
         raise CheckpointError(f"tokenizer.folder: {error}") from None
-    return tokenizer
-
-
-def _check_chat(tokenizer: "Tokenizer", folder: str) -> None:
-    if tokenizer.chat_format is None:
-        raise CheckpointError(
-            f"{folder}: its tokenizer has neither Llama 3's header tokens nor Llama 2's <s> and </s>, so that no chat "
-            "format fits"
-        )
-
-
-def _config_tree(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    try:
-        tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: config.json is missing (was the folder written to its end?)") from None
-    except ValueError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: not valid JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{folder / 'config.json'}: not a JSON object")
-    return tree
 
 
 def _check_lengths(recipe: Recipe, context: tuple[int, str]) -> None:
