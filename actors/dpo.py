@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from actors.amounts import require_learnt, require_steps
 from actors.batches import Row, epoch_batches
 from actors.config import DpoSettings
 from actors.learners import Learners
@@ -28,12 +29,14 @@ def optimise_preferences(
             "no preference pair: no prompt's answers differ in score by more than rejection.minimum_gap; raise "
             "rejection.answers, rejection.prompts or rejection.temperature"
         )
+    require_steps("dpo", settings.epochs, len(pairs), "pairs")
     ignored = tuple(format_ids) if settings.mask_format_tokens else ()
     plan = epoch_batches(len(pairs), settings.batch_size, settings.epochs, seed)
     optimizer = settings.optimizer.model_copy(update={"total_steps": len(plan)})
     learners.open(ROLE, folder, optimizer)
     rows = _with_reference(learners, pairs, ignored)
     metrics: dict[str, float] = {}
+    committed = 0.0
     for step, indices in enumerate(plan):
         batch = [rows[index] for index in indices]
         params = {
@@ -42,7 +45,9 @@ def optimise_preferences(
             "nll_weight": settings.nll_weight,
         }  # fmt: skip
         metrics = learners.train_step(ROLE, "dpo", batch, params)
+        committed += metrics.get("committed", 1.0)
         on_metrics({"step": step + 1, "steps": len(plan), **metrics})
+    require_learnt("dpo", committed, len(plan))
     learners.save(ROLE, out)
     learners.close([ROLE])
     return {"steps": float(len(plan)), "loss": metrics["loss"], "margin": metrics["margin"]}

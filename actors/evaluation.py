@@ -77,13 +77,13 @@ def _pass_at_n(
 
 
 def _safety(problems: Sequence[Problem], answers: Sequence[Answer]) -> dict[str, float]:
-    if not problems:
-        return {}
     texts = [answer.text for answer in answers]
-    return {
-        "refusal_rate": refusal_rate(problems, texts),
-        "false_refusal_rate": false_refusal_rate(problems, texts),
-    }
+    rates: dict[str, float] = {}  # a few problems may be of one kind only
+    if any(problem.unsafe for problem in problems):
+        rates["refusal_rate"] = refusal_rate(problems, texts)
+    if not all(problem.unsafe for problem in problems):
+        rates["false_refusal_rate"] = false_refusal_rate(problems, texts)
+    return rates
 
 
 def _difference(before: Evaluation, correct: Sequence[float]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from actors.conversation import Answer, answer_row
 from actors.learners import Learners
 from actors.reward_model import scores
 from algorithms.scores import combine_scores, score_answers
+from infra.errors import DataError
 
 HELPFULNESS, SAFETY = "helpfulness", "safety"
 
@@ -40,7 +41,16 @@ class Judgement:
 def judge(
     learners: Learners, answers: Sequence[Answer], verifier_weight: float, reward_weight: float = 1.0
 ) -> Judgement:
-    """Llama 2's combination of both models, whitened over `answers`, joined by the checker (`algorithms.scores`)."""
+    """Llama 2's combination of both models, whitened over `answers`, joined by the checker (`algorithms.scores`).
+
+    Raises:
+        DataError: fewer than two answers, which cannot be compared.
+    """
+    if len(answers) < 2:
+        raise DataError(
+            f"{len(answers)} answers cannot be judged, scores are compared within a batch: raise ppo.batch_size, "
+            "ppo.answers or rejection.prompts"
+        )
     # Samples of one prompt are often the same few answers: each is scored once.
     distinct = {(answer.prompt_ids, answer.ids): answer for answer in answers}
     rows = [answer_row(answer) for answer in distinct.values()]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.amounts import require_learnt, require_rollouts
 from actors.batches import Row, epoch_batches, pad
 from actors.config import PpoSettings
 from actors.conversation import Answer, answer_row, sample
@@ -23,6 +24,7 @@ from algorithms import ppo
 from data.tasks import Problem
 from engines.base import Sampling
 from engines.chat import ChatTokenizer
+from infra.errors import DataError
 
 POLICY, CRITIC, REFERENCE = "policy", "critic", "reference"
 
@@ -51,6 +53,9 @@ def optimise_policy(
     Metrics per step: reward (mean score), accuracy (share of checkable answers that are right), kl (mean k1 per token
     against the reference), length, policy_loss, value_loss, clipped, grad_norm.
     """
+    require_rollouts(settings)
+    if not problems:
+        raise DataError("no prompt for PPO: raise problems.prompts")
     updates = -(-settings.batch_size * settings.answers // settings.mini_batch_size) * settings.epochs * settings.steps
     learners.open(POLICY, models.policy, settings.policy.model_copy(update={"total_steps": updates}))
     learners.open(CRITIC, models.critic, settings.critic.model_copy(update={"total_steps": updates}), head="scalar")
@@ -59,6 +64,7 @@ def optimise_policy(
         len(problems), settings.batch_size, settings.steps * settings.batch_size / len(problems), seed
     )
     metrics: dict[str, float] = {}
+    committed = 0.0
     for step, indices in enumerate(prompts[: settings.steps]):
         sampling = Sampling(
             temperature=settings.temperature, max_tokens=settings.max_tokens, n=settings.answers,
@@ -68,8 +74,10 @@ def optimise_policy(
         answers = [answer for group in groups for answer in group]
         rows, seen = prepare(learners, answers, judge(answers), settings)
         metrics = {**seen, **_update(learners, rows, settings, seed + step, step < settings.critic_warmup_steps)}
+        committed += metrics.get("committed", 1.0)
         sync.push(f"{version}-{step + 1}")
         on_metrics({"step": step + 1, "steps": settings.steps, **metrics})
+    require_learnt("ppo", committed, settings.steps)
     learners.save(POLICY, out)
     learners.close([POLICY, CRITIC, REFERENCE])
     return {"steps": float(settings.steps), "reward": metrics["reward"], "kl": metrics["kl"]}

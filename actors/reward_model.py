@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.amounts import held_out_pairs, require_learnt
 from actors.batches import Row, epoch_batches
 from actors.config import RewardSettings
 from actors.learners import Learners
 from actors.sft import OnMetrics
 from algorithms.reward import accuracy_by_rating, expected_calibration_error
-from infra.errors import DataError
 
 ROLE = "reward"
 
@@ -26,21 +26,19 @@ def train_reward_model(
     The last share of the pairs is kept aside. Returns {"steps", "loss", "pairs", "held_out_pairs", "accuracy",
     "calibration_error", "accuracy_by_rating"}, measured on those.
     """
-    if len(pairs) < 2:
-        raise DataError(
-            f"{len(pairs)} preference pairs cannot train a reward model: raise preferences.prompts, and "
-            "problems.safety_prompts for the safety model"
-        )
-    held_out = max(1, round(len(pairs) * settings.held_out))
+    held_out = held_out_pairs(settings, len(pairs))
     train, test = list(pairs[:-held_out]), list(pairs[-held_out:])
     plan = epoch_batches(len(train), settings.batch_size, settings.epochs, seed)
     optimizer = settings.optimizer.model_copy(update={"total_steps": len(plan)})
     learners.open(ROLE, folder, optimizer, head="scalar")
     metrics: dict[str, float] = {}
+    committed = 0.0
     for step, indices in enumerate(plan):
         batch = [train[index] for index in indices]
         metrics = learners.train_step(ROLE, "reward", batch, {"denominator": len(batch), "margin": settings.margin})
+        committed += metrics.get("committed", 1.0)
         on_metrics({"step": step + 1, "steps": len(plan), **metrics})
+    require_learnt("reward", committed, len(plan))
     quality = _quality(learners, test)
     learners.save(ROLE, out)
     learners.close([ROLE])

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from actors.amounts import require_learnt, require_steps
 from actors.batches import Row, epoch_batches
 from actors.config import SftSettings
 from actors.learners import Learners
@@ -17,9 +18,9 @@ ROLE = "policy"
 
 def fine_tune(
     learners: Learners, folder: Path, rows: Sequence[Row], settings: SftSettings, out: Path, seed: int,
-    on_metrics: OnMetrics,
+    on_metrics: OnMetrics, section: str = "sft",
 ) -> dict[str, float]:  # fmt: skip
-    """Train `folder` on `rows` (`conversation.supervised_row`) and save it in `out`.
+    """Train `folder` on `rows` (`conversation.supervised_row`) and save it in `out`; errors name settings of `section`.
 
     Metrics per step: loss, grad_norm, lr, "loss/<task_type>". Returns {"steps", "loss": of the last step}.
     """
@@ -31,15 +32,19 @@ def fine_tune(
     for number, row in enumerate(rows):
         if row["length"] > settings.max_length:
             raise DataError(
-                f"example {number} has {row['length']} tokens, above max_length {settings.max_length}: raise it in its "
-                "section (and model.context), or shorten the example"
+                f"example {number} has {row['length']} tokens, above {section}.max_length = {settings.max_length}: "
+                "raise it (and model.context), or shorten the example"
             )
+        if not any(row["mask"]):
+            raise DataError(f"example {number} ({row['task']}) has no token to learn from: leave it out")
+    require_steps(section, settings.epochs, len(rows), "examples")
     channels = sorted({row["task"] for row in rows})
     examples = with_channels(rows, channels)
     plan = epoch_batches(len(examples), settings.batch_size, settings.epochs, seed)
     optimizer = settings.optimizer.model_copy(update={"total_steps": len(plan)})
     learners.open(ROLE, folder, optimizer)
     metrics: dict[str, Any] = {}
+    committed = 0.0
     for step, indices in enumerate(plan):
         batch = [examples[index] for index in indices]
         if settings.packing:
@@ -50,7 +55,9 @@ def fine_tune(
             "denominator": denominator(batch, settings),
         }
         metrics = per_channel(learners.train_step(ROLE, "supervised", batch, params))
+        committed += metrics.get("committed", 1.0)
         on_metrics({"step": step + 1, "steps": len(plan), **metrics})
+    require_learnt(section, committed, len(plan))
     learners.save(ROLE, out)
     learners.close([ROLE])
     return {"steps": float(len(plan)), "loss": metrics["loss"]}

@@ -9,7 +9,7 @@ from data.config import CleaningSettings, CorpusSettings
 from data.dedup import ExactDuplicates, LineDuplicates, NearDuplicates
 from data.filters import why_rejected
 from data.formats import Row, rows_by_source, validate, write_jsonl
-from data.stdlib_text import is_held_out, stdlib_documents
+from data.stdlib_text import held_out_rank, is_held_out, stdlib_documents
 from infra.errors import ConfigError, DataError
 
 _TOLD_EVERY = 200  # documents
@@ -22,7 +22,8 @@ def write_corpus(
 ) -> dict[str, int]:
     """Write `text.jsonl` (training) and `held_out.jsonl` ({"text", "source"} rows) into `folder`.
 
-    The seed shuffles the training documents; which documents there are and which are held out do not depend on it.
+    The seed shuffles the training documents; which documents there are and which are held out do not depend on it. Of
+    two documents or more, one at least is held out unless the share is 0.
     `on_progress(done, total)` counts documents. Returns counts: documents, bytes, held_out, and removed_<reason> each.
 
     Raises:
@@ -39,8 +40,18 @@ def write_corpus(
         (held_out if is_held_out(row["text"], settings.held_out_share) else train).append(row)
         if on_progress is not None and done % _TOLD_EVERY == 0:
             on_progress(done, total or None)
+    if not train and held_out:
+        raise DataError(
+            f"corpus.held_out_share = {settings.held_out_share:g} keeps all {len(held_out)} documents from training: "
+            "lower it, or give more text"
+        )
     if not train:
-        raise DataError(f"corpus: no document left of {sum(removed.values())}; removed: {dict(removed)}")
+        raise DataError(
+            f"corpus: no document left of {sum(removed.values())}; removed: {dict(removed)}: give more text "
+            "(corpus.files, corpus.stdlib_bytes), or remove less (corpus.cleaning)"
+        )
+    if settings.held_out_share and not held_out:
+        train, held_out = _hold_one_out(train)
     Random(f"corpus {seed}").shuffle(train)
     write_jsonl(Path(folder) / "text.jsonl", train)
     write_jsonl(Path(folder) / "held_out.jsonl", held_out)
@@ -67,6 +78,15 @@ def clean(rows: Iterator[Row], settings: CleaningSettings, removed: Counter[str]
             yield {**row, "text": text}
         else:
             removed[reason] += 1
+
+
+def _hold_one_out(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """(rest, the document that a rising share would hold out first, with its copies); all, none where that is all."""
+    texts = {row["text"] for row in rows if row["text"].strip()}
+    if len(texts) < 2:
+        return rows, []
+    first = min(texts, key=held_out_rank)
+    return [row for row in rows if row["text"] != first], [row for row in rows if row["text"] == first]
 
 
 def _documents(settings: CorpusSettings) -> Iterator[Row]:

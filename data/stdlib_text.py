@@ -82,8 +82,13 @@ def stdlib_instructions(split: Split, settings: CorpusSettings | None = None) ->
 
 def is_held_out(text: str, share: float) -> bool:
     """Whether a pretraining document belongs to the validation set: its text alone decides, so copies stay together."""
+    return held_out_rank(text) < share * 2**64
+
+
+def held_out_rank(text: str) -> int:
+    """Where a document stands, in [0, 2^64): a share holds out those of low rank."""
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
+    return int.from_bytes(digest, "big")
 
 
 def _take(documents: Iterator[Document], budget: int) -> list[Document]:

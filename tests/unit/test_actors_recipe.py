@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from infra.config import load
-from infra.errors import ConfigError, UserError
+from infra.errors import ConfigError, DataError, UserError
 from workflows.recipe import PretrainRecipe, Recipe
 from workflows.steps.checks import check_pretraining, check_recipe
 
@@ -81,6 +81,60 @@ def test_a_mistake_is_named_with_the_setting_to_change(override: str, named: str
 def test_what_cannot_work_here_is_refused_before_anything_starts(override: str, named: str) -> None:
     with pytest.raises(UserError, match=named):
         check_recipe(load(TINY, Recipe, [override]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["sft.epochs=0.00001"], r"sft\.epochs = 1e-05 of \d+ examples makes no optimizer step"),
+        (["rejection_sft.epochs=0.0001", "rejection.prompts=8"], r"rejection_sft\.epochs = 0\.0001 of 8 answers"),
+        (["dpo.epochs=0.05", "rejection.prompts=8"], r"dpo\.epochs = 0\.05 of 8 pairs"),
+        (["reward.epochs=0.01", "problems.prompts=8"], r"reward\.epochs = 0\.01 of 7 pairs"),
+        (["reward.held_out=0.99", "preferences.safety_prompts=8"], r"reward\.held_out = 0\.99 leaves none of 8 pairs"),
+        (["problems.safety_prompts=0"], r"0 preference pairs .* problems\.safety_prompts"),
+        (["preferences.prompts=1"], r"1 preference pairs .* raise preferences\.prompts"),
+        (["ppo.batch_size=1"], r"ppo\.batch_size = 1 and ppo\.answers = 1 make batches of one answer"),
+        (
+            ["problems.instructions=0", "problems.safety_instructions=0", "problems.stdlib_instructions=0"],
+            r"no example for SFT: problems\.instructions",
+        ),
+        (
+            ["tasks.kinds={'safety/unsafe'=1, 'reasoning/addition'=0, 'reasoning/compare'=0}"],
+            r"tasks\.kinds: no kind whose answers can be checked",
+        ),
+        (["tasks.kinds={'reasoning/addition'=inf}"], r"tasks\.kinds\.reasoning/addition: .* finite number"),
+        (["ppo.max_tokens=256"], r"pools\.engine\.max_model_len = 256 leaves no token for a prompt: ppo\.max_tokens"),
+        (
+            ["rejection_sft.max_length=16"],
+            r"rejection_sft\.max_length = 16 leaves no token .* rejection\.max_tokens = 16",
+        ),
+        (["corpus.stdlib_bytes=100"], r"pretrain\.sequence_length = 256: corpus\.files .* 200 tokens at most"),
+    ],
+)
+def test_a_stage_that_would_learn_nothing_is_refused_before_anything_starts(overrides: list[str], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        check_recipe(load(TINY, Recipe, overrides))
+
+
+def test_text_that_fills_no_row_is_refused_before_pretraining_starts(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text(f"{json.dumps({'text': 'é' * 100})}\n" * 2)
+
+    def check(*overrides: str) -> None:
+        mine = [f"corpus.files=['{file}']", "corpus.stdlib_bytes=0", *overrides]
+        check_pretraining(load(RECIPES / "pretrain" / "tiny.toml", PretrainRecipe, mine))
+
+    check()
+    with pytest.raises(DataError, match=r"stages\.long\.sequence_length = 256: corpus\.files .* 206 tokens at most"):
+        file.write_text(f"{json.dumps({'text': 'a' * 100})}\n" * 2)
+        check()
+    with pytest.raises(DataError, match=r"stages\.anneal\.sequence_length = 256: stages\.anneal\.corpus\.files"):
+        file.write_text(f"{json.dumps({'text': 'a' * 1000})}\n" * 2)
+        check("stages.anneal.corpus={stdlib_bytes=100}")
+    file.write_text(f"{json.dumps({'text': 'a' * 1000})}\n")
+    with pytest.raises(ConfigError, match=r"corpus\.held_out_share = 0\.02 of one document"):
+        check()
+    check("corpus.held_out_share=0")
 
 
 def test_a_malformed_line_is_named_by_file_and_line(tmp_path: Path) -> None:

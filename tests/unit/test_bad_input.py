@@ -30,6 +30,7 @@ from workflows.artifacts import Artifact, ArtifactSource, ArtifactWriter
 from workflows.recipe import Recipe
 from workflows.steps.checks import check_capacity
 from workflows.steps.text import Limits, fit_texts
+from workflows.steps.training import require_row
 
 FLOW = "workflows/llama3_posttrain.py"
 GOOD = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
@@ -271,6 +272,21 @@ def test_texts_that_do_not_fit_end_the_run_before_training(artifact: Callable[..
     )
     with pytest.raises(DataError, match=r"instruction example 1 \(x/y\) does not fit the chat format"):
         fit_texts.fn(base, mute, asked, asked, Limits(example=200, prompt=200))
+
+
+def test_text_that_fills_no_row_ends_the_run_before_ranks_start(
+    artifact: Callable[..., Artifact], model: Path, tmp_path: Path
+) -> None:
+    from data.tokenized import write_shards
+    from models.tokenizer import load_tokenizer
+
+    tokens = write_shards(["what is 1 + 2?"] * 4, load_tokenizer(model), tmp_path / "tokens")["tokens"]
+    stored = artifact("tokens", tmp_path / "tokens")
+    require_row("anneal", tokens - 1, stored, "its text", "give more")
+    with pytest.raises(
+        DataError, match=rf"anneal: its text has {tokens} tokens, .* sequence_length = {tokens} .*give more"
+    ):
+        require_row("anneal", tokens, stored, "its text", "give more")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "no-such-host.invalid:6379"])

@@ -95,3 +95,27 @@ def test_bad_corpora_are_named_before_anything_is_written(tmp_path):
     with pytest.raises(DataError, match=r"no document left of 1; removed: .'too_short': 1"):
         write_corpus(CorpusSettings(stdlib_bytes=0, files=(str(tmp_path / "short.jsonl"),)), tmp_path / "out", 0)
     assert not (tmp_path / "out").exists()
+
+
+def test_of_few_documents_one_is_held_out_and_of_one_none(tmp_path):
+    def split(texts, **settings):
+        write_jsonl(tmp_path / "own.jsonl", [{"text": text} for text in texts])
+        corpus = CorpusSettings(stdlib_bytes=0, files=(str(tmp_path / "own.jsonl"),), **settings)
+        write_corpus(corpus, tmp_path / "out", 0)
+        return [
+            sorted(json.loads(line)["text"] for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines())
+            for name in ("text", "held_out")
+        ]
+
+    texts = [" ".join(_words(40, n)) for n in range(10)]
+    train, held_out = split(texts, cleaning=CleaningSettings(min_letter_share=0.0))
+    assert len(held_out) == 1 and sorted(train + held_out) == sorted(texts)
+    loose = CleaningSettings(enabled=False)
+    assert split([*texts[::-1], held_out[0]], cleaning=loose) == [train, held_out * 2], "copies stay together"
+    assert split(texts, cleaning=loose, held_out_share=0) == [sorted(texts), []]
+    assert split(texts[:1] * 2, cleaning=loose) == [texts[:1] * 2, []]
+    assert split(["", texts[0]], cleaning=loose) == [["", texts[0]], []], "an empty text measures nothing"
+    with pytest.raises(DataError, match=r"corpus\.held_out_share = 0\.99999 keeps all 10 documents from training"):
+        split(texts, cleaning=loose, held_out_share=0.99999)
+    with pytest.raises(DataError, match=r"removed: \{'too_short': 2\}: give more text .*corpus\.cleaning"):
+        split(["a", "b"])

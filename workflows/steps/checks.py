@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from infra.errors import CheckpointError, ConfigError, DataError, ResourceError
 from infra.machine import parse_size, require_memory, require_port
 from workflows.recipe import ModelSettings, PretrainRecipe, Recipe, TokenizerSettings
+from workflows.steps.amounts import check_amounts, check_pretraining_amounts
 
 if TYPE_CHECKING:
     from actors.config import PretrainSettings
@@ -27,10 +28,11 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         ConfigError, DataError, CheckpointError, ResourceError.
     """
-    _check_files("corpus.files", recipe.corpus.files, "text")
+    corpus = _check_files("corpus.files", recipe.corpus.files, "text")
     trained = _last_is_trained if recipe.sft.train_on == "last" else None
-    _check_files("problems.instruction_files", recipe.problems.instruction_files, "messages", trained)
+    instructions = _check_files("problems.instruction_files", recipe.problems.instruction_files, "messages", trained)
     _check_kinds(recipe)
+    check_amounts(recipe, corpus, instructions)
     _check_lengths(recipe, _context(recipe.model, recipe.tokenizer))
     if recipe.model.init_from is None:
         _check_mesh("pretrain", recipe.pretrain, _sizes(recipe.model, recipe.tokenizer))
@@ -72,17 +74,18 @@ def check_capacity(recipe: Recipe, nodes: Sequence[Node]) -> None:
 
 def check_pretraining(recipe: PretrainRecipe) -> None:
     """The same for pretraining alone."""
-    _check_files("corpus.files", recipe.corpus.files, "text")
+    corpora = {"corpus": _check_files("corpus.files", recipe.corpus.files, "text")}
     contexts: dict[str | None, tuple[int, str]] = {None: _context(recipe.model, recipe.tokenizer)}
     sizes = _sizes(recipe.model, recipe.tokenizer)
     for name in recipe.in_order():
         stage, section = recipe.stages[name], f"stages.{name}"
         if stage.corpus is not None:
-            _check_files(f"{section}.corpus.files", stage.corpus.files, "text")
+            corpora[f"{section}.corpus"] = _check_files(f"{section}.corpus.files", stage.corpus.files, "text")
         own = (stage.context, f"{section}.context") if stage.context is not None else contexts[stage.after]
         contexts[name] = own
         _require_length(f"{section}.sequence_length", stage.sequence_length, own)
         _check_mesh(section, stage, sizes)
+    check_pretraining_amounts(recipe, corpora)
 
 
 def check_pretraining_capacity(recipe: PretrainRecipe, nodes: Sequence[Node]) -> None:
@@ -178,8 +181,8 @@ def _check_kinds(recipe: Recipe) -> None:
             near = difflib.get_close_matches(kind, known, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
             raise ConfigError(f"tasks.kinds: unknown kind {kind!r}{hint}")
-        if weight < 0:
-            raise ConfigError(f"tasks.kinds: the weight of {kind} is {weight}, it must not be negative")
+        if not 0 <= weight < float("inf"):
+            raise ConfigError(f"tasks.kinds: the weight of {kind} is {weight}, it must be 0 or more, and finite")
 
 
 def _sizes(model: ModelSettings, tokenizer: TokenizerSettings) -> "LlamaConfig":
@@ -248,12 +251,25 @@ def _check_lengths(recipe: Recipe, context: tuple[int, str]) -> None:
         lengths.append(("pretrain.sequence_length", recipe.pretrain.sequence_length))
     for setting, length in lengths:
         _require_length(setting, length, context)
+    for name in ("preferences", "rejection", "ppo", "eval"):
+        _require_room_for_prompts(
+            "pools.engine.max_model_len", recipe.pools.engine.max_model_len, f"{name}.max_tokens",
+            getattr(recipe, name).max_tokens,
+        )  # fmt: skip
+    _require_room_for_prompts(
+        "rejection_sft.max_length", recipe.rejection_sft.max_length, "rejection.max_tokens", recipe.rejection.max_tokens
+    )
 
 
 def _require_length(setting: str, length: int, context: tuple[int, str]) -> None:
     most, name = context
     if most and length > most:
         raise ConfigError(f"{setting} = {length} is above {name} = {most}")
+
+
+def _require_room_for_prompts(setting: str, most: int, answers: str, max_tokens: int) -> None:
+    if most <= max_tokens:
+        raise ConfigError(f"{setting} = {most} leaves no token for a prompt: {answers} = {max_tokens}; raise it")
 
 
 def _check_memory(recipe: Recipe) -> None:

@@ -152,7 +152,9 @@ def tokenize(corpus: Artifact, tokenizer: Artifact, file: str = "text.jsonl") ->
 
     run = context()
     out = run.artifact("tokens")
-    texts = (row["text"] for row in read_rows(corpus.path() / file))
+    texts = [row["text"] for row in read_rows(corpus.path() / file)]
+    if not texts and file == "held_out.jsonl":
+        raise DataError("corpus.held_out_share holds no document out: raise it, give more text, or set it to 0")
     return out.seal(**write_shards(texts, load_tokenizer(tokenizer.path()), out.path, run.progress))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.config import DpoSettings, PpoSettings, PretrainSettings, RewardSettings, SftSettings
+from infra.errors import DataError
 from infra.telemetry import MetricsWriter
 from workflows.graph import Artifact, context, step
 from workflows.recipe import ModelSettings, PoolSettings
@@ -63,6 +64,11 @@ def pretrain(
     out = run.artifact("model")
     config = read_config(base.path()) if base else model.to_llama(load_tokenizer(tokenizer.path()).vocab_size)
     config = replace(config, **(changes or {}))
+    require_row(stage, section.sequence_length, tokens, "its text", "give more (corpus.files, corpus.stdlib_bytes)")
+    if held_out is not None:
+        require_row(
+            stage, section.sequence_length, held_out, "the held-out text", "change corpus.held_out_share (0: none)"
+        )
 
     def tell(event: dict[str, Any]) -> None:
         if (line := in_words(event)) is not None:
@@ -77,6 +83,17 @@ def pretrain(
     if result.held_out_loss is not None:
         summary |= {"held_out_loss": result.held_out_loss}
     return Trained(stage, out.seal(), curve.seal(), summary)
+
+
+def require_row(stage: str, length: int, tokens: Artifact, what: str, remedy: str) -> None:
+    """Refuse text that does not fill one row of `length` tokens and the next. Raises DataError."""
+    from data.tokenized import token_count
+
+    if (count := token_count(tokens.path())) <= length:
+        raise DataError(
+            f"{stage}: {what} has {count} tokens, a row takes sequence_length = {length} and one more: lower that, or "
+            f"{remedy}"
+        )
 
 
 def seen_by_all(artifact: Artifact) -> Path | Artifact:
@@ -103,7 +120,8 @@ def fine_tune(
         for row in read_rows(examples.path() / "messages.jsonl")
     ]
     with Pools(run.run_id).learners(pools.learners) as learners:
-        summary = run_fine_tune(learners, base.path(), rows, section, out.path, seed, curve)
+        name = "sft" if stage == "sft" else "rejection_sft"
+        summary = run_fine_tune(learners, base.path(), rows, section, out.path, seed, curve, name)
     return Trained(stage, out.seal(), curve.seal(), {"examples": len(rows), **summary})
 
 

@@ -1,0 +1,76 @@
+"""Before a run starts: can every stage learn anything from what there is at most? Later only less can turn up."""
+
+from typing import TYPE_CHECKING
+
+from actors.amounts import held_out_pairs, require_rollouts, require_steps
+from data.config import CorpusSettings
+from infra.errors import ConfigError, DataError
+from workflows.recipe import PretrainRecipe, Recipe
+
+if TYPE_CHECKING:
+    from data.formats import Summary
+
+MARKS = 3
+"""Tokens, at most, that come to a document's own: begin, end, and the blank that some tokenizers put before it."""
+
+
+def check_amounts(recipe: Recipe, corpus: "Summary", instructions: "Summary") -> None:
+    """Refuse a recipe in which a stage would find nothing to learn. The summaries: what its files hold.
+
+    Raises:
+        ConfigError, DataError: the settings to change.
+    """
+    if recipe.model.init_from is None:
+        _require_window("pretrain", recipe.pretrain.sequence_length, "corpus", recipe.corpus, corpus)
+    _require_checkable(recipe)
+    problems = recipe.problems
+    made = problems.instructions + problems.safety_instructions + problems.stdlib_instructions
+    examples = made + instructions.rows
+    if not examples:
+        raise ConfigError(
+            "no example for SFT: problems.instructions, problems.safety_instructions and problems.stdlib_instructions "
+            "are 0, and problems.instruction_files names none"
+        )
+    require_steps("sft", recipe.sft.epochs, examples, "examples")
+    held_out_pairs(recipe.reward, min(recipe.preferences.prompts, problems.prompts))
+    held_out_pairs(recipe.reward, min(recipe.preferences.safety_prompts, problems.safety_prompts))
+    kept = min(recipe.rejection.prompts, problems.prompts + problems.safety_prompts)
+    require_steps(
+        "rejection_sft", recipe.rejection_sft.epochs, kept, "answers (one for each prompt of rejection.prompts)"
+    )
+    require_steps("dpo", recipe.dpo.epochs, kept, "pairs (one for each prompt of rejection.prompts)")
+    require_rollouts(recipe.ppo)
+
+
+def check_pretraining_amounts(recipe: PretrainRecipe, corpora: "dict[str, Summary]") -> None:
+    """The same for pretraining alone; `corpora`: what the files of `corpus` and of each `stages.NAME.corpus` hold."""
+    settings = recipe.corpus
+    if settings.held_out_share and not settings.stdlib_bytes and corpora["corpus"].rows == 1:
+        raise ConfigError(
+            f"corpus.held_out_share = {settings.held_out_share:g} of one document: give more (corpus.files), or set it "
+            "to 0"
+        )
+    for name, stage in recipe.stages.items():
+        section = f"stages.{name}"
+        where = "corpus" if stage.corpus is None else f"{section}.corpus"
+        _require_window(section, stage.sequence_length, where, stage.corpus or recipe.corpus, corpora[where])
+
+
+def _require_window(section: str, length: int, where: str, settings: CorpusSettings, files: "Summary") -> None:
+    """Whether the text can fill one row: no tokenizer makes more tokens than bytes."""
+    most = files.text_bytes + MARKS * files.rows + 2 * settings.stdlib_bytes
+    if most < length + 1:
+        raise DataError(
+            f"{section}.sequence_length = {length}: {where}.files and {where}.stdlib_bytes give {most} tokens at most, "
+            "a row takes one more than its length: lower it, or give more text"
+        )
+
+
+def _require_checkable(recipe: Recipe) -> None:
+    from data.tasks.registry import all_kinds
+
+    kinds = all_kinds(recipe.tasks)
+    if not any(weight and kinds[name].checkable for name, weight in recipe.tasks.kinds.items()):
+        raise ConfigError(
+            "tasks.kinds: no kind whose answers can be checked has a positive weight; evaluation needs one"
+        )
