@@ -42,7 +42,7 @@ def evaluate(
             for name, verdicts in sorted(by_type.items())
         },
         pass_at_n=_pass_at_n(generators, problems, tokenizer, settings, seed),
-        safety=_safety(safety_problems, safety_answers),
+        safety=safety_rates(safety_problems, safety_answers),
         reward={},
         correct=tuple(int(verdict) for verdict in correct),
         weight_version=answers[0].weight_version,
@@ -76,9 +76,10 @@ def _pass_at_n(
     }
 
 
-def _safety(problems: Sequence[Problem], answers: Sequence[Answer]) -> dict[str, float]:
+def safety_rates(problems: Sequence[Problem], answers: Sequence[Answer]) -> dict[str, float]:
+    """Shares of refusals among unsafe requests and among harmless ones, each where there are such."""
     texts = [answer.text for answer in answers]
-    rates: dict[str, float] = {}  # a few problems may be of one kind only
+    rates: dict[str, float] = {}
     if any(problem.unsafe for problem in problems):
         rates["refusal_rate"] = refusal_rate(problems, texts)
     if not all(problem.unsafe for problem in problems):

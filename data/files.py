@@ -78,7 +78,11 @@ def resolve_files(source: str | Path) -> list[Path]:
     elif not readable:
         raise DataError(f"{source}: no .jsonl or .parquet file in this folder{_listed('; it holds', others)}")
     elif others:
-        log.warning("%s: not read, neither JSON lines nor parquet by name%s", source, _listed(":", others))
+        log.warning(
+            "%s: some of its files are not read, by name they are neither JSON nor parquet%s",
+            source,
+            _listed(":", others),
+        )
     return once(readable)
 
 

@@ -8,6 +8,7 @@ import pytest
 from actors.batches import Row
 from actors.config import RejectionSettings
 from actors.conversation import Answer, answer_row, prompt_ids, supervised_row
+from actors.evaluation import safety_rates
 from actors.judging import HELPFULNESS, SAFETY, judge
 from actors.preferences import build_pairs
 from actors.rejection import harvest
@@ -82,6 +83,14 @@ def test_the_checker_decides_where_there_is_one_and_equal_answers_are_scored_onc
     assert judged.total[0] > judged.total[1] == judged.total[2]  # right over wrong although the model prefers "6"
     assert judged.total[4] > judged.total[5]  # a safety prompt goes by the safety model
     assert learners.asked == 2 * 4
+
+
+def test_safety_is_rated_by_the_kinds_of_prompts_that_there_are(tokenizer: ChatTokenizer) -> None:
+    refused, helped = answer(UNSAFE, REFUSAL, tokenizer), answer(HARMLESS, "Use os.kill.", tokenizer)
+    assert safety_rates([UNSAFE, HARMLESS], [refused, helped]) == {"refusal_rate": 1.0, "false_refusal_rate": 0.0}
+    assert safety_rates([UNSAFE], [refused]) == {"refusal_rate": 1.0}
+    assert safety_rates([HARMLESS], [helped]) == {"false_refusal_rate": 0.0}
+    assert safety_rates([], []) == {}
 
 
 def test_rejection_keeps_the_best_and_pairs_it_with_the_worst(tokenizer: ChatTokenizer) -> None:

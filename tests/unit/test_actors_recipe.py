@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from data.formats import Summary
 from infra.config import load
 from infra.errors import ConfigError, DataError, UserError
 from workflows.recipe import PretrainRecipe, Recipe
+from workflows.steps.amounts import check_amounts, require_held_out_problems
 from workflows.steps.checks import check_pretraining, check_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -16,7 +18,10 @@ TINY = RECIPES / "tiny.toml"
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.toml")), ids=lambda file: file.stem)
 def test_shipped_recipes_are_valid(file: Path) -> None:
-    assert load(file, Recipe).rounds >= 1
+    recipe = load(file, Recipe)
+    assert recipe.rounds >= 1
+    check_amounts(recipe, Summary(0), Summary(0))
+    require_held_out_problems(recipe)
 
 
 @pytest.mark.parametrize("file", sorted((RECIPES / "pretrain").glob("*.toml")), ids=lambda file: file.stem)
@@ -103,6 +108,11 @@ def test_what_cannot_work_here_is_refused_before_anything_starts(override: str, 
             r"tasks\.kinds: no kind whose answers can be checked",
         ),
         (["tasks.kinds={'reasoning/addition'=inf}"], r"tasks\.kinds\.reasoning/addition: .* finite number"),
+        (["problems.safety_held_out=512"], r"problems\.safety_held_out: .* only 324 different held_out problems"),
+        (
+            ["tasks.kinds={'reasoning/compare'=1}", "tasks.compare_digits=1"],
+            r"problems\.held_out: tasks\.kinds: only \d+ ",
+        ),
         (["ppo.max_tokens=256"], r"pools\.engine\.max_model_len = 256 leaves no token for a prompt: ppo\.max_tokens"),
         (
             ["rejection_sft.max_length=16"],

@@ -262,7 +262,9 @@ def test_what_a_folder_holds_beside_training_files_is_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert [row["text"] for row in read_rows(tmp_path, "text")] == ["a", "b"]
     (said,) = caplog.messages
-    assert "not read" in said and all(f"{tmp_path}/{name}" in said for name in ("b.csv", "c.jsonl.7z", "d.parquet.gz"))
+    assert "are not read" in said and all(
+        f"{tmp_path}/{name}" in said for name in ("b.csv", "c.jsonl.7z", "d.parquet.gz")
+    )
     with pytest.raises(DataError, match=r"README\.md: expected a"):
         validate(f"{tmp_path}/*.*", "text")
     (tmp_path / "a.jsonl").unlink()

@@ -42,6 +42,26 @@ def check_amounts(recipe: Recipe, corpus: "Summary", instructions: "Summary") ->
     require_rollouts(recipe.ppo)
 
 
+def require_held_out_problems(recipe: Recipe) -> None:
+    """Refuse more held-out problems than the kinds have: they are all different. (It draws them: a second or so.)
+
+    Raises:
+        ConfigError: the setting to lower.
+    """
+    from data.tasks import make_problems
+    from workflows.steps.text import SAFETY
+
+    problems = recipe.problems
+    for setting, kinds, count in (
+        ("problems.held_out", None, problems.held_out),
+        ("problems.safety_held_out", SAFETY, problems.safety_held_out),
+    ):
+        try:
+            make_problems(kinds, count, 0, "held_out", recipe.tasks)
+        except ConfigError as error:
+            raise ConfigError(f"{setting}: {error}") from None
+
+
 def check_pretraining_amounts(recipe: PretrainRecipe, corpora: "dict[str, Summary]") -> None:
     """The same for pretraining alone; `corpora`: what the files of `corpus` and of each `stages.NAME.corpus` hold."""
     settings = recipe.corpus

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from infra.errors import CheckpointError, ConfigError, DataError, ResourceError
 from infra.machine import parse_size, require_memory, require_port
 from workflows.recipe import ModelSettings, PretrainRecipe, Recipe, TokenizerSettings
-from workflows.steps.amounts import check_amounts, check_pretraining_amounts
+from workflows.steps.amounts import check_amounts, check_pretraining_amounts, require_held_out_problems
 
 if TYPE_CHECKING:
     from actors.config import PretrainSettings
@@ -42,6 +42,7 @@ def check_recipe(recipe: Recipe) -> None:
         raise ConfigError(f"serving.grpc_port and serving.http_port are both {serving.grpc_port}: one port each")
     require_port(serving.grpc_port, "serving.grpc_port", serving.host)
     require_port(serving.http_port, "serving.http_port", serving.host)
+    require_held_out_problems(recipe)
 
 
 def check_capacity(recipe: Recipe, nodes: Sequence[Node]) -> None:
