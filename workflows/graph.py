@@ -15,16 +15,19 @@ its parent, the step's name, and `name=` or its ordinal: `train[0]`, `train[fina
     scores = score.map(split(corpus), models[0])            # one call per item, also of a list that is still to come
     report(scores)                                          # the list of results, in the items' order
 
+    deploy(train(corpus).model)                             # a field of a result to come: also train(corpus)["model"]
+
 A map's calls are `score.map[0]/score[3]`. Waiting for people and for the outside world: workflows.waits.
 """
 
+import difflib
 import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from numbers import Integral, Real
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
@@ -33,9 +36,11 @@ from infra.bundles import check_amount, check_number
 from infra.errors import ConfigError, UserError
 from workflows.artifacts import Artifact, ArtifactWriter
 from workflows.context import StepContext, context
+from workflows.definitions import check_function, where
+from workflows.futures import Future, Part, refuse_method
 from workflows.gangs import Gang, resolve_gang
-from workflows.names import canonical_name
-from workflows.values import field_of
+from workflows.names import canonical_name, load_name
+from workflows.values import field_of, same_or
 
 __all__ = [
     "Artifact",
@@ -100,56 +105,6 @@ class StepOptions:
     def whole_gang(self) -> Gang | None:
         """`gang` in full."""
         return None if self.gang is None else resolve_gang(self.gang, self.request)
-
-
-class Future(Generic[R]):
-    """A call's result, there or to come. Pass it to other steps; `result()` waits for it."""
-
-    __slots__ = ("__weakref__", "_kept", "_runtime", "call_id")
-
-    def __init__(self, runtime: "Runtime", call_id: str, kept: object) -> None:
-        self._runtime = runtime
-        self._kept = kept
-        self.call_id = call_id
-
-    def result(self) -> R:
-        """Wait, and return the step's result.
-
-        Raises:
-            StepError, UserError, SystemFault: what became of this call (or of one that it depends on) - or of any
-                other call that failed meanwhile, unless that was made with `may_fail=True`.
-        """
-        value: R = self._runtime.result(self.call_id)
-        return value
-
-    def done(self) -> bool:
-        """Whether `result()` returns (or raises) without waiting. Decide nothing by it that must be the same on a
-        resume."""
-        return self._runtime.done(self.call_id)
-
-    def __getattr__(self, name: str) -> Any:
-        """A field of the result to come (a dataclass's), as an edge: `sft.model` where `sft` is a Future."""
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return Part(self, name)
-
-    def __repr__(self) -> str:
-        return f"Future({self.call_id})"
-
-
-class Part:
-    """One field of a Future's result: an edge like the Future itself."""
-
-    def __init__(self, future: "Future[Any]", field: str) -> None:
-        self.future = future
-        self.field = field
-
-    def result(self) -> Any:
-        """Wait for the call, and return the field. Raises as `Future.result`."""
-        return getattr(self.future.result(), self.field)
-
-    def __repr__(self) -> str:
-        return f"{self.future!r}.{self.field}"
 
 
 class Runtime(Protocol):
@@ -227,8 +182,18 @@ class Step(Generic[P, R]):
 
     @functools.cached_property
     def name(self) -> str:
-        """Canonical `module:function`."""
-        return canonical_name(self.fn)
+        """Canonical `module:function`, under which workers find the function.
+
+        Raises:
+            UserError: they would find another one there.
+        """
+        name = canonical_name(self.fn)
+        if (found := function_behind(load_name(name))) is not self.fn:
+            raise UserError(
+                f"{where(self.fn)}: workers would not find step {self.short_name}, for {name} is {found!r}: put @step "
+                "above other decorators, or use functools.wraps in them, and define each name once"
+            )
+        return name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Future[R]:
         """Call it durably; any argument, or part of one, may be a Future or a field of one."""
@@ -253,7 +218,7 @@ class Step(Generic[P, R]):
         scope = self._scope()
         arguments = self._bind((EACH, *args), kwargs)
         call_id = scope.call_id(f"{self.short_name}.map", self.default.name)
-        items = list(items) if isinstance(items, (tuple, range)) else items
+        items = items if isinstance(items, (Future, Part)) else list(items)
         kept = scope.runtime.map(call_id, self, replace(self.default, name=None), items, arguments)
         return Future(scope.runtime, call_id, kept)
 
@@ -290,14 +255,19 @@ class Step(Generic[P, R]):
 
     def _scope(self) -> _Scope:
         try:
-            return _scope.get()
+            scope = _scope.get()
         except LookupError:
             raise UserError(
                 f"step {self.short_name} was called outside a @workflow; for a plain call use {self.short_name}.fn(...)"
             ) from None
+        assert self.name  # said here that no worker would find it, and not by a worker
+        return scope
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        bound = _signature(self.fn).bind(*args, **kwargs)
+        try:
+            bound = _signature(self.fn).bind(*args, **kwargs)
+        except TypeError as error:
+            raise UserError(f"step {self.short_name} ({where(self.fn)}): {error}") from None
         bound.apply_defaults()
         return {"args": list(bound.args), "kwargs": dict(bound.kwargs)}
 
@@ -307,10 +277,20 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)
 
 
+def function_behind(found: Any) -> Any:
+    """The function that a step's name stands for, given what is there: the step itself, also below decorators that
+    were put above it, or the function that `step(...)` was given where the step has another name."""
+    inner = found
+    while inner is not None and not isinstance(inner, Step):
+        inner = getattr(inner, "__wrapped__", None)
+    return found if inner is None else inner.fn
+
+
 class Workflow(Generic[P, R]):
     """A function that calls steps. Inside another workflow it runs in place, its calls named below its own name."""
 
     def __init__(self, fn: Callable[P, R]) -> None:
+        check_function(fn, "workflow")
         functools.update_wrapper(self, fn)
         self.fn = fn
         self.short_name = fn.__name__
@@ -352,9 +332,19 @@ def step(
 
 
 def step(fn: Callable[..., Any] | None = None, /, *, memory: str | int | None = None, **options: Any) -> Any:
-    """Make a function a step. `memory` as bytes or text ("2GiB"), `timeout` in seconds; see StepOptions."""
+    """Make a function a step. `memory` as bytes or text ("2GiB"), `timeout` in seconds; see StepOptions.
+
+    Raises:
+        UserError: what is wrong with the function (with file and line) or an option.
+    """
+    known = [each.name for each in fields(StepOptions)]
+    for name in options.keys() - set(known):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+        raise ConfigError(f"@step has no option {name}{hint}")
 
     def make(function: Callable[..., Any]) -> Step[..., Any]:
+        check_function(function, "step")
         with _named(function.__name__):
             settings = StepOptions(memory=None if memory is None else parse_memory(memory), **options)
         return Step(function, settings)
@@ -391,6 +381,7 @@ def edges_of(runtime: Runtime, needs: list[str]) -> Callable[[Any], Any]:
     """For `values.encode`: futures become {"$edge": call id, "field": name or None}; `needs` collects the call ids."""
 
     def replace_future(value: Any) -> Any:
+        refuse_method(value)
         future = value.future if isinstance(value, Part) else value
         if not isinstance(future, Future):
             return None
@@ -403,13 +394,13 @@ def edges_of(runtime: Runtime, needs: list[str]) -> Callable[[Any], Any]:
 
 
 def resolve_edges(tree: Any, result_of: Callable[[str], Any]) -> Any:
-    """Edges replaced by the encoded results that they stand for."""
+    """Edges replaced by the encoded results that they stand for; what has none is no copy."""
     if isinstance(tree, list):
-        return [resolve_edges(item, result_of) for item in tree]
+        return same_or(tree, [resolve_edges(item, result_of) for item in tree])
     if isinstance(tree, dict):
         if "$edge" in tree:
             return field_of(result_of(tree["$edge"]), tree["field"], tree["$edge"])
-        return {key: resolve_edges(item, result_of) for key, item in tree.items()}
+        return same_or(tree, {key: resolve_edges(item, result_of) for key, item in tree.items()})
     return tree
 
 

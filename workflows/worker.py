@@ -24,7 +24,7 @@ from workflows.alarm import Alarm
 from workflows.artifacts import ArtifactSource
 from workflows.channel import Sender
 from workflows.context import StepContext, enter
-from workflows.graph import Step
+from workflows.graph import function_behind
 from workflows.journal import fenced, latest_lease
 from workflows.names import load_name
 from workflows.outcome import describe
@@ -117,10 +117,10 @@ def _body(task: Payload, store: Store, scratch: Path) -> dict[str, Any]:
         alarm.now()  # the driver has a clock to start
     leave = enter(step_context)
     try:
-        step = _step(task["step"])
+        function = _function(task["step"])
         arguments = decode(task["arguments"], source)
         _fault(task, "executor.body")
-        value = step.fn(*arguments["args"], **arguments["kwargs"])
+        value = function(*arguments["args"], **arguments["kwargs"])
         result = encode(value, f"{task['call']}: the result")
         return {"ok": True, "result": result, **({"state": True} if step_context.saves_state else {})}
     except BaseException as error:  # sys.exit, Ctrl-C in a library, an exception class of the user's own
@@ -166,10 +166,9 @@ def _alarm() -> Alarm:
 
 
 @functools.cache
-def _step(name: str) -> Step[..., Any]:
-    step = load_name(name)
-    assert isinstance(step, Step), f"{name} is no step"
-    return step
+def _function(name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = function_behind(load_name(name))
+    return function
 
 
 @functools.cache
