@@ -99,15 +99,21 @@ class ArtifactWriter:
         self.path.mkdir(parents=True)
 
     def seal(self, **meta: Any) -> Artifact:
-        """Hash, upload (on a folder store nothing is copied), and name the content. `meta`: JSON values.
+        """Hash, upload (on a folder store nothing is copied), and name the content. `meta`: values that a step could
+        return; they are part of what the artifact is, so keep times, hosts and paths out of them where equal content is
+        to be equal.
 
         Raises:
-            UserError: sealed before, or something in the folder is neither a file nor a folder.
+            UserError: sealed before, metadata that cannot be kept, or something in the folder is neither a file nor a
+                folder.
             StoreError: the upload failed.
         """
+        from workflows.values import encode  # which knows artifacts
+
         if self._sealed:
             raise UserError(f"artifact {self._location.rsplit('/', 1)[-1]} is sealed already")
         self._sealed = True
+        kept = encode(meta, f"artifact {self._location.rsplit('/', 1)[-1]}: seal")
         _materialise_links(self.path)
         remote = self._store.local_path(self._location) is None
         entries = []
@@ -119,7 +125,7 @@ class ArtifactWriter:
             entries.append(entry)
             self._on_file()
         digest = manifest_digest(entries)
-        manifest = {"format": FORMAT, "digest": digest, "files": [vars(entry) for entry in entries], "meta": meta}
+        manifest = {"format": FORMAT, "digest": digest, "files": [vars(entry) for entry in entries], "meta": kept}
         self._store.put(f"{self._location}/manifest.json", _json(manifest))
         return Artifact(digest, meta, self._location.rsplit("/", 1)[-1], self._location, self._source)
 

@@ -28,7 +28,7 @@ from workflows.events import Event
 from workflows.fanout import Fanout, edges_in, fan_out
 from workflows.graph import Step, StepOptions, edges_of, resolve_edges
 from workflows.journal import GroupCommit, Heartbeat, Journal
-from workflows.known import Known, ReuseIndex, shown_arguments
+from workflows.known import Known, ReuseIndex
 from workflows.loop import Loop
 from workflows.outcome import describe
 from workflows.saved import SavedStates
@@ -272,7 +272,7 @@ class Executor:
             return
         self._known.marks.begin(call.id)
         if self._lookups is None:
-            self._on_looked_up(call, self._known.reusable(call.key))
+            self._on_looked_up(call, self._known.find(call.step, call.options, call.arguments, call.key))
         else:
             self._lookups.submit(self._look_up, call)
 
@@ -307,7 +307,7 @@ class Executor:
 
     def _look_up(self, call: Call) -> None:
         try:
-            record = self._known.reusable(call.key)
+            record = self._known.find(call.step, call.options, call.arguments, call.key)
         except BaseException as error:
             self.abort(error)
             return
@@ -336,7 +336,7 @@ class Executor:
             asked = wait_record(call.id, call.step.name, call.options, call.arguments, call.inputs)
             record = {**asked, **call_record("wait", call)}
             self._commits.note(record)
-        check_question(record, call.inputs, call.arguments["args"][0])
+        check_question(record, self._known.same_inputs(record, call.arguments), call.arguments["args"][0])
         self._asked[call.id] = record
         what = command(self.run_id, call.id, call.step.name, self.journal.store.url)
         self._tell("waiting", call, message=record["message"], deadline=record["deadline"], command=what)
@@ -376,7 +376,7 @@ class Executor:
             "code": call.code,
             "libraries": self._known.libraries_of(call.code),
             "inputs": call.inputs,
-            "arguments": shown_arguments(call.arguments),
+            "arguments": self._known.shown_arguments(call.arguments),
             "result": result,
             **({} if call.of is None else {"of": call.of}),
             **extra,

@@ -9,7 +9,7 @@ from typing import Any
 
 from infra.errors import UserError
 from workflows.graph import EACH, Runtime, edges_of
-from workflows.values import encode
+from workflows.values import encode, items_of
 
 ITEM = {"$item": True}
 
@@ -25,7 +25,8 @@ class Child:
 
 @dataclass(frozen=True)
 class Fanout:
-    """A map's encoded `items` (a list, or the edge that will give one) and its calls' arguments with ITEM in them.
+    """A map's encoded `items` (a list, or the edge that will give one) and its calls' arguments with ITEM as the first,
+    the others shared by all calls and not copied.
 
     `waits_for`: the call that gives the list, if any. `shared`: the calls whose results all calls of the map get.
     """
@@ -41,16 +42,16 @@ class Fanout:
         Raises:
             UserError: the result is no list.
         """
-        if isinstance(items, dict) and "$tuple" in items:
-            items = items["$tuple"]
-        if not isinstance(items, list):
+        found = items_of(items)
+        if found is None:
             kind = "dict" if isinstance(items, dict) else type(items).__name__
             raise UserError(f"{map_id}: the items must be a list, and {self.waits_for[0]} gave a {kind}")
-        return [self._child(f"{map_id}/{step_name}[{index}]", item) for index, item in enumerate(items)]
+        return [self._child(f"{map_id}/{step_name}[{index}]", item) for index, item in enumerate(found)]
 
     def _child(self, call_id: str, item: Any) -> Child:
         needs = dict.fromkeys([*self.waits_for, *self.shared, *edges_in(item)])
-        return Child(call_id, _fill(self.template, item), tuple(needs))
+        arguments = {**self.template, "args": [item, *self.template["args"][1:]]}
+        return Child(call_id, arguments, tuple(needs))
 
 
 def fan_out(runtime: Runtime, map_id: str, items: Any, arguments: Any) -> Fanout:
@@ -79,13 +80,3 @@ def edges_in(tree: Any) -> Iterator[str]:
         else:
             for item in tree.values():
                 yield from edges_in(item)
-
-
-def _fill(template: Any, item: Any) -> Any:
-    if template is ITEM:
-        return item
-    if isinstance(template, list):
-        return [_fill(part, item) for part in template]
-    if isinstance(template, dict):
-        return {key: _fill(part, item) for key, part in template.items()}
-    return template

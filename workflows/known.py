@@ -2,9 +2,14 @@
 
 Within a run a call is known by its id, and its step and inputs must be those of the commit record. Across runs it is
 known by its content key: step name, identity of its input values, code fingerprint, library versions. Inputs count by
-value (an artifact by its digest), so when a step is run again and gives the same thing, what depends on it stays valid.
+value (an artifact by its digest and what it was sealed with), so when a step is run again and gives the same thing,
+what depends on it stays valid.
+
+Earlier versions left out of an input what an artifact was sealed with (values.earlier_identity). Their records are
+resumed as they are; from another run one is taken where the artifacts that its call was given have the same metadata.
 """
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -19,12 +24,15 @@ from infra.storage import Store
 from workflows.artifacts import Artifact, read_manifest
 from workflows.fingerprint import Fingerprint, Fingerprinter
 from workflows.graph import Step, StepOptions
+from workflows.identities import Identities, inputs_digest, shown_arguments
 from workflows.indexer import Indexer
+from workflows.journal import read_journal
 from workflows.marks import KnownMarks
-from workflows.values import artifact_records, brief, canonical, differences, identity, named_arguments
+from workflows.values import artifact_records, canonical, differences, named_arguments
+
+__all__ = ["Known", "ReuseIndex", "code_key", "content_key", "index_key", "inputs_digest", "shown_arguments"]
 
 FORMAT = 1
-SHOWN_ARGUMENTS = 32 << 10
 INDEX_PAUSE_S = 0.02
 """Entries of the reuse index gather for so long: one message for all of them."""
 Record = dict[str, Any]
@@ -50,6 +58,8 @@ class Known:
         self._fingerprinter = Fingerprinter()
         self._fingerprints: dict[tuple[object, tuple[str, ...]], Fingerprint] = {}
         self._saved: dict[str, str] = {}
+        self._identities = Identities()
+        self._read: tuple[str, dict[str, list[Record]]] = ("", {})
 
     def fingerprint(self, step: Step[..., Any], options: StepOptions) -> Fingerprint:
         """A step's fingerprint. What it is made of is kept in the store, for `recua show --why`."""
@@ -83,8 +93,9 @@ class Known:
                 f"{call_id} was committed as {record['step']} and is now {step.name}: the workflow took another path; "
                 "start another run with --new"
             )
-        if record["inputs"] != (inputs := inputs_digest(arguments)):
-            changes = _changed_inputs(step, record, arguments) or f"digest {record['inputs'][:12]}, now {inputs[:12]}"
+        if not self.same_inputs(record, arguments):
+            digests = f"digest {record['inputs'][:12]}, now {self._identities.digest(arguments)[:12]}"
+            changes = self._changed_inputs(step, record, arguments) or digests
             raise NonDeterminismError(
                 f"{call_id} was committed with other inputs ({changes}); start another run with --new"
             )
@@ -94,6 +105,15 @@ class Known:
             self._warn(call_id, f"keeps its committed result although {changed} changed since (--rerun)")
         return record
 
+    def same_inputs(self, record: Record, arguments: Any) -> bool:
+        """Whether a commit or a wait on record, of whatever version, is of these arguments."""
+        recorded: str = record["inputs"]
+        return recorded == self._identities.digest(arguments) or recorded == self._identities.earlier_digest(arguments)
+
+    def shown_arguments(self, arguments: Any) -> Any:
+        """As identities.shown_arguments."""
+        return self._identities.shown(arguments)
+
     def forget(self, call_id: str) -> None:
         """The commit record was taken over: nobody asks for it again."""
         self.commits.pop(call_id, None)
@@ -101,7 +121,7 @@ class Known:
     def identify(self, step: Step[..., Any], options: StepOptions, arguments: Any) -> tuple[str, str, str]:
         """(digest of the inputs, fingerprint of the code, content key) of a call whose inputs are all known."""
         fingerprint = self.fingerprint(step, options)
-        inputs = inputs_digest(arguments)
+        inputs = self._identities.digest(arguments)
         return inputs, fingerprint.code, content_key(step.name, inputs, fingerprint)
 
     def key(self, step: Step[..., Any], options: StepOptions, arguments: Any) -> str:
@@ -111,8 +131,43 @@ class Known:
     def may_reuse(self, call_id: str, step: Step[..., Any], options: StepOptions) -> bool:
         return self._reuse and options.reuse and step.short_name not in self._rerun and call_id not in self._rerun
 
+    def find(self, step: Step[..., Any], options: StepOptions, arguments: Any, key: str) -> Record | None:
+        """What an equal call came to in any run, of an earlier version too. `key`: the call's content key."""
+        record = self.reusable(key)
+        if record is not None:
+            return record
+        earlier = content_key(step.name, self._identities.earlier_digest(arguments), self.fingerprint(step, options))
+        record = self.reusable(earlier) if earlier != key else None
+        return record if record is not None and self._had_same_metadata(record, arguments) else None
+
+    def _had_same_metadata(self, entry: Record, arguments: Any) -> bool:
+        """Whether the artifacts that the calls under an earlier version's key were given, in the results of the calls
+        that they needed, had the metadata of those in `arguments`: the key does not say so."""
+        wanted = artifact_records(arguments)
+        commits = self._commits_of(entry["run"]) if wanted else {}
+        for commit in commits.get(entry["key"], [{}]):
+            needed = [each for call in commit.get("needs", ()) for each in commits.get(call, ())]
+            given = artifact_records([each["result"] for each in needed])
+            for record in wanted:
+                before = {canonical(each["meta"]) for each in given if each["digest"] == record["digest"]}
+                if before != {canonical(record["meta"])}:
+                    return False
+        return True
+
+    def _commits_of(self, run_id: str) -> dict[str, list[Record]]:
+        """The commits of another run by call id, and by content key; none where its journal cannot be read."""
+        if self._read[0] != run_id:
+            found: dict[str, list[Record]] = {}
+            with contextlib.suppress(StoreError):
+                for record in read_journal(self.store, run_id).commits.values():
+                    found.setdefault(record["key"], []).append(record)
+                    found[record["call"]] = [record]
+            self._read = (run_id, found)
+        return self._read[1]
+
     def reusable(self, key: str) -> Record | None:
-        """A commit record of an equal call in any run, if all its artifacts are in the store and are to stay there."""
+        """The commit record under a content key, of any run, if all its artifacts are in the store and are to stay
+        there."""
         raw = self.store.get(index_key(key))
         if raw is None:
             return None
@@ -134,6 +189,12 @@ class Known:
         before = json.loads(raw) if raw is not None else parts
         names = sorted(name for name in before.keys() | parts.keys() if before.get(name) != parts.get(name))
         return names[:5] + (["..."] if len(names) > 5 else [])
+
+    def _changed_inputs(self, step: Step[..., Any], record: Record, arguments: Any) -> str:
+        before, now = record.get("arguments"), self._identities.shown(arguments)
+        if before is None or now is None:
+            return ""
+        return "; ".join(differences(named_arguments(step.fn, before), named_arguments(step.fn, now)))
 
 
 class ReuseIndex:
@@ -208,21 +269,3 @@ def libraries_id(libraries: dict[str, str]) -> str:
 
 def index_key(key: str) -> str:
     return f"index/{key[:2]}/{key}.json"
-
-
-def inputs_digest(arguments: Any) -> str:
-    """What a call's inputs are, by value."""
-    return hashlib.sha256(canonical(identity(arguments))).hexdigest()
-
-
-def shown_arguments(arguments: Any) -> Any:
-    """The inputs as the journal keeps them for people; None where they are large even so."""
-    tree = brief(identity(arguments))
-    return tree if len(canonical(tree)) <= SHOWN_ARGUMENTS else None
-
-
-def _changed_inputs(step: Step[..., Any], record: Record, arguments: Any) -> str:
-    before, now = record.get("arguments"), shown_arguments(arguments)
-    if before is None or now is None:
-        return ""
-    return "; ".join(differences(named_arguments(step.fn, before), named_arguments(step.fn, now)))

@@ -16,7 +16,7 @@ from infra.telemetry import shorten
 
 Record = dict[str, Any]
 MESSAGE_LETTERS, TRACEBACK_LETTERS = 10_000, 100_000
-OURS = {"worker.py", "executor.py", "session.py", "outcome.py", "graph.py"}
+OURS = {"worker.py", "executor.py", "session.py", "outcome.py", "graph.py", "futures.py", "definitions.py"}
 
 
 def describe(error: BaseException) -> Record:
@@ -97,8 +97,9 @@ def _raised_remotely(error: BaseException) -> BaseException | None:
 
 
 def _plain(text: str) -> str:
-    """Without the colours that Ray puts into its errors."""
-    return re.sub("\x1b\\[[0-9;]*m", "", text)
+    """Without the colours that Ray puts into its errors, and with halves of surrogate pairs (a file name of other
+    bytes) as escapes: everybody can write it."""
+    return re.sub("\x1b\\[[0-9;]*m", "", text).encode("utf-8", "backslashreplace").decode()
 
 
 def _kind(error: BaseException) -> str:

@@ -164,7 +164,7 @@ class Planner:
         arguments = resolve_edges(tree, self._results.__getitem__)
         record = self._known.committed(call_id, step, options, arguments)
         if record is None and self._known.may_reuse(call_id, step, options):
-            record = self._known.reusable(self._known.key(step, options, arguments))
+            record = self._known.find(step, options, arguments, self._known.key(step, options, arguments))
         return record
 
 

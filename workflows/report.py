@@ -96,16 +96,19 @@ def plain(tree: Any) -> Any:
         return tree
     if "$artifact" in tree:
         return Artifact.from_record(tree["$artifact"], None)
-    if "$dataclass" in tree or "$settings" in tree:
-        return plain(tree["fields"])
-    if "$tuple" in tree:
-        return plain(tree["$tuple"])
-    if "$dict" in tree:
-        return {str(key): plain(item) for key, item in tree["$dict"]}
+    if "$dataclass" in tree or "$settings" in tree or "$namedtuple" in tree:
+        return plain({**tree["fields"], **tree.get("extra", {}), **tree.get("beside", {})})
+    for tag in ("$tuple", "$int", "$text"):
+        if tag in tree:
+            return plain(tree[tag])
+    if "$kind" in tree and "value" in tree:
+        return plain(tree["value"])
+    if "$dict" in tree or "$kind" in tree:
+        return {str(plain(key)): plain(item) for key, item in tree.get("$dict") or tree["items"]}
     if "$float" in tree:
         return float(tree["$float"])
     if "$path" in tree or "$enum" in tree:
-        return tree.get("$path") or tree["name"]
+        return plain(tree.get("$path")) or tree["name"]
     return {key: plain(item) for key, item in tree.items()}
 
 

@@ -1,9 +1,11 @@
 """How arguments and results become JSON, and back.
 
-JSON values go as they are. What JSON lacks is a one-key object whose key starts with `$`: `{"$tuple": [...]}`,
-`{"$dataclass": "module:Name", "fields": {...}}`, `{"$settings": ...}`, `{"$artifact": ...}`, `{"$path": ...}`,
-`{"$enum": ...}`, `{"$float": "nan"}`, `{"$dict": [[key, value], ...]}`. Never a pickle: a store can be read years
-later, and reading it runs nobody's code but the named class's constructor.
+JSON values go as they are. What JSON lacks is an object whose first key starts with `$`: `{"$tuple": [...]}`,
+`{"$dataclass": "module:Name", "fields": {...}}`, `{"$settings": ...}`, `{"$namedtuple": ...}`, `{"$artifact": ...}`,
+`{"$path": ...}`, `{"$enum": ...}`, `{"$float": "nan"}`, `{"$dict": [[key, value], ...]}`; `{"$int": "0x..."}` has more
+digits than Python writes, `{"$text": ...}` is no valid Unicode (a file name of other bytes), and `{"$kind":
+"module:Name", "value": ...}` is an instance of a class derived from one of these (or numpy's). Never a pickle: a store
+can be read years later, and reading it runs nobody's code but the import of the named class (workflows.kinds).
 """
 
 import dataclasses
@@ -11,6 +13,7 @@ import hashlib
 import inspect
 import json
 import math
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
@@ -19,89 +22,228 @@ from typing import Any
 from pydantic import BaseModel
 
 from infra.errors import UserError
+from workflows import kinds
 from workflows.artifacts import Artifact, ArtifactSource
-from workflows.names import canonical_name, load_name
 
 FORMAT = 1
+DEEPEST = 250
+"""Levels of JSON inside one another: each costs up to three Python frames wherever a value is walked."""
+LONGEST_INT = 10**4300
+"""Python writes and reads no decimal number that is longer."""
+INNER = {"fields", "extra", "beside", "private", "value", "items"}
+"""Keys beside a tag: no names of the user's."""
+Replace = Callable[[Any], Any]
 
 
-def encode(value: Any, where: str = "value", replace: Callable[[Any], Any] | None = None) -> Any:
+def encode(value: Any, where: str = "value", replace: Replace | None = None) -> Any:
     """JSON-able form of `value`. `replace(x)` may return an encoded tree for any part (edges), else None.
 
     Raises:
         UserError: something that cannot be kept; the message has the path to it, e.g. `sft.result["model"]`.
     """
-    if replace is not None and (tree := replace(value)) is not None:
+    return _encode(value, where, replace or (lambda _: None), DEEPEST)
+
+
+def _encode(value: Any, where: str, replace: Replace, room: int) -> Any:
+    if (tree := replace(value)) is not None:
         return tree
-    if value is None or type(value) in (bool, int, str):
+    kind = type(value)
+    if value is None or kind is bool:
         return value
+    if kind is int:
+        return value if abs(value) < LONGEST_INT else {"$int": hex(value)}
+    if kind is str:
+        return value if _is_unicode(value) else {"$text": value.encode("unicode_escape").decode("ascii")}
+    if kind is float:
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if room <= 0:
+        raise UserError(f"{_start(where)} is nested more than {DEEPEST} deep, or contains itself: it cannot be kept")
+    if kind is list:
+        return [_encode(item, f"{where}[{index}]", replace, room - 1) for index, item in enumerate(value)]
+    if kind is tuple:
+        return {"$tuple": _encode(list(value), where, replace, room - 1)}
+    if kind is dict:
+        return _encode_items(list(value.items()), where, replace, room)
+    return _encode_object(value, where, replace, room)
+
+
+def _encode_object(value: Any, where: str, replace: Replace, room: int) -> Any:
+    """What is no plain JSON value, list, tuple or dict."""
+
+    def fields(held: dict[str, Any]) -> dict[str, Any]:
+        return {name: _encode(item, f"{where}.{name}", replace, room - 2) for name, item in held.items()}
+
+    def beside(**groups: dict[str, Any]) -> dict[str, Any]:
+        return {group: fields(held) for group, held in groups.items() if held}
+
     if isinstance(value, Enum):
-        return {"$enum": canonical_name(type(value)), "name": value.name}
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
-    if isinstance(value, list):
-        return [encode(item, f"{where}[{index}]", replace) for index, item in enumerate(value)]
-    if isinstance(value, tuple):
-        return {"$tuple": [encode(item, f"{where}[{index}]", replace) for index, item in enumerate(value)]}
-    if isinstance(value, dict):
-        return _encode_dict(value, where, replace)
+        member = {"$enum": kinds.name_of(type(value), where), "name": str(value.name or value.value)}
+        return member if kinds.is_member(value) else {**member, "value": _encode(value.value, where, replace, room - 1)}
+    if (scalar := kinds.numpy_scalar(value)) is not None:
+        return {"$kind": scalar[0], "value": _encode(scalar[1], where, replace, room)}
     if isinstance(value, Artifact):
-        return {"$artifact": value.record()}
-    if isinstance(value, Path):
-        return {"$path": str(value)}
+        return {"$artifact": {**value.record(), "meta": _encode(value.meta, f"{where}.meta", replace, room - 1)}}
+    if type(value) is type(Path()):
+        return {"$path": _encode(str(value), where, replace, room)}
     if isinstance(value, BaseModel):
-        if not value.model_config.get("frozen"):
-            raise UserError(f"{where}: {type(value).__name__} must be frozen (derive it from infra.config.Settings)")
-        fields = {name: encode(getattr(value, name), f"{where}.{name}", replace) for name in type(value).model_fields}
-        tree = {"$settings": canonical_name(type(value)), "fields": fields}
+        given, extra, private = kinds.settings_parts(value, where)
+        tree: dict[str, Any] = {"$settings": kinds.name_of(type(value), where), "fields": fields(given)}
+        tree |= beside(extra=extra, private=private)
         # Where and how fast, never what: such settings (pools) are part of no key.
         return {**tree, "unkeyed": True} if getattr(type(value), "unkeyed", False) else tree
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _encode_dataclass(value, where, replace)
-    if isinstance(value, (int, str)):  # a subclass such as numpy's str_
-        return int(value) if isinstance(value, int) else str(value)
+        made_of, more = kinds.dataclass_parts(value, where)
+        return {"$dataclass": kinds.name_of(type(value), where), "fields": fields(made_of), **beside(beside=more)}
+    if kinds.is_named_tuple(value):
+        held = dict(zip(type(value)._fields, tuple.__iter__(value), strict=True))
+        return {"$namedtuple": kinds.name_of(type(value), where), "fields": fields(held)}
+    if isinstance(value, kinds.BASES):
+        return _encode_derived(value, where, replace, room)
     raise UserError(
         f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be kept: steps take and "
         "return JSON values, frozen dataclasses, settings and artifacts (large things go into context().artifact(...))"
     )
 
 
+def _encode_derived(value: Any, where: str, replace: Replace, room: int) -> Any:
+    base, name, held = kinds.derived_parts(value, where)
+    if not issubclass(base, dict):
+        return {"$kind": name, "value": _encode(held, where, replace, room - 1)}
+    if base is OrderedDict:  # equal to another one in the same order only
+        return {"$kind": name, "items": _encode_pairs(held, where, replace, room - 1)}
+    tree = {"$kind": name, "value": _encode_items(held, where, replace, room - 1)}
+    if base is not defaultdict or value.default_factory is None:
+        return tree
+    if not isinstance(value.default_factory, type):
+        raise UserError(f"{where} is a defaultdict whose default_factory is no class: it cannot be kept; return a dict")
+    return {**tree, "factory": kinds.name_of(value.default_factory, f"{where}.default_factory")}
+
+
+def _encode_items(items: list[tuple[Any, Any]], where: str, replace: Replace, room: int) -> Any:
+    if all(type(key) is str and not key.startswith("$") and _is_unicode(key) for key, _ in items):
+        return {key: _encode(item, f"{where}[{key!r}]", replace, room - 1) for key, item in items}
+    return {"$dict": _encode_pairs(items, where, replace, room - 1)}
+
+
+def _encode_pairs(items: list[tuple[Any, Any]], where: str, replace: Replace, room: int) -> Any:
+    return [
+        [_encode(key, where, replace, room - 2), _encode(item, f"{where}[{_shown(key)}]", replace, room - 2)]
+        for key, item in items
+    ]
+
+
+def _shown(key: Any) -> str:
+    try:
+        return repr(key)
+    except ValueError:  # a number of too many digits
+        return "..."
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: half a surrogate pair (of a file name in other bytes) cannot."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _start(where: str) -> str:
+    """A long way to a value, by its beginning."""
+    return where if len(where) <= 120 else f"{where[:120]}..."
+
+
 def decode(tree: Any, source: ArtifactSource | None = None) -> Any:
-    """The inverse of `encode`; artifacts are bound to `source` so that `path()` works."""
+    """The inverse of `encode`; artifacts are bound to `source` so that `path()` works.
+
+    Raises:
+        UserError: a class that the value names is gone, or has other fields now.
+    """
     if isinstance(tree, list):
         return [decode(item, source) for item in tree]
     if not isinstance(tree, dict):
         return tree
-    if "$artifact" in tree:
-        return Artifact.from_record(tree["$artifact"], source)
-    if "$tuple" in tree:
-        return tuple(decode(item, source) for item in tree["$tuple"])
-    if "$dict" in tree:
-        return {decode(key, source): decode(item, source) for key, item in tree["$dict"]}
-    if "$float" in tree:
-        return float(tree["$float"])
-    if "$path" in tree:
-        return Path(tree["$path"])
-    if "$enum" in tree:
-        return load_name(tree["$enum"])[tree["name"]]
-    for tag in ("$dataclass", "$settings"):
-        if tag in tree:
-            return _construct(tree[tag], {name: decode(item, source) for name, item in tree["fields"].items()})
+    if (tag := _tag(tree)) is not None:
+        return _decoded(tag, tree, source)
     return {key: decode(item, source) for key, item in tree.items()}
 
 
+def _tag(tree: dict[str, Any]) -> str | None:
+    """What an encoded dict stands for; None where it is one."""
+    return next((key for key in tree if key.startswith("$")), None)
+
+
+def _decoded(tag: str, tree: dict[str, Any], source: ArtifactSource | None) -> Any:
+    def group(name: str) -> dict[str, Any] | None:
+        return {key: decode(item, source) for key, item in tree[name].items()} if name in tree else None
+
+    held = tree[tag]
+    match tag:
+        case "$artifact":
+            return Artifact.from_record({**held, "meta": decode(held["meta"])}, source)
+        case "$tuple":
+            return tuple(decode(item, source) for item in held)
+        case "$dict":
+            return {decode(key, source): decode(item, source) for key, item in held}
+        case "$float":
+            return float(held)
+        case "$int":
+            return int(held, 16)
+        case "$text":
+            return held.encode("ascii").decode("unicode_escape")
+        case "$path":
+            return Path(decode(held))
+        case "$enum":
+            return kinds.enum_member(held, tree["name"], decode(tree.get("value"), source), "value" in tree)
+        case "$dataclass":
+            return kinds.restore_dataclass(held, group("fields") or {}, group("beside"))
+        case "$settings":
+            return kinds.restore_settings(held, group("fields") or {}, group("extra") or {}, group("private"))
+        case "$namedtuple":
+            return kinds.restore_named_tuple(held, group("fields") or {})
+        case "$kind":
+            inner = decode(tree["items"] if "items" in tree else tree["value"], source)
+            factory = kinds.load_name(tree["factory"]) if "factory" in tree else None
+            return kinds.restore_derived(held, list(inner.items()) if isinstance(inner, dict) else inner, factory)
+    raise UserError(f"a stored value has a {tag}, which this version of recua does not know: use a newer one")
+
+
 def field_of(tree: Any, field: str | None, where: str) -> Any:
-    """One field of an encoded dataclass or dict; the whole value for None.
+    """One field of an encoded dataclass, settings, named tuple or dict; the whole value for None.
 
     Raises:
         UserError: there is no such field.
     """
     if field is None:
         return tree
-    fields = tree.get("fields", tree) if isinstance(tree, dict) else {}
+    fields = _fields(tree)
     if field not in fields:
-        raise UserError(f"{where}: its result has no field {field!r} (it has {', '.join(fields) or 'none'})")
+        raise UserError(f"{where}: its result has no field {field!r} (it has {', '.join(map(str, fields)) or 'none'})")
     return fields[field]
+
+
+def _fields(tree: Any) -> dict[Any, Any]:
+    """What an encoded value has by name."""
+    if not isinstance(tree, dict):
+        return {}
+    if "fields" in tree and _tag(tree) is not None:
+        return {**tree["fields"], **tree.get("extra", {}), **tree.get("beside", {})}
+    if "$kind" in tree and "value" in tree:
+        return _fields(tree["value"])
+    if "$dict" in tree or "$kind" in tree:
+        return {decode(key): item for key, item in tree.get("$dict") or tree["items"]}
+    return {} if _tag(tree) is not None else tree
+
+
+def items_of(tree: Any) -> list[Any] | None:
+    """The items of an encoded list or tuple, or of one that derives from it; None for anything else."""
+    if isinstance(tree, dict) and "$kind" in tree:
+        tree = tree.get("value")
+    if isinstance(tree, dict):
+        tree = list(tree["fields"].values()) if "$namedtuple" in tree else tree.get("$tuple")
+    return tree if isinstance(tree, list) else None
 
 
 def canonical(tree: Any) -> bytes:
@@ -110,16 +252,50 @@ def canonical(tree: Any) -> bytes:
 
 
 def identity(tree: Any) -> Any:
-    """An encoded value reduced to what makes it equal to another: an artifact is its digest, wherever it lies."""
+    """An encoded value reduced to what makes it equal to another: an artifact is its digest and what it was sealed
+    with, wherever it lies, and the order of a dict's keys does not count. What needs no change is no copy."""
     if isinstance(tree, list):
-        return [identity(item) for item in tree]
-    if isinstance(tree, dict):
-        if "$artifact" in tree:
-            return {"$artifact": tree["$artifact"]["digest"]}
-        if tree.get("unkeyed") is True and "$settings" in tree:
-            return {"$settings": tree["$settings"]}
-        return {key: identity(item) for key, item in tree.items()}
-    return tree
+        return same_or(tree, [identity(item) for item in tree])
+    if not isinstance(tree, dict):
+        return tree
+    if "$artifact" in tree:
+        kept = {"$artifact": tree["$artifact"]["digest"]}
+        meta = tree["$artifact"]["meta"]
+        return {**kept, "meta": identity(meta)} if meta else kept
+    if tree.get("unkeyed") is True and "$settings" in tree:
+        return {"$settings": tree["$settings"]}
+    if "$dict" in tree:
+        return {"$dict": sorted((identity(pair) for pair in tree["$dict"]), key=canonical)}
+    return same_or(tree, {key: identity(item) for key, item in tree.items()})
+
+
+def earlier_identity(tree: Any) -> Any:
+    """`identity` as it was before artifacts counted with what they were sealed with, a dict's order never, and a value
+    with its class: what the digests in older stores were made of."""
+    if isinstance(tree, list):
+        return [earlier_identity(item) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "$artifact" in tree:
+        return {"$artifact": tree["$artifact"]["digest"]}
+    if tree.get("unkeyed") is True and "$settings" in tree:
+        return {"$settings": tree["$settings"]}
+    if "$namedtuple" in tree:
+        return {"$tuple": earlier_identity(list(tree["fields"].values()))}
+    if "$kind" in tree and "value" in tree:
+        return earlier_identity(tree["value"])
+    if "$kind" in tree:
+        pairs = earlier_identity(tree["items"])
+        texts = all(type(key) is str and not key.startswith("$") for key, _ in pairs)
+        return dict(pairs) if texts else {"$dict": pairs}
+    later = ("extra", "beside", "private") if _tag(tree) is not None else ()
+    return {key: earlier_identity(item) for key, item in tree.items() if key not in later}
+
+
+def same_or(tree: Any, found: Any) -> Any:
+    """`tree` itself where `found` holds the very same things: what many calls share is kept once."""
+    now = iter(found) if isinstance(tree, list) else iter(found.values())
+    return tree if all(item is next(now) for item in (tree if isinstance(tree, list) else tree.values())) else found
 
 
 def digest(tree: Any) -> str:
@@ -164,11 +340,14 @@ def _leaves(tree: Any, path: str) -> Iterator[tuple[str, str]]:
     """(path, value as shown) of everything inside an identity."""
     if isinstance(tree, dict) and "$artifact" in tree:
         yield path, f"artifact {tree['$artifact'][:12]}"
+        if "meta" in tree:
+            yield from _leaves(tree["meta"], f"{path}.meta")
     elif isinstance(tree, dict) and tree:
+        tagged = _tag(tree) is not None
         for key, item in tree.items():
-            if key in ("$settings", "$dataclass", "$enum"):
+            if key in ("$settings", "$dataclass", "$enum", "$namedtuple", "$kind"):
                 yield f"{path} (its type)", str(item)
-            elif key in ("fields", "$tuple", "$path", "$float", "$dict"):
+            elif tagged and (key in INNER or key.startswith("$")):
                 yield from _leaves(item, path)
             else:
                 yield from _leaves(item, f"{path}.{key}".lstrip("."))
@@ -189,26 +368,3 @@ def artifact_records(tree: Any) -> list[dict[str, Any]]:
             return [tree["$artifact"]]
         return [record for item in tree.values() for record in artifact_records(item)]
     return []
-
-
-def _encode_dict(value: dict[Any, Any], where: str, replace: Callable[[Any], Any] | None) -> Any:
-    if all(type(key) is str and not key.startswith("$") for key in value):
-        return {key: encode(item, f"{where}[{key!r}]", replace) for key, item in value.items()}
-    pairs = [[encode(key, where, replace), encode(item, f"{where}[{key!r}]", replace)] for key, item in value.items()]
-    return {"$dict": pairs}
-
-
-def _encode_dataclass(value: Any, where: str, replace: Callable[[Any], Any] | None) -> Any:
-    if not type(value).__dataclass_params__.frozen:
-        raise UserError(f"{where}: {type(value).__name__} must be a frozen dataclass to be kept")
-    names = [field.name for field in dataclasses.fields(value) if field.init]
-    fields = {name: encode(getattr(value, name), f"{where}.{name}", replace) for name in names}
-    return {"$dataclass": canonical_name(type(value)), "fields": fields}
-
-
-def _construct(name: str, fields: dict[str, Any]) -> Any:
-    kind = load_name(name)
-    try:
-        return kind(**fields)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"a stored {name} no longer fits its class: {error}") from error

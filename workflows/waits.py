@@ -101,10 +101,10 @@ def wait_record(call_id: str, step: str, options: StepOptions, arguments: Any, i
     return {**record, "inputs": inputs, "show": brief(identity(show))}
 
 
-def check_question(record: Record, inputs: str, message: str) -> None:
+def check_question(record: Record, same_inputs: bool, message: str) -> None:
     """Raises NonDeterminismError where a resumed workflow asks under an old name for something else: an answer to the
     old question is none to the new one."""
-    if record["inputs"] != inputs:
+    if not same_inputs:
         raise NonDeterminismError(
             f"{record['call']} asked {record['message']!r} before, showing {record['show']}, and asks {message!r} or "
             "shows something else now; start another run with --new"

@@ -1,13 +1,22 @@
 """Arguments and results as JSON; options and call ids."""
 
+import enum
+import hashlib
 import json
 import math
-from dataclasses import dataclass, field, replace
+import os
+import time
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from dataclasses import InitVar, dataclass, field, replace
+from datetime import datetime
+from decimal import Decimal
 from enum import Enum
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import pytest
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, RootModel, field_validator
 
 from infra.config import Settings
 from infra.errors import ConfigError, NonDeterminismError, UserError
@@ -17,7 +26,9 @@ from workflows import graph
 from workflows.artifacts import Artifact, ArtifactSource
 from workflows.graph import Step, StepOptions, parse_memory, step, workflow
 from workflows.known import Known, inputs_digest, shown_arguments
-from workflows.values import decode, differences, digest, encode
+from workflows.values import canonical, decode, differences, digest, earlier_identity, encode, identity
+
+T = TypeVar("T")
 
 
 class Colour(Enum):
@@ -44,6 +55,100 @@ class Loose:
     x: int = 1
 
 
+class Score(NamedTuple):
+    mean: float
+    n: int = 1
+
+
+class Check(enum.Flag):
+    LOSS = 1
+    GRAD = 2
+    BOTH = 3
+
+
+class Box(BaseModel, Generic[T]):
+    model_config = ConfigDict(frozen=True)
+    item: T
+
+
+class Rights(enum.IntFlag):
+    READ = 4
+    WRITE = 2
+
+
+class Word(str):
+    """A text of a class of its own."""
+
+
+class Steps(list[int]):
+    def __init__(self, *items: int) -> None:
+        super().__init__(items)
+
+
+class Shape(tuple[int, ...]):
+    __slots__ = ()
+
+
+class Seen(Counter[str]):
+    pass
+
+
+class Suffixed(Settings):
+    """Each validation changes it: it must not be validated where it arrives."""
+
+    prefix: str = "run"
+    rate: float = Field(default=1.0, alias="lr")
+
+    @field_validator("prefix")
+    @classmethod
+    def add(cls, value: str) -> str:
+        return f"{value}-x"
+
+
+class Open(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: str
+    _rank: int = PrivateAttr(default=0)
+
+
+class One(RootModel[int]):
+    model_config = ConfigDict(frozen=True)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    lr: float
+    label: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lr", self.lr * 0.1)
+        object.__setattr__(self, "label", f"lr {self.lr}")
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted(Generic[T]):
+    item: T
+    given: InitVar[int] = 0
+    twice: int = field(init=False, default=0)
+
+    def __post_init__(self, given: int) -> None:
+        object.__setattr__(self, "twice", 2 * given)
+
+
+@dataclass(frozen=True)
+class Named(Scaled):
+    """Fields called like what a Future has, and like the keys of an encoded value."""
+
+    result: int = 1
+    fields: str = "f"
+
+
+def _rank(value: int) -> Open:
+    made = Open(name="a", more=[1])  # type: ignore[call-arg]
+    made.__pydantic_private__ = {"_rank": value}
+    return made
+
+
 VALUES: list[Any] = [
     None,
     True,
@@ -60,30 +165,210 @@ VALUES: list[Any] = [
     float("inf"),
     Outer(inner=Inner(rate=0.25)),
     Result(Artifact("abc", {"rows": 1}, "model", "runs/r/attempts/x/model"), {"a": 1.0}),
+    Score(0.5, 3),
+    [Score(0.5), (Score(1.0),)],
+    Check.BOTH,
+    Check.LOSS | Check.GRAD,
+    Check(0),
+    Rights.READ | Rights.WRITE,
+    Word("w"),
+    {Word("w"): Word("v")},
+    Steps(1, 2),
+    Shape((2, 3)),
+    Seen("aab"),
+    Counter("aab"),
+    OrderedDict([("b", 1), ("a", [2])]),
+    OrderedDict([(2, 1), (1, 2)]),
+    defaultdict(list, {"a": [1]}),
+    np.float64(0.5),
+    np.float32(0.1),
+    np.int64(3),
+    np.bool_(True),
+    np.str_("s"),
+    {np.int64(3): np.float64("inf")},
+    Suffixed(prefix="a", lr=0.5),  # type: ignore[call-arg]
+    _rank(3),
+    One(3),
+    Scaled(1.0),
+    Slotted("a", 2),
+    Named(2.0, result=3),
+    os.fsdecode(b"caf\xe9.txt"),
+    {os.fsdecode(b"caf\xe9"): 1},
+    Path(os.fsdecode(b"caf\xe9.txt")),
+    "\ud83d\ude00 as two halves, and a \\ud83d",
+    10**5000,
+    {-(10**5000): "a key"},
+    {True: "yes", 0: "no", 2.5: None},
+    {"fields": 1, "value": 2, "items": 3},
+    -0.0,
+    Artifact("abc", {"range": (1, 2), "at": Path("/a")}, "model", "runs/r/attempts/x/model"),
 ]
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: f"{type(value).__name__} {encode(value)}"[:60])
 def test_values_come_back_equal_through_json(value: Any) -> None:
     back = decode(json.loads(json.dumps(encode(value), allow_nan=False)))
     assert back == value and type(back) is type(value)
+    canonical(encode(back)).decode()
+    assert digest(encode(back)) == digest(encode(value)) and repr(type(back)) == repr(type(value))
+
+
+def test_what_a_class_made_of_its_fields_comes_back_with_them() -> None:
+    scaled = decode(encode(Scaled(1.0)))
+    assert (scaled.lr, scaled.label) == (0.1, "lr 0.1")
+    assert decode(encode(Slotted("a", 2))).twice == 4
+    assert decode(encode(_rank(3)))._rank == 3 and decode(encode(_rank(3))).more == [1]
+    made = decode(encode(defaultdict(list, {"a": [1]})))
+    assert made["new"] == []
+    artifact = decode(encode(Artifact("abc", {"range": (1, 2)}, "m", "l")))
+    assert artifact.meta == {"range": (1, 2)}
+
+
+STORED: list[tuple[Any, Any]] = [
+    ({"$enum": f"{__name__}:Colour", "name": "RED"}, Colour.RED),
+    ({"$settings": f"{__name__}:Inner", "fields": {"rate": 0.25}}, Inner(rate=0.25)),
+    ({"$settings": f"{__name__}:Outer", "fields": {"names": {"$tuple": []}}}, Outer(names=())),
+    ({"$dataclass": f"{__name__}:Scaled", "fields": {"lr": 1.0}}, Scaled(1.0)),
+    ({"$namedtuple": f"{__name__}:Score", "fields": {"mean": 1.0}}, Score(1.0)),
+    ({"$dict": [[{"$tuple": [1]}, 2]]}, {(1,): 2}),
+]
+
+
+@pytest.mark.parametrize(("tree", "value"), STORED, ids=repr)
+def test_what_is_stored_is_read_and_new_fields_take_their_defaults(tree: Any, value: Any) -> None:
+    assert decode(tree) == value
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"$enum": f"{__name__}:Colour", "name": "BLUE"}, "Colour no longer fits its class: it has no member BLUE"),
+        ({"$settings": f"{__name__}:Inner", "fields": {"speed": 1}}, "no field speed any more"),
+        ({"$settings": f"{__name__}:Open", "fields": {}}, "it has no name, and no default"),
+        ({"$dataclass": f"{__name__}:Scaled", "fields": {"rate": 1}}, "no field rate any more"),
+        ({"$dataclass": f"{__name__}:Result", "fields": {"scores": {}}}, "it has no model, and no default"),
+        ({"$dataclass": f"{__name__}:Gone", "fields": {}}, "cannot find .*:Gone"),
+        ({"$dataclass": f"{__name__}:Inner", "fields": {}}, "is no dataclass any more"),
+        ({"$namedtuple": f"{__name__}:Score", "fields": {"mean": 1.0, "old": 2}}, "differs in old"),
+        ({"$later": 1}, r"a \$later, which this version of recua does not know"),
+    ],
+    ids=repr,
+)
+def test_a_stored_value_whose_class_changed_is_named(tree: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        decode(tree)
 
 
 def test_nan_comes_back() -> None:
     assert math.isnan(decode(json.loads(json.dumps(encode(float("nan")), allow_nan=False))))
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", Loose(), lambda: None], ids=repr)
+class Extra(str):
+    note: str
+
+
+def _extra() -> Extra:
+    made = Extra("x")
+    made.note = "lost"
+    return made
+
+
+def _local() -> Any:
+    @dataclass(frozen=True)
+    class Inside:
+        x: int = 1
+
+    return Inside()
+
+
+def _generic() -> Any:
+    return Box[int](item=1)
+
+
+Renamed = namedtuple("Hidden", "x")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        object(),
+        {1, 2},
+        frozenset([1]),
+        b"bytes",
+        1j,
+        Decimal("1.5"),
+        datetime(2026, 1, 1),
+        deque([1]),
+        PurePosixPath("/a"),
+        np.zeros(2),
+        np.datetime64("2026-01-01"),
+        time.gmtime(0),
+        Loose(),
+        lambda: None,
+        _extra(),
+        _local(),
+        Renamed(1),
+        defaultdict(lambda: 0),
+        _generic(),
+    ],
+    ids=lambda value: type(value).__name__,
+)
 def test_what_cannot_be_kept_is_refused_with_the_way_to_it(value: Any) -> None:
     with pytest.raises(UserError, match=r"sft\[0\]: the result\['list'\]\[1\]"):
         encode({"list": [1, value]}, "sft[0]: the result")
 
 
-def test_an_artifact_counts_by_content_only() -> None:
+def test_what_is_too_deep_or_contains_itself_is_refused() -> None:
+    deep: Any = []
+    for _ in range(240):
+        deep = [deep]
+    assert decode(encode(deep)) == deep and digest(encode(deep))
+    circle: list[Any] = []
+    circle.append({"again": circle})
+    for value in ([[deep] * 20], circle):
+        for _ in range(20):
+            value = [value]
+        with pytest.raises(UserError, match=r"f\[0\]: the result.* is nested more than 250 deep, or contains itself"):
+            encode(value, "f[0]: the result")
+
+
+def test_the_order_of_keys_does_not_count_of_any_dict_but_an_ordered_one() -> None:
+    pairs: list[tuple[Any, Any]] = [((1, "a"), 1), (2, Colour.RED), ("text", None), (Word("w"), 3)]
+    for kind in (dict, Seen):
+        assert digest(encode(kind(pairs))) == digest(encode(kind(reversed(pairs))))
+    assert digest(encode(OrderedDict(pairs))) != digest(encode(OrderedDict(reversed(pairs))))
+    assert digest(encode({1: "a"})) != digest(encode({True: "a"}))
+
+
+def test_what_needs_no_change_is_no_copy() -> None:
+    tree = encode({"args": [[1, 2, {"a": [3]}]], "kwargs": {}})
+    assert identity(tree) is tree and graph.resolve_edges(tree, lambda _: None) is tree
+
+
+def test_earlier_digests_are_those_of_older_versions() -> None:
+    """What older versions made of a value: they knew neither metadata nor classes of their own."""
+    given: list[tuple[Any, Any]] = [
+        (Artifact("abc", {"rows": 1}), {"$artifact": "abc"}),
+        (Score(0.5, 3), {"$tuple": [0.5, 3]}),
+        ([np.float64(0.5), Word("w"), Steps(1, 2)], [0.5, "w", [1, 2]]),
+        (OrderedDict(b=1, a=2), {"a": 2, "b": 1}),
+        (OrderedDict({2: 1, 1: 2}), {"$dict": [[2, 1], [1, 2]]}),
+        ({2: 1, 1: 2}, {"$dict": [[2, 1], [1, 2]]}),
+        (Scaled(1.0), {"$dataclass": f"{__name__}:Scaled", "fields": {"lr": 0.1}}),
+        ({"extra": 1, "beside": 2}, {"extra": 1, "beside": 2}),
+    ]
+    for value, tree in given:
+        assert earlier_identity(encode(value)) == tree, value
+
+
+def test_an_artifact_counts_by_content_and_metadata_wherever_it_lies() -> None:
     here = Artifact("abc", {"rows": 1}, "model", "runs/a/attempts/x/model", ArtifactSource("/s", "/c"))
-    there = Artifact("abc", {"rows": 2}, "weights", "runs/b/attempts/y/weights")
+    there = Artifact("abc", {"rows": 1}, "weights", "runs/b/attempts/y/weights")
     assert here == there and digest(encode([here])) == digest(encode([there]))
-    assert digest(encode([here])) != digest(encode([Artifact("abd")]))
+    assert digest(encode([here])) != digest(encode([Artifact("abd", {"rows": 1})]))
+    assert digest(encode([here])) != digest(encode([Artifact("abc", {"rows": 2})])), "a step may read .meta"
+    bare = b'[{"$artifact":"abc"}]'
+    assert digest(encode([Artifact("abc")])) == hashlib.sha256(bare).hexdigest(), "keys without metadata stay"
     assert digest(encode({"a": 1, "b": 2})) == digest(encode({"b": 2, "a": 1}))
 
 

@@ -70,12 +70,14 @@ def _plain(tree: Any) -> Any:
     if "$artifact" in tree:
         entry = tree["$artifact"]
         return {"$artifact": {"digest": entry} if isinstance(entry, str) else _known(entry)}
-    for tag in ("$dataclass", "$settings"):
+    for tag in ("$dataclass", "$settings", "$namedtuple"):
         if tag in tree:
-            return _plain(tree.get("fields", {}))
-    for tag in ("$tuple", "$float", "$path"):
+            return _plain({**tree.get("fields", {}), **tree.get("extra", {}), **tree.get("beside", {})})
+    for tag in ("$tuple", "$float", "$path", "$int", "$text"):
         if tag in tree:
             return _plain(tree[tag])
+    if "$kind" in tree:
+        return _plain(tree["value"] if "value" in tree else {"$dict": tree["items"]})
     if "$enum" in tree:
         return tree["name"]
     pairs = tree["$dict"] if "$dict" in tree else tree.items()

@@ -1,0 +1,97 @@
+"""What a call's inputs are, by value: their digest, and how people see them.
+
+Many calls may take one large argument (all of a map do): what identifies it is worked out once.
+"""
+
+import hashlib
+import threading
+from collections import OrderedDict
+from functools import cached_property
+from typing import Any
+
+from workflows.values import brief, canonical, earlier_identity, identity
+
+SHOWN_ARGUMENTS = 32 << 10
+LARGE = 64 << 10
+"""Bytes of an argument from which on it is worth remembering."""
+REMEMBERED = 4
+
+
+def inputs_digest(arguments: Any) -> str:
+    """What a call's encoded {"args", "kwargs"} are, by value."""
+    return Identities().digest(arguments)
+
+
+def shown_arguments(arguments: Any) -> Any:
+    """The inputs as the journal keeps them for people; None where they are large even so."""
+    return Identities().shown(arguments)
+
+
+class Identities:
+    """The same for the calls of one run. Any thread may ask."""
+
+    def __init__(self) -> None:
+        self._large: OrderedDict[int, _Argument] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def digest(self, arguments: Any) -> str:
+        """As `inputs_digest`."""
+        texts = [self._argument(item).text for item in arguments["args"]]
+        named = {name: self._argument(item).text for name, item in arguments["kwargs"].items()}
+        return _joined_digest(texts, named)
+
+    def earlier_digest(self, arguments: Any) -> str:
+        """The digest as earlier versions stored it: mostly the same."""
+        texts = [self._argument(item).earlier_text for item in arguments["args"]]
+        named = {name: self._argument(item).earlier_text for name, item in arguments["kwargs"].items()}
+        return _joined_digest(texts, named)
+
+    def shown(self, arguments: Any) -> Any:
+        """As `shown_arguments`."""
+        args = [self._argument(item).shown for item in arguments["args"][:21]]
+        if len(arguments["args"]) > 20:
+            args = brief(identity(arguments["args"]))
+        kwargs = {name: self._argument(item).shown for name, item in arguments["kwargs"].items()}
+        tree = {"args": args, "kwargs": kwargs}
+        return tree if len(canonical(tree)) <= SHOWN_ARGUMENTS else None
+
+    def _argument(self, tree: Any) -> "_Argument":
+        if not isinstance(tree, (list, dict)):
+            return _Argument(tree)
+        with self._lock:
+            known = self._large.get(id(tree))
+            if known is not None:
+                self._large.move_to_end(id(tree))
+                return known
+            made = _Argument(tree)
+            if len(made.text) >= LARGE:
+                self._large[id(tree)] = made  # which keeps the tree, and so its id
+                if len(self._large) > REMEMBERED:
+                    self._large.popitem(last=False)
+            return made
+
+
+class _Argument:
+    """One argument, encoded."""
+
+    def __init__(self, tree: Any) -> None:
+        self._tree = tree
+
+    @cached_property
+    def text(self) -> bytes:
+        return canonical(identity(self._tree))
+
+    @cached_property
+    def earlier_text(self) -> bytes:
+        earlier = earlier_identity(self._tree)
+        return self.text if earlier == identity(self._tree) else canonical(earlier)
+
+    @cached_property
+    def shown(self) -> Any:
+        return brief(identity(self._tree))
+
+
+def _joined_digest(args: list[bytes], kwargs: dict[str, bytes]) -> str:
+    """sha256 of {"args": [...], "kwargs": {...}}, canonical, from its canonical parts."""
+    named = b",".join(canonical(name) + b":" + kwargs[name] for name in sorted(kwargs))
+    return hashlib.sha256(b'{"args":[' + b",".join(args) + b'],"kwargs":{' + named + b"}}").hexdigest()
