@@ -344,9 +344,9 @@ def step(fn: Callable[..., Any] | None = None, /, *, memory: str | int | None = 
         raise ConfigError(f"@step has no option {name}{hint}")
 
     def make(function: Callable[..., Any]) -> Step[..., Any]:
-        check_function(function, "step")
-        with _named(function.__name__):
+        with _named(getattr(function, "__name__", repr(function))):
             settings = StepOptions(memory=None if memory is None else parse_memory(memory), **options)
+        check_function(function, "step")
         return Step(function, settings)
 
     return make if fn is None else make(fn)
