@@ -64,6 +64,9 @@ def test_dynamic_gangs_are_checked_where_they_are_written() -> None:
             wrong()
 
 
+def train() -> None: ...
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -87,8 +90,6 @@ def test_dynamic_gangs_are_checked_where_they_are_written() -> None:
     ],
 )
 def test_dynamic_impossible_options_are_refused_where_the_step_is_defined(options: Any, message: str) -> None:
-    def train() -> None: ...
-
     for define in (lambda: step(**options)(train), lambda: step(train).options(**options)):
         with pytest.raises(ConfigError, match=f"^step train: {re.escape(message)}"):
             define()
