@@ -40,7 +40,7 @@ from engines.join_signs import JoinSigns
 from engines.process_groups import Rendezvous, StoreAddress
 from engines.snapshots import Peer, StoreSource
 from engines.torch_learner import TorchLearner
-from infra.errors import NodeLost, RecuaError, ResourceError, StepError, StoreError
+from infra.errors import NodeLost, PeersUnreachable, RecuaError, ResourceError, StepError, StoreError
 from infra.storage import open_store
 
 log = logging.getLogger(__name__)
@@ -173,6 +173,10 @@ class PretrainRank:
             self.elastic.leave()
             if not lost:
                 self._fail(error)
+                return
+            if isinstance(error, PeersUnreachable):
+                self._failure = error
+                self.beacon.set(state="aborted", phase="apart")
                 return
             state = "aborted"
         self.beacon.set(state=state, phase="wait")

@@ -26,10 +26,10 @@ PULSE_PERIOD_S = 0.05
 STATES = ("starting", "standby", "joining", "joined", "aborted", "boundary", "finished", "failed")
 """A worker's life: the last five are ends of a generation that it was in (see cluster.controller_messages.Found)."""
 IDLE_STATES = frozenset({"aborted", "boundary"})
-PHASES = ("wait", "data", "collective", "save", "join", "form", "build", "load", "fetch")
+PHASES = ("wait", "data", "collective", "save", "join", "form", "build", "load", "fetch", "apart")
 """`collective`: inside a step, which all ranks take together; what tells them apart there are the ticks. On the way
 into a generation: `form` and `wait` for the others, `join`, `build`, `load` is a rank's own work, `fetch` waits for a
-place that is not this machine's memory."""
+place that is not this machine's memory. `apart`: out again, because machines have no way to each other."""
 
 RECORD = struct.Struct("<11q2d")
 """pid, its start, its training thread, state, generation, rank, world size, first step, step, phase, ticks; when the

@@ -38,7 +38,8 @@ class ElasticSettings(Settings):
     start_timeout_s: Seconds = 300
     """How long the first generation waits for all `max_workers`; after that it starts with what is there."""
     respawn_backoff_s: Seconds = 10
-    """Pause before workers are ordered again after the platform refused some."""
+    """Pause before workers are ordered again after the platform refused some, and before machines that had no way to
+    each other are tried again; that doubles every time, up to half an hour."""
     abort_timeout_s: Seconds = 2
     """A worker that has not left its collectives by then is killed by its node agent."""
     join_timeout_s: Seconds = 60

@@ -37,7 +37,7 @@ from cluster.outcomes import Outcomes
 from cluster.policies.hang import Beacon
 from cluster.policies.rollback import Rollback, leave_out
 from cluster.ray_drain import draining_nodes
-from infra.errors import NodeLost, RecuaError, StepError, StoreError
+from infra.errors import NodeLost, PeersUnreachable, RecuaError, StepError, StoreError
 from infra.notices import Notice, in_words
 
 log = logging.getLogger(__name__)
@@ -133,6 +133,7 @@ class GroupController:
         self._draining: dict[str, float] = {}
         self._silent_since: dict[str, float] = {}
         self._dismissed: set[str] = set()
+        self._away: set[str] = set()
         self._to_spawn: list[m.Spawn] = []
         self._formed_at, self._formed_row = 0.0, 0
 
@@ -199,6 +200,8 @@ class GroupController:
         if isinstance(news, Beat):
             self._hear_beat(news, now)
         elif isinstance(news, AgentLost):
+            if news.node in self._away:  # it did not come back: asked again later
+                return
             if news.node_lives:
                 log.warning("agent of node %s has ended; starting another", news.node[:12])
                 self.board.deafen(news.node)
@@ -215,6 +218,8 @@ class GroupController:
 
     def _hear_beat(self, beat: Beat, now: float) -> None:
         self._silent_since.pop(beat.node, None)
+        if beat.node in self._away:
+            self._come_back(beat)
         self.faults.heard(beat, now)
         for row in beat.rows:
             self._row(dict(row))
@@ -267,10 +272,23 @@ class GroupController:
         self.guard.lose_node(node, here)
         for name in here:
             del self._sights[name]
+        self._away.add(node)
         self._tell(m.NodesLost([node], f"node {node[:12]} lost ({why})"))
         if self.core.phase == "adopting":
             self._answer_enquiry()
         self._settle(time.monotonic())
+
+    def _come_back(self, beat: Beat) -> None:
+        """A node that was given up beats again: its link was cut. Its workers' places were given up too."""
+        self._away.discard(beat.node)
+        self.fleet.regain_node(beat.node)
+        strays = {sight.worker for sight in beat.sights if sight.alive and self.core.seat(sight.worker).state == "gone"}
+        self._dismissed |= strays
+        if strays:
+            self._stacks += self.fleet.kill(strays, "its node was out of reach, and its place was given up")
+        self._say("detected", what=f"node {beat.node[:12]} is back: it was only out of reach", node=beat.node)
+        if beat.node not in self.core.roster.unfit:
+            self._tell(m.NodesCleared([beat.node]))
 
     def _on_board(self, beat: Beat, now: float) -> None:
         """Beacons of the present generation; a stopped process is a fault before anything else stalls."""
@@ -369,8 +387,23 @@ class GroupController:
                 self._tell(refused)
             else:
                 self._fail(failure)
+        elif core.phase == "forming" and sight.record.phase == "apart":
+            self._apart(name)
         elif core.phase in ("forming", "running", "stopping"):
             self._tell(m.Suspected(core.generation, (), f"{name} lost its peers in generation {core.generation}"))
+
+    def _apart(self, name: str) -> None:
+        """A rank has found that machines of the generation have no way to each other; all found the same."""
+        try:
+            failure = self.fleet.ask(name, "failure")
+        except ray.exceptions.RayError:
+            return  # it has died since: that will be heard
+        if not isinstance(failure, PeersUnreachable):
+            return  # of a generation before
+        members = [worker for block in self.core.blocks for worker in block]
+        ways = [(members[rank], members[other]) for rank, other in failure.ways]
+        self._say("detected", what=str(failure))
+        self._tell(m.PeersApart(self.core.generation, ways, str(failure)))
 
     def _answer_enquiry(self) -> None:
         if self.core.phase != "adopting" or self._unheard:
@@ -450,6 +483,7 @@ class GroupController:
             self._see_stored()
             self._hear_of_drains()
             self.fleet.open_agents()
+            self.fleet.look_for_lost()
             if self.core.phase == "running":
                 self.outcomes.give_up_before(self.core.joins.get(self.core.generation, 0), now)
             self._answer_enquiry()  # where no node is left nobody answers

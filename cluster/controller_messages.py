@@ -55,6 +55,16 @@ class NodesLost:
 
 
 @dataclass(frozen=True)
+class PeersApart:
+    """A generation does not form because machines have no way to each other; `ways`: (worker that tried, worker that it
+    did not reach)."""
+
+    generation: int
+    ways: Collection[tuple[str, str]]
+    reason: str
+
+
+@dataclass(frozen=True)
 class Suspected:
     """A generation hangs or misbehaves; `workers` are to blame (none: the fabric) and will be killed."""
 
@@ -210,8 +220,8 @@ class Tick:
 
 
 Event = (
-    WorkersReady | WorkersRefused | BurnInFailed | WorkersLost | NodesLost | Suspected | AbortAcked | Joined
-    | JoinFailed | JoinMoved | Progress | BoundaryReached | SnapshotHeld | SnapshotRefused | SnapshotFlushed
+    WorkersReady | WorkersRefused | BurnInFailed | WorkersLost | NodesLost | PeersApart | Suspected | AbortAcked
+    | Joined | JoinFailed | JoinMoved | Progress | BoundaryReached | SnapshotHeld | SnapshotRefused | SnapshotFlushed
     | NodesDraining | NodesCleared | Evict | RollBack | Inventory | Finished | Tick
 )  # fmt: skip
 

@@ -28,6 +28,7 @@ from cluster.policies.corruption import is_due
 from cluster.policies.drain import DrainView, decide_drain, leave_by
 from cluster.policies.failure import FailureView, decide_adoption, decide_failure
 from cluster.policies.layout import Block, mend
+from cluster.policies.network import aside_s, leave_out
 from cluster.policies.quarantine import decide_history
 from cluster.policies.scaling import GrowthView, decide_growth, workers_to_order
 from cluster.policies.snapshot import Restore, SnapshotBook, choose
@@ -80,6 +81,8 @@ class Controller:
         self._boundary: int | None = None
         self._planned = True
         self._said: dict[str, str] = {}
+        self._formed = False
+        self._times_aside: dict[str, int] = {}
         self._node_faults: dict[str, list[float]] = {}
         self._dead_nodes: set[str] = set()
         self._found: list[m.Found] = []
@@ -88,6 +91,7 @@ class Controller:
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             m.WorkersReady: self._ready, m.WorkersRefused: self._refused, m.BurnInFailed: self._burn_in_failed,
             m.WorkersLost: self._workers_lost, m.NodesLost: self._nodes_lost, m.Suspected: self._suspected,
+            m.PeersApart: self._peers_apart,
             m.AbortAcked: self._abort_acked, m.Joined: self._joined, m.JoinFailed: self._join_failed,
             m.JoinMoved: self._join_moved,
             m.Progress: self._progress, m.BoundaryReached: self._boundary_reached,
@@ -119,6 +123,8 @@ class Controller:
         times = [] if self._deadline is None else [self._deadline]
         if self._shortage() and self.phase != "adopting":
             times.append(self._respawn_at)
+        if self.phase == "waiting":
+            times += self.roster.aside.values()
         if self.phase == "running":
             views = (self._drain_view(node, 0.0) for node in self._drained_members())
             times += [leave_by(view, self.settings) for view in views]
@@ -202,6 +208,27 @@ class Controller:
         self._lose(lost, event.reason, now)
         for node in event.nodes:
             self.roster.draining.pop(node, None)
+
+    def _peers_apart(self, event: m.PeersApart, now: float) -> None:
+        """Those that reach each other go on without the others, whom nobody blames; they are tried again later."""
+        if event.generation != self.generation or self.phase != "forming":
+            return
+        roster, members = self.roster, chain.from_iterable(self.blocks)
+        nodes = list(dict.fromkeys(roster.node_of[worker] for worker in members if worker in roster.node_of))
+        ways = [(roster.node_of.get(one, ""), roster.node_of.get(other, "")) for one, other in event.ways]
+        out = leave_out([way for way in ways if way[0] in nodes and way[1] in nodes], nodes)
+        for node in out:
+            self._times_aside[node] = times = self._times_aside.get(node, 0) + 1
+            roster.aside[node] = now + aside_s(times, self.settings)
+            text = f"{node[:12]} and others have no way to each other: tried again in {roster.aside[node] - now:g} s"
+            self._report(Decision("stand-aside", text, key("respawn_backoff_s")))
+        self._fault(event.reason, now, counted=not out)
+
+    def _tried_again(self, now: float) -> bool:
+        """Whether nodes that stood aside may be tried again from now on."""
+        before = len(self.roster.aside)
+        self.roster.aside = {node: until for node, until in self.roster.aside.items() if until > now}
+        return len(self.roster.aside) < before
 
     def _suspected(self, event: m.Suspected, now: float) -> None:
         if event.generation != self.generation or self.phase not in ("forming", "running", "stopping"):
@@ -330,12 +357,10 @@ class Controller:
             self._out.append(m.Dismiss(gone, why))
         roster.standby |= roster.aborted
         roster.aborted = set()
-        members = set(chain.from_iterable(self.blocks))
-        gone_members = members - roster.standby
+        members, pool = set(chain.from_iterable(self.blocks)), roster.within_reach()
+        gone_members = members - pool
         damaged = sum(not gone_members.isdisjoint(block) for block in self.blocks) if gone_members else 0
-        blocks = mend(
-            self.blocks, gone_members, roster.standby - members, roster.node_of, settings.block, settings.max_blocks
-        )
+        blocks = mend(self.blocks, gone_members, pool - members, roster.node_of, settings.block, settings.max_blocks)
         restore = self._restore()
         source = "nowhere" if restore is None else restore.source
         before = len(self.blocks) or settings.max_blocks
@@ -368,7 +393,7 @@ class Controller:
     def _form(self, blocks: tuple[Block, ...], restore: Restore, now: float) -> None:
         roster = self.roster
         self.generation += 1
-        self.phase, self.blocks, self._back_to = "forming", blocks, None
+        self.phase, self.blocks, self._back_to, self._formed = "forming", blocks, None, False
         self.book.truncate(restore.step)
         self.step = self.joins[self.generation] = restore.step
         roster.joined = set(chain.from_iterable(blocks))
@@ -386,7 +411,9 @@ class Controller:
             self.step = self.joins[self.generation] = event.step
         self._awaiting.difference_update(event.workers)
         if not self._awaiting:
-            self.phase, self._deadline = "running", None
+            self.phase, self._deadline, self._formed = "running", None, True
+            for node in {self.roster.node_of[worker] for worker in self.roster.joined}:
+                self._times_aside.pop(node, None)
             if self.running_s:
                 self.pause_s = now - self._paused_at
             self.reformed += 1
@@ -449,6 +476,9 @@ class Controller:
             self.roster.unfit.discard(node)
             self.roster.draining.pop(node, None)
             self._node_faults.pop(node, None)
+        if stale := frozenset(self.roster.ordered):  # they are to avoid these nodes, and may wait for others for ever
+            self.roster.forget(stale)
+            self._out.append(m.Kill(stale, "ordered again: there are more nodes now"))
 
     def _evict(self, event: m.Evict, now: float) -> None:
         workers = {worker for worker in event.workers if worker in self.roster.node_of}
@@ -495,6 +525,8 @@ class Controller:
 
     def _check_time(self, now: float) -> None:
         late = self._deadline is not None and now >= self._deadline
+        if self._tried_again(now) and self.phase == "waiting":
+            self._reform(now)
         if self.phase == "running":
             self._check_drains(now)
         if self.phase == "running":
@@ -511,7 +543,7 @@ class Controller:
             self._report(Decision("kill", f"{waiting} {reason}", key("abort_timeout_s")))
             stuck = frozenset(self._awaiting)
             self._out.append(m.Kill(stuck, reason))
-            self._lose(stuck, reason, now)
+            self._lose(stuck, reason, now, blame=self._formed)  # else it may be the network that holds it
         elif self.phase == "forming":
             text = f"{waiting} did not join, and none got on for {settings.join_timeout_s:g} s"
             self._fault(f"{text} (elastic.join_timeout_s)", now)
@@ -537,7 +569,7 @@ class Controller:
 
     def _drain_view(self, node: str, now: float) -> DrainView:
         roster = self.roster
-        covered = len(roster.standby) >= len(roster.leaving)
+        covered = len(roster.within_reach()) >= len(roster.leaving)
         return DrainView(node, now, roster.draining[node], self.step_s, self.pause_s, covered)
 
     def _check_drains(self, now: float) -> None:
@@ -563,10 +595,10 @@ class Controller:
 
     def _check_growth(self, now: float) -> None:
         roster, settings = self.roster, self.settings
-        room = settings.max_blocks - len(self.blocks)
-        if room <= 0 or len(roster.standby) < settings.block:
+        room, ready = settings.max_blocks - len(self.blocks), len(roster.within_reach())
+        if room <= 0 or ready < settings.block:
             return
-        reachable = len(self.blocks) + min(room, len(roster.standby) // settings.block)
+        reachable = len(self.blocks) + min(room, ready // settings.block)
         decision = decide_growth(GrowthView(len(self.blocks), reachable, self.pause_s, self.quiet_s), settings)
         if decision.action == "grow":
             self._stop(decision, now)
@@ -596,6 +628,7 @@ class Controller:
             self._clear(node, f"{node} may not be used")
         if decision.action == "adopt":
             self.phase, self._deadline, self._running_since = "running", None, now
+            self._formed = True
             self._advanced_to(takeover.step)
         elif takeover.seated:
             self._fault(decision.reason, now, counted=False)

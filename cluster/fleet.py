@@ -35,6 +35,8 @@ BEAT_S = 0.4
 """Longest silence of a living agent."""
 PROBE_S = 0.5
 """How long a raylet's port may take to accept a connection before its node counts as gone."""
+BACK_S = 0.1
+"""The same for a node that was lost: it is asked again."""
 AGENT_STARTS = 3
 """After so many agents in a row that did not even start a node cannot be used."""
 CALLS = 8
@@ -190,6 +192,17 @@ class Fleet:
         self._lost.add(node)
         self._drop_agent(node)
 
+    def look_for_lost(self) -> None:
+        """Ask again at lost nodes that Ray has not given up and whose raylet takes connections: a link may have been
+        cut and healed. An agent that answers, with a beat, is back; see `regain_node`."""
+        for node in self._lost - self.agents.keys():
+            if self.node_lives(node, BACK_S):
+                self.open_agent(node)
+
+    def regain_node(self, node: str) -> None:
+        """It was not gone."""
+        self._lost.discard(node)
+
     def _drop_agent(self, node: str) -> None:
         self.agents.pop(node, None)
         self._listening = {reference: other for reference, other in self._listening.items() if other != node}
@@ -335,7 +348,7 @@ class Fleet:
         self._failed_starts[node] = failed = self._failed_starts.get(node, 0) + at_start
         return AgentLost(node, failed < AGENT_STARTS, f"its agent does not start: {reason}")
 
-    def node_lives(self, node: str) -> bool:
+    def node_lives(self, node: str, timeout_s: float = PROBE_S) -> bool:
         """Whether the raylet of a node still takes connections: a dead one refuses at once, a dead machine is silent.
 
         Ray itself takes 12 s and more to know.
@@ -345,7 +358,7 @@ class Fleet:
             return False
         try:
             address = (entry["NodeManagerAddress"], entry["NodeManagerPort"])
-            with socket.create_connection(address, timeout=PROBE_S):
+            with socket.create_connection(address, timeout=timeout_s):
                 return True
         except OSError:
             return False

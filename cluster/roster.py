@@ -22,6 +22,8 @@ class Roster:
         """Quarantined nodes."""
         self.draining: dict[str, float] = {}
         """Nodes that will go, with their deadlines."""
+        self.aside: dict[str, float] = {}
+        """Nodes that others have no way to, and until when no generation takes them in."""
         self._on_node: dict[str, set[str]] = {}
         self._prefix, self._count = prefix, 0
 
@@ -46,6 +48,10 @@ class Roster:
 
     def usable(self, node: str) -> bool:
         return node not in self.unfit and node not in self.draining
+
+    def within_reach(self) -> set[str]:
+        """Workers on standby that a generation may take in."""
+        return self.standby - self.on(self.aside)
 
     def usable_outside(self, node: str) -> int:
         """Workers that would be left without `node`."""
