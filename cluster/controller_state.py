@@ -28,7 +28,7 @@ from cluster.policies.corruption import is_due
 from cluster.policies.drain import DrainView, decide_drain, leave_by
 from cluster.policies.failure import FailureView, decide_adoption, decide_failure
 from cluster.policies.layout import Block, mend
-from cluster.policies.network import aside_s, leave_out
+from cluster.policies.network import aside_s, stand_aside
 from cluster.policies.quarantine import decide_history
 from cluster.policies.scaling import GrowthView, decide_growth, workers_to_order
 from cluster.policies.snapshot import Restore, SnapshotBook, choose
@@ -81,6 +81,7 @@ class Controller:
         self._boundary: int | None = None
         self._planned = True
         self._said: dict[str, str] = {}
+        self._wait_until: float | None = None
         self._formed = False
         self._times_aside: dict[str, int] = {}
         self._node_faults: dict[str, list[float]] = {}
@@ -216,7 +217,7 @@ class Controller:
         roster, members = self.roster, chain.from_iterable(self.blocks)
         nodes = list(dict.fromkeys(roster.node_of[worker] for worker in members if worker in roster.node_of))
         ways = [(roster.node_of.get(one, ""), roster.node_of.get(other, "")) for one, other in event.ways]
-        out = leave_out([way for way in ways if way[0] in nodes and way[1] in nodes], nodes)
+        out = stand_aside([way for way in ways if way[0] in nodes and way[1] in nodes], nodes)
         for node in out:
             self._times_aside[node] = times = self._times_aside.get(node, 0) + 1
             roster.aside[node] = now + aside_s(times, self.settings)
@@ -375,7 +376,8 @@ class Controller:
         elif decision.action == "wait":
             self.blocks = blocks
             if self.phase != "waiting":
-                self.phase, self._deadline = "waiting", now + settings.capacity_wait_s
+                self._wait_until = self._wait_until or now + settings.capacity_wait_s  # trying in vain is waiting too
+                self.phase, self._deadline = "waiting", self._wait_until
         else:
             assert restore is not None
             if self.phase == "waiting":
@@ -412,6 +414,7 @@ class Controller:
         self._awaiting.difference_update(event.workers)
         if not self._awaiting:
             self.phase, self._deadline, self._formed = "running", None, True
+            self._wait_until = None
             for node in {self.roster.node_of[worker] for worker in self.roster.joined}:
                 self._times_aside.pop(node, None)
             if self.running_s:

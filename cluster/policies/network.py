@@ -13,11 +13,11 @@ LONGEST_S = 1800.0
 """Trying again stops everybody for some seconds: that seldom it costs next to nothing."""
 
 
-def leave_out(ways: Collection[tuple[str, str]], nodes: Sequence[str]) -> tuple[str, ...]:
+def stand_aside(ways: Collection[tuple[str, str]], nodes: Sequence[str]) -> tuple[str, ...]:
     """Nodes without which all others reach each other: one after the other that with the most broken `ways` (from node,
     to node); of several the last of `nodes`, which are in the order of their ranks.
 
-    Example: b reaches neither a nor c: leave_out([("b", "a"), ("c", "b")], "abc") is ("b",).
+    Example: b reaches neither a nor c: stand_aside([("b", "a"), ("c", "b")], "abc") is ("b",).
     """
     broken = {frozenset(way) for way in ways if way[0] != way[1]}
     out = []

@@ -41,6 +41,8 @@ class World:
     core: Controller = field(init=False)
     now: float = 0.0
     nodes: set[str] = field(default_factory=set)
+    apart: set[frozenset[str]] = field(default_factory=set)
+    """Pairs of nodes without a way to each other."""
     processes: dict[str, Process] = field(default_factory=dict)
     memory: dict[str, dict[tuple[int, int], dict[int, int]]] = field(default_factory=dict)
     """node -> (generation, step) -> shard -> lineage."""
@@ -133,9 +135,17 @@ class World:
             else:
                 assert source.source == "start" and source.step == 0
         if all(worker in self.processes and not self.processes[worker].stopped for worker in self.members):
+            if ways := self.broken_ways():
+                self.pending.append(m.PeersApart(command.generation, ways, "no connection from n0 to n1"))
+                return
             for worker in self.members:
                 self.processes[worker].ready = True
                 self.pending.append(m.Joined(command.generation, (worker,)))
+
+    def broken_ways(self) -> list[tuple[str, str]]:
+        node_of = {worker: self.processes[worker].node for worker in self.members}
+        pairs = [(one, other) for one in self.members for other in self.members]
+        return [pair for pair in pairs if frozenset(node_of[worker] for worker in pair) in self.apart]
 
     def lineage_of(self, source: Restore, shard: int) -> int:
         """What a reader gets; nodes that died without the core's knowledge are passed over."""
@@ -240,6 +250,14 @@ class World:
             self.processes = {w: p for w, p in self.processes.items() if p.node != node}
             self.pending.append(m.NodesLost((node,), f"{node} died"))
 
+    def part_nodes(self, index: int) -> None:
+        """The network between two nodes breaks, or every one is whole again."""
+        nodes = sorted(self.nodes)
+        if index % 3 == 0 or len(nodes) < 2:
+            self.apart.clear()
+        else:
+            self.apart.add(frozenset((nodes[index % len(nodes)], nodes[(index + 1) % len(nodes)])))
+
     def add_node(self, index: int) -> None:
         """A name belongs to one life of a node, as Ray's node ids do; now and then a quarantined one is repaired."""
         self.added += 1
@@ -325,7 +343,7 @@ class World:
 ACTIONS: list[Callable[[World, int], None]] = [
     World.deliver, World.deliver, World.deliver, World.deliver_all, World.deliver_all, World.step, World.step,
     World.partial_step, World.flush, World.kill_worker, World.stop_worker, World.suspect, World.kill_node,
-    World.add_node, World.drain_node, World.evict, World.roll_back, World.repeat, World.pass_time,
+    World.part_nodes, World.add_node, World.drain_node, World.evict, World.roll_back, World.repeat, World.pass_time,
     World.restart_controller,
 ]  # fmt: skip
 
@@ -493,6 +511,53 @@ def test_a_run_that_cannot_progress_fails_and_says_why() -> None:
         world.settle()
     assert world.ended is not None and world.ended.decision.key == "elastic.max_faults_without_progress"
     assert "fault 4 without a new committed step" in world.ended.decision.reason
+
+
+def test_machines_without_a_way_to_each_other_stand_aside_unblamed_and_are_tried_again() -> None:
+    shape = ElasticSettings(min_workers=1, max_workers=3, quarantine_faults=1, max_faults_without_progress=0)
+    world = World(shape, 1, nodes={"n0", "n1", "n2"}, apart={frozenset({"n0", "n1"})})
+    world.tell(m.Tick())
+    world.settle()
+    core = world.core
+    assert core.phase == "running" and len(world.members) == 2 and core.roster.aside.keys() == {"n1"}
+    assert [d.key for d in world.reports if d.action == "stand-aside"] == ["elastic.respawn_backoff_s"]
+    world.now += 10
+    world.tell(m.Tick())
+    world.deliver_all(0)
+    world.settle()
+    assert len(world.members) == 2 and core.roster.aside["n1"] >= world.now + 19, "still apart: more seldom"
+    world.apart.clear()
+    world.now += 20
+    world.tell(m.Tick())
+    world.settle()
+    assert len(world.members) == 3 and not core.roster.unfit and not core.faults_without_progress
+    assert len(world.processes) == 3, "who stood aside was kept warm"
+
+
+def test_machines_that_never_reach_each_other_end_a_run_that_needs_them_with_the_reason() -> None:
+    shape = ElasticSettings(min_workers=2, max_workers=2, capacity_wait_s=100)
+    world = World(shape, 1, nodes={"n0", "n1"}, apart={frozenset({"n0", "n1"})})
+    world.tell(m.Tick())
+    world.settle()
+    assert world.core.phase == "failed" and 100 <= world.now < 200
+    assert world.core.reason == "no connection from n0 to n1: 2 ranks after 100 s of waiting, 2 needed"
+
+
+def test_a_lost_node_that_comes_back_is_used_again_without_a_stain() -> None:
+    shape = ElasticSettings(min_workers=1, max_workers=2, quarantine_faults=1)
+    world = World(shape, 1, nodes={"n0", "n1"})
+    world.tell(m.Tick())
+    world.settle()
+    world.kill_node(1)
+    world.deliver_all(0)
+    stale = sorted(world.core.roster.ordered)
+    world.nodes.add("n1")
+    world.tell(m.NodesCleared(["n1"]))
+    world.now += 10
+    world.tell(m.Tick())
+    world.settle()
+    assert len(world.members) == 2 and not world.core.roster.unfit
+    assert not set(stale) & world.core.roster.ordered, "what was told to avoid it is ordered again"
 
 
 def test_too_few_nodes_wait_and_then_fail_with_the_numbers() -> None:

@@ -11,6 +11,7 @@ from cluster.policies.drain import DrainView, decide_drain, leave_by
 from cluster.policies.failure import AdoptionView, FailureView, decide_adoption, decide_failure
 from cluster.policies.hang import Beacon, Joining, decide_hang, decide_join, stall_limit_s, suspects
 from cluster.policies.layout import mend
+from cluster.policies.network import aside_s, stand_aside
 from cluster.policies.quarantine import BurnIn, decide_burn_in, decide_history, decide_prediction
 from cluster.policies.rollback import (
     DataWindow,
@@ -321,3 +322,25 @@ def test_copies_lie_on_other_nodes_evenly() -> None:
     assert place_replicas(nodes, 1) == {"a": {0, 1, 4, 5}, "b": {0, 1, 2, 3}, "c": {2, 3, 4, 5}}
     assert place_replicas(["a", "b"], 3) == {"a": {0, 1}, "b": {0, 1}}
     assert place_replicas(["a", "a"], 1) == {"a": {0, 1}}
+
+
+@pytest.mark.parametrize(
+    ("ways", "out"),
+    [
+        ([("b", "a"), ("c", "b")], ("b",)),
+        ([("a", "b")], ("b",)),
+        ([("b", "a"), ("a", "b")], ("b",)),
+        ([("a", "b"), ("a", "c")], ("a",)),
+        ([("a", "b"), ("c", "d")], ("d", "b")),
+        ([], ()),
+    ],
+)
+def test_without_the_nodes_left_out_all_others_reach_each_other(
+    ways: list[tuple[str, str]], out: tuple[str, ...]
+) -> None:
+    assert stand_aside(ways, "abcd") == out
+
+
+def test_who_stands_aside_is_tried_again_ever_more_seldom() -> None:
+    waits = [aside_s(times, ElasticSettings()) for times in (1, 2, 3, 9, 1000)]
+    assert waits == [10, 20, 40, 1800, 1800]
