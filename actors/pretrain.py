@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,8 @@ class PretrainResult:
     """Of those re-formings: from the moment that a fault was known until all ranks had joined."""
     held_out_loss: float | None = None
     """After the last step, in nats per token; None without held-out text."""
+    short_steps: int = 0
+    """Steps that fewer ranks took than were asked for, where that was so to the end."""
 
 
 def pretrain(
@@ -96,7 +98,8 @@ def pretrain(
         faults: schedule for the ranks' fault points (tests, demos); None reads RECUA_FAULTS.
         on_event: {"event": "ready" | "started" | "detected" | "decided" | "verified" | "rolled-back" | "stacks",
             "generation", ...}: what was seen and decided, why, how long it took ("started": pids by rank, step,
-            pause_s, lost_steps; "detected": after_s since the fault; "ready": burn_in by worker).
+            pause_s, lost_steps; "detected": after_s since the fault; "ready": burn_in by worker). At the end
+            "short" where it ended with fewer ranks than asked for.
         weights: an HF folder of the same network to start from (another stage's model).
         held_out: token shards whose loss is measured, see `settings.validate_every`.
         accounts: (store URL, run id, group) for the goodput records.
@@ -148,9 +151,31 @@ def pretrain(
     rows, again = steps.rows, formed[1:]
     trained, lost = sum(row["tokens"] for row in rows), sum(event.get("lost_steps", 0) for event in again)
     longest = max((event.get("pause_s", 0.0) for event in again), default=0.0)
+    if (short := fell_short(formed, len(rows), settings.workers)) is not None:
+        on_event(short)
     return PretrainResult(
-        len(rows), trained, rows[-1]["loss"], len(again), lost, round(longest, 3), rows[-1].get("held_out_loss")
+        len(rows),
+        trained,
+        rows[-1]["loss"],
+        len(again),
+        lost,
+        round(longest, 3),
+        rows[-1].get("held_out_loss"),
+        0 if short is None else short["short_steps"],
     )
+
+
+def fell_short(formed: Sequence[Mapping[str, Any]], steps: int, asked: int) -> dict[str, Any] | None:
+    """What to say of a training of `steps` steps that ended with fewer ranks than `asked` for; None: it did not.
+    `formed`: its "started" events, each with the step that it went on from."""
+    if not formed or formed[-1]["ranks"] >= asked:
+        return None
+    short, until = 0, steps
+    for one in reversed(formed):  # what a later one did again is not counted twice
+        short += max(0, until - one["step"]) if one["ranks"] < asked else 0
+        until = min(until, one["step"])
+    last = {name: formed[-1][name] for name in ("generation", "ranks", "reason") if name in formed[-1]}
+    return {"event": "short", "asked": asked, "steps": steps, "short_steps": short, **last}
 
 
 def _absolute(folder: Folder) -> Folder:
@@ -227,6 +252,10 @@ def in_words(event: Mapping[str, Any]) -> str | None:
         return None if event["generation"] == 0 else str(event["decision"])
     if kind == "stacks":
         return f"stacks of {event['worker']}: {event['stacks']}"
+    if kind == "short":
+        why = f": {event['reason']}" if "reason" in event else ""
+        few = f"it ended with {event['ranks']} of the {event['asked']} ranks asked for (workers)"
+        return f"{few}, and took {event['short_steps']} of its {event['steps']} steps with fewer than that{why}"
     if kind == "rolled-back":
         return f"step {event['step']}: back to {event['to_step']}; {event['decision']}"
     if kind != "started":

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from engines import gloo_waits
-from infra.addresses import listen, unreachable, use_sockets_at
+from infra.addresses import is_loopback, listen, unreachable, use_sockets_at
 from infra.errors import NodeLost, PeersUnreachable, RecuaError
 
 T = TypeVar("T")
@@ -161,7 +161,7 @@ class ProcessGroups:
                 raise NodeLost(f"{self} was aborted while it was formed")
             store = dist.PrefixStore(f"generation-{self.generation}", shared)
             if self.address is not None:
-                meet_peers(store, self.rank, self.world_size, use_sockets_at(self.address))
+                meet_peers(store, self.rank, self.world_size, self.address, use_sockets_at(self.address))
             self._init_default(store)
             reached()
             built = build()
@@ -285,11 +285,14 @@ class ProcessGroups:
         }
 
 
-def meet_peers(store: dist.Store, rank: int, world_size: int, address: str, patience_s: float = MEET_S) -> None:
+def meet_peers(store: dist.Store, rank: int, world_size: int, machine: str, address: str) -> None:
     """(collective) Try the ways between all machines of a group, as gloo will use them: it would only say that somebody
     did not come.
 
     Of the ranks on one machine the first one tries. Nothing is tried where all are on one.
+
+    Args:
+        machine: its address in Ray. address: that on which gloo listens there.
 
     Raises:
         PeersUnreachable: on every rank, with all the ways that there are not.
@@ -297,22 +300,25 @@ def meet_peers(store: dist.Store, rank: int, world_size: int, address: str, pati
     if world_size == 1:
         return
     with listen(address, backlog=2 * world_size) as door:
-        store.set(f"door/{rank}", json.dumps([address, door.getsockname()[1]]))
+        store.set(f"door/{rank}", json.dumps([machine, rank, address, door.getsockname()[1]]))
         doors = [json.loads(found) for found in store.multi_get([f"door/{other}" for other in range(world_size)])]
-        first: dict[str, tuple[int, int]] = {}
-        for other, (host, port) in enumerate(doors):
-            first.setdefault(host, (other, port))
+        first = {name: (other, host, port) for name, other, host, port in reversed(doors)}
         if len(first) == 1:
             return
-        failed = {}
-        if first[address][0] == rank:
-            failed = unreachable([(host, port) for host, (_, port) in first.items() if host != address], patience_s)
-        missing = [[rank, first[host][0], f"{address} to {host}: {why}"] for (host, _), why in failed.items()]
+        missing: list[tuple[int, int, str]] = []
+        if first[machine][0] == rank:
+            others = {name: found for name, found in first.items() if name != machine}
+            failed = unreachable({(host, port) for _, host, port in others.values() if not is_loopback(host)}, MEET_S)
+            failed |= {(host, port): "that is loopback" for _, host, port in others.values() if is_loopback(host)}
+            for name, (other, host, port) in others.items():
+                if (why := failed.get((host, port))) is not None:
+                    where = name if host == name else f"{name} (at {host})"
+                    missing.append((rank, other, f"{machine} to {where}: {why}"))
         store.set(f"missing/{rank}", json.dumps(missing))
-        answers = store.multi_get([f"missing/{other}" for other, _ in first.values()])
-    ways = [tuple(way) for answer in answers for way in json.loads(answer)]
+        answers = store.multi_get([f"missing/{other}" for other in sorted(found[0] for found in first.values())])
+    ways = [way for answer in answers for way in json.loads(answer)]
     if ways:
-        raise PeersUnreachable([(one, other) for one, other, _ in ways], "; ".join(text for _, _, text in ways))
+        raise PeersUnreachable([(one, other) for one, other, _ in ways], [text for _, _, text in ways])
 
 
 def forget_meshes() -> None:

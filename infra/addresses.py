@@ -87,6 +87,11 @@ def use_sockets_at(address: str) -> str:
     return address if interface == interface_of(address, known) else known[interface][0]
 
 
+def is_loopback(address: str) -> bool:
+    """Whether only this machine itself reaches it."""
+    return _parsed(address).is_loopback
+
+
 def listen(address: str, backlog: int = 128) -> socket.socket:
     """A listening socket on a free port of `address`, IPv4 or IPv6."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -100,12 +100,10 @@ def reference(order: dict[str, Any], folder: Path) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)})
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> Iterator[list[Host]]:
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
     """A head and a second host, with room for one rank each."""
-    folder = tmp_path / "hosts"
-    folder.mkdir()
-    with hosts(2, folder) as made:
+    with hosts(2, tmp_path_factory.mktemp("hosts")) as made:
         made[0].start_ray()
         made[1].start_ray(made[0])
         yield made
@@ -115,7 +113,8 @@ def test_two_hosts_train_as_one_machine_does_through_a_cut_of_a_second(
     pair: list[Host], corpus: Path, tmp_path: Path
 ) -> None:
     head, other = pair
-    training = Training(head, head, corpus, tmp_path / "two", steps=60, elastic={**PATIENT, "node_timeout_s": 20})
+    elastic = {**PATIENT, "node_timeout_s": 20}
+    training = Training(head, head, corpus, tmp_path / "two", steps=60, elastic=elastic)
     alone = reference(training.order, tmp_path / "one")
     training.wait(lambda said: len(said.rows) >= 10)
     other.cut()
@@ -125,3 +124,43 @@ def test_two_hosts_train_as_one_machine_does_through_a_cut_of_a_second(
     assert training.formed() == [2] and result["lost_steps"] == 0, training.story()
     assert alone.wait(DEADLINE_S) == 0
     assert losses(training.rows) == losses(json.loads((tmp_path / "one" / "rows.json").read_text()))
+
+
+def test_a_host_whose_link_was_cut_for_long_is_taken_back_once_it_is_healed(
+    pair: list[Host], corpus: Path, tmp_path: Path
+) -> None:
+    """Long enough that it was given up: the rest trains on, and nobody is to blame."""
+    head, other = pair
+    elastic = {**PATIENT, "quarantine_faults": 1, "respawn_backoff_s": 1}
+    training = Training(head, head, corpus, tmp_path / "two", steps=100_000, elastic=elastic)
+    training.wait(lambda said: len(said.rows) >= 10)
+    cut_at = time.monotonic()
+    other.cut()
+    training.wait(lambda said: said.formed()[-1] == 1)
+    time.sleep(max(0.0, cut_at + 5 - time.monotonic()))
+    other.heal()
+    training.wait(lambda said: said.formed()[-1] == 2)
+    steps = len(training.rows)
+    training.wait(lambda said: len(said.rows) >= steps + 10)
+    assert "is back: it was only out of reach" in str(training.said("event"))
+    again = [event for event in training.said("event") if event["event"] == "started"][1:]
+    assert not any(event["lost_steps"] for event in again), training.story()
+    assert [row["step"] for row in training.rows] == list(range(len(training.rows)))
+
+
+@pytest.mark.long
+def test_hosts_that_cannot_reach_each_other_are_named_with_the_setting_before_training(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """One of them is told a wrong interface."""
+    with hosts(2, tmp_path) as (head, other):
+        head.start_ray()
+        other.start_ray(head, GLOO_SOCKET_IFNAME="lo")
+        training = Training(head, head, corpus, tmp_path / "two", steps=40, elastic=PATIENT)
+        result = training.ends()
+        assert training.formed() == [1] and result["short_steps"] == 40
+        story = training.story()
+        assert f"{head.address} to {other.address} (at 127.0.0.1): that is loopback" in story
+        assert "GLOO_SOCKET_IFNAME" in story and "quarantine" not in story
+        first = next(event for event in training.said("event") if "no connection" in str(event))
+        assert first["event"] == "detected" and first["generation"] == 1

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from actors.pretrain import fell_short, in_words
 from actors.pretrain_batches import next_token_loss
 from actors.pretrain_job import ReplicaPlace
 from actors.pretrain_points import FaultPoints
@@ -603,3 +604,17 @@ def test_chaos_a_step_whose_process_ray_ends_is_lost_and_not_wrong() -> None:
     record = describe(told)
     assert (record["kind"], record["type"]) == ("system", "NodeLost") and "SIGTERM" in record["message"]
     assert describe(SystemExit(1))["kind"] == "user"
+
+
+def test_a_training_that_ended_with_fewer_ranks_than_asked_for_says_so_at_its_end() -> None:
+    whole = {"generation": 1, "ranks": 2, "step": 0}
+    shrunk = {"generation": 2, "ranks": 1, "step": 30, "reason": "node n1 lost"}
+    assert fell_short([], 100, 2) is None and fell_short([whole], 100, 2) is None
+    assert fell_short([whole, shrunk, {"generation": 3, "ranks": 2, "step": 90}], 100, 2) is None
+    rolled_back = {"generation": 3, "ranks": 1, "step": 20, "reason": "node n1 lost"}
+    assert fell_short([whole, shrunk, rolled_back], 100, 2)["short_steps"] == 80  # type: ignore[index]
+    short = fell_short([whole, shrunk], 100, 2)
+    assert short is not None and in_words(short) == (
+        "it ended with 1 of the 2 ranks asked for (workers), and took 70 of its 100 steps with fewer than that: "
+        "node n1 lost"
+    )

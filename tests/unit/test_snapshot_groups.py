@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import pickle
 import signal
 import socket
 import threading
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from engines import process_groups
 from engines.process_groups import ProcessGroups, Rendezvous, StoreAddress, host_store, meet_peers, open_sockets
 from engines.ranks import Ranks
 from infra.addresses import listen
@@ -174,24 +176,41 @@ def test_a_missing_store_and_a_missing_peer_are_named() -> None:
     del store
 
 
-def test_ranks_of_two_machines_try_the_way_to_each_other_before_they_form() -> None:
+def test_ranks_of_two_machines_try_the_way_to_each_other_before_they_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loopback stands for a network here."""
+    monkeypatch.setattr(process_groups, "is_loopback", lambda address: False)
     store = dist.HashStore()
     places = ["127.0.0.1", "127.0.0.2", "127.0.0.1"]
     with ThreadPoolExecutor(3) as ranks:
-        for met in [ranks.submit(meet_peers, store, rank, 3, place) for rank, place in enumerate(places)]:
+        for met in [ranks.submit(meet_peers, store, rank, 3, place, place) for rank, place in enumerate(places)]:
             met.result(DEADLINE)
 
 
-def test_machines_without_a_way_to_each_other_are_named_with_both_addresses_and_the_setting() -> None:
+def test_machines_without_a_way_to_each_other_are_named_with_both_addresses_and_the_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process_groups, "is_loopback", lambda address: False)
+    monkeypatch.setattr(process_groups, "MEET_S", 0.1)
     store = dist.HashStore()
     with listen("127.0.0.2") as closed:
-        nowhere = closed.getsockname()
-    store.set("door/1", json.dumps(nowhere))
-    store.set("missing/1", json.dumps([[1, 0, "127.0.0.2 to 127.0.0.1: no answer"]]))
+        store.set("door/1", json.dumps(["10.0.0.5", 1, *closed.getsockname()]))
+    store.set("missing/1", json.dumps([[1, 0, "10.0.0.5 to 127.0.0.1: no answer"]]))
     with pytest.raises(PeersUnreachable, match="GLOO_SOCKET_IFNAME") as caught:
-        meet_peers(store, 0, 2, "127.0.0.1", patience_s=0.1)
+        meet_peers(store, 0, 2, "127.0.0.1", "127.0.0.1")
     assert caught.value.ways == ((0, 1), (1, 0))
-    assert "127.0.0.1 to 127.0.0.2: Connection refused; 127.0.0.2 to 127.0.0.1: no answer" in str(caught.value)
+    said = "127.0.0.1 to 10.0.0.5 (at 127.0.0.2): Connection refused; 10.0.0.5 to 127.0.0.1: no answer"
+    assert said in str(caught.value) == str(pickle.loads(pickle.dumps(caught.value)))
+
+
+def test_machines_that_listen_on_loopback_are_told_so() -> None:
+    """Each would connect to itself."""
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as ranks:
+        for met in [ranks.submit(meet_peers, store, rank, 2, f"10.0.0.{rank}", "127.0.0.1") for rank in range(2)]:
+            with pytest.raises(
+                PeersUnreachable, match=r"10\.0\.0\.0 to 10\.0\.0\.1 \(at 127\.0\.0\.1\): that is loopback"
+            ):
+                met.result(DEADLINE)
 
 
 def test_groups_are_formed_over_the_interface_of_the_address_given() -> None:

@@ -82,6 +82,8 @@ def pretrain(
     summary = {"loss": result.final_loss, "tokens": result.tokens}
     if result.held_out_loss is not None:
         summary |= {"held_out_loss": result.held_out_loss}
+    if result.short_steps:
+        summary |= {"short_steps": result.short_steps}
     return Trained(stage, out.seal(), curve.seal(), summary)
 
 
