@@ -1,11 +1,12 @@
 """One vLLM engine in a Ray actor, and the caller's view of several."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 import ray
 
 from cluster.gather import gather
@@ -35,9 +36,21 @@ class GeneratorWorker:
         """Meet the sender (nccl, ipc)."""
         self._engine.connect(info)
 
-    def update_weights(self, update: WeightUpdate) -> str:
-        """Apply a learner's published weights; returns the version now carried."""
-        self._engine.update_weights(update)
+    def sees(self, update: WeightUpdate) -> bool:
+        """Whether published weights are within this node's reach: a file in memory is on one node only."""
+        path = update.location.get("path")
+        return path is None or Path(path).exists()
+
+    def update_weights(self, update: WeightUpdate, content: np.ndarray | None = None) -> str:
+        """Apply a learner's published weights; returns the version now carried. `content`: the bytes [N] of the file
+        that was published on another node."""
+        if content is None:
+            self._engine.update_weights(update)
+        else:
+            from engines.weight_transfer import brought_here
+
+            with brought_here(update, content) as here:
+                self._engine.update_weights(here)
         return self._engine.weight_version
 
     def load_weights(self, folder: str, version: str) -> str:
@@ -61,9 +74,18 @@ class Generators:
         carried = gather([worker.load_weights.remote(str(folder), version) for worker in self.workers], ENGINE)
         assert set(carried) == {version}, f"asked for {version}, engines carry {carried}"
 
-    def update_weights(self, update: WeightUpdate) -> None:
-        """All engines apply a learner's published weights."""
-        carried = gather([worker.update_weights.remote(update) for worker in self.workers], ENGINE)
+    def update_weights(self, update: WeightUpdate, content: Callable[[], Any]) -> None:
+        """All engines apply a learner's published weights; `content()` brings (a reference to) the published file to
+        those of other nodes."""
+        seen = gather([worker.sees.remote(update) for worker in self.workers], ENGINE)
+        there = None if all(seen) else content()
+        carried = gather(
+            [
+                worker.update_weights.remote(update, None if near else there)
+                for worker, near in zip(self.workers, seen, strict=True)
+            ],
+            ENGINE,
+        )
         assert set(carried) == {update.version}, f"asked for {update.version}, engines carry {carried}"
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:

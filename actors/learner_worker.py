@@ -87,6 +87,10 @@ class LearnerWorker(Worker):
             pass
         return None
 
+    def published(self, update: WeightUpdate) -> np.ndarray:
+        """The bytes [N] of a file that `publish` left in this node's memory."""
+        return np.fromfile(update.location["path"], dtype=np.uint8)
+
     def wait_published(self) -> None:
         """Until the published tensors may change again."""
         if self._sender is not None:

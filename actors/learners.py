@@ -79,6 +79,10 @@ class Learners:
         """Put the current weights where generators can fetch them."""
         return self._all("publish", role, version)[0]
 
+    def published(self, update: WeightUpdate) -> Any:
+        """A reference to the bytes of a file that rank 0 published, for generators on other nodes."""
+        return self.workers[0].published.remote(update)
+
     def wait_published(self) -> None:
         """Until the published tensors may change again."""
         self._all("wait_published")

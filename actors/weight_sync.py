@@ -32,5 +32,6 @@ class WeightSync:
 
     def push(self, version: str) -> None:
         """Every generator carries the learners' current weights as `version` when this returns."""
-        self.generators.update_weights(self.learners.publish(self.role, version))
+        update = self.learners.publish(self.role, version)
+        self.generators.update_weights(update, lambda: self.learners.published(update))
         self.learners.wait_published()

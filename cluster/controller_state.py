@@ -206,7 +206,7 @@ class Controller:
         self._dead_nodes.update(event.nodes)
         self._found = [one for one in self._found if one.node not in event.nodes]
         lost = self.roster.on(event.nodes)
-        self._lose(lost, event.reason, now)
+        self._lose(lost, event.reason, now, blame=False)  # it is gone, or its link was cut: then it comes back unblamed
         for node in event.nodes:
             self.roster.draining.pop(node, None)
 

@@ -5,11 +5,14 @@
     for generator in generators: generator.update_weights(update)
     sender.wait()                                           # until the bytes may be overwritten
 
-`shared_memory` writes one safetensors file per version into memory (CPU, same node). `nccl` and `ipc` drive vLLM's
-own backends on GPUs. Who waits for whom: `publish` of shared_memory returns when the file is complete; that of nccl
-returns at once and broadcasts on a thread, which ends only after every generator has called `update_weights`.
+`shared_memory` writes one safetensors file per version into memory (CPU); its bytes are brought to other nodes. `nccl`
+and `ipc` drive vLLM's own backends on GPUs. Who waits for whom: `publish` of shared_memory returns when the file is
+complete; that of nccl returns at once and broadcasts on a thread, which ends only after every generator has called
+`update_weights`.
 """
 
+import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import os
@@ -20,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -152,6 +156,24 @@ class SharedMemorySender:
         files = sorted(self.folder.glob("*.safetensors"))
         for file in files[: max(0, len(files) - keep)]:
             file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def brought_here(update: WeightUpdate, content: np.ndarray) -> Iterator[WeightUpdate]:
+    """What was published in another machine's memory, as a file of its bytes [N] in this one's: other processes here
+    can open it, and it goes with this one.
+
+    Raises:
+        ResourceError: there is no room for it.
+    """
+    with open(os.memfd_create("recua-weights"), "wb") as file:
+        try:
+            content.tofile(file)
+            file.flush()
+        except OSError as error:
+            raise ResourceError(f"{content.nbytes} bytes of weights do not fit into memory here: {error}") from error
+        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        yield dataclasses.replace(update, location={**update.location, "path": path})
 
 
 def _without_shared_storage(tensors: Sequence[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

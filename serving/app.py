@@ -6,9 +6,10 @@ the Ray cluster, not to the caller: it lives on until `shutdown` or until the cl
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray import serve
@@ -25,6 +26,7 @@ from serving.preflight import check_capacity, check_model_folder, pick_ports
 from serving.protocol import messages
 
 GATEWAY_NAMESPACE = "recua"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,13 @@ def deploy(model_folder: Path, weight_version: str, settings: ServingSettings) -
     server_credentials(settings)
     check_capacity(model_folder, settings)
     head = _head_node()
-    on_head = NodeAffinitySchedulingStrategy(head["NodeID"], soft=False)
+    there = NodeAffinitySchedulingStrategy(head["NodeID"], soft=False)
     http_port, serve_runs = _http_port_of_running_serve(settings)
     gateway = _existing_gateway(settings, digests)
-    pick = ray.remote(num_cpus=0, max_retries=0)(pick_ports).options(scheduling_strategy=on_head)
     grpc_wanted = None if gateway else settings.grpc_port
-    grpc_port, free_http_port = _unwrapped(pick.remote(settings.host, grpc_wanted, None if serve_runs else http_port))
+    grpc_port, free_http_port = on_head(pick_ports, settings.host, grpc_wanted, None if serve_runs else http_port)
     if gateway is None:
-        gateway = _start_gateway(settings, grpc_port, digests, on_head)
+        gateway = _start_gateway(settings, grpc_port, digests, there)
     model = ServedModel(str(model_folder.resolve()), weight_version, digests)
     try:
         if not serve_runs:
@@ -106,6 +107,17 @@ def _stop(app_name: str, gateway: Any, drain_timeout_s: float) -> None:
         serve.shutdown()
 
 
+def on_head(function: Callable[..., T], *arguments: Any) -> T:
+    """Call it on the head node, where both servers listen: their interface may be loopback."""
+    head = _head_node()["NodeID"]
+    if ray.get_runtime_context().get_node_id() == head:
+        return function(*arguments)
+    there = NodeAffinitySchedulingStrategy(head, soft=False)
+    task = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=there)
+    result: T = _unwrapped(task.remote(*arguments))
+    return result
+
+
 def _head_node() -> dict[str, Any]:
     alive = [node for node in ray.nodes() if node["Alive"]]
     heads = [node for node in alive if "node:__internal_head__" in node["Resources"]]
@@ -142,7 +154,7 @@ def _existing_gateway(settings: ServingSettings, digests: tuple[str, ...]) -> An
     return None
 
 
-def _start_gateway(settings: ServingSettings, port: int, digests: tuple[str, ...], on_head: Any) -> Any:
+def _start_gateway(settings: ServingSettings, port: int, digests: tuple[str, ...], there: Any) -> Any:
     actor: Any = ray.remote(Gateway)
     actor = actor.options(
         name=_gateway_name(settings.app_name),
@@ -151,7 +163,7 @@ def _start_gateway(settings: ServingSettings, port: int, digests: tuple[str, ...
         num_cpus=0,
         max_restarts=100,
         max_concurrency=10_000,
-        scheduling_strategy=on_head,
+        scheduling_strategy=there,
         runtime_env={"env_vars": {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}},
     )
     gateway = actor.remote(settings, port, digests)

@@ -4,12 +4,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from engines import weight_transfer
 from engines.config import GeneratorSettings, LearnerSettings
-from engines.weight_transfer import SharedMemorySender, build_sender, check_same_architecture, read_weights
+from engines.weight_transfer import (
+    SharedMemorySender,
+    brought_here,
+    build_sender,
+    check_same_architecture,
+    read_weights,
+)
 from infra.errors import CheckpointError, ConfigError, ResourceError
 
 
@@ -25,6 +32,19 @@ def test_a_version_is_read_back_exactly(tmp_path: Path) -> None:
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
     sender.close()
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_version_is_read_back_exactly_on_a_machine_that_its_bytes_were_brought_to(tmp_path: Path) -> None:
+    sender = SharedMemorySender(tmp_path)
+    update = sender.publish([("a", torch.arange(5.0))], "v")
+    content = np.fromfile(update.location["path"], dtype=np.uint8)
+    sender.close()
+    with brought_here(update, content) as here:
+        path = here.location["path"]
+        program = f"from engines.weight_transfer import *; print(dict(read_weights(Path({path!r})))['a'].tolist())"
+        assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[0.0, 1.0, 2.0, 3.0, 4.0]\n"
+        assert here.version == "v"
+    assert not Path(path).exists(), "it takes memory no longer"
 
 
 def test_the_two_newest_versions_stay(tmp_path: Path) -> None:

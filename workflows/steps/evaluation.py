@@ -57,13 +57,14 @@ def evaluate(
 def deploy(model: Artifact, evaluation: Evaluation, section: ServingSettings, max_tokens: int, prompts: int) -> Served:
     """Serve `model` over gRPC and OpenAI-compatible HTTP, then ask it what was asked in its evaluation."""
     from serving.app import deploy as start
+    from serving.app import on_head
     from serving.check import compare
 
     context().progress(0, 2)
     endpoint = start(model.path(), model.digest, section)
     context().progress(1, 2)
     asked = [sample for sample in evaluation.samples if sample["correct"] is not None][:prompts]
-    compared = compare(endpoint, section, asked, max_tokens)
+    compared = on_head(compare, endpoint, section, asked, max_tokens)
     return Served(
         grpc=compared.grpc and evaluation.weight_version == model.digest,
         openai=compared.openai and evaluation.weight_version == model.digest,
