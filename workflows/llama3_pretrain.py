@@ -16,7 +16,7 @@ from workflows.recipe import PretrainRecipe
 from workflows.steps.checks import check_pretraining, check_pretraining_capacity
 from workflows.steps.inputs import content
 from workflows.steps.text import build_corpus, tokenize, train_tokenizer
-from workflows.steps.training import Trained, import_model, pretrain
+from workflows.steps.training import Trained, import_model, pretrain, require_rows
 
 RECIPE = PretrainRecipe
 RECIPE_FILE = "recipes/pretrain/tiny.toml"
@@ -37,16 +37,21 @@ def llama3_pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
     if recipe.corpus.held_out_share:
         held_out = tokenize.options(name="tokens-held-out")(corpus, tokenizer, "held_out.jsonl")
     trained: dict[str, Future[Trained]] = {}
+    texts: dict[str, Any] = {}
     for name in recipe.in_order():
         stage = recipe.stages[name]
         text = tokens
         if stage.corpus is not None:
             own = build_corpus.options(name=f"corpus-{name}")(stage.corpus, seed, content(stage.corpus.files))
             text = tokenize.options(name=f"tokens-{name}")(own, tokenizer)
+        texts[name] = text
         start = trained[stage.after].model if stage.after is not None else base
         trained[name] = pretrain.options(name=name)(
             text, tokenizer, recipe.model, stage, seed, start, held_out, name, stage.changes
         )
+    unseen = None if held_out is None else held_out.result()
+    for name, text in texts.items():  # while the first stage starts: the last would find it out much later
+        require_rows(name, recipe.stages[name].sequence_length, text.result(), unseen)
     return {name: result.result() for name, result in trained.items()}
 
 

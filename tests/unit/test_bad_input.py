@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from workflows.artifacts import Artifact, ArtifactSource, ArtifactWriter
 from workflows.recipe import Recipe
 from workflows.steps.checks import check_capacity
 from workflows.steps.text import Limits, fit_texts
-from workflows.steps.training import require_row
+from workflows.steps.training import require_rows
 
 FLOW = "workflows/llama3_posttrain.py"
 GOOD = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
@@ -274,19 +275,14 @@ def test_texts_that_do_not_fit_end_the_run_before_training(artifact: Callable[..
         fit_texts.fn(base, mute, asked, asked, Limits(example=200, prompt=200))
 
 
-def test_text_that_fills_no_row_ends_the_run_before_ranks_start(
-    artifact: Callable[..., Artifact], model: Path, tmp_path: Path
-) -> None:
-    from data.tokenized import write_shards
-    from models.tokenizer import load_tokenizer
-
-    tokens = write_shards(["what is 1 + 2?"] * 4, load_tokenizer(model), tmp_path / "tokens")["tokens"]
-    stored = artifact("tokens", tmp_path / "tokens")
-    require_row("anneal", tokens - 1, stored, "its text", "give more")
-    with pytest.raises(
-        DataError, match=rf"anneal: its text has {tokens} tokens, .* sequence_length = {tokens} .*give more"
-    ):
-        require_row("anneal", tokens, stored, "its text", "give more")
+def test_text_that_fills_no_row_ends_the_run_before_ranks_start(artifact: Callable[..., Artifact]) -> None:
+    text, little = (replace(artifact("tokens", []), meta={"tokens": tokens}) for tokens in (1000, 64))
+    require_rows("anneal", 999, text, None)
+    require_rows("anneal", 63, text, little)
+    with pytest.raises(DataError, match=r"anneal: its text has 64 tokens, .* sequence_length = 64 .*corpus\.files"):
+        require_rows("anneal", 64, little, text)
+    with pytest.raises(DataError, match=r"anneal: the held-out text has 64 tokens, .* raise corpus\.held_out_share"):
+        require_rows("anneal", 64, text, little)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "no-such-host.invalid:6379"])

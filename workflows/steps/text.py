@@ -93,6 +93,7 @@ def train_tokenizer(
     out = context().artifact("tokenizer")
     if section.folder:
         tokenizer = load_tokenizer(Path(section.folder).expanduser())
+        require_unchanged("tokenizer.folder", [section.folder], files)
     else:
         texts = [row["text"] for row in read_rows(corpus.path() / "text.jsonl")]
         # Role names and turns as chats have them: on code alone "assistant" would take half a dozen tokens.
@@ -154,7 +155,7 @@ def tokenize(corpus: Artifact, tokenizer: Artifact, file: str = "text.jsonl") ->
     out = run.artifact("tokens")
     texts = [row["text"] for row in read_rows(corpus.path() / file)]
     if not texts and file == "held_out.jsonl":
-        raise DataError("corpus.held_out_share holds no document out: raise it, give more text, or set it to 0")
+        raise DataError("corpus.held_out_share holds out no document of so few: give more text, or set it to 0")
     return out.seal(**write_shards(texts, load_tokenizer(tokenizer.path()), out.path, run.progress))
 
 

@@ -64,11 +64,7 @@ def pretrain(
     out = run.artifact("model")
     config = read_config(base.path()) if base else model.to_llama(load_tokenizer(tokenizer.path()).vocab_size)
     config = replace(config, **(changes or {}))
-    require_row(stage, section.sequence_length, tokens, "its text", "give more (corpus.files, corpus.stdlib_bytes)")
-    if held_out is not None:
-        require_row(
-            stage, section.sequence_length, held_out, "the held-out text", "change corpus.held_out_share (0: none)"
-        )
+    require_rows(stage, section.sequence_length, tokens, held_out)
 
     def tell(event: dict[str, Any]) -> None:
         if (line := in_words(event)) is not None:
@@ -87,15 +83,17 @@ def pretrain(
     return Trained(stage, out.seal(), curve.seal(), summary)
 
 
-def require_row(stage: str, length: int, tokens: Artifact, what: str, remedy: str) -> None:
-    """Refuse text that does not fill one row of `length` tokens and the next. Raises DataError."""
-    from data.tokenized import token_count
-
-    if (count := token_count(tokens.path())) <= length:
-        raise DataError(
-            f"{stage}: {what} has {count} tokens, a row takes sequence_length = {length} and one more: lower that, or "
-            f"{remedy}"
-        )
+def require_rows(stage: str, length: int, tokens: Artifact, held_out: Artifact | None) -> None:
+    """Refuse what `tokenize` made of too little text: a row takes `length` tokens and the next. Raises DataError."""
+    for text, what, remedy in (
+        (tokens, "its text", "give more (corpus.files, corpus.stdlib_bytes)"),
+        (held_out, "the held-out text", "raise corpus.held_out_share, or set it to 0"),
+    ):
+        if text is not None and (count := text.meta["tokens"]) <= length:
+            raise DataError(
+                f"{stage}: {what} has {count} tokens, a row takes sequence_length = {length} and one more: lower that, "
+                f"or {remedy}"
+            )
 
 
 def seen_by_all(artifact: Artifact) -> Path | Artifact:
