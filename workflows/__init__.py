@@ -1,0 +1,85 @@
+"""The public surface of the durable graph: what a workflow file imports.
+
+    from workflows import Artifact, context, step, workflow
+
+Every name is imported when it is first asked for, so that the `recua` command, which lies in this package, stays quick.
+"""
+
+import os
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from infra.config import Settings
+    from infra.errors import Denied, StepError, SystemFault, UserError
+    from workflows.artifacts import Artifact, ArtifactWriter
+    from workflows.cli import run_script
+    from workflows.config import RunSettings
+    from workflows.gangs import Gang
+    from workflows.graph import Future, Step, StepOptions, Workflow, on_end, run_id, step, workflow
+    from workflows.session import RunResult, run
+    from workflows.step_context import StepContext, context
+    from workflows.waits import Approval, approval, event
+
+__all__ = [
+    "Approval",
+    "Artifact",
+    "ArtifactWriter",
+    "Denied",
+    "Future",
+    "Gang",
+    "RunResult",
+    "RunSettings",
+    "Settings",
+    "Step",
+    "StepContext",
+    "StepError",
+    "StepOptions",
+    "SystemFault",
+    "UserError",
+    "Workflow",
+    "approval",
+    "context",
+    "event",
+    "on_end",
+    "run",
+    "run_id",
+    "run_script",
+    "step",
+    "workflow",
+]
+
+_HOMES = {
+    "infra.config": ("Settings",),
+    "infra.errors": ("Denied", "StepError", "SystemFault", "UserError"),
+    "workflows.artifacts": ("Artifact", "ArtifactWriter"),
+    "workflows.cli": ("run_script",),
+    "workflows.config": ("RunSettings",),
+    "workflows.gangs": ("Gang",),
+    "workflows.graph": ("Future", "Step", "StepOptions", "Workflow", "on_end", "run_id", "step", "workflow"),
+    "workflows.session": ("RunResult", "run"),
+    "workflows.step_context": ("StepContext", "context"),
+    "workflows.waits": ("Approval", "approval", "event"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    _step_aside()
+    for home, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(home), name)
+            return value
+    raise AttributeError(f"module 'workflows' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+def _step_aside() -> None:
+    """A script by the name of a module of Python's (`python random.py`) hides that from every library: its folder,
+    which Python put first, goes last."""
+    folder, script = os.path.split(os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or ""))
+    if sys.path[:1] == [folder] and script.removesuffix(".py") in sys.stdlib_module_names:
+        sys.path.append(sys.path.pop(0))

@@ -109,7 +109,8 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def run(
     file: Path, recipe: str | None, overrides: tuple[str, ...], only_plan: bool, reports: str, **given: Any
 ) -> None:
-    """Run the workflow in WORKFLOW_FILE, or go on with it, or show its result where it has finished."""
+    """Run the workflow in WORKFLOW_FILE, or go on with it, or show its result where it has finished. Of several in one
+    file, WORKFLOW_FILE:NAME is one."""
     _run(file, recipe, overrides, only_plan, reports, **given)
 
 
@@ -432,7 +433,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_script(file: str) -> None:
-    """`python workflows/x.py ...` is `recua run workflows/x.py ...`. Call it under `if __name__ == "__main__":`."""
+    """`python workflows/x.py ...` is `recua run workflows/x.py ...`. Call it under `if __name__ == "__main__":`.
+
+    `file`: `__file__`, or f"{__file__}:NAME" where the file has several workflows.
+    """
     path = Path(file)
     command = click.Command(
         path.name,

@@ -35,11 +35,11 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 from infra.bundles import check_amount, check_number
 from infra.errors import ConfigError, UserError
 from workflows.artifacts import Artifact, ArtifactWriter
-from workflows.context import StepContext, context
 from workflows.definitions import check_function, where
 from workflows.futures import Future, Part, refuse_method
 from workflows.gangs import Gang, resolve_gang
 from workflows.names import canonical_name, load_name
+from workflows.step_context import StepContext, context
 from workflows.values import field_of, same_or
 
 __all__ = [

@@ -1,6 +1,6 @@
 """From a workflow file and a recipe to a run: what `recua run`, `recua resume` and a script's own start have in common.
 
-A workflow file has one @workflow function. It may define
+A workflow file has a @workflow function; where it has several, FILE:NAME names one. It may define
 
     RECIPE = SomeSettings           the recipe's schema; the workflow gets one argument of it. Without it, the recipe's
                                     top-level keys are the workflow's arguments, checked against their annotations
@@ -11,7 +11,6 @@ A workflow file has one @workflow function. It may define
     def on_finish(result): ...      called with the RunResult of a finished run, before its report is written
 """
 
-import importlib
 import os
 import sys
 import traceback
@@ -28,13 +27,24 @@ from infra.storage import Store, open_store
 from workflows.config import RunSettings
 from workflows.graph import Workflow
 from workflows.keywords import arguments_of
-from workflows.names import canonical_module, load_name, module_of_file
+from workflows.names import (
+    OURS,
+    canonical_module,
+    import_name,
+    is_pythons,
+    is_taken,
+    load_name,
+    module_of_file,
+    split_target,
+)
 from workflows.progress import Display, open_display
 
 if TYPE_CHECKING:
     from workflows.session import RunResult
 
 T = TypeVar("T")
+
+OUR_ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -63,76 +73,89 @@ def load_workflow_file(file: Path) -> ModuleType:
     """Import a workflow file under its canonical name, so that a script, `recua run` and a job mean the same module.
 
     Raises:
-        UserError: no such file, it belongs to another copy of recua, or it cannot be imported.
+        UserError: no such file, it belongs to another copy of recua, it or its folder has a name that is taken, or it
+            cannot be imported.
     """
     if not file.is_file() or file.suffix != ".py":
         raise UserError(f"workflow {file}: no such Python file")
     name, root = module_of_file(file)
-    _import_from(root, file.resolve().parent)
+    _check_names(name, root, file)
+    _import_from(root, file.resolve().parent, behind=is_taken(file.resolve()))
     main = sys.modules["__main__"]
     if Path(getattr(main, "__file__", None) or "").resolve() == file.resolve() and canonical_module("__main__") == name:
         _check_package(name, root, file)
         return main
     try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"workflow {file}: {error}") from error
+        module = import_name(name)
+    except SyntaxError as error:
+        raise UserError(f"workflow {file}: {error.filename}:{error.lineno}: {error.msg}") from error
+    except ImportError as error:
+        clashes = [path for path in _neighbours(root) if path.stem == str(error.name).partition(".")[0]]
+        raise UserError(f"workflow {file}: {error}" + "".join(f"; {_clash(path)}" for path in clashes)) from error
     if Path(module.__file__ or "").resolve() != file.resolve():
         raise UserError(f"workflow {file}: {name} is already loaded from {module.__file__}; use the recua of that copy")
+    _check_neighbours(root, file)
     return module
 
 
-def prepare(file: Path, recipe: str | None, overrides: Sequence[str]) -> Launch:
-    """Load the file, find its workflow, validate the recipe.
+def prepare(target: Path, recipe: str | None, overrides: Sequence[str]) -> Launch:
+    """Load FILE or FILE:NAME, find its workflow, validate the recipe.
 
     Raises:
         UserError: what is wrong, naming file or setting.
     """
-    module = load_workflow_file(file)
-    if recipe is None and (default := getattr(module, "RECIPE_FILE", None)):
+    file = split_target(target)[0]
+    if recipe is None and (default := getattr(load_workflow_file(file), "RECIPE_FILE", None)):
         recipe = str(module_of_file(file)[1] / default)
-    return with_recipe(module, file, read_tree(recipe), recipe or "recipe", overrides)
+    return with_recipe(target, lambda: read_tree(recipe), recipe or "recipe", overrides)
 
 
-def with_recipe(
-    module: ModuleType, file: Path, tree: dict[str, Any], source: str, overrides: Sequence[str] = ()
-) -> Launch:
-    """The file's workflow with a recipe that was read from `source`, and overrides; validates both.
+def with_recipe(target: Path, read: Callable[[], dict[str, Any]], source: str, overrides: Sequence[str] = ()) -> Launch:
+    """The workflow of FILE or FILE:NAME with a recipe, which `read` gives and errors call `source`, and overrides.
 
     Raises:
         UserError: what is wrong, naming file or setting.
     """
-    workflow = find_workflow(module, file)
+    file, name = split_target(target)
+    module = load_workflow_file(file)
+    workflow = find_workflow(module, file, name)
     schema = getattr(module, "RECIPE", None)
     if schema is None:
-        return Launch(module, workflow, *arguments_of(workflow, tree, source, overrides))
+        return Launch(module, workflow, *arguments_of(workflow, read(), source, overrides))
     assert isinstance(schema, type) and issubclass(schema, Settings), "RECIPE must be a class of settings"
-    return Launch(module, workflow, (build(tree, schema, source, overrides),), {})
+    return Launch(module, workflow, (build(read(), schema, source, overrides),), {})
 
 
-def find_workflow(module: ModuleType, file: Path) -> Workflow[..., Any]:
-    """The one @workflow function that the file itself defines."""
+def find_workflow(module: ModuleType, file: Path, name: str | None = None) -> Workflow[..., Any]:
+    """The @workflow function that the file itself defines; of several the one of that name.
+
+    Raises:
+        UserError: there is none, or there are several and none is named.
+    """
     found = {
-        name: value
-        for name, value in vars(module).items()
+        value.short_name: value
+        for value in vars(module).values()
         if isinstance(value, Workflow) and value.fn.__module__ == module.__name__
     }
+    names = ", ".join(found) or "none"
+    if name in found:
+        return found[name]
+    if name is not None:
+        raise UserError(f"workflow {file}:{name}: the file defines no @workflow function of that name; it has {names}")
     if len(found) != 1:
-        names = ", ".join(found) or "none"
-        raise UserError(f"workflow {file}: expected one @workflow function, found {names}")
+        hint = f"; name one: {file}:{next(iter(found))}" if found else ""
+        raise UserError(f"workflow {file}: expected one @workflow function, found {names}{hint}")
     return next(iter(found.values()))
 
 
 def is_finished(launch: Launch, store: Store, settings: RunSettings) -> bool:
     """Whether `run` would only show a result."""
     from workflows.journal import read_journal
-    from workflows.session import find_run
+    from workflows.session import chosen_run
     from workflows.values import encode
 
     tree = encode({"args": list(launch.args), "kwargs": launch.kwargs}, "the recipe")
-    fresh = settings.new or bool(settings.rerun)
-    run_id = settings.run_id or find_run(store, launch.workflow, tree, fresh)
-    end = read_journal(store, run_id).end
+    end = read_journal(store, chosen_run(store, launch.workflow, tree, settings)).end
     return end is not None and end["status"] == "finished"
 
 
@@ -223,13 +246,13 @@ def resume(store: Store, run_id: str, settings: RunSettings, reports: Path) -> P
     from workflows.values import decode
 
     load_run(store, run_id)
-    _import_from(Path.cwd(), None)
     metadata = json.loads(store.get(f"runs/{run_id}/run.json") or b"{}")
+    _import_from(Path.cwd(), None, behind="%2Epy:" in metadata["workflow"])
     workflow = load_name(metadata["workflow"])
     if not isinstance(workflow, Workflow):
         raise UserError(f"run {run_id}: {metadata['workflow']} is no @workflow any more")
     arguments = decode(metadata["recipe"], ArtifactSource(store.url, settings.cache))
-    module = sys.modules.get(workflow.fn.__module__) or importlib.import_module(workflow.fn.__module__)
+    module = sys.modules.get(workflow.fn.__module__) or import_name(workflow.fn.__module__)
     launch = Launch(module, workflow, tuple(arguments["args"]), arguments["kwargs"])
     return run(launch, settings.model_copy(update={"run_id": run_id}), reports)
 
@@ -244,6 +267,43 @@ def import_code(name: str) -> Any:
     return load_name(name)
 
 
+def _check_names(name: str, root: Path, file: Path) -> None:
+    """A package of the user's must not have the name of one that is imported instead of it."""
+    package = name.partition(".")[0]
+    if package == name and file.stem != "__init__":
+        return
+    if is_pythons(package):
+        raise UserError(f"workflow {file}: package {root / package} has the name of a module of Python's: rename it")
+    if package in OURS and root != OUR_ROOT and not _is_recua(root):
+        raise UserError(f"workflow {file}: {_clash(root / package)}")
+
+
+def _check_neighbours(root: Path, file: Path) -> None:
+    """The same for what lies beside a workflow file that uses recua's own steps: these import such packages later, on
+    a worker."""
+    uses = {"workflows.recipe", "workflows.steps"} & sys.modules.keys()
+    for path in _neighbours(root) if uses else ():
+        if path != file.resolve():
+            raise UserError(f"workflow {file}: {_clash(path)}")
+
+
+def _neighbours(root: Path) -> list[Path]:
+    """Code of the user's by the names of recua's own packages."""
+    if root == OUR_ROOT or _is_recua(root):
+        return []
+    files = [path for package in OURS if (path := root / f"{package}.py").is_file()]
+    return files + [path for package in OURS if next((path := root / package).glob("*.py"), None)]
+
+
+def _clash(path: Path) -> str:
+    return f"{path} has the name of recua's own package {path.stem}: rename it (taken: {', '.join(OURS)})"
+
+
+def _is_recua(root: Path) -> bool:
+    """Whether it is another copy of recua."""
+    return (root / "workflows" / "graph.py").is_file()
+
+
 def _check_package(name: str, root: Path, file: Path) -> None:
     """A script inside a package must not run with another copy's package (an editable install of another clone)."""
     package = name.rpartition(".")[0].partition(".")[0]
@@ -254,10 +314,13 @@ def _check_package(name: str, root: Path, file: Path) -> None:
         )
 
 
-def _import_from(root: Path, script_folder: Path | None) -> None:
-    """Put `root` first on sys.path. A script's own folder, which Python put there, would shadow packages: take it out
-    where it is inside a package."""
-    if script_folder is not None and (script_folder / "__init__.py").exists():
+def _import_from(root: Path, script_folder: Path | None, behind: bool = False) -> None:
+    """Put `root` first on sys.path (`behind`: last, where it has a script by the name of another module), and recua's
+    own root after it, so that a mere folder of data beside a script does not hide a package of that name. A script's
+    own folder, which Python put there, would shadow packages: take it out where it is inside a package."""
+    if script_folder is not None and script_folder != root:
         sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != script_folder]
     if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
+        sys.path.insert(len(sys.path) if behind else 0, str(root))
+    if str(OUR_ROOT) not in sys.path and (behind or not _neighbours(root)):
+        sys.path.insert(sys.path.index(str(root)) + (not behind), str(OUR_ROOT))

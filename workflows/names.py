@@ -1,29 +1,99 @@
 """Canonical names: the same function has one name however its file was started.
 
 `python workflows/x.py` runs the module as `__main__`, `recua run` and a job import it as `workflows.x`. A canonical
-name is always `workflows.x:function`, found from where the file lies in its packages.
+name is always `workflows.x:function`, found from where the file lies in its packages. A script whose own name cannot be
+a module's (`llama3.1.py`), or is another module's already (`random.py`), goes by its whole file name, its dots written
+as %2E: `llama3%2E1%2Epy:function`.
 """
 
 import functools
 import importlib
 import sys
+import sysconfig
+from collections.abc import Sequence
+from importlib.machinery import PathFinder
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import unquote
 
 from infra.errors import UserError
+
+OURS = ("actors", "algorithms", "bench", "cluster", "data", "engines", "infra", "models", "serving", "workflows")
+"""recua's own packages: no other one of such a name can be imported beside it."""
 
 
 @functools.cache
 def module_of_file(file: Path) -> tuple[str, Path]:
     """(dotted module name, folder that must be on sys.path) of a Python file, by walking up its packages."""
     file = file.resolve()
-    parts = [] if file.stem == "__init__" else [file.stem]
+    packages: list[str] = []
     folder = file.parent
-    while (folder / "__init__.py").exists():
-        parts.insert(0, folder.name)
+    while (folder / "__init__.py").exists() and "." not in folder.name:
+        packages.insert(0, folder.name)
         folder = folder.parent
-    return ".".join(parts), folder
+    if file.stem == "__init__" and packages:
+        return ".".join(packages), folder
+    own = not set(file.stem) & set(".:%") and (packages or not is_taken(file))
+    return ".".join([*packages, file.stem if own else _quoted(file.name)]), folder
+
+
+def is_taken(script: Path) -> bool:
+    """Whether the import of a script's own name finds another module: Python's, recua's, a library's, or the package in
+    a folder beside it."""
+    name, (_, *libraries) = script.stem, _libraries()
+    if is_pythons(name) or name in OURS or (script.parent / name / "__init__.py").exists():
+        return True
+    return str(script.parent) not in libraries and _lies_in(libraries, name)
+
+
+def is_pythons(name: str) -> bool:
+    """Whether a module of that name comes with Python."""
+    return name in sys.stdlib_module_names or name in ("__main__", "__init__") or _lies_in(_libraries()[:1], name)
+
+
+def _libraries() -> list[str]:
+    """The folders of Python's own modules, and of what was installed."""
+    return [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+
+
+def _lies_in(folders: list[str], name: str) -> bool:
+    spec = PathFinder.find_spec(name, folders)
+    return spec is not None and spec.origin is not None
+
+
+def _quoted(file_name: str) -> str:
+    """A name without what has a meaning in canonical names."""
+    return file_name.replace("%", "%25").replace(".", "%2E").replace(":", "%3A")
+
+
+class ScriptFinder:
+    """Finds the scripts that go by their file names, for Python's import."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
+        last = name.rpartition(".")[2]
+        if not last.endswith("%2Epy"):
+            return None
+        libraries = _libraries()  # they may have a file of that name, and are no place for scripts
+        for folder in [each for each in (sys.path if path is None else path) if each not in libraries]:
+            if (file := Path(folder or ".", unquote(last))).is_file():
+                return spec_from_file_location(name, file)
+        return None
+
+
+def import_name(name: str) -> ModuleType:
+    """Import a module by its canonical name."""
+    if ScriptFinder not in sys.meta_path:
+        sys.meta_path.append(ScriptFinder)
+    return importlib.import_module(name)
+
+
+def split_target(target: Path) -> tuple[Path, str | None]:
+    """FILE and NAME of FILE:NAME, which names one of several workflows in a file; None where only a file is named."""
+    file, colon, name = str(target).rpartition(":")
+    return (Path(file), name) if colon and file and not target.is_file() else (target, None)
 
 
 def canonical_module(name: str) -> str:
@@ -59,7 +129,7 @@ def load_module(name: str) -> ModuleType:
                 return main
         except UserError:
             pass
-    return importlib.import_module(name)
+    return import_name(name)
 
 
 def load_name(name: str) -> Any:

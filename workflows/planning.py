@@ -18,7 +18,7 @@ from workflows.fanout import fan_out
 from workflows.graph import Step, StepOptions, Workflow, edges_of, resolve_edges, running
 from workflows.journal import read_journal
 from workflows.known import Known
-from workflows.session import check_same_recipe, find_run
+from workflows.session import check_same_recipe, chosen_run
 from workflows.taken import PathTaken
 from workflows.values import artifact_records, decode, encode
 from workflows.waits import Wait
@@ -65,9 +65,8 @@ def plan(workflow: Workflow[..., Any], *args: Any, settings: RunSettings | None 
     settings = settings or RunSettings()
     store = open_store(settings.store)
     store.check()
-    fresh = settings.new or bool(settings.rerun)
     tree = encode({"args": list(args), "kwargs": kwargs}, "the recipe")
-    run_id = settings.run_id or find_run(store, workflow, tree, fresh)
+    run_id = chosen_run(store, workflow, tree, settings)
     if (raw := store.get(f"runs/{run_id}/run.json")) is not None:
         check_same_recipe(json.loads(raw), workflow, tree)
     state = read_journal(store, run_id)

@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -93,9 +94,22 @@ def recipe_hash(workflow: Workflow[..., Any], arguments: Any) -> str:
     return hashlib.sha256(canonical([workflow.name, digest(arguments)])).hexdigest()[:10]
 
 
+def chosen_run(store: Store, workflow: Workflow[..., Any], arguments: Any, settings: RunSettings) -> str:
+    """The run that these settings mean: the one that they name, or as `find_run`.
+
+    Raises:
+        UserError: a name that no run can have.
+    """
+    fresh = settings.new or bool(settings.rerun)
+    run_id = settings.run_id or find_run(store, workflow, arguments, fresh)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", run_id):
+        raise UserError(f"run id {run_id!r}: use letters, digits, dot, dash and underscore, at most 128, in --run")
+    return run_id
+
+
 def find_run(store: Store, workflow: Workflow[..., Any], arguments: Any, fresh: bool) -> str:
     """The newest run id of this workflow and recipe, or the next one where `fresh`."""
-    base = f"{workflow.short_name}-{recipe_hash(workflow, arguments)}"
+    base = f"{plain_name(workflow.short_name)}-{recipe_hash(workflow, arguments)}"
     taken, gone = [0], [0]
     for names, numbers in ((store.folders("runs"), taken), (removed_runs(store), gone)):
         for name in names:
@@ -104,6 +118,12 @@ def find_run(store: Store, workflow: Workflow[..., Any], arguments: Any, fresh: 
     newest = max(*taken, *gone)
     number = newest + 1 if fresh or newest in gone else newest
     return base if number == 1 else f"{base}-{number}"
+
+
+def plain_name(name: str) -> str:
+    """What a run id has of a function's name: `entraîner` gives "entrainer", `_nightly` "nightly"."""
+    ascii_letters = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return ascii_letters.lstrip("_")[:100] or "workflow"
 
 
 def removed_runs(store: Store) -> Iterator[str]:
@@ -118,9 +138,7 @@ def open_run(
     """The run's id and metadata; the metadata is written where the run is new."""
     tree = encode(arguments, "the recipe")
     fresh = settings.new or bool(settings.rerun)
-    run_id = settings.run_id or find_run(store, workflow, tree, fresh)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", run_id):
-        raise UserError(f"run id {run_id!r}: use letters, digits, dot, dash and underscore")
+    run_id = chosen_run(store, workflow, tree, settings)
     if store.exists(removed_key(run_id)):
         raise removed(run_id)
     mine: Record = {

@@ -23,13 +23,13 @@ from infra.storage import Store, open_store
 from workflows.alarm import Alarm
 from workflows.artifacts import ArtifactSource
 from workflows.channel import Sender
-from workflows.context import StepContext, enter
 from workflows.graph import function_behind
 from workflows.journal import fenced, latest_lease
 from workflows.names import load_name
 from workflows.outcome import describe
 from workflows.output import Output
 from workflows.reaper import Reaper
+from workflows.step_context import StepContext, enter
 from workflows.values import decode, encode
 
 Payload = dict[str, Any]

@@ -14,9 +14,9 @@ from infra.bundles import unplaceable
 from infra.errors import ConfigError, UserError
 from workflows import planning
 from workflows.config import RunSettings
-from workflows.context import StepContext
 from workflows.gangs import Gang
 from workflows.graph import StepOptions, running, step, workflow
+from workflows.step_context import StepContext
 
 FOUR = [{"CPU": 4.0}, {"CPU": 4.0, "GPU": 2.0}]
 

@@ -1,6 +1,7 @@
 """The command line without Ray: what it imports, how it refuses, how it finds workflow files."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from workflows import cli
+from workflows.names import canonical_name, load_name, module_of_file
+from workflows.session import plain_name
 
 FLOW = '''
 from infra.config import Settings
@@ -180,8 +183,10 @@ def test_unknown_command_option_and_missing_argument(recua: Recua) -> None:
         ("import nothing_like_this\n", "No module named 'nothing_like_this'"),
         (
             "from workflows.graph import workflow\n@workflow\ndef a(): ...\n@workflow\ndef b(): ...\n",
-            "expected one @workflow function, found a, b",
+            "expected one @workflow function, found a, b; name one: ",
         ),
+        ("from workflows import stepp\n", "cannot import name 'stepp' from 'workflows'"),
+        ("def f(:\n", ".py:1: invalid syntax"),
     ],
 )
 def test_files_that_are_no_workflow(flow: Path, recua: Recua, content: str | None, message: str) -> None:
@@ -231,6 +236,179 @@ def test_keyword_workflows_take_the_top_level_keys(flow: Path, recua: Recua) -> 
     assert code == 2 and "unknown setting cuont; did you mean count?" in err
     code, _, err = recua("run", flow, "--plan")
     assert code == 2 and "count is missing: give --recipe FILE or --set count=VALUE" in err
+
+
+TWO = """
+import sys
+from workflows import run_script, step, workflow
+import helper
+@step
+def one(x: int) -> int:
+    return helper.two() + x
+@workflow
+def inner(x: int = 1):
+    return one(x)
+@workflow
+def outer(x: int = 1):
+    return inner(x)
+@workflow
+def entraîner():
+    return one(1)
+@workflow
+def _nightly():
+    return one(1)
+again = inner
+if __name__ == "__main__":
+    run_script(f"{__file__}:outer")
+"""
+
+
+def test_a_workflow_of_several_is_named(flow: Path, recua: Recua) -> None:
+    flow.write_text(TWO.replace("import helper\n", ""))
+    code, out, err = recua("run", f"{flow}:outer", "--plan", "--set", "x=3")
+    assert code == 0 and out.startswith("run outer-") and "inner[0]/one[0]" in out, err
+    assert recua("run", f"{flow}:inner", "--plan")[1].startswith("run inner-")
+    code, _, err = recua("run", f"{flow}:nope", "--plan")
+    assert code == 2 and err == (
+        f"recua: error: workflow {flow}:nope: the file defines no @workflow function of that name; it has inner, outer,"
+        " entraîner, _nightly\n"
+    )
+    code, _, err = recua("run", flow, "--plan")
+    assert code == 2 and err.endswith(f"found inner, outer, entraîner, _nightly; name one: {flow}:inner\n")
+    code, _, err = recua("run", f"{flow}x:outer", "--plan")
+    assert code == 2 and err == f"recua: error: workflow {flow}x: no such Python file\n"
+
+
+def test_every_function_name_gives_a_run_id(flow: Path, recua: Recua) -> None:
+    flow.write_text(TWO.replace("import helper\n", ""))
+    for name, start in (("entraîner", "run entrainer-"), ("_nightly", "run nightly-")):
+        code, out, err = recua("run", f"{flow}:{name}", "--plan")
+        run_id = out.split()[1]
+        assert code == 0 and out.startswith(start) and recua("run", f"{flow}:{name}", "--plan", "--run", run_id)[0] == 0
+    code, _, err = recua("run", f"{flow}:inner", "--plan", "--run", "a/b")
+    assert code == 2 and err.startswith("recua: error: run id 'a/b': use letters")
+    assert [plain_name(name) for name in ("a_B9", "__x_", "训练", "x" * 200)] == ["a_B9", "x_", "workflow", "x" * 100]
+
+
+SCRIPTS = ["llama3.1_sft.py", "my script-2.py", "3d.py", "训练.py", "50%:a.py", "__main__.py", "random.py", "queue.py"]
+SCRIPTS += ["test.py", "torch.py", "workflows.py", "data.py", "beside.py"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of scripts, and the paths and modules of this process put back afterwards."""
+    loaded = set(sys.modules)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "helper.py").write_text("def two() -> int:\n    return 2\n")
+    yield tmp_path
+    for name in set(sys.modules) - loaded:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_may_have_any_name(place: Path, recua: Recua, name: str) -> None:
+    (place / "beside").mkdir()
+    (place / "beside" / "__init__.py").touch()
+    (place / name).write_text(TWO)
+    code, out, err = recua("run", f"{name}:outer", "--plan")
+    assert code == 0 and "inner[0]/one[0]" in out, err
+    module, root = module_of_file(place / name)
+    loaded = load_name(f"{module}:one")
+    assert root == place and loaded.fn(1) == 3 and Path(loaded.fn.__code__.co_filename) == place / name
+    assert canonical_name(loaded.fn) == f"{module}:one" and module.count(":") == 0
+    plain = name in ("my script-2.py", "3d.py", "训练.py")
+    assert module == (
+        name.removesuffix(".py") if plain else f"{name.replace('%', '%25').replace(':', '%3A').replace('.', '%2E')}"
+    )
+    import queue
+    import random
+
+    assert hasattr(random, "randrange") and hasattr(queue, "Queue"), "Python's own are found as before"
+
+
+def test_a_script_by_the_name_of_a_module_of_pythons_starts(place: Path) -> None:
+    (place / "random.py").write_text(TWO)
+    done = subprocess.run([sys.executable, place / "random.py", "--plan"], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0 and "inner[0]/one[0]" in done.stdout, done.stderr
+
+
+def test_names_in_packages(tmp_path: Path) -> None:
+    for folder in ("pkg", "pkg/my-part", "v1.2", "v1.2/part"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").touch()
+    assert module_of_file(tmp_path / "pkg/my-part/random.py") == ("pkg.my-part.random", tmp_path)
+    assert module_of_file(tmp_path / "pkg/__init__.py") == ("pkg", tmp_path)
+    assert module_of_file(tmp_path / "pkg/llama3.1.py") == ("pkg.llama3%2E1%2Epy", tmp_path)
+    assert module_of_file(tmp_path / "v1.2/part/x.py") == ("part.x", tmp_path / "v1.2")
+
+
+@pytest.mark.parametrize("package", ["workflows", "infra", "data", "models", "test"])
+def test_a_package_with_a_taken_name_is_refused(place: Path, recua: Recua, package: str) -> None:
+    (place / package).mkdir()
+    (place / package / "__init__.py").touch()
+    (place / package / "train.py").write_text(TWO)
+    code, _, err = recua("run", f"{package}/train.py:outer", "--plan")
+    what = (
+        "has the name of a module of Python's"
+        if package == "test"
+        else f"has the name of recua's own package {package}"
+    )
+    assert code == 2 and f"{place / package} {what}: rename it" in err and err.count("\n") == 1
+
+
+def test_folders_beside_a_script_that_have_names_of_ours(place: Path) -> None:
+    def plan(file: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "workflows.cli", "run", f"{place / file}:outer", "--plan"]
+        return subprocess.run(command, capture_output=True, text=True, cwd="/")
+
+    (place / "own.py").write_text(TWO)
+    (place / "ours.py").write_text(TWO.replace("import helper", "import helper, workflows.recipe, data.config"))
+    (place / "theirs.py").write_text(TWO.replace("import helper", "import helper, models.net, workflows.mine"))
+    for name in ("data", "workflows"):
+        (place / name).mkdir()
+    (place / "data" / "rows.jsonl").touch()
+    for file in ("own.py", "ours.py"):
+        assert plan(file).returncode == 0, "a folder of data hides nothing"
+    (place / "models").mkdir()
+    (place / "models" / "net.py").touch()
+    assert plan("own.py").returncode == 0, "whoever uses none of recua's steps may have such code"
+    for file, package in (("ours.py", "models"), ("theirs.py", "workflows")):
+        (place / "workflows" / "mine.py").write_text("x = 1\n") if package == "workflows" else None
+        refused = plan(file)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+        assert f"{place / package} has the name of recua's own package {package}: rename it" in refused.stderr
+
+
+def test_the_public_surface(repository: Path) -> None:
+    import workflows
+
+    assert workflows.__all__ == sorted(workflows.__all__) and set(dir(workflows)) >= set(workflows.__all__)
+    for name in workflows.__all__:
+        thing = getattr(workflows, name)
+        assert callable(thing) and thing.__doc__, name
+        assert f"{thing.__module__}.{thing.__qualname__}".startswith(("workflows.", "infra.")), name
+    code = (repository / "workflows/__init__.py").read_text()
+    typed = re.findall(r"^    from (\S+) import (.*)$", code.partition("TYPE_CHECKING:")[2], re.M)
+    homes = {home: tuple(names.split(", ")) for home, names in typed}
+    assert homes == workflows._HOMES and sorted(each for names in homes.values() for each in names) == workflows.__all__
+    with pytest.raises(AttributeError, match="no attribute 'stepp'"):
+        workflows.stepp  # noqa: B018
+    assert not _loaded("import workflows", repository) & {"pydantic", "click", "ray", "torch"}
+    light = "import workflows.step_context\nfrom workflows import *\nassert callable(context) and callable(step)"
+    assert not _loaded(light, repository) & {"ray", "torch", "vllm", "numpy"}
+
+
+def test_the_readmes_example_runs(place: Path, repository: Path, recua: Recua) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.S)
+    (place / "scores.py").write_text(blocks[0])
+    code, out, err = recua("run", "scores.py", "--plan", "--set", "count=20")
+    assert code == 0 and "draw[0]" in out and "mean[0]" in out, err
+    for block in blocks:
+        for line in block.splitlines():
+            if line.startswith("from workflows import "):
+                exec(line)
 
 
 @pytest.mark.parametrize("command", [["show"], ["logs"], ["report"], ["resume"], ["cancel"], ["serve"]])

@@ -67,12 +67,12 @@ def describe(error: BaseException) -> Record:
 
 def prepare(submission: Record) -> Launch:
     """The submitted workflow with its recipe, as `recua run` in the package's folder would have it."""
-    file, recipe, overrides = Path(submission["workflow_file"]), submission["recipe"], submission["overrides"]
+    target, recipe, overrides = Path(submission["workflow_file"]), submission["recipe"], submission["overrides"]
     if recipe is None:
-        return launch.prepare(file, None, overrides)
-    module, source = launch.load_workflow_file(file), submission["recipe_name"]
-    tree = parse_tree(recipe, source) if isinstance(recipe, str) else recipe
-    return launch.with_recipe(module, file, tree, source, overrides)
+        return launch.prepare(target, None, overrides)
+    source = submission["recipe_name"]
+    read = (lambda: parse_tree(recipe, source)) if isinstance(recipe, str) else lambda: recipe
+    return launch.with_recipe(target, read, source, overrides)
 
 
 def check(task: Record) -> Record:

@@ -102,7 +102,7 @@ class Submission(BaseModel):
     package: str = Field(pattern=r"^[0-9a-f]{64}$")
     """sha256 of the zip file."""
     workflow_file: str
-    """Path inside the package."""
+    """Path inside the package; PATH:NAME where the file has several workflows."""
     recipe: str | dict[str, Any] | None = None
     """TOML text, or the tree that it means; none: the workflow file's own RECIPE_FILE."""
     recipe_name: str = "recipe"

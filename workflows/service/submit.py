@@ -7,6 +7,7 @@ from typing import Any
 from infra.config import read_text
 from infra.errors import ConfigError, UserError
 from infra.storage import open_store
+from workflows.names import split_target
 from workflows.service import packages
 from workflows.service.client import Client
 
@@ -21,13 +22,16 @@ def check_store(client: Client, given: str | None) -> str:
     return store
 
 
-def submit(client: Client, file: Path, recipe: str | None, overrides: tuple[str, ...], **given: Any) -> Json:
-    """Package the working folder, send it, submit. {"run_id", "status", "package"}; `given`: run_id, new, rerun, store.
+def submit(client: Client, target: Path, recipe: str | None, overrides: tuple[str, ...], **given: Any) -> Json:
+    """Package the working folder, send it, submit the workflow of FILE or FILE:NAME.
+
+    {"run_id", "status", "package"}; `given`: run_id, new, rerun, store.
 
     Raises:
         UserError: what `recua run` would refuse too.
         ConfigError: the folder is too large, the service keeps runs elsewhere, or there is none.
     """
+    file, name = split_target(target)
     if not file.is_file() or file.suffix != ".py":
         raise UserError(f"workflow {file}: no such Python file")
     text = None if recipe is None else read_text(recipe)
@@ -38,7 +42,7 @@ def submit(client: Client, file: Path, recipe: str | None, overrides: tuple[str,
         client.send_package(package.file, package.sha256)
     body = {
         "package": package.sha256,
-        "workflow_file": file.resolve().relative_to(root).as_posix(),
+        "workflow_file": file.resolve().relative_to(root).as_posix() + ("" if name is None else f":{name}"),
         "recipe": text,
         "recipe_name": recipe or "recipe",
         "overrides": list(overrides),
