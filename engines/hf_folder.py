@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +27,10 @@ COMPANIONS = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
 )
-"""Files of a model folder that travel with its weights as they are, beside generation_config.json."""
+"""Files of a model folder that travel with its weights as they are, beside licences and generation_config.json."""
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+"""What those who pass a model on must pass on too."""
 log = logging.getLogger(__name__)
 
 
@@ -151,10 +150,15 @@ def _write_scalar(model: ScalarModel, tensors: Mapping[str, torch.Tensor], folde
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
-    for pattern in COMPANIONS:
+def copy_files(patterns: Sequence[str], source: Path, folder: Path) -> None:
+    """Copy what is there of `source`'s files into `folder`."""
+    for pattern in patterns:
         for file in sorted(source.glob(pattern)):
             shutil.copyfile(file, folder / file.name)
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    copy_files([*LICENCES, *COMPANIONS], source, folder)
     if (generation := source / "generation_config.json").is_file():
         read_object(generation)  # a broken one would keep others from loading the model
         shutil.copyfile(generation, folder / generation.name)

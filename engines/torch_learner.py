@@ -4,6 +4,7 @@ Sharding is not its business: it sees parameters (plain tensors or DTensors) and
 it saves has the parameters' names and global shapes, so that any other mesh loads it.
 """
 
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from engines import random_state, state_folder
 from engines.base import Batch, LossFn, StepOutput
 from engines.config import LearnerSettings
+from engines.hf_folder import LICENCES, copy_files
 from engines.optimizer import learning_rate
 from engines.ranks import Ranks
 from engines.sharded_adamw import MOMENTS, ShardedAdamW
@@ -28,13 +30,15 @@ from infra.errors import CheckpointError
 from models.hf_format import to_hf_name
 from models.llama import Llama, LlamaConfig, parameter_shapes
 from models.parallelize import fill, materialize, parallelize, stage_of
-from models.tokenizer import load_tokenizer
+from models.tokenizer import Tokenizer, load_tokenizer
 from models.weights import read_tensors, save_hf
 
 if TYPE_CHECKING:
     from engines.pipeline import Pipeline
 
 __all__ = ["LlamaConfig", "TorchLearner", "build"]
+
+log = logging.getLogger(__name__)
 
 RECENT = 128
 """Losses that a learner keeps, with its state."""
@@ -175,14 +179,26 @@ class TorchLearner:
             yield to_hf_name(name), _full(parameter.detach())
 
     def save_hf(self, folder: Path) -> None:
-        """(collective) A folder that plain transformers and vLLM load; rank 0 gathers and writes."""
+        """(collective) A folder that plain transformers and vLLM load; rank 0 gathers and writes.
+
+        What is wrong with its tokenizer does not keep a model from being saved: it is logged. The licences that lie
+        beside the tokenizer go along.
+        """
         if self.rank == 0:
-            tokenizer = load_tokenizer(self._tokenizer_dir) if self._tokenizer_dir is not None else None
-            save_hf(self.export(), self.config, folder, tokenizer)
+            save_hf(self.export(), self.config, folder, self._tokenizer())
+            if self._tokenizer_dir is not None:
+                copy_files(LICENCES, self._tokenizer_dir, folder)
         else:
             for _ in self.export():  # take part in the gathers
                 pass
         self.ranks.barrier()
+
+    def _tokenizer(self) -> Tokenizer | None:
+        try:
+            return load_tokenizer(self._tokenizer_dir) if self._tokenizer_dir is not None else None
+        except CheckpointError as error:
+            log.warning("the model is saved without a tokenizer: %s", error)
+            return None
 
     def save_state(self, folder: Path) -> None:
         """(collective) Weights, optimizer and step as a DCP checkpoint, appearing under its name only when whole.

@@ -246,6 +246,19 @@ def test_a_damaged_or_foreign_state_is_refused(tmp_path: Path) -> None:
         learner.load_state(tmp_path / "state")
 
 
+def test_a_model_is_saved_whatever_became_of_its_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{")
+    (tokenizer / "LICENSE").write_text("ours")
+    learner = build_learner(config(tied=True), SETTINGS, Ranks(), fsdp=False, tokenizer_dir=tokenizer)
+    learner.save_hf(tmp_path / "out")
+    assert "saved without a tokenizer" in caplog.text
+    tokens = torch.arange(TOKENS)[None]
+    torch.testing.assert_close(load_llama(tmp_path / "out")(tokens), learner.module(tokens))
+    assert (tmp_path / "out" / "LICENSE").read_text() == "ours"
+
+
 def pretrain_job(folder: Path, micro_batch_size: int, within_documents: bool = False) -> PretrainJob:
     settings = PretrainSettings(
         optimizer=SETTINGS, steps=8, batch_size=5, sequence_length=TOKENS, micro_batch_size=micro_batch_size,
