@@ -14,7 +14,7 @@ from engines.chat import write_chat
 from engines.forward import ScalarModel
 from engines.quiet import one_line, quiet_transformers
 from infra.errors import CheckpointError, RecuaError
-from models.files import read_object, whole_folder
+from models.files import read_object, refuse_adapter, refuse_pointer, whole_folder
 from models.weights import write_shards
 
 Head = Literal["lm", "scalar"]
@@ -81,6 +81,15 @@ def _read_tensor(folder: Path, name: str) -> torch.Tensor | None:
             if name in reader.keys():  # noqa: SIM118  (safe_open is no mapping)
                 return reader.get_tensor(name)
     return None
+
+
+def refuse_parts(folder: Path) -> None:
+    """Raises CheckpointError where a folder holds less than a model: an adapter alone, or Git LFS's pointers."""
+    if not (folder / "config.json").is_file():
+        refuse_adapter(folder)
+    for file in sorted(folder.iterdir()):
+        if file.is_file():
+            refuse_pointer(file)
 
 
 def check_configs(folder: Path) -> Any:

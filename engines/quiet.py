@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import shorten
 
 
 @contextmanager
@@ -21,5 +22,5 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """What its errors say, without their paragraphs."""
-    return " ".join(str(error).split())
+    """What one of its errors says, without the paragraphs of advice that follow."""
+    return shorten(str(error), 300, placeholder=" ...")

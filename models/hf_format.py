@@ -174,8 +174,8 @@ def _count(tree: Mapping[str, Any], key: str, source: str, default: int | None =
     value = default if tree.get(key) is None else tree[key]
     if value is None:
         raise CheckpointError(f"{source}: {key} is missing")
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"{source}: {key} is {value!r}; it must be a whole number above 0")
+    if type(value) is not int or not 0 < value < 2**31:
+        raise CheckpointError(f"{source}: {key} is {value!r}; it must be a whole number above 0, of 31 bits at most")
     return value
 
 

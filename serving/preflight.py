@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import ray
 
+from engines.hf_folder import refuse_parts
 from infra.errors import CheckpointError, ResourceError
 from serving.config import ServingSettings
 
@@ -19,6 +20,7 @@ def check_model_folder(folder: Path) -> None:
     """Raises CheckpointError unless `folder` has a config, all its weight files and a tokenizer."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give a model folder or an artifact of a run")
+    refuse_parts(folder)
     try:
         json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
@@ -27,7 +29,10 @@ def check_model_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder / 'config.json'}: not valid JSON: {error}") from None
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            wanted = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{index}: does not say which file each tensor lies in: {error!r}") from None
         missing = [name for name in wanted if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(f"{folder}: weight files are missing: {', '.join(missing)}")

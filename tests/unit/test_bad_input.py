@@ -173,6 +173,9 @@ def test_a_checkpoint_that_cannot_work(refused: Refused, model: Path, damage: st
 
 def test_a_tokenizer_that_cannot_work(refused: Refused, model: Path) -> None:
     assert "the tokenizer 128257" in refused("--set", "model.preset=llama3-8b", "--set", "tokenizer.vocab_size=128257")
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    error = refused("--set", f"tokenizer.folder={model}")
+    assert error.startswith(f"tokenizer.folder: {model / 'chat_template.jinja'}: its chat template is not the llama3")
     change_specials(model)
     assert "no chat format fits" in refused("--set", f"tokenizer.folder={model}")
 

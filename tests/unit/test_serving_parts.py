@@ -146,6 +146,9 @@ def test_incomplete_model_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="safetensors"):
         check_model_folder(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="does not say which file each tensor lies in"):
+        check_model_folder(tmp_path)
     shards = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(shards))
     (tmp_path / "model-1.safetensors").write_bytes(b"")
@@ -156,6 +159,12 @@ def test_incomplete_model_folders_are_named(tmp_path: Path) -> None:
         check_model_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     check_model_folder(tmp_path)
+    (tmp_path / "model-2.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 1\n")
+    with pytest.raises(CheckpointError, match=r"model-2\.safetensors is a Git LFS pointer"):
+        check_model_folder(tmp_path)
+    (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
+    with pytest.raises(CheckpointError, match="holds an adapter"):
+        check_model_folder(tmp_path)
 
 
 def test_folder_digest_follows_content_and_names_only(tmp_path: Path) -> None:
