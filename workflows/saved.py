@@ -5,16 +5,18 @@ the commit is on record, the driver can die and the body must run again. The dri
 or, where it died in that very moment, the next driver of the run does when it begins.
 """
 
+import hashlib
 import logging
 import queue
 import shutil
 import threading
-from collections.abc import Container
-from urllib.parse import quote, unquote
+from collections.abc import Collection
+from urllib.parse import quote
 
 from infra.errors import StoreError
 from infra.storage import Store
 
+LONGEST_NAME = 255
 log = logging.getLogger(__name__)
 
 
@@ -31,12 +33,12 @@ def state_url(store: Store, run_id: str, call_id: str) -> str:
 class SavedStates:
     """The driver's side: removes the states of committed calls, on a thread of its own."""
 
-    def __init__(self, store: Store, run_id: str, committed: Container[str]) -> None:
+    def __init__(self, store: Store, run_id: str, committed: Collection[str]) -> None:
         self._store, self._folder = store, states_key(run_id)
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        for name in store.folders(self._folder):
-            if unquote(name) in committed:
+        if left := set(store.folders(self._folder)):
+            for name in sorted(left.intersection(map(_name, committed))):
                 self._remove(name)
 
     def committed(self, call_id: str) -> None:
@@ -68,4 +70,9 @@ class SavedStates:
 
 
 def _name(call_id: str) -> str:
-    return quote(call_id, safe="[]")
+    """A call's folder. One part of a path has 255 bytes at most: of a longer one the rest is a digest."""
+    name = quote(call_id, safe="[]", errors="surrogatepass")
+    if len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:32]
+    return f"{name[: LONGEST_NAME - 1 - len(digest)]}~{digest}"
