@@ -181,7 +181,10 @@ def _json_rows(path: Path, file: Iterable[bytes]) -> Iterator[tuple[str, object]
     lines, head = iter(file), b""
     while not head.removeprefix(_BOM).strip() and (line := next(lines, b"")):
         head += line
-    if not head.removeprefix(_BOM).lstrip().startswith(b"["):
+    start = head.removeprefix(_BOM).strip()
+    if not start.startswith(b"["):
+        if start and not start.endswith(b"}"):
+            raise DataError(f"{path}:1: expected a list of objects, or one object a line")
         yield from _lines(path, chain(head.splitlines(keepends=True), lines))
         return
     try:

@@ -243,7 +243,9 @@ def test_a_list_of_objects_is_read_and_its_mistakes_are_named(tmp_path):
         ('[{"text": "a"}, 3]', "a.json:2: expected an object, found a number"),
         ("[" * 100_000, "a.json:1: not usable JSON"),
         ("[]", f"{tmp_path}: no rows"),
-        ('{"data": [\n', "a.json:1: not valid JSON"),
+        ('{"data": [\n', "a.json:1: expected a list of objects, or one object a line"),
+        ('"text"', "a.json:1: expected a list of objects, or one object a line"),
+        ('{"text": a}\n', "a.json:1: not valid JSON"),
     ]:
         path.write_text(text)
         with pytest.raises(DataError, match=re.escape(problem)):
