@@ -100,10 +100,11 @@ class CorpusSettings(Settings):
     """Which documents: whole source files, single docstrings, help texts of compiled functions."""
 
     files: tuple[str, ...] = ()
-    """More pretraining text: JSONL or parquet files with `text`, folders, globs, or `datasets:NAME`."""
+    """More pretraining text: JSONL or parquet files with `text`, folders, globs, or `datasets:NAME` (data.formats)."""
 
     held_out_share: float = Field(default=0.02, ge=0, lt=1)
-    """Share of documents, chosen by a hash of their text, that is kept from training for the validation loss."""
+    """Share of documents, chosen by a hash of their text, that is kept from training for the validation loss; of two
+    documents or more it is one at least."""
 
     instruction_chars: int = Field(default=60, ge=10)
     """Longest answer, in characters, of an instruction made from a docstring; longer first lines are left out."""

@@ -93,7 +93,8 @@ class ProblemSettings(Settings):
     stdlib_instructions: int = Field(default=256, ge=0)
     """Questions about Python's standard library, answered from its own documentation, for SFT."""
     instruction_files: tuple[str, ...] = ()
-    """More instruction data: JSONL or parquet files with `messages`, or any `datasets` source."""
+    """More instruction data: JSONL or parquet files with `messages`, folders, globs, or `datasets:NAME` (data.formats).
+    A turn of the assistant that says `"weight": 0` is read and not trained on."""
     prompts: int = Field(default=8192, ge=1)
     """Checkable problems that the sampling stages ask."""
     safety_prompts: int = Field(default=512, ge=0)
