@@ -6,19 +6,23 @@ ever logged or stored. boto3 is imported when the first store is opened.
 Every object carries two stamps in its metadata. `recua-sha256` is of its content: half an object under a length that
 fits is told from the whole. `recua-writer` is new for every conditional write: where the server says "exists", it tells
 our own write, whose answer was lost on the way, from another's.
+
+A line break and bytes that are no text, which file names may hold and keys may not, are written as `%%0A`, `%%FF`.
 """
 
 import contextlib
 import functools
 import hashlib
+import os
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from infra.errors import ConfigError, StoreError
+from infra.errors import ConfigError, RecuaError, StoreError, UserError
 from infra.storage import Moved, appear, checked_key, sha256_file, unseen
 
 T = TypeVar("T")
@@ -30,6 +34,10 @@ PASSING |= {"ConditionalRequestConflict", "ThrottlingException", "Throttling", "
 PASSING |= {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}  # damaged on the way there
 CONTENT, WRITER = "recua-sha256", "recua-writer"
 STAMPED = 8 << 20  # bytes; larger files are artifacts', whose manifests have their checksums
+ODD = re.compile("[\n\udc80-\udcff]|%(?=%(?:0A|25|[89A-F][0-9A-F]))")
+ESCAPED = re.compile("%%(0A|25|[89A-F][0-9A-F])")
+LONGEST_KEY = 1024
+"""Bytes."""
 DAMAGED_READS = 4
 TRANSFERS = 3
 PROBE = "probes/conditional-write"
@@ -101,22 +109,23 @@ class S3Store:
         cut = len(self.prefix) + 1 if self.prefix else 0
         for page in self._pages(prefix, Prefix=start):
             for entry in page.get("Contents", []):
-                yield entry["Key"][cut:], entry["Size"]
+                yield _unescaped(entry["Key"][cut:]), entry["Size"]
 
     def folders(self, prefix: str) -> Iterator[str]:
         start = self._folder(prefix)
         for page in self._pages(prefix, Prefix=start, Delimiter="/"):
             for entry in page.get("CommonPrefixes", []):
-                yield entry["Prefix"][len(start) :].rstrip("/")
+                yield _unescaped(entry["Prefix"][len(start) :].rstrip("/"))
 
     def delete(self, key: str) -> None:
         self._retry(key, lambda: self._client.delete_object(Bucket=self.bucket, Key=self._key(key)))
 
     def upload_file(self, key: str, source: Path) -> None:
         stamps = {CONTENT: sha256_file(source)} if source.stat().st_size <= STAMPED else {}
+        place = self.bucket, self._key(key)
 
         def attempt() -> None:
-            self._transfers.upload_file(str(source), self.bucket, self._key(key), ExtraArgs={"Metadata": stamps})
+            self._transfers.upload_file(str(source), *place, ExtraArgs={"Metadata": stamps})
 
         self._retry(key, attempt, tries=TRANSFERS)
 
@@ -151,8 +160,17 @@ class S3Store:
         """For files, in parts: boto3 repeats a part, so that one lost part of many does not cost the whole file."""
         return _client(5, *self._timeouts)
 
+    def check_key(self, key: str) -> None:
+        self._key(key)
+
     def _key(self, key: str) -> str:
-        return "/".join(([self.prefix] if self.prefix else []) + checked_key(key))
+        whole = ODD.sub(_escape, "/".join(([self.prefix] if self.prefix else []) + checked_key(key)))
+        if (size := len(whole.encode())) > LONGEST_KEY:
+            raise UserError(
+                f"--store {self.url}: {key!r} would have {size} bytes as a key, and S3 takes {LONGEST_KEY} at most: "
+                "use shorter names, or a shorter prefix in --store"
+            )
+        return whole
 
     def _folder(self, prefix: str) -> str:
         key = self._key(prefix)
@@ -204,7 +222,7 @@ class S3Store:
         while True:
             try:
                 return attempt()
-            except StoreError:
+            except RecuaError:
                 raise
             except Exception as error:
                 failed_since = failed_since or time.monotonic()
@@ -238,6 +256,14 @@ class S3Store:
             return StoreError(f"{what} is damaged: {error}")
         reason = code or type(error).__name__
         return StoreError(f"{what}: unreachable or failing ({reason}); check --store and AWS_ENDPOINT_URL")
+
+
+def _escape(odd: re.Match[str]) -> str:
+    return f"%%{os.fsencode(odd[0]).hex().upper()}"
+
+
+def _unescaped(key: str) -> str:
+    return ESCAPED.sub(lambda odd: os.fsdecode(bytes.fromhex(odd[1])), key)
 
 
 class _Damaged(Exception):

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote
 
-from infra.errors import ConfigError, StoreError
+from infra.errors import ConfigError, StoreError, UserError
 
 CHUNK = 1 << 20
 SETTLED_NS = 2 * 10**9
+LONGEST_NAME = 255
+"""Bytes of one part of a path, on nearly every file system."""
 TEMPORARY_PREFIX = ".tmp-"
 Moved = Callable[[], None]
 """Told that a large transfer gets on."""
@@ -81,6 +83,14 @@ class Store(Protocol):
 
     def local_path(self, key: str) -> Path | None:
         """Where `key` lies (or would lie) as a local file or folder; None where the store is not a folder."""
+        ...
+
+    def check_key(self, key: str) -> None:
+        """Tell before anything is written where `key` cannot be kept here.
+
+        Raises:
+            UserError: a name in it, or all of it, is too long.
+        """
         ...
 
     def check(self) -> None:
@@ -274,6 +284,11 @@ class FolderStore:
 
     def local_path(self, key: str) -> Path | None:
         return self._path(key)
+
+    def check_key(self, key: str) -> None:
+        for part in checked_key(key):
+            if (size := len(os.fsencode(part))) > LONGEST_NAME:
+                raise UserError(f"--store {self.url}: {part!r} has {size} bytes, a file name at most {LONGEST_NAME}")
 
     def check(self) -> None:
         probe = f"{TEMPORARY_PREFIX}check-{uuid.uuid4().hex}"

@@ -4,15 +4,20 @@ A body writes into `runs/<run>/attempts/<uuid>/<name>/data/`. Sealing hashes eve
 beside `data/` last; the digest is the sha256 of the canonical file list, so equal content has an equal digest wherever
 it was made. Attempts never share a folder, and only the commit record of a call says which attempt won: a half-written
 upload is never read by anybody.
+
+What comes back is the same from a folder and from S3: files under the names that they had, whether they are
+executable, and empty folders. A link comes back as what it led to.
 """
 
 import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
+import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,11 +45,17 @@ class ArtifactSource:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of an artifact: path relative to the artifact with `/`, size in bytes, hex sha256."""
+    """One file of an artifact: path relative to the artifact with `/`, size in bytes, hex sha256, execute bit."""
 
     path: str
     size: int
     sha256: str
+    executable: bool = False
+
+    def row(self) -> dict[str, Any]:
+        """What a manifest keeps."""
+        row = {"path": self.path, "size": self.size, "sha256": self.sha256}
+        return {**row, "executable": True} if self.executable else row
 
 
 @dataclass(frozen=True)
@@ -68,12 +79,15 @@ class Artifact:
         """
         assert self.source is not None, "this artifact is not bound to a store"
         store = open_store(self.source.store_url)
-        entries = read_manifest(store, self)
+        entries, empty = _manifest(store, self)
         local = store.local_path(f"{self.location}/data")
+        what = f"--store {store.url}: artifact {self.name}"
         if local is not None:
-            verify_folder(local, entries, f"--store {store.url}: artifact {self.name}")
-            return local
-        return _cached(store, self, entries, Path(self.source.cache))
+            verify_folder(local, entries, what)
+        else:
+            local = _cached(store, self, entries, Path(self.source.cache))
+        _complete(local, entries, empty, what)
+        return local
 
     def record(self) -> dict[str, Any]:
         """What the journal keeps."""
@@ -104,36 +118,49 @@ class ArtifactWriter:
         to be equal.
 
         Raises:
-            UserError: sealed before, metadata that cannot be kept, or something in the folder is neither a file nor a
-                folder.
+            UserError: sealed before, metadata that cannot be kept, or something in the folder that cannot be (a link
+                that leads nowhere or in a circle, a socket, a name that is too long for the store). Nothing was
+                uploaded then.
             StoreError: the upload failed.
         """
         from workflows.values import encode  # which knows artifacts
 
+        name = self._location.rsplit("/", 1)[-1]
         if self._sealed:
-            raise UserError(f"artifact {self._location.rsplit('/', 1)[-1]} is sealed already")
+            raise UserError(f"artifact {name} is sealed already")
+        kept = encode(meta, f"artifact {name}: seal")
+        contents = _contents(self.path, f"artifact {name}")
+        for path, _ in contents:
+            self._store.check_key(f"{self._location}/data/{path}")
         self._sealed = True
-        kept = encode(meta, f"artifact {self._location.rsplit('/', 1)[-1]}: seal")
-        _materialise_links(self.path)
-        remote = self._store.local_path(self._location) is None
-        entries = []
-        for entry, file in _entries(self.path):
-            if remote:
-                self._store.upload_file(f"{self._location}/data/{entry.path}", file)
-            else:
-                sync_file(file)
-            entries.append(entry)
-            self._on_file()
-        digest = manifest_digest(entries)
-        manifest = {"format": FORMAT, "digest": digest, "files": [vars(entry) for entry in entries], "meta": kept}
+        if self._store.local_path(self._location) is not None:
+            _materialise_links(self.path, contents)
+            contents = [(path, source and self.path / path) for path, source in contents]
+        entries = [self._keep(path, file) for path, file in contents if file is not None]
+        empty = [path for path, file in contents if file is None]
+        digest = manifest_digest(entries, empty)
+        manifest = {"format": FORMAT, "digest": digest, "files": [entry.row() for entry in entries], "meta": kept}
+        if empty:
+            manifest["empty_folders"] = empty
         self._store.put(f"{self._location}/manifest.json", _json(manifest))
-        return Artifact(digest, meta, self._location.rsplit("/", 1)[-1], self._location, self._source)
+        return Artifact(digest, meta, name, self._location, self._source)
+
+    def _keep(self, path: str, file: Path) -> FileEntry:
+        entry = FileEntry(path, file.stat().st_size, sha256_file(file), _is_executable(file))
+        if self._store.local_path(self._location) is None:
+            self._store.upload_file(f"{self._location}/data/{path}", file)
+        else:
+            sync_file(file)
+        self._on_file()
+        return entry
 
 
-def manifest_digest(entries: list[FileEntry]) -> str:
-    """sha256 of the canonical file list: content only, no names of runs, no times."""
-    rows = sorted((entry.path, entry.size, entry.sha256) for entry in entries)
-    return hashlib.sha256(_json(rows)).hexdigest()
+def manifest_digest(entries: Sequence[FileEntry], empty: Iterable[str] = ()) -> str:
+    """sha256 of the canonical file list: content only, no names of runs, no times. `empty`: folders."""
+    rows: list[tuple[Any, ...]] = [(entry.path, entry.size, entry.sha256) for entry in entries if not entry.executable]
+    rows += [(entry.path, entry.size, entry.sha256, "executable") for entry in entries if entry.executable]
+    rows += [(f"{path}/", 0, "") for path in empty]
+    return hashlib.sha256(_json(sorted(rows))).hexdigest()
 
 
 def read_manifest(store: Store, artifact: Artifact) -> list[FileEntry]:
@@ -142,17 +169,27 @@ def read_manifest(store: Store, artifact: Artifact) -> list[FileEntry]:
     Raises:
         StoreError: there is no manifest, or it is not the one that was committed.
     """
+    return _manifest(store, artifact)[0]
+
+
+def _manifest(store: Store, artifact: Artifact) -> tuple[list[FileEntry], list[str]]:
+    """The files, and the empty folders."""
     what = f"--store {store.url}: artifact {artifact.name or artifact.digest[:12]} ({artifact.location})"
     raw = store.get(f"{artifact.location}/manifest.json")
     if raw is None:
         raise StoreError(f"{what} is not in the store (any more)")
     try:
-        entries = [FileEntry(**item) for item in json.loads(raw)["files"]]
-    except (ValueError, KeyError, TypeError):
+        manifest = json.loads(raw)
+        entries = [FileEntry(**item) for item in manifest["files"]]
+        empty: list[str] = manifest.get("empty_folders", [])
+        inside = all(not {"", ".", ".."} & set(path.split("/")) for path in [*empty, *(each.path for each in entries)])
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise StoreError(f"{what}: its manifest is damaged") from None
-    if manifest_digest(entries) != artifact.digest:
+    if not inside:
+        raise StoreError(f"{what}: its manifest names files outside of it")
+    if manifest_digest(entries, empty) != artifact.digest:
         raise StoreError(f"{what}: its manifest is not the one that was committed")
-    return entries
+    return entries, empty
 
 
 def verify_folder(folder: Path, entries: list[FileEntry], what: str) -> None:
@@ -200,6 +237,22 @@ def _cached(store: Store, artifact: Artifact, entries: list[FileEntry], cache: P
     return target
 
 
+def _complete(folder: Path, entries: list[FileEntry], empty: list[str], what: str) -> None:
+    """What no object of a store can be: empty folders and execute bits."""
+    try:
+        for path in empty:
+            (folder / path).mkdir(parents=True, exist_ok=True)
+        for entry in entries:
+            if entry.executable and not _is_executable(file := folder / entry.path):
+                file.chmod(0o755)
+    except OSError as error:
+        raise StoreError(f"{what}: cannot complete {error.filename}: {error.strerror}") from error
+
+
+def _is_executable(file: Path) -> bool:
+    return bool(file.stat().st_mode & stat.S_IXUSR)
+
+
 def _for_each(work: Callable[[FileEntry], None], entries: list[FileEntry]) -> None:
     if len(entries) < 2:
         for entry in entries:
@@ -210,27 +263,53 @@ def _for_each(work: Callable[[FileEntry], None], entries: list[FileEntry]) -> No
             pass
 
 
-def _entries(folder: Path) -> Iterator[tuple[FileEntry, Path]]:
-    for file in sorted(folder.rglob("*")):
-        if file.is_dir():
-            continue
-        if not file.is_file():
-            raise UserError(f"{file}: an artifact holds files only")
-        relative = file.relative_to(folder).as_posix()
-        yield FileEntry(relative, file.stat().st_size, sha256_file(file)), file
+def _contents(folder: Path, what: str) -> list[tuple[str, Path | None]]:
+    """Everything in a folder, links followed: (relative path, the file itself), and None for empty folders.
+
+    Raises:
+        UserError: a link that leads nowhere or to a folder that it lies in, or what is neither file nor folder.
+    """
+    found: list[tuple[str, Path | None]] = []
+
+    def walk(inside: Path, above: tuple[Path, ...]) -> None:
+        names = sorted(os.listdir(inside))
+        for name in names:
+            path = inside / name
+            shown = f"{what}: {path.relative_to(folder).as_posix()!r}"
+            try:
+                real = path.resolve(strict=True) if path.is_symlink() else above[-1] / name
+            except (OSError, RuntimeError):
+                raise UserError(f"{shown} is a link that leads nowhere: remove it before seal()") from None
+            if real.is_file():
+                found.append((path.relative_to(folder).as_posix(), real))
+            elif not real.is_dir():
+                raise UserError(f"{shown} is neither a file nor a folder: remove it before seal()")
+            elif real in above:
+                raise UserError(f"{shown} is a link to a folder that it lies in: remove it before seal()")
+            else:
+                walk(path, (*above, real))
+        if not names and inside != folder:
+            found.append((inside.relative_to(folder).as_posix(), None))
+
+    walk(folder, (folder.resolve(),))
+    return sorted(found, key=lambda each: each[0])
 
 
-def _materialise_links(folder: Path) -> None:
-    """Replace symbolic links by what they point to: an artifact stands alone."""
-    for link in [path for path in folder.rglob("*") if path.is_symlink()]:
-        target = link.resolve()
-        if not target.exists():
-            raise UserError(f"{link}: an artifact cannot hold a dangling link")
-        link.unlink()
-        if target.is_dir():
-            shutil.copytree(target, link)
-        else:
-            shutil.copyfile(target, link)
+def _materialise_links(folder: Path, contents: list[tuple[str, Path | None]]) -> None:
+    """Replace symbolic links by what they lead to: an artifact stands alone."""
+    for inside, folders, files in os.walk(folder):
+        for link in (Path(inside, name) for name in (*folders, *files)):
+            if link.is_symlink():
+                link.unlink()
+    for path, file in contents:
+        target = folder / path
+        if file is None:
+            target.mkdir(parents=True, exist_ok=True)
+        elif not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+            if _is_executable(file):
+                target.chmod(0o755)
 
 
 @contextlib.contextmanager

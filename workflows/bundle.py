@@ -22,7 +22,9 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
+import lzma
 import re
 import shutil
 import tarfile
@@ -40,11 +42,12 @@ from workflows.artifacts import Artifact, read_manifest
 from workflows.journal import removed_key
 from workflows.known import FORMAT as INDEX_FORMAT
 from workflows.known import code_key, index_key, parameters_key
+from workflows.runs import RUN_ID
 from workflows.survey import StoredRun, packages_of, read_run, references_of
 from workflows.values import artifact_records
 
 FORMAT = 1
-DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error)
+DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, lzma.LZMAError, zlib.error)
 HEADER, CHECKSUMS = "recua-bundle.json", "checksums.json"
 SHARED = r"runs/[^/]+/attempts/|code/|index/|packages/"
 """Where objects may lie that do not belong to the run alone. What a store has of them already stays as it is."""
@@ -59,6 +62,8 @@ OF_RUN = (
     "status.json",
 )
 CHUNK = 1 << 20
+LARGEST_TABLE = 1 << 30
+"""Bytes of the checksums' JSON: millions of objects."""
 GZIP_LEVEL = 1
 """Weights hardly shrink; texts and logs do at any level."""
 Record = dict[str, Any]
@@ -107,14 +112,18 @@ def import_run(store: Store, bundle: Path) -> str:
     """Put a bundle's run into `store`; the run's id.
 
     Raises:
-        UserError: no bundle, another format, a damaged one, or the store has a run of that id.
+        UserError: no bundle, another format, a damaged one, names that the store cannot keep, or it has a run of that
+            id. Nothing was written then.
+        StoreError: the store failed; the run is not visible.
     """
+    run_id, checksums = verify(bundle)
+    for key in checksums:
+        store.check_key(key)
     try:
-        run_id, checksums = verify(bundle)
         if store.exists(f"runs/{run_id}/run.json"):
             raise UserError(f"{bundle}: {store.url} has a run {run_id} already")
         last = f"runs/{run_id}/run.json"
-        with tarfile.open(bundle) as tar:
+        with _open_tar(bundle) as tar:
             visible = b""
             for member in tar:
                 if member.name not in checksums:
@@ -126,7 +135,7 @@ def import_run(store: Store, bundle: Path) -> str:
                 elif member.name.startswith(f"runs/{run_id}/") or not store.exists(member.name):
                     _place(store, member.name, stream)
     except DAMAGE as error:
-        raise UserError(f"{bundle}: {error}") from None
+        raise UserError(f"{bundle} changed while it was read: {_line(error)}") from None
     store.delete(removed_key(run_id))
     if not store.put_if_absent(last, visible):
         raise UserError(f"{bundle}: {store.url} has a run {run_id} already")
@@ -139,33 +148,40 @@ def verify(bundle: Path) -> tuple[str, dict[str, Record]]:
     Raises:
         UserError: it is none, of another format, or damaged; what is wrong is named.
     """
+    _require_file(bundle)
     found: dict[str, Record] = {}
     small: dict[str, bytes] = {}
     try:
-        with tarfile.open(bundle) as tar:
+        with _open_tar(bundle) as tar:
             for member in tar:
+                if not small and member.name != HEADER:
+                    raise UserError(
+                        f"{bundle} is no bundle of recua: a tar of something else, {member.name!r} is in it"
+                    )
                 stream = tar.extractfile(member) if member.isfile() else None
-                if stream is None or member.name in found:
-                    raise UserError(f"{bundle} is damaged: unexpected entry {member.name}")
+                if stream is None or member.name in found or member.name in small:
+                    raise UserError(f"{bundle} is damaged: unexpected entry {member.name!r}")
                 if member.name in (HEADER, CHECKSUMS):
-                    small[member.name] = stream.read()
+                    small[member.name] = stream.read(LARGEST_TABLE)
                 else:
                     found[member.name] = _checksum(stream)
-    except FileNotFoundError:
-        raise UserError(f"{bundle}: no such file") from None
     except DAMAGE as error:
-        raise UserError(f"{bundle} is no bundle of recua, or it is damaged: {error}") from None
+        raise UserError(f"{bundle} is no whole bundle of recua: it is damaged or cut off ({_line(error)})") from None
     try:
         header, checksums = json.loads(small[HEADER]), json.loads(small[CHECKSUMS])
         run_id, version = str(header["run"]), header["format"]
-    except (KeyError, ValueError, TypeError):
-        raise UserError(f"{bundle} is no bundle of recua, or it is cut off") from None
+        assert isinstance(checksums, dict) and re.fullmatch(RUN_ID, run_id)
+    except (KeyError, ValueError, TypeError, AssertionError, RecursionError):
+        raise UserError(f"{bundle} is no whole bundle of recua: it is damaged or cut off") from None
     if version != FORMAT:
         raise UserError(f"{bundle} has format {version}, this recua reads {FORMAT}")
     for key in sorted(found.keys() | checksums.keys()):
         if found.get(key) != checksums.get(key):
             raise UserError(f"{bundle} is damaged: {key} is not what its checksum says")
-        if not re.match(rf"runs/{re.escape(run_id)}/|{SHARED}", key) or {"..", ".", ""} & set(key.split("/")):
+        *folders, _ = parts = key.split("/")
+        inside_a_file = not found.keys().isdisjoint(itertools.accumulate(folders, "{}/{}".format))
+        placed = re.match(rf"runs/{re.escape(run_id)}/|{SHARED}", key)
+        if not placed or inside_a_file or {"..", ".", ""} & set(parts):
             raise UserError(f"{bundle} is damaged: {key} has no place in a store")
     if f"runs/{run_id}/run.json" not in checksums:
         raise UserError(f"{bundle} is damaged: it lacks the run's metadata")
@@ -264,6 +280,29 @@ def _create(path: Path, compressed: bool) -> Iterator[tarfile.TarFile]:
         yield stack.enter_context(tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT))
 
 
+def _require_file(bundle: Path) -> None:
+    """It is read twice: first to check it, then to take it over."""
+    if bundle.is_dir():
+        raise UserError(f"{bundle} is a folder: give the file that `recua export` wrote")
+    if not bundle.exists():
+        raise UserError(f"{bundle}: no such file")
+    if not bundle.is_file():
+        raise UserError(f"{bundle} is no regular file: save what `recua export` wrote to one, and give that")
+
+
+def _open_tar(bundle: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(bundle)
+    except tarfile.ReadError:  # its text has a line for every compression that was tried
+        raise UserError(f"{bundle} is no bundle of recua: it is no tar file; `recua export RUN` writes one") from None
+    except OSError as error:
+        raise UserError(f"{bundle} cannot be read: {error.strerror or _line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _add(tar: tarfile.TarFile, name: str, stream: IO[bytes]) -> Record:
     """Append a member with nothing of this machine or moment in it; its checksum."""
     info = tarfile.TarInfo(name)
@@ -297,10 +336,13 @@ def _checksum(stream: IO[bytes]) -> Record:
 def _place(store: Store, key: str, stream: IO[bytes]) -> None:
     local = store.local_path(key)
     if local is not None:
-        with appear(local) as temporary:
-            with temporary.open("wb") as target:
-                shutil.copyfileobj(stream, target, CHUNK)
-            sync_file(temporary)
+        try:
+            with appear(local) as temporary:
+                with temporary.open("wb") as target:
+                    shutil.copyfileobj(stream, target, CHUNK)
+                sync_file(temporary)
+        except OSError as error:
+            raise StoreError(f"--store {store.url}: cannot write {key}: {error.strerror or error}") from error
         return
     with tempfile.TemporaryDirectory(prefix="recua-") as folder:
         file = Path(folder) / "object"

@@ -12,6 +12,7 @@ them. Of a run that has ended, the attempts that lost go; of one that has not, n
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -240,11 +241,14 @@ def _of_run(store: Store, found: Survey, run: StoredRun, gone: bool) -> Iterator
 
 
 def _temporary(store: Store, before: float) -> Iterator[Item]:
-    """Files of writers that died; a folder store only, S3 has none."""
+    """Files of writers that died; a folder store only, S3 has none. What lies in artifacts is their makers'."""
     root = store.local_path("")
     if root is None:
         return
-    for folder, _, files in os.walk(root):
+    for folder, folders, files in os.walk(root):
+        if re.fullmatch(r"runs/[^/]+/attempts/[^/]+/[^/]+/data", os.path.relpath(folder, root)):
+            folders.clear()
+            continue
         for name in files:
             if name.startswith(TEMPORARY_PREFIX):
                 with contextlib.suppress(FileNotFoundError):

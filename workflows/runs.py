@@ -14,6 +14,7 @@ from workflows.journal import JournalState, Record, cancel_key, driver_is_gone, 
 from workflows.status import COUNTED, Counts, read_status
 from workflows.values import artifact_records
 
+RUN_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 LISTING_THREADS = 16
 APPROVAL = "workflows.waits:approval"
 

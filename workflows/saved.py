@@ -14,9 +14,8 @@ from collections.abc import Collection
 from urllib.parse import quote
 
 from infra.errors import StoreError
-from infra.storage import Store
+from infra.storage import LONGEST_NAME, Store
 
-LONGEST_NAME = 255
 log = logging.getLogger(__name__)
 
 

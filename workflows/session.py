@@ -24,6 +24,7 @@ from workflows.graph import Workflow, running
 from workflows.history import Recorder
 from workflows.journal import Journal, fenced, read_journal, removed, removed_key
 from workflows.known import Known
+from workflows.runs import RUN_ID
 from workflows.values import canonical, decode, differences, digest, encode, identity, named_arguments
 
 FORMAT = 1
@@ -102,7 +103,7 @@ def chosen_run(store: Store, workflow: Workflow[..., Any], arguments: Any, setti
     """
     fresh = settings.new or bool(settings.rerun)
     run_id = settings.run_id or find_run(store, workflow, arguments, fresh)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", run_id):
+    if not re.fullmatch(RUN_ID, run_id):
         raise UserError(f"run id {run_id!r}: use letters, digits, dot, dash and underscore, at most 128, in --run")
     return run_id
 

@@ -15,6 +15,8 @@ from infra.telemetry import as_number
 from workflows.artifacts import ArtifactSource, ArtifactWriter
 from workflows.saved import state_url
 
+LOG = "log.txt"
+"""Beside an attempt's artifacts: what its body prints."""
 PROGRESS_PERIOD_S = 0.2
 
 _step: ContextVar["StepContext"] = ContextVar("recua_step")
@@ -48,10 +50,16 @@ class StepContext:
         return self.scratch_path
 
     def artifact(self, name: str) -> ArtifactWriter:
-        """A new folder to write into (`.path`), sealed into an Artifact by `.seal(**meta)`."""
-        if not name or "/" in name or name.startswith("."):
-            raise UserError(f"artifact name {name!r}: use a plain file name")
+        """A new folder to write into (`.path`), sealed into an Artifact by `.seal(**meta)`.
+
+        Raises:
+            UserError: the name is no plain file name, is too long for one, or was given before.
+        """
+        plain = name and not name.startswith(".") and not {"/", "\0"} & set(name) and name != LOG
+        if not plain or name.encode(errors="ignore").decode() != name:
+            raise UserError(f"artifact name {name!r}: use a plain file name (no /, no dot at its start, not {LOG})")
         location = f"runs/{self.run_id}/attempts/{self.attempt_id}/{name}"
+        self.store.check_key(location)
         try:
             return ArtifactWriter(self.store, self.source, location, self.scratch_path, self.on_file)
         except FileExistsError:

@@ -1,5 +1,10 @@
 """Artifacts: damage of every kind is found, and half an upload is nothing. On a folder and on an S3 server."""
 
+import hashlib
+import itertools
+import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +13,7 @@ import pytest
 from infra.errors import StoreError, UserError
 from infra.storage import Store, open_store
 from workflows.artifacts import Artifact, ArtifactSource, ArtifactWriter
+from workflows.step_context import StepContext
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -84,3 +90,154 @@ def test_sealing_twice_is_refused(store: Store, tmp_path: Path) -> None:
     out.seal()
     with pytest.raises(UserError, match="sealed already"):
         out.seal()
+
+
+@pytest.fixture
+def writer(store: Store, tmp_path: Path) -> Callable[..., ArtifactWriter]:
+    source = ArtifactSource(store.url, str(tmp_path / "cache"))
+    counter = itertools.count()
+
+    def make() -> ArtifactWriter:
+        number = next(counter)
+        location = f"runs/r/attempts/w{number}/model"
+        return ArtifactWriter(store, source, location, tmp_path / f"scratch{number}", lambda: None)
+
+    return make
+
+
+def tree(folder: Path) -> dict[str, object]:
+    """Relative path -> content and execute bit of a file, None of a folder."""
+    return {
+        str(path.relative_to(folder)): None if path.is_dir() else (path.read_bytes(), os.access(path, os.X_OK))
+        for path in folder.rglob("*")
+    }
+
+
+ODD_NAMES = [
+    "a\nb", "a\tb", "a\rb", " lead", "trail ", "dot.", "...", ".hidden", ".tmp-mine", "%0A", "%%0A", "%%25", "a%20b",
+    "#", "?x", "a+b", "\\", "'\"", "&<>", "~", "*", "a;b=c", "😀", "é", "e\u0301", "MODEL", "model", "x" * 255,
+    "caf\udce9", "\u2028",
+]  # fmt: skip
+
+
+def test_names_bits_and_empty_folders_come_back(writer: Callable[..., ArtifactWriter], store: Store) -> None:
+    out = writer()
+    for name in ODD_NAMES:
+        (out.path / "odd" / name).mkdir(parents=True)
+        (out.path / "odd" / name / name).write_bytes(name.encode(errors="surrogateescape"))
+    (out.path / "run.sh").write_text("#!/bin/sh")
+    (out.path / "run.sh").chmod(0o755)
+    (out.path / "empty" / "deep").mkdir(parents=True)
+    (out.path / "empty" / "a\nb").mkdir()
+    before = tree(out.path)
+    artifact = out.seal()
+    assert tree(artifact.path()) == before
+    (artifact.path() / "empty" / "deep").rmdir()
+    (artifact.path() / "run.sh").chmod(0o644)
+    assert tree(artifact.path()) == before, "what an import or a cleaner takes from a folder is put back"
+    keys = {f"{artifact.location}/data/odd/{name}/{name}" for name in ODD_NAMES if not name.startswith(".tmp-")}
+    assert keys <= set(store.list(artifact.location))
+
+
+def test_execute_bits_and_empty_folders_are_content_and_plain_digests_stay(
+    writer: Callable[..., ArtifactWriter],
+) -> None:
+    def digest(bit: int = 0o644, empty: bool = False) -> str:
+        out = writer()
+        (out.path / "a.txt").write_text("a")
+        (out.path / "a.txt").chmod(bit)
+        if empty:
+            (out.path / "b").mkdir()
+        return out.seal().digest
+
+    plain = [["a.txt", 1, hashlib.sha256(b"a").hexdigest()]]
+    assert digest() == hashlib.sha256(json.dumps(plain, separators=(",", ":")).encode()).hexdigest()
+    assert len({digest(), digest(0o755), digest(empty=True), digest(0o755, empty=True)}) == 4
+
+
+def test_links_come_back_as_what_they_led_to(writer: Callable[..., ArtifactWriter], tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    (outside / "deep").mkdir(parents=True)
+    (outside / "bare").mkdir()
+    (outside / "deep" / "tool").write_text("tool")
+    (outside / "deep" / "tool").chmod(0o755)
+    (outside / "again").symlink_to("deep")
+    out = writer()
+    (out.path / "own").mkdir()
+    (out.path / "own" / "a").write_text("a")
+    (out.path / "inside").symlink_to("own")
+    (out.path / "file").symlink_to("own/a")
+    (out.path / "chain").symlink_to("file")
+    (out.path / "all").symlink_to(outside)
+    found = tree(out.seal().path())
+    a, tool = (b"a", False), (b"tool", True)
+    assert {name: what for name, what in found.items() if what} == {
+        "own/a": a, "inside/a": a, "file": a, "chain": a, "all/deep/tool": tool, "all/again/tool": tool
+    }  # fmt: skip
+    assert "all/bare" in found and tree(outside)["deep/tool"] == tool, "what they led to stays as it was"
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "dangling": (lambda path: path.symlink_to("nothing"), "is a link that leads nowhere"),
+    "loop": (lambda path: path.symlink_to(path.name), "is a link that leads nowhere"),
+    "round": (lambda path: path.symlink_to(".."), "is a link to a folder that it lies in"),
+    "fifo": (os.mkfifo, "is neither a file nor a folder"),
+    "link to a device": (lambda path: path.symlink_to("/dev/zero"), "is neither a file nor a folder"),
+    "socket": (lambda path: os.mknod(path, stat.S_IFSOCK | 0o600), "is neither a file nor a folder"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_kept_is_named_before_anything_is_uploaded(
+    writer: Callable[..., ArtifactWriter], store: Store, kind: str
+) -> None:
+    make, message = REFUSED[kind]
+    out = writer()
+    (out.path / "a.txt").write_text("a")
+    (out.path / "deep").mkdir()
+    make(out.path / "deep" / "odd one")
+    with pytest.raises(UserError, match=rf"artifact model: 'deep/odd one' {message}"):
+        out.seal()
+    assert store.local_path("x") is not None or not list(store.list("runs"))
+    (out.path / "deep" / "odd one").unlink()
+    assert tree(out.seal().path()) == {"a.txt": (b"a", False), "deep": None}, "and it can be sealed then"
+
+
+def test_names_that_are_too_long_for_s3_are_named_before_anything_is_uploaded(s3_url: str, tmp_path: Path) -> None:
+    store = open_store(s3_url)
+    source = ArtifactSource(store.url, str(tmp_path / "cache"))
+    out = ArtifactWriter(store, source, "runs/r/attempts/1/model", tmp_path / "scratch", lambda: None)
+    (out.path / "a.txt").write_text("a")
+    deep = out.path.joinpath(*["é" * 100] * 5)
+    deep.mkdir(parents=True)
+    (deep / "b").write_text("b")
+    with pytest.raises(UserError, match=r"would have 10\d\d bytes as a key, and S3 takes 1024 at most: use shorter"):
+        out.seal()
+    assert not list(store.list("runs"))
+
+
+def test_metadata_that_cannot_be_kept_is_named_before_the_upload(writer: Callable[..., ArtifactWriter]) -> None:
+    out = writer()
+    with pytest.raises(UserError, match="artifact model: seal"):
+        out.seal(score=object())
+    assert out.seal(score=1).meta == {"score": 1}
+
+
+def test_a_manifest_that_names_files_outside_is_refused(write: Callable[..., Artifact], store: Store) -> None:
+    artifact = write()
+    for files, empty in (([{"path": "../a", "size": 1, "sha256": ""}], []), ([], ["/tmp/x"])):
+        store.put(f"{artifact.location}/manifest.json", json.dumps({"files": files, "empty_folders": empty}).encode())
+        with pytest.raises(StoreError, match="names files outside of it"):
+            artifact.path()
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".hidden", "a\0b", "log.txt", "x" * 256, "é" * 128, "a\ud800"])
+def test_a_name_that_cannot_be_a_folder_is_refused(name: str, tmp_path: Path) -> None:
+    store = open_store(tmp_path / "store")
+    source = ArtifactSource(store.url, str(tmp_path / "cache"))
+    step = StepContext(
+        "r", "f[0]", 1, "1", store.url, tmp_path, store, source, send=lambda event: None, on_file=lambda: None
+    )
+    with pytest.raises(UserError, match=r"artifact name|a file name at most 255"):
+        step.artifact(name)
+    assert step.artifact("é" * 127).path.is_dir()

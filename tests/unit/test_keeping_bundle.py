@@ -1,11 +1,16 @@
 """Export and import: a run as one file that another store can go on with."""
 
 import gzip
+import hashlib
+import io
 import json
+import os
+import re
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -176,23 +181,125 @@ def test_a_damaged_bundle_leaves_nothing_behind(
     assert not list(other.list(""))
 
 
-@pytest.mark.parametrize("evil", ["runs/../../evil", "runs/other/journal/000000000001.json", "gc/lock.json"])
-def test_a_name_that_leaves_the_run_is_refused(tmp_path: Path, evil: str) -> None:
-    import hashlib
-    import io
-
-    checksums = {evil: {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}
-    header = {"format": 1, "run": "r", "workflow": "m:w"}
-    members = {
-        "recua-bundle.json": json.dumps(header).encode(),
-        evil: b"x",
-        "checksums.json": json.dumps(checksums).encode(),
-    }
-    with tarfile.open(tmp_path / "evil.tar", "w") as tar:
-        for name, data in members.items():
+def tar_of(path: Path, *members: tuple[str, bytes], mode: Literal["w", "w:gz", "w:xz"] = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def bundle_of(path: Path, objects: dict[str, bytes], header: Any = None, checksums: Any = None) -> Path:
+    """A file in the form of a bundle."""
+    sums = {key: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for key, data in objects.items()}
+    first = json.dumps({"format": 1, "run": "r", "workflow": "m:w"} if header is None else header).encode()
+    last = json.dumps(sums if checksums is None else checksums).encode()
+    return tar_of(path, ("recua-bundle.json", first), *objects.items(), ("checksums.json", last))
+
+
+def made(make: Callable[[Path], object]) -> Callable[[Path], Path]:
+    def at(path: Path) -> Path:
+        make(path)
+        return path
+
+    return at
+
+
+NO_BUNDLES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "text": (
+        made(lambda path: path.write_text("no tar\n" * 200)),
+        "is no bundle of recua: it is no tar file; `recua exp",
+    ),
+    "empty": (made(lambda path: path.touch()), "it is no tar file"),
+    "zeros": (made(lambda path: path.write_bytes(bytes(10240))), "is no whole bundle of recua"),
+    "zip": (made(lambda path: zipfile.ZipFile(path, "w").writestr("a", "b")), "it is no tar file"),
+    "gzip of text": (made(lambda path: path.write_bytes(gzip.compress(b"text" * 999))), "it is no tar file"),
+    "folder": (made(lambda path: path.mkdir()), "is a folder: give the file that `recua export` wrote"),
+    "nothing": (lambda path: path, "no such file"),
+    "fifo": (made(os.mkfifo), "is no regular file"),
+    "another tar": (lambda path: tar_of(path, ("a.txt", b"a")), r"a tar of something else, 'a\.txt' is in it"),
+    "a packed tar": (lambda path: tar_of(path, ("a", b""), mode="w:xz"), "a tar of something else, 'a' is in it"),
+    "a tar that leads out": (lambda path: tar_of(path, ("../../a", b"a")), r"something else, '\.\./\.\./a' is in it"),
+    "an absolute tar": (lambda path: tar_of(path, ("/etc/passwd", b"a")), "something else, '/etc/passwd' is in it"),
+    "a header alone": (lambda path: tar_of(path, ("recua-bundle.json", b"{}")), "is no whole bundle of recua"),
+    "no table": (lambda path: bundle_of(path, {}, checksums=[]), "is no whole bundle of recua"),
+    "no header": (lambda path: bundle_of(path, {}, header=[1]), "is no whole bundle of recua"),
+    "a run that leads out": (
+        lambda path: bundle_of(path, {}, header={"format": 1, "run": "../x"}),
+        "is no whole bundle",
+    ),
+    "no run": (lambda path: bundle_of(path, {"runs/r/a": b""}), "is damaged: it lacks the run's metadata"),
+    "twice": (
+        lambda path: tar_of(path, *[("recua-bundle.json", b"{}")] * 2),
+        r"is damaged: unexpected entry 'recua-bundle\.json'",
+    ),
+    "a file in a file": (
+        lambda path: bundle_of(path, {"runs/r/run.json": b"{}", "runs/r/run.json/a": b""}),
+        r"runs/r/run\.json/a has no place in a store",
+    ),
+    "a long name": (
+        lambda path: bundle_of(path, {"runs/r/run.json": b"{}", "runs/r/" + "x" * 256: b""}),
+        "has 256 bytes, a file name at most 255",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_BUNDLES)
+def test_what_is_no_bundle_is_named_in_one_line_and_nothing_is_written(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, message = NO_BUNDLES[kind]
+    bundle = make(tmp_path / "b.tar")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["import", str(bundle), "--store", str(tmp_path / "other")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and re.search(message, said) and len(said.strip().splitlines()) == 1
+    assert not list(FolderStore(tmp_path / "other").list(""))
+
+
+@pytest.mark.parametrize("name", ["b.tar", "b.tar.gz"])
+def test_a_bundle_that_is_cut_off_anywhere_leaves_nothing_behind(store: FolderStore, tmp_path: Path, name: str) -> None:
+    bundle = tmp_path / name
+    export_run(store, "r", bundle)
+    whole, other = bundle.read_bytes().rstrip(b"\0"), FolderStore(tmp_path / "other")
+    for part in range(24):
+        bundle.write_bytes(whole[: len(whole) * part // 24])
+        with pytest.raises(UserError, match=r"no whole bundle|is no bundle|is damaged") as refused:
+            import_run(other, bundle)
+        assert "\n" not in str(refused.value)
+    assert not list(other.list(""))
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_odd_names_bits_and_empty_folders_survive_a_bundle(
+    tmp_path: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    first = open_store(request.getfixturevalue("s3_url") if kind == "folder" else tmp_path / "store")
+    other = open_store(tmp_path / "other" if kind == "folder" else request.getfixturevalue("s3_url"))
+    writer = ArtifactWriter(
+        first, ArtifactSource(first.url, str(tmp_path / "c1")), "runs/r/attempts/a/m", tmp_path / "w", lambda: None
+    )
+    names = {"a\nb", "caf\udce9", "é", "e\u0301", "x" * 255}
+    for name in names:
+        (writer.path / name).write_text("text")
+        (writer.path / name).chmod(0o755)
+    (writer.path / "empty").mkdir()
+    sealed = writer.seal()
+    first.put("runs/r/run.json", json.dumps({"workflow": "m:w", "recipe": {}, "created": 5.0}).encode())
+    journal = Journal.acquire(first, "r")
+    journal.append([commit("train[0]", sealed, "k")])
+    journal.append([{"type": "end", "status": "finished", "time": 9.0, "result": None}])
+    export_run(first, "r", tmp_path / "r.tar")
+    import_run(other, tmp_path / "r.tar")
+    source = ArtifactSource(other.url, str(tmp_path / "c2"))
+    folder = Artifact.from_record(sealed.record(), source).path()
+    assert set(os.listdir(folder)) == {*names, "empty"} and all(os.access(folder / name, os.X_OK) for name in names)
+
+
+@pytest.mark.parametrize("evil", ["runs/../../evil", "runs/other/journal/000000000001.json", "gc/lock.json"])
+def test_a_name_that_leaves_the_run_is_refused(tmp_path: Path, evil: str) -> None:
+    bundle_of(tmp_path / "evil.tar", {evil: b"x"})
     with pytest.raises(UserError, match="has no place in a store"):
         verify(tmp_path / "evil.tar")
 

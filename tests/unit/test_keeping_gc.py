@@ -206,6 +206,20 @@ def test_temporary_files_of_dead_writers_go(tmp_path: Path) -> None:
     assert kinds(result) == {"temporary files": 1} and result.deleted[0].size == 5
 
 
+def test_a_file_of_an_artifact_is_not_temporary_whatever_its_name(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store")
+    run = Run(store, "r", tmp_path)
+    attempt, artifact = run.artifact("model", "w")
+    file = artifact.path() / ".tmp-a" / ".tmp-b"
+    file.parent.mkdir()
+    file.write_text("of the user")
+    os.utime(file, (1, 1))
+    run.commit("f[0]", artifact, attempt)
+    run.end()
+    collect(store, NOW)
+    assert file.exists()
+
+
 def test_a_lookup_that_began_before_the_marks_is_waited_for(store: Store, tmp_path: Path) -> None:
     """A driver has found an index entry and is slow to commit. gc marks what the entry leads to and must wait."""
     old, new = Run(store, "old", tmp_path), Run(store, "new", tmp_path)
