@@ -6,6 +6,7 @@ This module imports neither torch nor ray nor vllm, so that `recua --help` stays
 
 import difflib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Collection, Iterator, Sequence
@@ -13,7 +14,16 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 from pydantic.errors import PydanticUserError
 
 from infra.errors import ConfigError
@@ -29,22 +39,26 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class Settings(BaseModel):
-    """Frozen, unknown keys refused, field docstrings kept. A number is finite unless its field says
-    `allow_inf_nan=True`, fits 64 bits, and is never a truth value."""
+    """Frozen, unknown keys refused, field docstrings kept. A number fits 64 bits and is no truth value; it is finite
+    unless its field says `allow_inf_nan=True`, or has a default that is not."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
-    @field_validator("*", mode="before")
+    @field_validator("*", mode="wrap")
     @classmethod
-    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        kinds = set(_members(cls.model_fields[info.field_name or ""].annotation))
+    def _numbers(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, float) and not math.isfinite(value) and repr(value) == repr(field.default):
+            return value
+        kinds = set(_members(field.annotation))
         if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
             raise ValueError(f"must be a number, not {json.dumps(value)}")
-        if type(value) is int and not -(1 << 63) <= value < 1 << 63:
+        checked = check(value)
+        if type(checked) is int and not -(1 << 63) <= checked < 1 << 63:
             raise ValueError("does not fit 64 bits")
-        return value
+        return checked
 
 
 S = TypeVar("S", bound=Settings)
@@ -106,7 +120,7 @@ def parse_tree(text: str, source: str) -> dict[str, Any]:
     """A recipe's text as a tree, not validated; errors call it `source`."""
     try:
         return tomllib.loads(text.removeprefix("\ufeff"))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and brackets without end
         raise ConfigError(f"recipe {source}: not valid TOML: {error}") from None
 
 
@@ -190,7 +204,7 @@ def _toml(text: str) -> Any:
         return text == "True"
     try:
         tree = tomllib.loads(f"v = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return tree["v"] if len(tree) == 1 else text
 

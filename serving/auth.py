@@ -33,7 +33,7 @@ def read_tokens(settings: ServingSettings) -> list[str]:
     tokens: list[str] = []
     if settings.auth_token_file:
         try:
-            lines = Path(settings.auth_token_file).expanduser().read_text().splitlines()
+            lines = Path(settings.auth_token_file).expanduser().read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"serving.auth_token_file: cannot read {settings.auth_token_file}: {error}") from None
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]

@@ -4,6 +4,7 @@ Only click is imported here; every command imports what it needs when it is call
 Exit codes: 0 done, 1 a step (or the platform or the store) failed, 2 something for the user to change, 130 interrupted.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -65,6 +66,14 @@ def main_group() -> None:
     Runs are kept where --store or RECUA_STORE says (a folder or s3://bucket/prefix), else in the store of the service
     that `recua up` started, else in ~/.recua/store.
     """
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range, and no NaN."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        return number if math.isfinite(number) else self.fail(f"{value} is no finite number.", param, ctx)
 
 
 def store_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,7 +146,7 @@ def resume(
         service_commands.resume(run_id, store, service, token_file)
         return
     settings = _settings(store=store, ray_address=address)
-    launch.resume(_open(settings), run_id, settings, Path(reports))
+    launch.resume(_open(settings), run_id, settings, _folder(reports, "--reports"))
 
 
 @main_group.command()
@@ -204,9 +213,16 @@ def cancel(run_id: str, store: str | None) -> None:
 @main_group.command(epilog=GC_EXAMPLES)
 @store_option
 @click.option("--keep-runs", type=click.IntRange(min=0), metavar="N", help="Remove ended runs but the newest N.")
-@click.option("--keep-days", type=click.FloatRange(min=0), metavar="D", help="Remove runs that ended over D days ago.")
+@click.option("--keep-days", type=FiniteRange(min=0), metavar="D", help="Remove runs that ended over D days ago.")
 @click.option("--run", "runs", multiple=True, metavar="RUN", help="Remove this run; repeatable.")
-@click.option("--grace", "grace_s", default=3600.0, metavar="SECONDS", help="From mark to deletion  [default: 3600].")
+@click.option(
+    "--grace",
+    "grace_s",
+    type=FiniteRange(min=0),
+    default=3600.0,
+    metavar="SECONDS",
+    help="From mark to deletion  [default: 3600].",
+)
 @click.option("--yes", is_flag=True, help="Do it; without it only a plan is shown.")
 @click.option("--dry-run", is_flag=True, help="Show the plan (the default).")
 @click.option("--explain", "digest", metavar="DIGEST", help="Say who needs the artifact with this digest.")
@@ -310,7 +326,7 @@ def export(run_id: str, store: str | None, out: Path | None, only_results: bool,
     from infra.machine import show_size
     from workflows.bundle import export_run
 
-    target = out or Path(f"{run_id}.tar")
+    target = _folder(out or f"{run_id}.tar", "--out")
     size = export_run(_open(_settings(store=store)), run_id, target, not no_logs, only_results)
     click.echo(f"wrote {target} ({show_size(size)}); elsewhere: recua import {target} --store STORE")
 
@@ -340,9 +356,10 @@ def report(run_id: str, store: str | None, output: str) -> None:
     from workflows import report as reports
     from workflows.runs import load_run
 
+    folder = _folder(output, "--output")
     opened = _open(_settings(store=store))
     record = reports.read_run(opened, load_run(opened, run_id))
-    page = reports.write(record, Path(output) / run_id)
+    page = reports.write(record, folder / run_id)
     for line in reports.table_lines(reports.summarise(record)):
         click.echo(line)
     click.echo(f"report: {page.absolute()}")
@@ -405,8 +422,8 @@ def serve(
 @click.option("--token-file", type=click.Path(path_type=Path), help="File whose first line is the bearer token.")
 @click.option("--tls-ca", type=click.Path(path_type=Path), help="PEM file of the authority that signed the endpoint.")
 @click.option("--system", default="", help="System instruction.")
-@click.option("--max-tokens", type=int, help="Longest answer.")
-@click.option("--temperature", type=float, help="0 is greedy.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer.")
+@click.option("--temperature", type=FiniteRange(min=0), help="0 is greedy.")
 def chat(
     address: str,
     token_file: Path | None,
@@ -418,7 +435,7 @@ def chat(
     """Talk to a served model over gRPC at ADDRESS [default: 127.0.0.1:50051]. /new forgets, /exit ends."""
     from serving.console import chat_loop
 
-    token = None if token_file is None else _read(token_file, "--token-file").decode().split("\n")[0].strip()
+    token = None if token_file is None else _read(token_file, "--token-file").decode("utf-8-sig").split("\n")[0].strip()
     authority = None if tls_ca is None else _read(tls_ca, "--tls-ca")
     chat_loop(address, token, authority, system, max_tokens, temperature, say=_say)
 
@@ -436,8 +453,17 @@ def run_script(file: str) -> None:
     """`python workflows/x.py ...` is `recua run workflows/x.py ...`. Call it under `if __name__ == "__main__":`.
 
     `file`: `__file__`, or f"{__file__}:NAME" where the file has several workflows.
+
+    Raises:
+        UserError: the file is being imported.
     """
-    path = Path(file)
+    path, caller = Path(file), sys._getframe(1)
+    if caller.f_code.co_name == "<module>" and caller.f_globals["__name__"] != "__main__":
+        from infra.errors import UserError
+
+        raise UserError(
+            f'workflow {path}: write `if __name__ == "__main__":` above run_script, workers import the file'
+        )
     command = click.Command(
         path.name,
         params=run.params[1:],
@@ -470,6 +496,7 @@ def _run(
         options = {"store": store, "run_id": run_id, "new": new, "rerun": list(rerun)}
         service_commands.detach(file, recipe, overrides, service, token_file, **options)
         return
+    folder = _folder(reports, "--reports")
     settings = _settings(store=store, run_id=run_id, new=new, rerun=rerun, ray_address=address)
     prepared = launch.prepare(file, recipe, overrides)
     if only_plan:
@@ -478,7 +505,7 @@ def _run(
 
         show_plan(plan(prepared.workflow, *prepared.args, settings=settings, **prepared.kwargs))
         return
-    launch.run(prepared, settings, Path(reports))
+    launch.run(prepared, settings, folder)
 
 
 def guarded(command: Callable[[], Any]) -> int:
@@ -540,6 +567,17 @@ def _open(settings: "RunSettings") -> "Store":
     from infra.storage import open_store
 
     return open_store(settings.store)
+
+
+def _folder(path: str | Path, option: str) -> Path:
+    """A path on this machine. Raises ConfigError where it is a store's URL."""
+    from infra.errors import ConfigError
+    from infra.storage import parse_store
+
+    scheme, local = parse_store(str(path), option)
+    if scheme != "file":
+        raise ConfigError(f"{option} {path}: name a path on this machine; --store is what may be on S3")
+    return Path(local)
 
 
 def _read(path: Path, option: str) -> bytes:

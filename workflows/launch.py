@@ -11,6 +11,7 @@ A workflow file has a @workflow function; where it has several, FILE:NAME names 
     def on_finish(result): ...      called with the RunResult of a finished run, before its report is written
 """
 
+import inspect
 import os
 import sys
 import traceback
@@ -88,7 +89,7 @@ def load_workflow_file(file: Path) -> ModuleType:
     try:
         module = import_name(name)
     except SyntaxError as error:
-        raise UserError(f"workflow {file}: {error.filename}:{error.lineno}: {error.msg}") from error
+        raise UserError(f"workflow {file}: {error.filename or file}:{error.lineno or 1}: {error.msg}") from error
     except ImportError as error:
         clashes = [path for path in _neighbours(root) if path.stem == str(error.name).partition(".")[0]]
         raise UserError(f"workflow {file}: {error}" + "".join(f"; {_clash(path)}" for path in clashes)) from error
@@ -122,7 +123,15 @@ def with_recipe(target: Path, read: Callable[[], dict[str, Any]], source: str, o
     schema = getattr(module, "RECIPE", None)
     if schema is None:
         return Launch(module, workflow, *arguments_of(workflow, read(), source, overrides))
-    assert isinstance(schema, type) and issubclass(schema, Settings), "RECIPE must be a class of settings"
+    if not (isinstance(schema, type) and issubclass(schema, Settings)):
+        raise UserError(f"workflow {file}: RECIPE must be a class derived from infra.config.Settings")
+    try:
+        inspect.signature(workflow.fn).bind(schema)
+    except TypeError as error:
+        name = workflow.short_name
+        raise UserError(
+            f"workflow {file}: RECIPE is set, so {name} must take the recipe and no more: {error}"
+        ) from None
     return Launch(module, workflow, (build(read(), schema, source, overrides),), {})
 
 
@@ -132,11 +141,8 @@ def find_workflow(module: ModuleType, file: Path, name: str | None = None) -> Wo
     Raises:
         UserError: there is none, or there are several and none is named.
     """
-    found = {
-        value.short_name: value
-        for value in vars(module).values()
-        if isinstance(value, Workflow) and value.fn.__module__ == module.__name__
-    }
+    known = {value.short_name: value for value in vars(module).values() if isinstance(value, Workflow)}
+    found = {key: value for key, value in known.items() if value.fn.__module__ == module.__name__}
     names = ", ".join(found) or "none"
     if name in found:
         return found[name]
@@ -144,6 +150,8 @@ def find_workflow(module: ModuleType, file: Path, name: str | None = None) -> Wo
         raise UserError(f"workflow {file}:{name}: the file defines no @workflow function of that name; it has {names}")
     if len(found) != 1:
         hint = f"; name one: {file}:{next(iter(found))}" if found else ""
+        if imported := [f"{key} of {value.fn.__module__}" for key, value in known.items() if not found]:
+            hint = f"; it imports {', '.join(imported)}: run the file that defines it"
         raise UserError(f"workflow {file}: expected one @workflow function, found {names}{hint}")
     return next(iter(found.values()))
 

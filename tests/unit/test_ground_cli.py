@@ -137,6 +137,8 @@ def test_commands_and_examples(recua: Recua) -> None:
         (["--recipe", "broken.toml"], "recipe broken.toml: not valid TOML"),
         (["--recipe", "wrong.toml"], "wrong.toml: unknown setting dpo.betta; did you mean dpo.beta?"),
         (["--store", "ftp://host/x"], "--store ftp://host/x: unknown scheme ftp://"),
+        (["--reports", "s3://bucket/x"], "--reports s3://bucket/x: name a path on this machine"),
+        (["--reports", "s3:/bucket/x"], "--reports s3:/bucket/x: a folder by that name would be made"),
         (["--store", ""], "--store is empty: name a folder or s3://bucket/prefix"),
         (["--store", "s3:/bucket/runs"], "--store s3:/bucket/runs: a folder by that name would be made; write it as s3://"),
         (["--run", "a/b"], "run id 'a/b': use letters"),
@@ -169,6 +171,14 @@ def test_an_unreachable_store_is_refused(flow: Path, recua: Recua, tmp_path: Pat
     assert code != 0 and f"--store {tmp_path}/file/store: cannot use" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "option", ["--grace=nan", "--grace=-1", "--keep-days=inf", "--keep-days=nan", "--keep-runs=-1"]
+)
+def test_numbers_of_options_are_in_their_range(recua: Recua, home: Path, option: str) -> None:
+    code, out, err = recua("gc", option)
+    assert code == 2 and not out and option.partition("=")[0] in err
+
+
 def test_unknown_command_option_and_missing_argument(recua: Recua) -> None:
     assert recua("rum")[0] == 2
     assert recua("run")[0] == 2
@@ -187,6 +197,23 @@ def test_unknown_command_option_and_missing_argument(recua: Recua) -> None:
         ),
         ("from workflows import stepp\n", "cannot import name 'stepp' from 'workflows'"),
         ("def f(:\n", ".py:1: invalid syntax"),
+        ("x = 1\0\n", ".py:1: source code string cannot contain null bytes"),
+        (
+            "from workflows.llama3_pretrain import llama3_pretrain\n",
+            "found none; it imports llama3_pretrain of workflows",
+        ),
+        (
+            "from workflows import workflow\nRECIPE = 3\n@workflow\ndef a(): ...\n",
+            "RECIPE must be a class derived from",
+        ),
+        (
+            "from workflows import Settings, workflow\nRECIPE = Settings\n@workflow\ndef a(): ...\n",
+            "RECIPE is set, so a must take the recipe and no more: too many positional arguments",
+        ),
+        (
+            "from workflows import run_script\nrun_script(__file__)\n",
+            'write `if __name__ == "__main__":` above run_script',
+        ),
     ],
 )
 def test_files_that_are_no_workflow(flow: Path, recua: Recua, content: str | None, message: str) -> None:

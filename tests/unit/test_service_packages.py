@@ -6,12 +6,14 @@ import os
 import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from infra.errors import ConfigError, UserError
 from infra.storage import open_store
 from workflows.service import packages
+from workflows.service.submit import submit
 
 
 def make(root: Path, *names: str) -> None:
@@ -118,3 +120,27 @@ def test_service_package_is_checked_when_it_arrives(root: Path, tmp_path: Path) 
         with pytest.raises(UserError, match=message):
             packages.unpack(bad, tmp_path / "unpacked", limit)
     assert not (tmp_path / "unpacked").exists() and not (tmp_path / "x.py").exists()
+
+
+def test_a_workflow_of_several_is_submitted_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Client:
+        """The service, as far as a submission goes."""
+
+        def get(self, path: str) -> dict[str, str]:
+            return {"store": str(tmp_path / "store")}
+
+        def send_package(self, file: Path, sha256: str) -> None: ...
+
+        def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+            return body
+
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "flows" / "a.b.py").write_text("")
+    (tmp_path / "r.toml").write_bytes("\ufeffx = 1".encode())
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {"store": None, "run_id": None}
+    for target in ("flows/a.b.py", "flows/a.b.py:outer"):
+        body = submit(Client(), Path(target), "r.toml", (), **given)  # type: ignore[arg-type]
+        assert body["workflow_file"] == target and body["recipe"] == "x = 1"
+    with pytest.raises(UserError, match=r"workflow flows/c\.py: no such Python file"):
+        submit(Client(), Path("flows/c.py:outer"), None, (), **given)  # type: ignore[arg-type]

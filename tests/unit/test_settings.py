@@ -115,6 +115,31 @@ def test_what_its_type_cannot_have_is_refused_by_name(override: str, named: str)
     assert str(refused.value).startswith(named) and "\n" not in str(refused.value)
 
 
+class Patient(Settings):
+    """Where infinity is meant."""
+
+    wait_s: float = math.inf
+    worst: float = Field(default=0.0, allow_inf_nan=True)
+
+
+def test_infinity_is_taken_where_it_is_meant() -> None:
+    assert Patient().wait_s == math.inf == load(None, Patient, ["wait_s=inf"]).wait_s
+    assert load(None, Patient, ["worst=-inf", "wait_s=3"]) == Patient(wait_s=3, worst=-math.inf)
+    for override in ("wait_s=-inf", "wait_s=nan"):
+        with pytest.raises(ConfigError, match=r"^--set: wait_s: Input should be a finite number"):
+            load(None, Patient, [override])
+
+
+def test_numbers_of_thousands_of_digits_are_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("count = " + "9" * 5000)
+    for recipe, override in ((tmp_path / "r.toml", "text=a"), (None, "count=" + "9" * 5000)):
+        with pytest.raises(ConfigError) as refused:
+            load(recipe, Kinds, [override])
+        assert str(refused.value).count("\n") == 0 and len(str(refused.value)) < 300
+    with pytest.raises(ConfigError, match="count: does not fit 64 bits"):
+        load(None, Kinds, [f"count='{2**64}'"])
+
+
 def test_keys_in_quotes_may_hold_anything() -> None:
     assert split_override('a."b.c"=1') == (["a", "b.c"], "1")
     assert split_override("'x=y'.b=c=d") == (["x=y", "b"], "c=d")
@@ -166,7 +191,8 @@ EVERY = dict.fromkeys(each for root in (Recipe, PretrainRecipe, RunSettings) for
 def test_no_number_of_any_section_takes_what_is_no_number(section: type[Settings]) -> None:
     fields = {name: numbers(field.annotation) for name, field in section.model_fields.items()}
     for name, kinds in fields.items():
-        for value in (math.nan, math.inf, -math.inf, True, 2**64, -(2**64)) if kinds else ():
+        beyond = (2**64, -(2**64), str(2**64)) if kinds == {int} else (10**400,)
+        for value in (math.nan, math.inf, -math.inf, True, *beyond) if kinds else ():
             with pytest.raises(ConfigError, match=rf"(^|\n)recipe: {name}: "):
                 load_fields(section, {name: value})
         if name.endswith(("_s", "timeout", "epochs")) and kinds:

@@ -34,7 +34,13 @@ def token_option(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Where runs are kept  [default: where a service that was lost kept them, else ~/.recua/store].",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Interface that the service listens on.")
-@click.option("--port", default=8266, show_default=True, help="Port of the service.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8266,
+    show_default=True,
+    help="Port of the service; 0: any free one.",
+)
 @click.option("--no-auth", is_flag=True, help="Ask for no token; on this machine only.")
 @click.option("--allow-host", multiple=True, metavar="NAME", help="A name that clients call it by; repeatable.")
 @token_option

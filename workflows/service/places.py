@@ -71,7 +71,7 @@ def read_token(token_file: str | Path | None) -> str | None:
     """
     if token_file is not None:
         try:
-            token = Path(token_file).expanduser().read_text().strip()
+            token = Path(token_file).expanduser().read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--token-file {token_file}: {getattr(error, 'strerror', None) or error}") from None
         if not token:
