@@ -124,7 +124,7 @@ def test_service_refuses_what_run_refuses_in_the_same_words(service: Service) ->
         ({"workflow_file": "lib.py"}, "expected one @workflow function, found none"),
         ({"workflow_file": "flow.py:other"}, "the file defines no @workflow function of that name; it has toy"),
         ({"workflow_file": "flow.py:toy", "overrides": ["deadly=x"]}, "--set: deadly: Input should be a valid integer"),
-        ({"recipe": {"folder": 1.1}}, "recipe: folder: Input should be a valid string; write it in quotes"),
+        ({"recipe": {"deadly": "x"}}, "recipe: deadly: Input should be a valid integer"),
         ({"run_id": "a/b"}, "use letters, digits, dot, dash and underscore"),
         ({"package": "0" * 64}, "package 000000000000 is not in the store"),
     ]
