@@ -155,6 +155,9 @@ class PretrainRank:
         """Connect to where ranks meet, which can take seconds. The controller may be gone by now: the order that comes
         from the next one says where its own is."""
         try:
+            if (missing := self.elastic.rendezvous.missing_way()) is not None:
+                log.warning("worker %s: no connection to %s", self.name, missing)
+                return
             self.elastic.rendezvous.store()
         except RuntimeError as error:
             log.warning("worker %s: %s", self.name, error)

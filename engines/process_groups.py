@@ -23,7 +23,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -91,6 +91,15 @@ class Rendezvous:
             self._store = store
         return self._store
 
+    def missing_way(self, given_up: Callable[[], bool] = lambda: False) -> str | None:
+        """Why it cannot be reached, e.g. "10.0.0.4:38211, where ranks meet: no answer"; None where it can. torch would
+        try in silence until its timeout. `given_up`: see `unreachable`."""
+        place = self.address.host, self.address.port
+        if self._hosts or self._store is not None:
+            return None
+        why = unreachable([place], MEET_S, given_up).get(place)
+        return None if why is None else f"{place[0]}:{place[1]}, where ranks meet: {why}"
+
     def cut(self) -> None:
         """Wake a thread of this process that waits for a key; callable from any thread."""
         for entry in self._connections:
@@ -154,6 +163,11 @@ class ProcessGroups:
         with self.naming_lost_peers(forming=True):
             meeting = self._rendezvous
             reached()
+            missing = None
+            if self.address is not None and self.world_size > 1 and isinstance(meeting, Rendezvous):
+                missing = meeting.missing_way(lambda: self._aborted)
+            if missing is not None and not self._aborted:
+                raise PeersUnreachable([(self.rank, self.rank)], [f"{self.address} to {missing}"])
             shared = meeting.store() if isinstance(meeting, Rendezvous) else meeting
             if self._aborted:  # while it connected, when nobody could wake it
                 if isinstance(meeting, Rendezvous):
@@ -161,7 +175,8 @@ class ProcessGroups:
                 raise NodeLost(f"{self} was aborted while it was formed")
             store = dist.PrefixStore(f"generation-{self.generation}", shared)
             if self.address is not None:
-                meet_peers(store, self.rank, self.world_size, self.address, use_sockets_at(self.address))
+                place = use_sockets_at(self.address)
+                meet_peers(store, self.rank, self.world_size, self.address, place, lambda: self._aborted)
             self._init_default(store)
             reached()
             built = build()
@@ -285,14 +300,21 @@ class ProcessGroups:
         }
 
 
-def meet_peers(store: dist.Store, rank: int, world_size: int, machine: str, address: str) -> None:
+def meet_peers(
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    machine: str,
+    address: str,
+    given_up: Callable[[], bool] = lambda: False,
+) -> None:
     """(collective) Try the ways between all machines of a group, as gloo will use them: it would only say that somebody
     did not come.
 
     Of the ranks on one machine the first one tries. Nothing is tried where all are on one.
 
     Args:
-        machine: its address in Ray. address: that on which gloo listens there.
+        machine: its address in Ray. address: that on which gloo listens there. given_up: see `unreachable`.
 
     Raises:
         PeersUnreachable: on every rank, with all the ways that there are not.
@@ -305,20 +327,28 @@ def meet_peers(store: dist.Store, rank: int, world_size: int, machine: str, addr
         first = {name: (other, host, port) for name, other, host, port in reversed(doors)}
         if len(first) == 1:
             return
-        missing: list[tuple[int, int, str]] = []
-        if first[machine][0] == rank:
-            others = {name: found for name, found in first.items() if name != machine}
-            failed = unreachable({(host, port) for _, host, port in others.values() if not is_loopback(host)}, MEET_S)
-            failed |= {(host, port): "that is loopback" for _, host, port in others.values() if is_loopback(host)}
-            for name, (other, host, port) in others.items():
-                if (why := failed.get((host, port))) is not None:
-                    where = name if host == name else f"{name} (at {host})"
-                    missing.append((rank, other, f"{machine} to {where}: {why}"))
+        others = {name: found for name, found in first.items() if name != machine}
+        missing = _ways_missing(machine, rank, others, given_up) if first[machine][0] == rank else []
         store.set(f"missing/{rank}", json.dumps(missing))
         answers = store.multi_get([f"missing/{other}" for other in sorted(found[0] for found in first.values())])
     ways = [way for answer in answers for way in json.loads(answer)]
     if ways:
         raise PeersUnreachable([(one, other) for one, other, _ in ways], [text for _, _, text in ways])
+
+
+def _ways_missing(
+    machine: str, rank: int, others: Mapping[str, tuple[int, str, int]], given_up: Callable[[], bool]
+) -> list[tuple[int, int, str]]:
+    """From this rank to `others`, (first rank there, host, port) by machine: (this rank, that one, in words)."""
+    places = {(host, port) for _, host, port in others.values()}
+    failed = {place: "that is loopback" for place in places if is_loopback(place[0])}
+    failed |= unreachable(places - failed.keys(), MEET_S, given_up)
+    missing = []
+    for name, (other, host, port) in others.items():
+        if (why := failed.get((host, port))) is not None:
+            where = name if host == name else f"{name} (at {host})"
+            missing.append((rank, other, f"{machine} to {where}: {why}"))
+    return missing
 
 
 def forget_meshes() -> None:

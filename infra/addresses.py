@@ -12,14 +12,14 @@ import os
 import selectors
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import psutil
 
 from infra.errors import ConfigError
 
 GLOO, NCCL, VLLM = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "VLLM_HOST_IP"
-AGAIN_S = 0.2
+AGAIN_S, LOOK_S = 0.1, 0.05
 Place = tuple[str, int]
 """Address and port."""
 Interfaces = Mapping[str, tuple[str, ...]]
@@ -98,20 +98,23 @@ def listen(address: str, backlog: int = 128) -> socket.socket:
     return socket.create_server((address, 0), family=family, backlog=backlog)
 
 
-def unreachable(places: Iterable[Place], timeout_s: float) -> dict[Place, str]:
+def unreachable(
+    places: Iterable[Place], timeout_s: float, given_up: Callable[[], bool] = lambda: False
+) -> dict[Place, str]:
     """Which of these take no connection within `timeout_s`, asked all at once, and why not.
 
-    One that refuses is asked again until then: a link may just be coming back.
+    One that refuses is asked again until then: a link may just be coming back. `given_up`: the answer is not wanted any
+    more; asked many times a second.
     """
     deadline = time.monotonic() + timeout_s
-    failed = _connect(places, deadline)
-    while failed and time.monotonic() + AGAIN_S < deadline:
+    failed = _connect(places, deadline, given_up)
+    while failed and time.monotonic() + AGAIN_S < deadline and not given_up():
         time.sleep(AGAIN_S)
-        failed = _connect(failed, deadline)
+        failed = _connect(failed, deadline, given_up)
     return failed
 
 
-def _connect(places: Iterable[Place], deadline: float) -> dict[Place, str]:
+def _connect(places: Iterable[Place], deadline: float, given_up: Callable[[], bool]) -> dict[Place, str]:
     """Those that did not, and why; returns when all have answered, or at the deadline."""
     failed: dict[Place, str] = {}
     with contextlib.ExitStack() as opened, selectors.DefaultSelector() as selector:
@@ -125,8 +128,8 @@ def _connect(places: Iterable[Place], deadline: float) -> dict[Place, str]:
                 selector.register(connection, selectors.EVENT_WRITE, place)
             else:
                 failed[place] = os.strerror(code)
-        while selector.get_map() and (left := deadline - time.monotonic()) > 0:
-            for entry, _ in selector.select(left):
+        while selector.get_map() and (left := deadline - time.monotonic()) > 0 and not given_up():
+            for entry, _ in selector.select(min(left, LOOK_S)):
                 assert isinstance(entry.fileobj, socket.socket)
                 selector.unregister(entry.fileobj)
                 code = entry.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)

@@ -102,10 +102,10 @@ class Host(Machine):
     def find_way_to(self, other: "Host") -> None:
         self.run("ip", "neighbour", "del", other.address, "dev", "eth0")
 
-    def start_ray(self, head: "Host | None" = None, **environment: str) -> None:
+    def start_ray(self, head: "Host | None" = None, cpus: int = 1, **environment: str) -> None:
         """A raylet of this host; without a `head` a cluster begins here. It ends with the host."""
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={self.address}"]
-        ray += ["--disable-usage-stats", "--object-store-memory=80000000", "--num-cpus=1", "--num-gpus=0"]
+        ray += ["--disable-usage-stats", "--object-store-memory=80000000", f"--num-cpus={cpus}", "--num-gpus=0"]
         ray += [f"--address={head.ray}"] if head else ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"]
         self.run(*ray, env={**self.environment, **environment})
 

@@ -15,11 +15,12 @@ LONGEST_S = 1800.0
 
 def stand_aside(ways: Collection[tuple[str, str]], nodes: Sequence[str]) -> tuple[str, ...]:
     """Nodes without which all others reach each other: one after the other that with the most broken `ways` (from node,
-    to node); of several the last of `nodes`, which are in the order of their ranks.
+    to node); of several the last of `nodes`, which are in the order of their ranks. A way from a node to itself is one
+    to where all meet.
 
     Example: b reaches neither a nor c: stand_aside([("b", "a"), ("c", "b")], "abc") is ("b",).
     """
-    broken = {frozenset(way) for way in ways if way[0] != way[1]}
+    broken = {frozenset(way) for way in ways}
     out = []
     while broken:
         count = Counter(node for way in broken for node in way)

@@ -164,3 +164,20 @@ def test_hosts_that_cannot_reach_each_other_are_named_with_the_setting_before_tr
         assert "GLOO_SOCKET_IFNAME" in story and "quarantine" not in story
         first = next(event for event in training.said("event") if "no connection" in str(event))
         assert first["event"] == "detected" and first["generation"] == 1
+
+
+@pytest.mark.long
+def test_pools_and_an_endpoint_over_two_hosts_do_what_they_do_on_one(tmp_path: Path) -> None:
+    """Driven from the host that is not the head, where nothing listens on loopback."""
+    (tmp_path / "hosts").mkdir()
+    with hosts(2, tmp_path / "hosts") as (head, other):
+        head.start_ray()
+        other.start_ray(head)
+        order = json.dumps({"address": head.ray, "folder": str(tmp_path)})
+        program = str(REPOSITORY / "tests/ray/hosts_program.py")
+        other.run(sys.executable, program, order, env=other.environment, timeout=1500)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["together"]["nodes"], found["apart"]["nodes"]) == (1, 2)
+    assert found["together"]["losses"] == found["apart"]["losses"]
+    assert found["answers"][0] == found["answers"][1]
+    assert found["served"]["grpc"] and found["served"]["openai"], found["served"]

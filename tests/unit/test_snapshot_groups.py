@@ -213,6 +213,17 @@ def test_machines_that_listen_on_loopback_are_told_so() -> None:
                 met.result(DEADLINE)
 
 
+def test_a_rank_without_a_way_to_where_all_meet_says_so_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_groups, "MEET_S", 0.1)
+    with listen("127.0.0.1") as closed:
+        port = closed.getsockname()[1]
+    groups = ProcessGroups(7, 1, 2, Rendezvous(StoreAddress("127.0.0.1", port)), address="127.0.0.1")
+    with pytest.raises(PeersUnreachable, match=f"127.0.0.1 to 127.0.0.1:{port}, where ranks meet: Conn") as caught:
+        groups.form(lambda: None)
+    assert caught.value.ways == ((1, 1),)
+    groups.leave()
+
+
 def test_groups_are_formed_over_the_interface_of_the_address_given() -> None:
     """Whatever the host's name resolves to."""
     _host, address = host_store()
