@@ -1,6 +1,7 @@
 """Code packages: what goes in, what never does, and what the service accepts."""
 
 import asyncio
+import errno
 import hashlib
 import os
 import zipfile
@@ -19,7 +20,7 @@ from workflows.service.submit import submit
 def make(root: Path, *names: str) -> None:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(f"content of {name}")
+        (root / name).write_bytes(os.fsencode(f"content of {name}"))
 
 
 def names(package: packages.Package) -> set[str]:
@@ -54,6 +55,40 @@ def test_service_package_leaves_out_what_git_ignores_and_what_is_secret(root: Pa
     packages.unpack(package.file, tmp_path / "out")
     assert (tmp_path / "out/alias.py").read_text() == "content of flow.py"
     assert os.access(tmp_path / "out/lib/run.sh", os.X_OK) and not os.access(tmp_path / "out/flow.py", os.X_OK)
+
+
+def test_service_package_leaves_out_and_names_what_it_cannot_hold(root: Path, tmp_path: Path) -> None:
+    bad = os.fsdecode(b"caf\xe9")
+    make(root, "flow.py", f"{bad}.txt", f"{bad}/in.txt", "a\\b.txt", "a\nb.txt", "\u00e9.txt", "e\u0301.txt")
+    os.symlink("loop", root / "loop")
+    os.symlink("nothing", root / "nowhere")
+    os.mkfifo(root / "fifo")
+    package = packages.build(root, tmp_path / "p.zip")
+    assert set(package.left_out) == {f"{bad}.txt", f"{bad}/in.txt", "a\\b.txt", "loop", "nowhere"}
+    packages.unpack(package.file, tmp_path / "out")
+    assert set(os.listdir(tmp_path / "out")) == {"flow.py", "a\nb.txt", "\u00e9.txt", "e\u0301.txt"}
+
+
+def test_service_package_heeds_ignores_of_any_encoding(root: Path, tmp_path: Path) -> None:
+    make(root, "flow.py", "private.txt", os.fsdecode(b"caf\xe9.txt"))
+    (root / ".gitignore").write_bytes(b"\xef\xbb\xbfprivate.txt\ncaf\xe9.txt\n")
+    package = packages.build(root, tmp_path / "p.zip")
+    assert names(package) == {".gitignore", "flow.py"} and package.left_out == ()
+
+
+def test_service_package_names_what_cannot_be_read(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(root, "flow.py", "secret.txt")
+    read = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.name == "secret.txt":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ConfigError, match=r"cannot package .*secret\.txt: Permission denied; mend that, or exclude it"):
+        packages.build(root, tmp_path / "p.zip")
+    assert not (tmp_path / "p.zip").exists()
 
 
 def test_service_package_of_equal_folders_has_one_name(root: Path, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def detach(
     **given: Any,
 ) -> None:
     """`recua run --detach`."""
-    from workflows.service import places
+    from workflows.service import packages, places
     from workflows.service.client import Client
     from workflows.service.submit import submit
 
@@ -104,7 +104,10 @@ def detach(
     answer = submit(client, file, recipe, overrides, **given)
     run_id, package = answer["run_id"], answer["package"]
     for name in package.left_out:
-        click.echo(f"note: {name} is a link that leaves the working folder; it was not sent", err=True)
+        why = (
+            "a link to a folder or to nowhere" if packages.fits(name) else "no name that a package can hold: rename it"
+        )
+        click.echo(f"note: {name!r} was not sent: it is {why}", err=True)
     if answer["status"] == "finished":
         click.echo(f"run {run_id} has finished already; nothing ran (--new starts another)")
     elif answer["status"] == "running":

@@ -5,7 +5,9 @@ caches, credentials), virtual environments, reports, the store, and whatever loo
 equal bytes.
 """
 
+import codecs
 import contextlib
+import errno
 import fnmatch
 import hashlib
 import os
@@ -38,7 +40,8 @@ MADE_AT = (1980, 1, 1, 0, 0, 0)
 
 @dataclass(frozen=True)
 class Package:
-    """A zip file. `left_out`: links to folders, and links that lead nowhere, relative to the working folder."""
+    """A zip file. `left_out`, relative to the working folder: links to folders, links that lead nowhere, and names that
+    no package can hold (no UTF-8, or a backslash in it)."""
 
     sha256: str
     file: Path
@@ -64,8 +67,19 @@ def build(root: Path, target: Path, limit: int = LIMIT, without: Collection[Path
     """Write the package of `root` to `target`. `without`: folders that stay out (the store).
 
     Raises:
-        ConfigError: it is larger than `limit` bytes or has too many files; the largest folders are named.
+        ConfigError: it is larger than `limit` bytes or has too many files (the largest folders are named), or a file
+            cannot be read.
     """
+    try:
+        return _build(root, target, limit, without)
+    except OSError as error:
+        raise ConfigError(
+            f"working folder {root}: cannot package {error.filename or target}: {error.strerror or error}; mend that, "
+            "or exclude it in .gitignore"
+        ) from None
+
+
+def _build(root: Path, target: Path, limit: int, without: Collection[Path]) -> Package:
     left_out: list[str] = []
     chosen: list[tuple[str, Path]] = []
     sizes: Counter[str] = Counter()
@@ -166,9 +180,9 @@ def _walk(
     """Names of the files to package, relative to `root`."""
     from pathspec import GitIgnoreSpec
 
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        lines = (root / folder / ".gitignore").read_text().splitlines()
-        ignores = [*ignores, (folder, GitIgnoreSpec.from_lines(lines))]
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+        text = os.fsdecode((root / folder / ".gitignore").read_bytes().removeprefix(codecs.BOM_UTF8))
+        ignores = [*ignores, (folder, GitIgnoreSpec.from_lines(text.splitlines()))]
     for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
         name = f"{folder}/{entry.name}".lstrip("/")
         if entry.is_dir(follow_symlinks=False):
@@ -177,10 +191,27 @@ def _walk(
                 yield from _walk(root, name, ignores, left_out, without)
         elif any(fnmatch.fnmatch(entry.name, pattern) for pattern in NEVER_FILES) or _ignored(name, ignores):
             continue
-        elif entry.is_file():
-            yield name
+        elif _is_file(entry):
+            if fits(name):
+                yield name
+            else:
+                left_out.append(name)
         elif entry.is_symlink():
             left_out.append(name)
+
+
+def _is_file(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_file()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
+
+
+def fits(name: str) -> bool:
+    """Whether a zip file can hold a name, and whoever unpacks it takes it for the same one."""
+    return "\\" not in name and name.encode(errors="ignore").decode() == name
 
 
 def _never_folder(path: Path, parent: str) -> bool:

@@ -39,6 +39,8 @@ def submit(client: Client, target: Path, recipe: str | None, overrides: tuple[st
     root = packages.working_folder(file)
     with tempfile.TemporaryDirectory(prefix="recua-") as folder:
         package = packages.build(root, Path(folder) / "package.zip", without=[Path(store)])
+        if file.resolve().relative_to(root).as_posix() in package.left_out:
+            raise UserError(f"workflow {file}: a package cannot hold this name (no UTF-8, or a backslash); rename it")
         client.send_package(package.file, package.sha256)
     body = {
         "package": package.sha256,
