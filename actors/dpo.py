@@ -9,6 +9,7 @@ from actors.amounts import require_learnt, require_steps
 from actors.batches import Row, epoch_batches
 from actors.config import DpoSettings
 from actors.learners import Learners
+from actors.rejection import NO_PAIR
 from actors.sft import OnMetrics
 from infra.errors import DataError
 
@@ -25,10 +26,7 @@ def optimise_preferences(
     Metrics per step: loss, nll, accuracy, margin, chosen_reward, rejected_reward, grad_norm, lr.
     """
     if not pairs:
-        raise DataError(
-            "no preference pair: no prompt's answers differ in score by more than rejection.minimum_gap; raise "
-            "rejection.answers, rejection.prompts or rejection.temperature"
-        )
+        raise DataError(NO_PAIR)
     require_steps("dpo", settings.epochs, len(pairs), "pairs")
     ignored = tuple(format_ids) if settings.mask_format_tokens else ()
     plan = epoch_batches(len(pairs), settings.batch_size, settings.epochs, seed)

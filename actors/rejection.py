@@ -16,6 +16,11 @@ from algorithms.rejection import best_of_k, preference_pairs
 from data.tasks import prompt_messages
 from infra.errors import DataError
 
+NO_PAIR = (
+    "no preference pair: no prompt's answers differ in score by more than rejection.minimum_gap; raise "
+    "rejection.answers, rejection.prompts or rejection.temperature"
+)
+
 
 @dataclass(frozen=True)
 class Harvest:
@@ -27,7 +32,11 @@ class Harvest:
 
 
 def harvest(learners: Learners, groups: Sequence[Sequence[Answer]], settings: RejectionSettings) -> Harvest:
-    """Judge answers [P][K] with the reward models that the learners hold and the checkers."""
+    """Judge answers [P][K] with the reward models that the learners hold and the checkers.
+
+    Raises:
+        DataError: none is kept, or no pair comes of them; a setting of `rejection` to change.
+    """
     flat = [answer for group in groups for answer in group]
     scores = torch.tensor(judge(learners, flat, settings.verifier_weight).total).view(len(groups), -1)
     best_index = best_of_k(scores, settings.threshold).tolist()
@@ -38,6 +47,8 @@ def harvest(learners: Learners, groups: Sequence[Sequence[Answer]], settings: Re
             f"scores {float(scores.max()):.3g}): lower it"
         )
     chosen = preference_pairs(scores, settings.minimum_gap)
+    if not chosen:
+        raise DataError(NO_PAIR)
     checked = [answer.verdict for answer in flat if answer.verdict is not None]
     checked_best = [answer.verdict for answer in best if answer.verdict is not None]
     return Harvest(

@@ -70,6 +70,8 @@ def resolve_files(source: str | Path) -> list[Path]:
         DataError: as `find_files`; no such file in a folder; or a file of another kind that is no folder's.
     """
     files = find_files(source)
+    if is_saved_dataset(os.path.expanduser(source)):
+        raise DataError(f"{source}: this folder is a dataset that save_to_disk wrote; write {DATASETS}{source}")
     readable = [file for file in files if kind_of(file)[0]]
     others = [file for file in files if not kind_of(file)[0]]
     if not os.path.isdir(os.path.expanduser(source)):
@@ -84,6 +86,11 @@ def resolve_files(source: str | Path) -> list[Path]:
             _listed(":", others),
         )
     return once(readable)
+
+
+def is_saved_dataset(folder: str | Path) -> bool:
+    """Whether `save_to_disk` of the `datasets` library wrote the folder."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_info.json", "dataset_dict.json"))
 
 
 def parse_dataset(source: str) -> tuple[str, dict[str, str]]:

@@ -26,7 +26,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from data.files import DATASETS, kind_of, parse_dataset, resolve_files
+from data.files import DATASETS, is_saved_dataset, kind_of, parse_dataset, resolve_files
 from data.shapes import Row, Shape, check_row
 from infra.errors import DataError
 from infra.storage import appear
@@ -246,7 +246,7 @@ def _dataset(source: str) -> Iterable[Row]:
     import datasets
 
     name, options = parse_dataset(source)
-    if not any(Path(name, file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
+    if not is_saved_dataset(name):
         split = options.get("split", "train")
         return cast(Iterable[Row], datasets.load_dataset(name, options.get("name"), split=split))
     if "name" in options:

@@ -15,6 +15,7 @@ from actors.rejection import harvest
 from data.tasks import Problem
 from data.tasks.safety import REFUSAL
 from engines.chat import ChatTokenizer
+from infra.errors import DataError
 from models.tokenizer import train_bpe
 
 SUM = Problem("What is 2+3?", "5", "reasoning/addition")
@@ -52,6 +53,9 @@ def test_a_sampled_answer_and_a_written_one_are_the_same_row(tokenizer: ChatToke
     messages = [{"role": "user", "content": SUM.prompt}, {"role": "assistant", "content": "5"}]
     written = supervised_row(messages, SUM.task_type, tokenizer, "all")
     assert answer_row(answer(SUM, "5", tokenizer)) == written
+    unlearnt = [{**messages[1], "content": "6", "weight": 0}, messages[0]]
+    longer = supervised_row([messages[0], *unlearnt, messages[1]], SUM.task_type, tokenizer, "all")
+    assert sum(longer["mask"]) == sum(written["mask"]) and longer["length"] > written["length"]
     assert Answer.from_row(answer(SUM, "5", tokenizer).to_row()) == answer(SUM, "5", tokenizer)
 
 
@@ -103,3 +107,12 @@ def test_rejection_keeps_the_best_and_pairs_it_with_the_worst(tokenizer: ChatTok
     assert [row["messages"][1]["content"] for row in found.best] == ["5"]  # the second prompt has no answer above 0
     assert found.summary["kept"] == 1 and found.summary["best_accuracy"] == 1.0
     assert len(found.pairs) == 2  # both prompts have a best and a worst
+
+
+def test_rejection_that_leaves_nothing_to_learn_ends_there(tokenizer: ChatTokenizer) -> None:
+    alike = [[answer(SUM, "6", tokenizer), answer(SUM, "6", tokenizer)]] * 2
+    learners = ScoresByText(tokenizer, {HELPFULNESS: {}, SAFETY: {}})
+    with pytest.raises(DataError, match=r"rejection\.threshold = 9\.0 keeps none of 2 best answers"):
+        harvest(learners, alike, RejectionSettings(threshold=9.0))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"no preference pair: .* rejection\.minimum_gap"):
+        harvest(learners, alike, RejectionSettings())  # type: ignore[arg-type]

@@ -190,6 +190,8 @@ def test_a_dataset_without_the_split_names_those_that_it_has(tmp_path, monkeypat
     ):
         validate(f"datasets:{tmp_path / 'saved'}", "text")
     assert validate("datasets:~/saved?split=dev", "text").rows == 1
+    with pytest.raises(DataError, match=r"~/saved: this folder is a dataset .*; write datasets:~/saved"):
+        validate("~/saved", "text")
     with pytest.raises(DataError, match="no configurations; leave name= out"):
         validate("datasets:~/saved?split=dev&name=x", "text")
     (tmp_path / "loose").mkdir()
