@@ -115,6 +115,12 @@ def test_constant_and_linear():
     assert schedule.constant(0) == 1.0
     assert [schedule.linear(step, 5) for step in range(6)] == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0, 0.0])
     assert schedule.factor("linear", 2, 5) == schedule.linear(2, 5)
+
+
+def test_a_single_step_is_taken_at_the_peak():
+    for kind in ("linear", "cosine"):
+        assert [schedule.factor(kind, step, 1, floor=0.0) for step in range(3)] == [1.0, 0.0, 0.0]
+        assert [schedule.factor(kind, step, 2, warmup=2, floor=0.0) for step in range(3)] == [0.5, 1.0, 0.0]
     assert schedule.factor("cosine", 4, 5, floor=0.2) == pytest.approx(0.2)
     assert schedule.factor("constant", 4, 5) == 1.0
     with pytest.raises(ValueError, match="sqrt"):
