@@ -40,7 +40,7 @@ from workflows.futures import Future, Part, refuse_method
 from workflows.gangs import Gang, resolve_gang
 from workflows.names import canonical_name, load_name
 from workflows.step_context import StepContext, context
-from workflows.values import field_of, same_or
+from workflows.values import field_of, readable, same_or
 
 __all__ = [
     "Artifact",
@@ -91,8 +91,12 @@ class StepOptions:
         for setting in ("retries", "memory"):
             object.__setattr__(self, setting, _whole_number(setting, getattr(self, setting)))
         object.__setattr__(self, "timeout", _timeout(self.timeout))
+        if self.name is not None and not isinstance(self.name, str):
+            raise ConfigError(f"name={self.name!r}: must be text; of a Future, take its .result()")
         if self.name is not None and (not self.name or any(letter in self.name for letter in "/[]")):
             raise ConfigError(f"name={self.name!r}: must be non-empty and without / [ ]")
+        if self.name is not None and readable(self.name) != self.name:
+            raise ConfigError(f"name={self.name!r}: must be valid Unicode")
         if self.gang is not None:
             resolve_gang(self.gang, self.request)
 

@@ -13,6 +13,7 @@ from typing import Any
 import infra.errors as errors
 from infra.errors import RecuaError, StepError, StepTimeout, StoreError, SystemFault, UserError
 from infra.telemetry import shorten
+from workflows.values import readable
 
 Record = dict[str, Any]
 MESSAGE_LETTERS, TRACEBACK_LETTERS = 10_000, 100_000
@@ -99,7 +100,7 @@ def _raised_remotely(error: BaseException) -> BaseException | None:
 def _plain(text: str) -> str:
     """Without the colours that Ray puts into its errors, and with halves of surrogate pairs (a file name of other
     bytes) as escapes: everybody can write it."""
-    return re.sub("\x1b\\[[0-9;]*m", "", text).encode("utf-8", "backslashreplace").decode()
+    return readable(re.sub("\x1b\\[[0-9;]*m", "", text))
 
 
 def _kind(error: BaseException) -> str:

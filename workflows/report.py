@@ -98,7 +98,7 @@ def plain(tree: Any) -> Any:
         return Artifact.from_record(tree["$artifact"], None)
     if "$dataclass" in tree or "$settings" in tree or "$namedtuple" in tree:
         return plain({**tree["fields"], **tree.get("extra", {}), **tree.get("beside", {})})
-    for tag in ("$tuple", "$int", "$text"):
+    for tag in ("$tuple", "$text"):
         if tag in tree:
             return plain(tree[tag])
     if "$kind" in tree and "value" in tree:

@@ -2,10 +2,10 @@
 
 JSON values go as they are. What JSON lacks is an object whose first key starts with `$`: `{"$tuple": [...]}`,
 `{"$dataclass": "module:Name", "fields": {...}}`, `{"$settings": ...}`, `{"$namedtuple": ...}`, `{"$artifact": ...}`,
-`{"$path": ...}`, `{"$enum": ...}`, `{"$float": "nan"}`, `{"$dict": [[key, value], ...]}`; `{"$int": "0x..."}` has more
-digits than Python writes, `{"$text": ...}` is no valid Unicode (a file name of other bytes), and `{"$kind":
-"module:Name", "value": ...}` is an instance of a class derived from one of these (or numpy's). Never a pickle: a store
-can be read years later, and reading it runs nobody's code but the import of the named class (workflows.kinds).
+`{"$path": ...}`, `{"$enum": ...}`, `{"$float": "nan"}`, `{"$dict": [[key, value], ...]}`; `{"$text": ...}` is no valid
+Unicode (a file name of other bytes), and `{"$kind": "module:Name", "value": ...}` is an instance of a class derived
+from one of these (or numpy's). Never a pickle: a store can be read years later, and reading it runs nobody's code but
+the import of the named class (workflows.kinds).
 """
 
 import dataclasses
@@ -51,7 +51,9 @@ def _encode(value: Any, where: str, replace: Replace, room: int) -> Any:
     if value is None or kind is bool:
         return value
     if kind is int:
-        return value if abs(value) < LONGEST_INT else {"$int": hex(value)}
+        if abs(value) >= LONGEST_INT:
+            raise UserError(f"{where} has more than 4300 digits, which cannot be kept: make it text, as in hex(...)")
+        return value
     if kind is str:
         return value if _is_unicode(value) else {"$text": value.encode("unicode_escape").decode("ascii")}
     if kind is float:
@@ -150,6 +152,11 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+def readable(text: str) -> str:
+    """A text that can be written everywhere: what is no valid Unicode in it as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _start(where: str) -> str:
     """A long way to a value, by its beginning."""
     return where if len(where) <= 120 else f"{where[:120]}..."
@@ -189,8 +196,6 @@ def _decoded(tag: str, tree: dict[str, Any], source: ArtifactSource | None) -> A
             return {decode(key, source): decode(item, source) for key, item in held}
         case "$float":
             return float(held)
-        case "$int":
-            return int(held, 16)
         case "$text":
             return held.encode("ascii").decode("unicode_escape")
         case "$path":

@@ -29,7 +29,7 @@ from infra.errors import Denied, NonDeterminismError, StepTimeout, UserError
 from infra.storage import Store, default_store
 from workflows.graph import Future, Step, StepOptions
 from workflows.journal import JournalState, read_journal
-from workflows.values import brief, identity
+from workflows.values import brief, decode, identity, readable
 
 FORMAT = 1
 FOLDER_PERIOD_S = 0.2
@@ -95,10 +95,10 @@ def _question(message: str, show: Any) -> Any:
 def wait_record(call_id: str, step: str, options: StepOptions, arguments: Any, inputs: str) -> Record:
     """What the journal says of a wait; `deadline` in seconds since the epoch, or None."""
     now = time.time()
-    message, show = arguments["args"]
+    message, show = decode(arguments["args"][0]), arguments["args"][1]
     deadline = None if options.timeout is None else now + options.timeout
-    record = {"type": "wait", "call": call_id, "step": step, "message": message, "time": now, "deadline": deadline}
-    return {**record, "inputs": inputs, "show": brief(identity(show))}
+    record = {"type": "wait", "call": call_id, "step": step, "message": readable(str(message)), "time": now}
+    return {**record, "deadline": deadline, "inputs": inputs, "show": brief(identity(show))}
 
 
 def check_question(record: Record, same_inputs: bool, message: str) -> None:

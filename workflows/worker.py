@@ -121,7 +121,7 @@ def _body(task: Payload, store: Store, scratch: Path) -> dict[str, Any]:
         arguments = decode(task["arguments"], source)
         _fault(task, "executor.body")
         value = function(*arguments["args"], **arguments["kwargs"])
-        result = encode(value, f"{task['call']}: the result")
+        result = encode(value, "the result")
         return {"ok": True, "result": result, **({"state": True} if step_context.saves_state else {})}
     except BaseException as error:  # sys.exit, Ctrl-C in a library, an exception class of the user's own
         record = describe(error)

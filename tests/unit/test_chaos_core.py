@@ -115,13 +115,14 @@ class NoCause(Exception):
         (SystemExit(), "a[0]: SystemExit: the body called sys.exit(); a step ends by returning"),
         (SystemExit("bad configuration"), "a[0]: SystemExit: bad configuration"),
         (KeyboardInterrupt(), "a[0]: KeyboardInterrupt"),
+        (OSError(os.fsdecode(b"caf\xe9.txt: gone")), r"a[0]: OSError: caf\udce9.txt: gone"),
         (ExceptionGroup("two", [ValueError("a"), KeyError("b")]), "a[0]: ExceptionGroup: two (2 sub-exceptions)"),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_whatever_a_body_raises_becomes_one_clear_line(error: BaseException, said: str) -> None:
     record = describe(error)
-    json.dumps(record)
+    json.dumps(record, ensure_ascii=False).encode()
     assert record["kind"] == "user" and str(rebuild("a[0]", record)) == said
 
 

@@ -21,10 +21,12 @@ from infra.storage import Store, open_store
 from workflows import cli, planning, session
 from workflows.config import RunSettings
 from workflows.events import Event
+from workflows.graph import StepOptions
 from workflows.journal import read_journal
 from workflows.progress import PlainDisplay
 from workflows.runs import find_steps, load_run
-from workflows.waits import reply, send, waiting_calls
+from workflows.values import encode
+from workflows.waits import reply, send, wait_record, waiting_calls
 
 YES = {"approve": True, "comment": ""}
 
@@ -234,3 +236,9 @@ def test_dynamic_the_display_says_what_to_type(capsys: pytest.CaptureFixture[str
     display.on_event(Event("waiting", "approval[deploy]", "approval", data))
     assert "approval[deploy] waits: Ship it?: recua approve r deploy" in capsys.readouterr().out
     assert display.steps["approval[deploy]"].status == "waiting"
+
+
+def test_dynamic_a_question_that_is_no_valid_unicode_is_shown_with_escapes() -> None:
+    arguments = encode({"args": [os.fsdecode(b"ship caf\xe9?"), None]})
+    record = wait_record("approval[a]", "workflows.waits:approval", StepOptions(), arguments, "")
+    assert record["message"] == r"ship caf\udce9?"

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from infra.errors import UserError
-from workflows.graph import Future, edges_of, resolve_edges
+from infra.errors import ConfigError, UserError
+from workflows.graph import Future, StepOptions, edges_of, resolve_edges
 from workflows.values import encode
 
 
@@ -149,3 +149,11 @@ def test_what_was_meant_otherwise_is_told() -> None:
     for wrong in (lambda: future.model.name, lambda: future.model["name"]):
         with pytest.raises(UserError, match=r"Future\(told\[0\]\).model.*name.* write .result\(\)"):
             wrong()
+
+
+def test_a_name_is_text_that_can_be_written() -> None:
+    for name, message in (("caf\udce9", "must be valid Unicode"), (3, "must be text"), ("", "must be non-empty")):
+        with pytest.raises(ConfigError, match=rf"name={name!r}: {message}".replace("\\", "\\\\")):
+            StepOptions(name=name)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"name=Future\(number\[0\]\): must be text; .* its .result\(\)"):
+        StepOptions(name=Future(Given(), "number[0]", None))  # type: ignore[arg-type]

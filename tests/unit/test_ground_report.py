@@ -2,15 +2,18 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 from infra.storage import open_store
@@ -151,18 +154,26 @@ def test_table_marks_what_is_beyond_two_standard_errors() -> None:
     assert table(summarise(_record(steps=steps)))[2][3] == "+3.0"
 
 
+class Pair(NamedTuple):
+    first: int
+    second: int
+
+
 @dataclass(frozen=True)
 class Outcome:
     model: dict[str, Any]
     pair: tuple[int, int]
     worst: float
+    odd: Any = None
 
 
 def test_plain_reads_encoded_results_without_their_classes() -> None:
     artifact = Artifact("d" * 64)
-    encoded = encode(Outcome({"weights": artifact}, (1, 2), float("inf")))
+    odd = [Pair(1, 2), OrderedDict(b=1), Counter("a"), np.float64(0.5), os.fsdecode(b"\xe9"), {(1,): 2}]
+    encoded = encode(Outcome({"weights": artifact}, (1, 2), float("inf"), odd))
     encoded["$dataclass"] = "no.such.module:Outcome"
-    assert plain(encoded) == {"model": {"weights": artifact}, "pair": [1, 2], "worst": float("inf")}
+    told = [{"first": 1, "second": 2}, {"b": 1}, {"a": 1}, 0.5, r"\udce9", {"[1]": 2}]
+    assert plain(encoded) == {"model": {"weights": artifact}, "pair": [1, 2], "worst": float("inf"), "odd": told}
 
 
 def test_metrics_are_read_once_per_artifact(tmp_path: Path) -> None:

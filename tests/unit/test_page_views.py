@@ -1,10 +1,14 @@
 """What the page is told of runs: views over small stores whose journals the real Journal wrote."""
 
 import json
+import os
 import time
+from collections import Counter, OrderedDict
+from enum import Flag
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import page_stores as stores
 import pytest
 from click.testing import CliRunner
@@ -19,6 +23,8 @@ from workflows.journal import Journal, Record
 from workflows.known import index_key, parameters_key
 from workflows.service import views
 from workflows.service.curves import thin
+from workflows.service.shown import shown
+from workflows.values import encode
 
 TRACE = 'Traceback (most recent call last):\n  File "recipe.py", line 3, in train\nValueError: no\n'
 
@@ -227,6 +233,23 @@ def test_one_call_with_everything(store: Store, cache: views.RunCache, tmp_path:
     [attempt] = told["tries"]
     assert (attempt["status"], attempt["started"], attempt["ended"]) == ("committed", 2.0, 5.0)
     assert told["error"] is None and told["needs"] == ["corpus"]
+
+
+class Pair(NamedTuple):
+    first: int
+    second: int
+
+
+class Level(Flag):
+    LOW = 1
+    HIGH = 2
+
+
+def test_values_of_any_class_are_shown_as_what_they_hold() -> None:
+    odd = [Pair(1, 2), OrderedDict(b=1), Counter("a"), np.float64(0.5), os.fsdecode(b"\xe9"), Level.LOW | Level.HIGH]
+    told = shown(encode(odd))
+    assert told == [{"first": 1, "second": 2}, {"b": 1}, {"a": 1}, 0.5, r"\udce9", "LOW|HIGH"]
+    json.dumps(told, ensure_ascii=False).encode()
 
 
 def test_a_very_long_result_is_shown_by_its_beginning(store: Store, cache: views.RunCache) -> None:

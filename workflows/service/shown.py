@@ -73,7 +73,7 @@ def _plain(tree: Any) -> Any:
     for tag in ("$dataclass", "$settings", "$namedtuple"):
         if tag in tree:
             return _plain({**tree.get("fields", {}), **tree.get("extra", {}), **tree.get("beside", {})})
-    for tag in ("$tuple", "$float", "$path", "$int", "$text"):
+    for tag in ("$tuple", "$float", "$path", "$text"):
         if tag in tree:
             return _plain(tree[tag])
     if "$kind" in tree:
