@@ -31,7 +31,7 @@ from workflows.graph import Step, StepOptions
 from workflows.journal import Heartbeat, Journal, fenced
 from workflows.loop import Loop
 from workflows.outcome import of_ray_error, rebuild
-from workflows.placement import Placement
+from workflows.placement import NODES_AGE_S, Placement
 from workflows.takeover import StoppedDrivers
 
 Record = dict[str, Any]
@@ -39,6 +39,7 @@ ClusterCheck = Callable[[list[dict[str, float]]], None]
 LONGEST_PAUSE_S = 30.0
 GANG_PATIENCE_S = 2.0
 TIMEOUT_GRACE_S = 15.0
+RAY_LOST: Record = {"kind": "system", "type": "NodeLost", "message": "the local Ray is gone", "traceback": ""}
 CROWD = 32
 """With so many attempts in flight a few milliseconds of waiting cost no time: Ray has work for longer than that."""
 
@@ -120,10 +121,12 @@ class Attempts:
         self._on_result = on_result
         self._on_failure = on_failure
         self._on_error = on_error
-        self._placement = Placement(settings, journal.store)
+        lost, back = (functools.partial(loop.post, work) for work in (self._on_ray_lost, self._on_ray_back))
+        self._placement = Placement(settings, journal.store, lost, back, on_error)
         self._source = ArtifactSource(journal.store.url, settings.cache)
         self._listener: Listener | None = None
         self._cluster_checks: list[ClusterCheck] = []
+        self._no_node = False
         self._earlier = {call: len(starts) for call, starts in journal.state.starts.items()}
         self._ready: deque[Call] = deque()
         self._running: dict[str, tuple[Call, Batch]] = {}
@@ -160,9 +163,12 @@ class Attempts:
     def cancel_all(self) -> None:
         """Start nothing more and kill what runs."""
         self._stopped = True
+        self._placement.leave()
         self._ready.clear()
         for batch in {batch for _, batch in self._running.values()}:
             self._placement.cancel(batch.reference)
+        if self._placement.is_lost():  # nothing runs, and nobody will say so
+            self._running.clear()
         with self._changed:
             self._changed.notify_all()
 
@@ -178,9 +184,6 @@ class Attempts:
 
     def _connect(self) -> None:
         host = self._placement.start()
-        if not self._settings.wait_for_nodes:
-            for check in self._cluster_checks:
-                check(self._placement.nodes())
         self._listener = Listener(host, functools.partial(self._loop.post, self._on_message), self._on_error)
         run = {
             "run": self._journal.run_id,
@@ -192,7 +195,8 @@ class Attempts:
             "nodes_come": self._settings.wait_for_nodes,
         }
         self._placement.prepare(json.dumps(run))
-        if replaced := self._journal.state.replaced:
+        replaced = self._journal.state.replaced
+        if replaced and not self._placement.is_local:
             killed = functools.partial(self._loop.post, self._on_killed)
             drivers = StoppedDrivers(replaced, self._placement.everywhere, killed)
             self._loop.later(self._journal.ttl_s, self._free_workers, drivers, frozenset())
@@ -205,19 +209,56 @@ class Attempts:
 
     def _pump(self) -> None:
         self._pump_comes = False
+        if not self._ready or self._placement.is_lost() or not self._has_node():
+            return
         most = self._settings.max_in_flight
         while self._ready and len(self._running) + len(self._unsettled) < most and not self._stopped:
             call = self._ready.popleft()
             try:
                 missing = self._placement.check(call.id, call.options)
             except UserError as error:
-                if call.system_failures:  # it fitted until a node was lost: another one may come
+                if call.attempt:  # it fitted until a node was lost: another one may come
                     lost = {"kind": "system", "type": "NodeLost", "message": str(error), "traceback": ""}
                     self._on_attempt_failed(call, lost)
                 else:
                     self._on_failure(call, error)
             else:
                 self._start(call, missing)
+
+    def _has_node(self) -> bool:
+        """Whether the cluster has any node at all: it is waited for. The first nodes that there are, are checked."""
+        nodes = self._placement.nodes()
+        if not nodes:
+            if not self._no_node:
+                self._no_node = True
+                message = "the Ray cluster has no live node: steps wait until one joins it"
+                self._emit(Event("warning", data={"message": message}))
+                self._loop.later(NODES_AGE_S, self._look_for_node)
+            return False
+        checks, self._cluster_checks = self._cluster_checks, []
+        if not self._settings.wait_for_nodes:
+            for check in checks:
+                check(nodes)
+        return True
+
+    def _look_for_node(self) -> None:
+        if self._placement.nodes():
+            self._no_node = False
+            self._pump_soon()
+        elif not self._stopped:
+            self._loop.later(NODES_AGE_S, self._look_for_node)
+
+    def _on_ray_lost(self, message: str) -> None:
+        """The Ray that this run started is gone, and what ran on it. Another one is being started."""
+        gone = [call for call, batch in list(self._running.values()) if self._let_go(call, batch)]
+        if not self._stopped:
+            self._emit(Event("warning", data={"message": message}))
+        for call in gone:
+            self._on_attempt_failed(call, RAY_LOST, blamed=self._may_not_repeat)
+
+    def _on_ray_back(self) -> None:
+        self._placement.look_again()
+        self._pump_soon()
 
     def _start(self, call: Call, missing: str | None) -> None:
         """Submit a task for this call, and for those behind it that may share it. `missing`: what the cluster's present
@@ -253,6 +294,11 @@ class Attempts:
 
     def _alike(self, call: Call, other: Call) -> bool:
         return other.step.name == call.step.name and other.options == call.options and self._is_first(other)
+
+    @property
+    def _may_not_repeat(self) -> bool:
+        """A Ray that is gone is nobody's fault, but where nothing may be repeated it ends the run."""
+        return not self._settings.system_retries
 
     def _is_first(self, call: Call) -> bool:
         return call.attempt == 0 and call.id not in self._earlier
@@ -373,6 +419,8 @@ class Attempts:
         """The task ended without a word of these calls. Of several it is not known whose body was to blame: each goes
         on alone, at no cost to its retries."""
         lost = [call for call in batch.calls if self._let_go(call, batch)]
+        if lost:
+            self._placement.judge(error)
         preempted = bool(lost) and self._placement.was_preempted(error)
         for call in lost:
             ran = None if call.started is None else time.monotonic() - call.started
@@ -383,6 +431,8 @@ class Attempts:
         if record["type"] == "FencedError":
             self._on_error(fenced(self._journal.run_id))
             return
+        if self._placement.is_lost():  # whatever it died of, its Ray had gone under it
+            record, blamed = RAY_LOST, self._may_not_repeat
         system = record["kind"] == "system"
         if system:
             if call.started is not None and time.monotonic() - call.started > self._settings.retry_window_s:

@@ -86,6 +86,16 @@ def store_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def restarts_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--local-ray-restarts, the same wherever a run may start a Ray of its own."""
+    return click.option(
+        "--local-ray-restarts",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="How often a local Ray that dies is started again within ten minutes  [default: 3].",
+    )(command)
+
+
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What `recua run` and a workflow file run as a script have in common."""
     options: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
@@ -101,6 +111,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="local|auto|ray://...",
             help="Ray to use  [default: RAY_ADDRESS where it is set, as in a Ray job, else a fresh local one].",
         ),
+        restarts_option,
         click.option(
             "--reports", default="runs", metavar="DIR", help="Where DIR/RUN/report.html goes  [default: runs]."
         ),
@@ -127,6 +138,7 @@ def run(
 @click.argument("run_id", metavar="RUN")
 @store_option
 @click.option("--address", metavar="local|auto|ray://...", help="Ray to use.")
+@restarts_option
 @click.option("--reports", default="runs", metavar="DIR", help="Where DIR/RUN/report.html goes  [default: runs].")
 @click.option("--detach", is_flag=True, help="Have the service that it was submitted to go on with it, and return.")
 @service_commands.service_options
@@ -134,6 +146,7 @@ def resume(
     run_id: str,
     store: str | None,
     address: str | None,
+    local_ray_restarts: int | None,
     reports: str,
     detach: bool,
     service: str | None,
@@ -145,7 +158,7 @@ def resume(
     if detach:
         service_commands.resume(run_id, store, service, token_file)
         return
-    settings = _settings(store=store, ray_address=address)
+    settings = _settings(store=store, ray_address=address, local_ray_restarts=local_ray_restarts)
     launch.resume(_open(settings), run_id, settings, _folder(reports, "--reports"))
 
 
@@ -486,6 +499,7 @@ def _run(
     new: bool,
     rerun: tuple[str, ...],
     address: str | None,
+    local_ray_restarts: int | None,
     detach: bool,
     service: str | None,
     token_file: str | None,
@@ -497,7 +511,8 @@ def _run(
         service_commands.detach(file, recipe, overrides, service, token_file, **options)
         return
     folder = _folder(reports, "--reports")
-    settings = _settings(store=store, run_id=run_id, new=new, rerun=rerun, ray_address=address)
+    given = {"store": store, "run_id": run_id, "new": new, "rerun": rerun, "ray_address": address}
+    settings = _settings(**given, local_ray_restarts=local_ray_restarts)
     prepared = launch.prepare(file, recipe, overrides)
     if only_plan:
         from workflows.listing import show_plan

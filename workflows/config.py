@@ -45,6 +45,10 @@ class RunSettings(Settings):
     retry_window_s: Pause = 600.0
     """An attempt that ran for so long before the platform broke it is the first one that counts again."""
 
+    local_ray_restarts: int = Field(default=3, ge=0)
+    """How often the local Ray that a run starts is started again when it dies (what ran there goes on, and counts as no
+    retry). One that lived for retry_window_s is the first one that counts again."""
+
     backoff_s: Pause = 1.0
     """First pause before a repeated attempt; doubles up to 30 s."""
 

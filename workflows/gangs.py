@@ -97,10 +97,12 @@ class GangAttempt:
 
 
 class Gangs:
-    """Makes and removes the groups, on a thread of its own: the executor's loop never waits for Ray's head."""
+    """Makes and removes the groups, on a thread of its own: the executor's loop never waits for Ray's head.
+    `is_lost()`: the whole Ray is gone, its groups with it, and may not be called."""
 
-    def __init__(self, ray: Any) -> None:
+    def __init__(self, ray: Any, is_lost: Callable[[], bool]) -> None:
         self._ray = ray
+        self._is_lost = is_lost
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="recua-gangs")
 
     def submit(self, name: str, gang: Gang, task: Any, arguments: tuple[Any, ...], done: Done) -> GangAttempt:
@@ -122,6 +124,8 @@ class Gangs:
 
         group: Any = None
         try:
+            if self._is_lost():
+                raise self._ray.exceptions.LocalRayletDiedError
             group = placement_group([dict(bundle) for bundle in gang.bundles], strategy=gang.strategy, name=name)
             where = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
             reference = attempt.begin(lambda: task.options(name=name, scheduling_strategy=where).remote(*arguments))
@@ -144,7 +148,7 @@ class Gangs:
     def _end(self, group: Any, done: Done, outcome: bytes | None, error: BaseException | None) -> None:
         from ray.util.placement_group import remove_placement_group
 
-        if group is not None:
+        if group is not None and not self._is_lost():
             with contextlib.suppress(Exception):  # Ray's head is away: the group goes with the job
                 remove_placement_group(group)
         done(outcome, error)

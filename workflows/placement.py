@@ -6,42 +6,53 @@ Ray is imported when the first attempt must run: showing a finished run or a pla
 
 import contextlib
 import functools
-import logging
 import os
 import re
-import threading
 import time
 import uuid
 from collections.abc import Callable
 from typing import Any
 
 from infra.bundles import unplaceable
-from infra.errors import ConfigError, ResourceError, StoreError, SystemFault
+from infra.errors import ResourceError, StoreError
 from infra.storage import Store
 from workflows.config import RunSettings
 from workflows.gangs import GangAttempt, Gangs
 from workflows.graph import StepOptions
+from workflows.local_ray import LocalRay, RayServers, connect
 from workflows.names import import_roots
-from workflows.reaper import Guardian
 from workflows.worker import bootstrap
 
 NODES_AGE_S = 5.0
+"""After so many seconds a cluster is asked for its nodes again."""
 JOINING = ("namespace", "runtime_env")
 """Arguments of ray.init that concern the job; the others are the cluster's."""
 PREEMPTED = 3
 """AUTOSCALER_DRAIN_PREEMPTED of NodeDeathInfo.Reason in Ray's common.proto: a node's DeathReason."""
+NODE_DIED = {"NodeDiedError", "LocalRayletDiedError"}
 Done = Callable[[bytes | None, BaseException | None], None]
 
 
 class Placement:
-    """Attempts on Ray. Used from the executor's loop thread only, but for `close`."""
+    """Attempts on Ray. Used from the executor's loop thread only, but for `close`. Where it starts a Ray of its own it
+    owns it: see workflows.local_ray for `on_lost`, `on_back` and `on_error`."""
 
-    def __init__(self, settings: RunSettings, store: Store) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        store: Store,
+        on_lost: Callable[[str], None],
+        on_back: Callable[[], None],
+        on_error: Callable[[BaseException], None],
+    ) -> None:
         self._settings = settings
         self._store = store
+        self._on_lost = on_lost
+        self._on_back = on_back
+        self._on_error = on_error
         self._ray: Any = None
-        self._session: RaySession | None = None
-        self._guardian: Guardian | None = None
+        self._joined = False
+        self._local: LocalRay | None = None
         self._nodes: list[dict[str, float]] = []
         self._nodes_at = float("-inf")
         self._body: Callable[[bytes], bytes] | None = None
@@ -58,8 +69,20 @@ class Placement:
         if self._ray is None:
             import ray
 
-            if not ray.is_initialized():
-                self._session = RaySession(functools.partial(self._connect, ray), ray.shutdown)
+            address = self._settings.ray_address or os.environ.get("RAY_ADDRESS")
+            if not ray.is_initialized() and address and address != "local":
+                options = {name: value for name, value in self._settings.ray_options.items() if name in JOINING}
+                connect(f"ray_address={address}", address=address, **options)
+                self._joined = True
+            elif not ray.is_initialized():
+                self._local = LocalRay(
+                    RayServers(self._settings.ray_options),
+                    self._settings.local_ray_restarts,
+                    self._settings.retry_window_s,
+                    self._on_lost,
+                    self._on_back,
+                    self._on_error,
+                )
             self._ray = ray
             self._check_visible()
         return str(self._ray.util.get_node_ip_address())
@@ -112,7 +135,7 @@ class Placement:
         resources = (options.num_cpus, options.num_gpus, options.memory)
         if (gang := options.whole_gang()) is not None:
             if self._gangs is None:
-                self._gangs = Gangs(self._ray)
+                self._gangs = Gangs(self._ray, self.is_lost)
             return self._gangs.submit(call_id, gang, self._task(*resources), (payload,), done)
         reference = self._named_task(step, *resources).remote(payload)
 
@@ -125,6 +148,8 @@ class Placement:
 
     def cancel(self, reference: Any) -> None:
         """Kill the attempt's worker process (its reaper ends what it started)."""
+        if self.is_lost():
+            return
         if isinstance(reference, GangAttempt):
             reference.cancel()
             return
@@ -154,6 +179,8 @@ class Placement:
         A caller learns of the loss from its broken connection, 10 s and more before Ray gives the node up and says why:
         until then it is listed as one that drains. (A drain for another reason is refused while a node has work.)
         """
+        if self.is_local:
+            return False
         named = re.search(r"node ID: ([0-9a-f]+)", str(error))
         if named is None:
             return False
@@ -164,14 +191,36 @@ class Placement:
         reasons = [node.get("DeathReason") for node in self._ray.nodes() if node["NodeID"] == named.group(1)]
         return PREEMPTED in reasons
 
+    @property
+    def is_local(self) -> bool:
+        """Whether this run started its Ray, and no other driver is on it."""
+        return self._local is not None
+
+    def is_lost(self) -> bool:
+        """Whether the Ray that this run started is gone, and another one is not there yet: nobody may call it."""
+        return self._local is not None and self._local.is_lost()
+
+    def judge(self, error: BaseException) -> None:
+        """The node of an attempt is lost, by Ray's error: where that is the only one of a Ray of our own, and Ray has
+        given it up though its processes are there (a stopped raylet), this Ray is of no more use."""
+        if self._local is None or self._local.is_lost() or type(error).__name__ not in NODE_DIED:
+            return
+        if not any(node["Alive"] for node in self._ray.nodes()):
+            self._local.condemn("it has given up its only node")
+
+    def leave(self) -> None:
+        """The run is ending: a local Ray that dies is not started again."""
+        if self._local is not None:
+            self._local.leave()
+
     def close(self) -> None:
         """Leave the cluster; a local one that this run started is shut down."""
         if self._gangs is not None:
             self._gangs.close()
-        if self._session is not None:
-            self._session.close()
-        if self._guardian is not None:
-            self._guardian.close()
+        if self._local is not None:
+            self._local.close()
+        elif self._joined:
+            self._ray.shutdown()
 
     @functools.cache  # noqa: B019 - one Placement per run
     def _task(self, num_cpus: float, num_gpus: float, memory: int | None) -> Any:
@@ -187,32 +236,18 @@ class Placement:
         the garbage collector gets back."""
         return self._task(num_cpus, num_gpus, memory).options(name=step)
 
-    def _connect(self, ray: Any) -> None:
-        address = self._settings.ray_address or os.environ.get("RAY_ADDRESS")
-        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-        try:
-            if address and address != "local":
-                options = {
-                    name: self._settings.ray_options[name] for name in JOINING if name in self._settings.ray_options
-                }
-                ray.init(address=address, **quiet, **options)
-            else:
-                options = {"include_dashboard": False, **quiet, **self._settings.ray_options}
-                self._guardian = Guardian()
-                with self._guardian.guarding():
-                    ray.init(address="local", **options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            where = f"ray_address={address}" if address and address != "local" else "a local Ray"
-            raise ConfigError(f"cannot start or join {where}: {str(error).splitlines()[0]}") from error
-        except Exception as error:  # Ray's own start raises a bare Exception when it times out
-            raise SystemFault(f"Ray did not start ({str(error)[:200]}); an overloaded machine? run it again") from error
-
     def nodes(self) -> list[dict[str, float]]:
-        """What each live node has in all, by Ray's names: {"CPU": 2.0, "memory": 9e9, ...}."""
-        if time.monotonic() - self._nodes_at > NODES_AGE_S:
+        """What each live node has in all, by Ray's names: {"CPU": 2.0, "memory": 9e9, ...}. A Ray of our own keeps its
+        one node as long as it lives."""
+        age = time.monotonic() - self._nodes_at
+        if age > NODES_AGE_S and not (self._nodes and self.is_local):
             self._nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
             self._nodes_at = time.monotonic()
         return self._nodes
+
+    def look_again(self) -> None:
+        """Forget what the nodes of a Ray had that is gone."""
+        self._nodes, self._nodes_at = [], float("-inf")
 
     def _check_visible(self) -> None:
         """On several nodes a folder must be one folder: every node has to read what this driver just wrote."""
@@ -245,43 +280,6 @@ class Placement:
                     )
         finally:
             self._store.delete(key)
-
-
-class RaySession:
-    """A thread that connects to Ray and lives until it disconnects: a local cluster's processes die with the thread
-    that started them."""
-
-    def __init__(self, connect: Callable[[], None], shutdown: Callable[[], None]) -> None:
-        self._connect = connect
-        self._shutdown = shutdown
-        self._connected = threading.Event()
-        self._over = threading.Event()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="recua-ray", daemon=True)
-        self._thread.start()
-        self._connected.wait()
-        if self._error is not None:
-            raise self._error
-
-    def close(self) -> None:
-        self._over.set()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        try:
-            self._connect()
-        except BaseException as error:
-            self._error = error
-            return
-        finally:
-            self._connected.set()
-        self._over.wait()
-        try:
-            self._shutdown()
-        except BaseException as error:
-            self._error = error
 
 
 def _shown(name: str, amount: float) -> str:

@@ -95,6 +95,10 @@ class Guardian:
         self._marker = uuid.uuid4().hex
         self._process = _reap(f"{LOCAL_RAY}={self._marker}", NO_MEMORY)
 
+    def kill(self, spare: int) -> None:
+        """End the local Ray's processes now, all but `spare`."""
+        kill_all(f"{LOCAL_RAY}={self._marker}", None, spare=spare)
+
     @contextmanager
     def guarding(self) -> Iterator[None]:
         """What is started in here, and whatever that starts later, belongs to the local Ray."""
@@ -144,12 +148,12 @@ def marked(marker: str) -> list[int]:
     return found
 
 
-def kill_all(marker: str, worker: int | None, still_s: float = STILL_S) -> None:
-    """SIGKILL until nothing with the marker was left for `still_s`: a process may fork while we look, and one that is
-    just becoming another program shows no environment."""
+def kill_all(marker: str, worker: int | None, still_s: float = STILL_S, spare: int = 0) -> None:
+    """SIGKILL until nothing with the marker was left for `still_s`, but for `spare`: a process may fork while we look,
+    and one that is just becoming another program shows no environment."""
     began = found = time.monotonic()
     while (now := time.monotonic()) - found < still_s and now - began < LONGEST_S:
-        targets = [pid for pid in marked(marker) if pid != os.getpid()]
+        targets = [pid for pid in marked(marker) if pid not in (os.getpid(), spare)]
         if worker is not None:
             targets.append(worker)
             worker = None

@@ -1,0 +1,204 @@
+"""A local Ray that dies is started again, as often as its setting allows: with processes that stand for Ray's."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from infra.errors import ConfigError, SystemFault
+from workflows.local_ray import LocalRay
+
+DEADLINE_S = 60.0
+
+
+class Stand:
+    """Two processes per start. `fail`: errors that the next starts raise."""
+
+    def __init__(self) -> None:
+        self.started: list[dict[str, subprocess.Popen[bytes]]] = []
+        self.fail: list[Exception] = []
+        self.calls: list[str] = []
+
+    def start(self) -> dict[str, int]:
+        self.calls.append("start")
+        if self.fail:
+            raise self.fail.pop(0)
+        wait = [sys.executable, "-c", "import sys; sys.exit(int(sys.stdin.readline()))"]
+        servers = {name: subprocess.Popen(wait, stdin=subprocess.PIPE) for name in ("raylet", "GCS")}
+        self.started.append(servers)
+        return {name: process.pid for name, process in servers.items()}
+
+    def kill(self) -> None:
+        self.calls.append("kill")
+        self._end()
+
+    def stop(self) -> None:
+        self.calls.append("stop")
+        self._end()
+
+    def logs(self) -> str:
+        return "/tmp/logs"
+
+    def _end(self) -> None:
+        for process in self.started[-1].values() if self.started else ():
+            process.kill()
+            process.communicate()
+
+
+class Watched:
+    """A LocalRay, and what it said."""
+
+    def __init__(self, servers: Stand, restarts: int = 3, window_s: float = 600.0) -> None:
+        self.lost: list[str] = []
+        self.errors: list[BaseException] = []
+        self.back = threading.Semaphore(0)
+        self.failed = threading.Event()
+        self.ray = LocalRay(servers, restarts, window_s, self.lost.append, self.back.release, self._on_error)
+
+    def wait_until_back(self) -> None:
+        assert self.back.acquire(timeout=DEADLINE_S)
+        assert not self.ray.is_lost()
+
+    def wait_for_error(self) -> str:
+        assert self.failed.wait(DEADLINE_S)
+        assert isinstance(self.errors[0], SystemFault)
+        return str(self.errors[0])
+
+    def _on_error(self, error: BaseException) -> None:
+        self.errors.append(error)
+        self.failed.set()
+
+
+Watch = Callable[..., Watched]
+
+
+@pytest.fixture
+def servers() -> Stand:
+    return Stand()
+
+
+@pytest.fixture
+def watch(servers: Stand) -> Iterator[Watch]:
+    made: list[Watched] = []
+
+    def begin(**limits: float) -> Watched:
+        made.append(Watched(servers, **limits))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield begin
+    for each in made:
+        each.ray.close()
+    assert servers.calls[-1] == "stop"
+    assert all(process.poll() is not None for pair in servers.started for process in pair.values())
+
+
+@pytest.mark.parametrize("server", ["raylet", "GCS"])
+def test_a_killed_server_is_noticed_at_once_and_all_is_started_anew(watch: Watch, servers: Stand, server: str) -> None:
+    watched = watch()
+    assert not watched.ray.is_lost()
+    servers.started[0][server].kill()
+    watched.wait_until_back()
+    (message,) = watched.lost
+    assert message == (
+        f"the local Ray of this run is gone (its {server} was killed by SIGKILL); another one is started "
+        "(start 1 of local_ray_restarts=3)"
+    )
+    assert servers.calls == ["start", "kill", "stop", "start"]
+    assert not watched.errors
+
+
+def test_a_server_that_ends_is_a_dead_one_too(watch: Watch, servers: Stand) -> None:
+    watched = watch()
+    servers.started[0]["raylet"].communicate(b"3\n")
+    watched.wait_until_back()
+    assert "(its raylet ended)" in watched.lost[0] or "(its raylet ended with exit code 3)" in watched.lost[0]
+
+
+def test_one_that_is_condemned_is_lost_though_its_servers_run(watch: Watch) -> None:
+    watched = watch()
+    watched.ray.condemn("it has given up its only node")
+    watched.wait_until_back()
+    assert "gone (it has given up its only node)" in watched.lost[0]
+
+
+def test_the_bound_is_named_with_the_setting_and_the_way_on(watch: Watch, servers: Stand) -> None:
+    watched = watch(restarts=2)
+    for number in range(2):
+        servers.started[number]["raylet"].kill()
+        watched.wait_until_back()
+    servers.started[2]["GCS"].kill()
+    assert watched.wait_for_error() == (
+        "the local Ray of this run is gone (its GCS was killed by SIGKILL), and local_ray_restarts=2 allows no other "
+        "one within retry_window_s=600; Ray's logs: /tmp/logs. What is committed stays: run it again to go on, with "
+        "--local-ray-restarts for more"
+    )
+    assert len(watched.lost) == 2 and watched.ray.is_lost()
+
+
+def test_no_restart_at_all_may_be_asked_for(watch: Watch, servers: Stand) -> None:
+    watched = watch(restarts=0)
+    servers.started[0]["raylet"].kill()
+    assert "local_ray_restarts=0 allows no other one" in watched.wait_for_error()
+    assert not watched.lost
+
+
+def test_one_that_lived_for_long_is_the_first_that_counts(watch: Watch, servers: Stand) -> None:
+    watched = watch(restarts=1, window_s=0)
+    for number in range(3):
+        servers.started[number]["raylet"].kill()
+        watched.wait_until_back()
+    assert all("start 1 of local_ray_restarts=1" in message for message in watched.lost)
+
+
+def test_a_start_that_fails_counts_as_one(watch: Watch, servers: Stand) -> None:
+    watched = watch(restarts=2)
+    servers.fail = [SystemFault("Ray did not start (timed out); an overloaded machine? run it again")]
+    servers.started[0]["raylet"].kill()
+    watched.wait_until_back()
+    assert "gone (Ray did not start" in watched.lost[1] and "start 2 of" in watched.lost[1]
+
+
+def test_a_first_start_that_fails_is_raised(servers: Stand) -> None:
+    servers.fail = [ConfigError("cannot start or join a local Ray: no such option")]
+    with pytest.raises(ConfigError, match="no such option"):
+        Watched(servers)
+    assert servers.calls == ["start", "stop"]
+
+
+def test_where_the_run_is_ending_no_other_one_is_started(watch: Watch, servers: Stand) -> None:
+    """Ctrl-C reaches Ray's processes as well."""
+    watched = watch()
+    watched.ray.leave()
+    servers.started[0]["raylet"].kill()
+    deadline = time.monotonic() + DEADLINE_S
+    while "stop" not in servers.calls:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert watched.ray.is_lost() and not watched.lost
+    assert servers.calls.count("start") == 1
+
+
+def test_closed_while_another_one_is_being_started(servers: Stand) -> None:
+    """It is stopped like any other: nothing stays behind."""
+    gate, begun = threading.Event(), threading.Event()
+    start = servers.start
+
+    def slow() -> dict[str, int]:
+        if servers.started:
+            begun.set()
+            assert gate.wait(DEADLINE_S)
+        return start()
+
+    servers.start = slow  # type: ignore[method-assign]
+    watched = Watched(servers)
+    servers.started[0]["raylet"].kill()
+    assert begun.wait(DEADLINE_S)
+    closing = threading.Thread(target=watched.ray.close)
+    closing.start()
+    gate.set()
+    closing.join(DEADLINE_S)
+    assert not closing.is_alive() and servers.calls[-1] == "stop"
+    assert all(process.poll() is not None for pair in servers.started for process in pair.values())

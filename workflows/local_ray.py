@@ -1,0 +1,262 @@
+"""The Ray that a run starts on its own machine: it is watched, and where it dies another one is started.
+
+A Ray of one machine is gone with its raylet or with its GCS, and Ray ends a raylet whose dashboard agent or runtime-env
+agent died. The driver owns this Ray, so that costs no more than the time of another start. Left alone, a Ray without
+raylet has no node, and one without GCS never answers and ends the driver's process after a minute (Ray 2.60).
+
+Who waits for whom. One thread starts Ray, waits for the end of one of its servers, takes down what is left and starts
+another; a local Ray's processes die with the thread that started them. It waits for nobody but Ray. From the end of a
+server until `on_back` nobody may call Ray (`is_lost()`): a call to a GCS that is gone does not return.
+"""
+
+import logging
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from infra.errors import ConfigError, SystemFault
+from workflows.reaper import Guardian
+
+SERVERS = {"raylet": "raylet", "gcs_server": "GCS"}
+"""The servers that a Ray cannot live without: Ray's name and ours."""
+
+
+class Servers(Protocol):
+    """One Ray after another."""
+
+    def start(self) -> dict[str, int]:
+        """Start one, and return the process ids of the servers that it cannot live without, by their names."""
+
+    def kill(self) -> None:
+        """Of one that lost a server: end what is left, so that none of its processes works beside the next one's."""
+
+    def stop(self) -> None:
+        """Disconnect, and end all that there still is."""
+
+    def logs(self) -> str:
+        """The folder with the logs of the last one."""
+
+
+class LocalRay:
+    """Starts a Ray, and returns when it runs.
+
+    `on_lost(message)`: it died, and another one is being started; `on_back()`: that one runs. `on_error(error)`: it
+    died more often than `restarts` times, where a Ray that lived for longer than `window_s` is the first one that
+    counts again. All are called from the thread that watches.
+
+    Raises:
+        ConfigError, SystemFault: the first one did not start.
+    """
+
+    def __init__(
+        self,
+        servers: Servers,
+        restarts: int,
+        window_s: float,
+        on_lost: Callable[[str], None],
+        on_back: Callable[[], None],
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        self._servers = servers
+        self._most = restarts
+        self._window_s = window_s
+        self._on_lost = on_lost
+        self._on_back = on_back
+        self._on_error = on_error
+        self._restarts = 0
+        self._since = 0.0
+        self._ends: dict[int, str] = {}
+        self._lock = threading.Lock()
+        self._lost = False
+        self._condemned = ""
+        self._leaving = self._closing = False
+        self._wake = os.eventfd(0)
+        self._connected = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="recua-ray", daemon=True)
+        self._thread.start()
+        self._connected.wait()
+        if self._error is not None:
+            raise self._error
+
+    def is_lost(self) -> bool:
+        """Whether there is no Ray to call: from the very end of one of its servers until the next one runs."""
+        with self._lock:
+            return self._lost or bool(self._condemned) or bool(_ended(self._ends, 0))
+
+    def condemn(self, reason: str) -> None:
+        """Its servers run, and yet it is of no use."""
+        with self._lock:
+            self._condemned = reason
+        os.eventfd_write(self._wake, 1)
+
+    def leave(self) -> None:
+        """The run is ending: another one is no longer needed."""
+        self._leaving = True
+
+    def close(self) -> None:
+        """Stop it. Raises what went wrong."""
+        self._leaving = self._closing = True
+        os.eventfd_write(self._wake, 1)
+        self._thread.join()
+        with self._lock:
+            self._lost = True
+            for number in (*self._ends, self._wake):
+                os.close(number)
+            self._ends = {}
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            self._watch(self._servers.start())
+        except BaseException as error:
+            self._error = error
+            self._servers.stop()
+            return
+        finally:
+            self._connected.set()
+        try:
+            while reason := self._wait():
+                self._replace(reason)
+            self._servers.stop()
+        except BaseException as error:
+            self._error = error
+            self._on_error(error)
+
+    def _watch(self, servers: dict[str, int]) -> None:
+        self._since = time.monotonic()
+        with self._lock:
+            self._ends = {os.pidfd_open(pid): name for name, pid in servers.items()}
+            self._lost = False
+
+    def _wait(self) -> str:
+        """Until it dies, and why; "" where it is to be stopped."""
+        while True:
+            ended = _ended([*self._ends, self._wake], None)
+            if self._wake in ended:
+                os.eventfd_read(self._wake)
+            if self._closing:
+                return ""
+            for number in self._ends.keys() & ended:
+                return f"its {self._ends[number]} {_how_it_ended(number)}"
+            if self._condemned:
+                return self._condemned
+
+    def _replace(self, reason: str) -> None:
+        """Start another one. Where the run is ending (Ctrl-C may reach Ray's processes too), or this was too often,
+        there will be none."""
+        with self._lock:
+            self._lost, self._condemned = True, ""
+            ends, self._ends = self._ends, {}
+        for number in ends:
+            os.close(number)
+        self._servers.kill()
+        if time.monotonic() - self._since > self._window_s:
+            self._restarts = 0
+        while True:
+            too_often = self._restarts >= self._most
+            if not self._leaving and not too_often:
+                count = f"start {self._restarts + 1} of local_ray_restarts={self._most}"
+                self._on_lost(f"the local Ray of this run is gone ({reason}); another one is started ({count})")
+            self._servers.stop()
+            if self._leaving:
+                return
+            if too_often:
+                self._on_error(self._too_often(reason))
+                return
+            self._restarts += 1
+            try:
+                self._watch(self._servers.start())
+            except Exception as error:
+                reason = str(error)
+            else:
+                self._on_back()
+                return
+
+    def _too_often(self, reason: str) -> SystemFault:
+        return SystemFault(
+            f"the local Ray of this run is gone ({reason}), and local_ray_restarts={self._most} allows no other one "
+            f"within retry_window_s={self._window_s:g}; Ray's logs: {self._servers.logs()}. What is committed stays: "
+            "run it again to go on, with --local-ray-restarts for more"
+        )
+
+
+class RayServers:
+    """Servers of `ray.init(address="local", **options)`."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = {"include_dashboard": False, **options}
+        self._guardian: Guardian | None = None
+        self._gcs = 0
+        self._logs = ""
+
+    def start(self) -> dict[str, int]:
+        from ray._private import worker
+
+        self._guardian = Guardian()
+        with self._guardian.guarding():
+            connect("a local Ray", address="local", **self._options)
+        node: Any = worker.global_worker.node
+        self._logs = node.get_logs_dir_path()
+        pids = {ours: node.all_processes[name][0].process.pid for name, ours in SERVERS.items()}
+        self._gcs = pids["GCS"]
+        return pids
+
+    def kill(self) -> None:
+        """The GCS, where it lives, goes last: a driver that leaves without it waits for it, up to 15 s."""
+        assert self._guardian is not None
+        self._guardian.kill(spare=self._gcs)
+
+    def stop(self) -> None:
+        import ray
+
+        try:
+            ray.shutdown()
+        finally:
+            if self._guardian is not None:
+                self._guardian.close()
+
+    def logs(self) -> str:
+        return self._logs
+
+
+def connect(where: str, **options: Any) -> None:
+    """`ray.init`.
+
+    Raises:
+        ConfigError: no Ray there, or it refuses the options.
+        SystemFault: it did not start in time.
+    """
+    import ray
+
+    try:
+        ray.init(**{"logging_level": logging.ERROR, "log_to_driver": False, **options})
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"cannot start or join {where}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # Ray's own start raises a bare Exception when it times out
+        raise SystemFault(f"Ray did not start ({str(error)[:200]}); an overloaded machine? run it again") from error
+
+
+def _ended(numbers: Iterable[int], patience_ms: int | None) -> set[int]:
+    """Which of these descriptors can be read, at once or when one can: a pidfd can when its process has ended."""
+    poll = select.poll()
+    for number in numbers:
+        poll.register(number, select.POLLIN)
+    return {number for number, _ in poll.poll(patience_ms)}
+
+
+def _how_it_ended(pidfd: int) -> str:
+    try:
+        found = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # Ray has asked before us
+        found = None
+    if found is None:
+        return "ended"
+    if found.si_code == os.CLD_EXITED:
+        return f"ended with exit code {found.si_status}"
+    return f"was killed by {signal.Signals(found.si_status).name}"
