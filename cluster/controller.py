@@ -37,7 +37,7 @@ from cluster.outcomes import Outcomes
 from cluster.policies.hang import Beacon
 from cluster.policies.rollback import Rollback, leave_out
 from cluster.ray_drain import draining_nodes
-from infra.errors import NodeLost, PeersUnreachable, RecuaError, StepError, StoreError
+from infra.errors import REACH_EACH_OTHER, NodeLost, PeersUnreachable, RecuaError, StepError, StoreError
 from infra.notices import Notice, in_words
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,8 @@ FORMING_FACTOR = 10.0
 """While networks are built an interpreter may well be locked for a second: that takes so many `pulse_timeout_s`."""
 STOOD_STILL_S = 1.0
 """A turn takes a controller a tenth of a second; after so long it was itself that stood still, or its store did."""
+UNANSWERED_S = 60.0
+"""Starting an agent takes seconds, on a crowded machine many; after so long the network may be at fault."""
 SOONER_S = 1.0
 """A later notice of the same node counts if its deadline is earlier by this much."""
 OUT = ("aborted", "boundary", "finished")
@@ -134,6 +136,7 @@ class GroupController:
         self._silent_since: dict[str, float] = {}
         self._dismissed: set[str] = set()
         self._away: set[str] = set()
+        self._unanswered: set[str] = set()
         self._to_spawn: list[m.Spawn] = []
         self._formed_at, self._formed_row = 0.0, 0
 
@@ -484,11 +487,21 @@ class GroupController:
             self._hear_of_drains()
             self.fleet.open_agents()
             self.fleet.look_for_lost()
+            self._name_unanswered()
             if self.core.phase == "running":
                 self.outcomes.give_up_before(self.core.joins.get(self.core.generation, 0), now)
             self._answer_enquiry()  # where no node is left nobody answers
         self._show_stacks()
         self._account.write(self.watch)
+
+    def _name_unanswered(self) -> None:
+        """Agents that Ray has started and that this process does not hear of; once each."""
+        for node in self.fleet.unanswered(UNANSWERED_S):
+            if node not in self._unanswered and node not in self._away:
+                self._unanswered.add(node)
+                who = f"node {node[:12]} at {self.fleet.address(node)}"
+                what = f"{who} has not answered the controller at {ray.util.get_node_ip_address()} for"
+                self._say("detected", what=f"{what} {UNANSWERED_S:g} s. {REACH_EACH_OTHER}", node=node)
 
     def _see_stored(self, fresh: bool = False) -> None:
         before, self._stored = self._stored, set(self.task.stored(fresh))

@@ -128,6 +128,7 @@ class Fleet:
         self.node_of: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
         self._numbers: dict[str, int] = {}
+        self._opened: dict[str, float] = {}
         self._listening: dict[Any, str] = {}
         self._starting: dict[Any, str] = {}
         self._sent: list[Any] = []
@@ -186,6 +187,7 @@ class Fleet:
         )
         self.agents[node] = agent
         self._numbers[node] = 0
+        self._opened[node] = time.monotonic()
 
     def lose_node(self, node: str) -> None:
         """It is gone, whatever Ray believes for the next seconds: its name never comes back."""
@@ -202,6 +204,15 @@ class Fleet:
     def regain_node(self, node: str) -> None:
         """It was not gone."""
         self._lost.discard(node)
+
+    def unanswered(self, after_s: float) -> list[str]:
+        """Nodes whose agent was started so long ago and has not been heard of since."""
+        now = time.monotonic()
+        return [node for node in self.agents if not self._numbers[node] and now - self._opened[node] > after_s]
+
+    def address(self, node: str) -> str:
+        """Of a node, in Ray."""
+        return next((str(one["NodeManagerAddress"]) for one in ray.nodes() if one["NodeID"] == node), "?")
 
     def _drop_agent(self, node: str) -> None:
         self.agents.pop(node, None)

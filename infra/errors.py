@@ -86,17 +86,19 @@ class NodeLost(SystemFault):
     """The node or worker process that ran the step died."""
 
 
+REACH_EACH_OTHER = (
+    "Nodes must reach each other on every port at the addresses that Ray has for them (--node-ip-address of their "
+    "Ray), or on the interface that GLOO_SOCKET_IFNAME names there: look at both, and at the firewall between them"
+)
+
+
 class PeersUnreachable(NodeLost):
     """Machines of a group have no way to each other. `ways`: (rank that tried, rank that it did not reach); `tried`:
     the same in words."""
 
     def __init__(self, ways: Sequence[tuple[int, int]], tried: Sequence[str]) -> None:
         more = f" and {len(tried) - 3} more" if len(tried) > 3 else ""
-        super().__init__(
-            f"no connection from {'; '.join(tried[:3])}{more}. Nodes must reach each other on every port at the "
-            "addresses that Ray has for them (--node-ip-address of their Ray), or on the interface that "
-            "GLOO_SOCKET_IFNAME names there: look at both, and at the firewall between them"
-        )
+        super().__init__(f"no connection from {'; '.join(tried[:3])}{more}. {REACH_EACH_OTHER}")
         self.ways, self.tried = tuple(ways), tuple(tried)
 
     def __reduce__(self) -> tuple[type, tuple[tuple[tuple[int, int], ...], tuple[str, ...]]]:

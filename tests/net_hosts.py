@@ -109,6 +109,15 @@ class Host(Machine):
         ray += [f"--address={head.ray}"] if head else ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"]
         self.run(*ray, env={**self.environment, **environment})
 
+    def processes(self, words: str) -> list[int]:
+        """Those that run here and have `words` in their command line."""
+        found = []
+        for line in self.run("ps", "-eww", "-o", "pid=,args=").splitlines():
+            pid, _, command = line.strip().partition(" ")
+            if words in command and "ps -eww" not in command:
+                found.append(int(pid))
+        return found
+
     @property
     def environment(self) -> dict[str, str]:
         """Of what runs there beside that Ray; the working directory is /."""

@@ -88,6 +88,16 @@ class Training:
         return f"{events}\n{Path(self._output.name).read_text()[-3000:]}"
 
 
+def goes_on(training: Training, ranks: int) -> None:
+    """In order, without a lost step."""
+    training.wait(lambda said: said.formed()[-1] == ranks)
+    steps = len(training.rows)
+    training.wait(lambda said: len(said.rows) >= steps + 10)
+    started = [event for event in training.said("event") if event["event"] == "started"]
+    assert not any(event["lost_steps"] for event in started[1:]), training.story()
+    assert [row["step"] for row in training.rows] == list(range(len(training.rows)))
+
+
 def losses(rows: list[Row]) -> list[tuple[Any, ...]]:
     return [(row["step"], row["loss"], row["grad_norm"], row["tokens"]) for row in rows]
 
@@ -139,13 +149,8 @@ def test_a_host_whose_link_was_cut_for_long_is_taken_back_once_it_is_healed(
     training.wait(lambda said: said.formed()[-1] == 1)
     time.sleep(max(0.0, cut_at + 5 - time.monotonic()))
     other.heal()
-    training.wait(lambda said: said.formed()[-1] == 2)
-    steps = len(training.rows)
-    training.wait(lambda said: len(said.rows) >= steps + 10)
+    goes_on(training, ranks=2)
     assert "is back: it was only out of reach" in str(training.said("event"))
-    again = [event for event in training.said("event") if event["event"] == "started"][1:]
-    assert not any(event["lost_steps"] for event in again), training.story()
-    assert [row["step"] for row in training.rows] == list(range(len(training.rows)))
 
 
 @pytest.mark.long
@@ -164,6 +169,68 @@ def test_hosts_that_cannot_reach_each_other_are_named_with_the_setting_before_tr
         assert "GLOO_SOCKET_IFNAME" in story and "quarantine" not in story
         first = next(event for event in training.said("event") if "no connection" in str(event))
         assert first["event"] == "detected" and first["generation"] == 1
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Iterator[list[Host]]:
+    """A head without room for ranks, and two hosts with room for one each."""
+    (tmp_path / "hosts").mkdir()
+    with hosts(3, tmp_path / "hosts") as made:
+        made[0].start_ray(cpus=0)
+        for host in made[1:]:
+            host.start_ray(made[0])
+        yield made
+
+
+IMPATIENT = {"start_timeout_s": 600, "respawn_backoff_s": 1, "quarantine_faults": 1}
+"""Hangs are noticed as soon as they are by default; one fault would be enough for a quarantine."""
+
+
+@pytest.mark.long
+def test_hosts_that_lose_the_way_to_each_other_one_way_stand_aside_and_come_back(
+    three: list[Host], corpus: Path, tmp_path: Path
+) -> None:
+    """The controller hears both all the time."""
+    head, one, other = three
+    training = Training(head, head, corpus, tmp_path / "run", steps=100_000, elastic=IMPATIENT)
+    training.wait(lambda said: len(said.rows) >= 10)
+    one.lose_way_to(other)
+    goes_on(training, ranks=1)
+    assert f"{one.address} to {other.address}: no answer" in str(training.said("event"))
+    one.find_way_to(other)
+    goes_on(training, ranks=2)
+    assert "action': 'quarantine" not in str(training.said("event"))
+
+
+@pytest.mark.long
+def test_a_cut_of_the_heads_link_stops_nobody(three: list[Host], corpus: Path, tmp_path: Path) -> None:
+    """Ranks and controller are on other hosts; for so long Ray does not give a node up."""
+    head, one, _ = three
+    training = Training(one, head, corpus, tmp_path / "run", steps=100_000, elastic=IMPATIENT)
+    training.wait(lambda said: len(said.rows) >= 10)
+    head.cut()
+    time.sleep(5)  # how long it is cut
+    head.heal()
+    goes_on(training, ranks=2)
+    assert training.formed() == [2]
+
+
+@pytest.mark.long
+def test_a_host_that_ray_gave_up_comes_back_with_another_raylet(corpus: Path, tmp_path: Path) -> None:
+    """Ray ends the raylet of a node that it has not heard of for so long."""
+    (tmp_path / "hosts").mkdir()
+    with hosts(2, tmp_path / "hosts") as (head, other):
+        head.start_ray()
+        other.start_ray(head)
+        training = Training(head, head, corpus, tmp_path / "run", steps=100_000, elastic=IMPATIENT)
+        training.wait(lambda said: len(said.rows) >= 10)
+        other.cut()
+        time.sleep(40)  # how long it is cut
+        goes_on(training, ranks=1)
+        other.heal()
+        training.wait(lambda said: not other.processes("raylet/raylet"))
+        other.start_ray(head)
+        goes_on(training, ranks=2)
 
 
 @pytest.mark.long

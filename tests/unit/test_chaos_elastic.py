@@ -27,7 +27,7 @@ from cluster.config import ElasticSettings
 from cluster.controller import GroupController, Listener
 from cluster.controller_messages import Join, Joined, JoinMoved, SnapshotFlushed, Spawn, Tick, WorkersReady
 from cluster.controller_state import Controller
-from cluster.fleet import Fleet, WorkerKind
+from cluster.fleet import AgentLost, Fleet, WorkerKind
 from cluster.group_journal import GroupJournal
 from cluster.join_board import JoinBoard
 from cluster.node_watch import Beat, Sight
@@ -39,7 +39,7 @@ from engines.config import LearnerSettings, SnapshotSettings
 from engines.elastic import ElasticLearner, Recipe
 from engines.process_groups import Rendezvous, StoreAddress, host_store
 from engines.snapshots import ShardName, StoreSource, node_folder, sealed
-from infra.errors import ConfigError, StepError, StoreError, SystemFault
+from infra.errors import ConfigError, PeersUnreachable, StepError, StoreError, SystemFault
 from infra.faults import FaultSchedule
 from infra.storage import FolderStore, open_store
 from models.llama import LlamaConfig
@@ -618,3 +618,69 @@ def test_a_training_that_ended_with_fewer_ranks_than_asked_for_says_so_at_its_en
         "it ended with 1 of the 2 ranks asked for (workers), and took 70 of its 100 steps with fewer than that: "
         "node n1 lost"
     )
+
+
+def pair(folder: Path, heard: list[Any]) -> GroupController:
+    """Two ranks on two nodes; `heard` is what was said."""
+    controller = leader(folder, [], [])
+    controller.listener = Listener(event=heard.append)
+    core = controller.core
+    core.blocks = (("w0",), ("w1",))
+    for worker, node in (("w0", "n0"), ("w1", "n1")):
+        core.roster.place(worker, node)
+        core.roster.joined.add(worker)
+        controller.fleet.node_of[worker] = node
+    return controller
+
+
+def test_a_lost_node_that_beats_again_is_taken_back_and_its_given_up_rank_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[Any] = []
+    killed: list[Any] = []
+    controller = pair(tmp_path, heard)
+    monkeypatch.setattr(controller.fleet, "kill", lambda workers, reason: killed.extend(workers) or [])
+    controller._lose_node("n1", "no beat for 2.5 s")
+    assert controller.core.phase in ("aborting", "forming") and "n1" in controller.fleet._lost
+    controller._hear(AgentLost("n1", True, "its link is cut"))
+    assert "n1" in controller.fleet._lost and "n1" not in controller.fleet.agents, "it did not come back yet"
+    stray = Sight("w1", True, Record(os.getpid(), state="aborted", generation=1, rank=1, world_size=2))
+    controller._hear_beat(Beat("n1", 5, sights=(stray,)), time.monotonic())
+    assert killed == ["w1", "c0w0"], "and who was ordered while that node was to be avoided is ordered again"
+    assert "n1" not in controller.fleet._lost
+    assert "n1" not in controller.core._dead_nodes and not controller.core.roster.unfit
+    assert any("n1 is back" in event.get("what", "") for event in heard)
+
+
+def test_ranks_that_find_no_way_to_each_other_are_told_of_once_and_without_blame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[Any] = []
+    controller = pair(tmp_path, heard)
+    core = controller.core
+    core.phase = "forming"
+    failure = PeersUnreachable([(0, 1), (1, 0)], ["10.0.0.1 to 10.0.0.2: no answer", "10.0.0.2 to 10.0.0.1: no answer"])
+    monkeypatch.setattr(controller.fleet, "ask", lambda worker, method: failure)
+    for at in (0.0, 1.0):
+        for rank, node in enumerate(("n0", "n1")):
+            record = Record(os.getpid(), state="aborted", generation=1, rank=rank, world_size=2, phase="apart")
+            controller._hear_beat(Beat(node, 1, sights=(Sight(f"w{rank}", True, record),)), at)
+    said = [event["what"] for event in heard if event["event"] == "detected"]
+    assert len(said) == 1 and "10.0.0.1 to 10.0.0.2: no answer" in said[0] and "GLOO_SOCKET_IFNAME" in said[0]
+    assert core.roster.aside.keys() == {"n1"} and not core.roster.unfit and not core._node_faults
+
+
+def test_a_node_that_never_answers_is_named_with_both_addresses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[Any] = []
+    controller = pair(tmp_path, heard)
+    fleet = controller.fleet
+    fleet.agents, fleet._numbers, fleet._opened = {"n0": None, "n1": None}, {"n0": 4, "n1": 0}, {"n0": 0.0, "n1": 0.0}
+    monkeypatch.setattr("cluster.fleet.time.monotonic", lambda: 100.0)
+    monkeypatch.setattr(fleet, "address", lambda node: "10.0.0.2")
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.1")
+    for _ in range(2):
+        controller._name_unanswered()
+    (said,) = [event["what"] for event in heard]
+    assert said.startswith("node n1 at 10.0.0.2 has not answered the controller at 10.0.0.1 for 60 s. Nodes must reach")
