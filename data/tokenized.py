@@ -74,6 +74,11 @@ def write_shards(
     return {**counts, "shards": len(shards)}
 
 
+def token_count(folder: str | Path) -> int:
+    """Tokens in a folder that `write_shards` wrote. Raises DataError where it is none."""
+    return int(_read_index(Path(folder))["tokens"])
+
+
 class _ShardWriter:
     def __init__(self, folder: Path, shard_tokens: int) -> None:
         if shard_tokens < 1:

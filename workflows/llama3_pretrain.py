@@ -49,9 +49,9 @@ def llama3_pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
         trained[name] = pretrain.options(name=name)(
             text, tokenizer, recipe.model, stage, seed, start, held_out, name, stage.changes
         )
-    unseen = None if held_out is None else held_out.result()
+    unseen = None if held_out is None else held_out.result().meta["tokens"]
     for name, text in texts.items():  # while the first stage starts: the last would find it out much later
-        require_rows(name, recipe.stages[name].sequence_length, text.result(), unseen)
+        require_rows(name, recipe.stages[name].sequence_length, text.result().meta["tokens"], unseen)
     return {name: result.result() for name, result in trained.items()}
 
 

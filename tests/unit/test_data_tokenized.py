@@ -7,7 +7,7 @@ import pytest
 
 from data.config import BatchSettings
 from data.loader import DataLoader
-from data.tokenized import TokenWindows, document_segments, write_shards
+from data.tokenized import TokenWindows, document_segments, token_count, write_shards
 from infra.errors import DataError
 
 TEXTS = ["ab", "", "cde", "f" * 20]
@@ -29,6 +29,7 @@ def test_tokens_and_windows_cross_shards(tmp_path, shard_tokens, begin):
     tokenizer = Letters(bos_id=1 if begin else 0)
     done: list[float] = []
     summary = write_shards(iter(TEXTS), tokenizer, tmp_path, done.append, shard_tokens)
+    assert token_count(tmp_path) == summary["tokens"]
     expected = [token for ids in tokenizer.encode_batch(TEXTS) for token in ([1] * begin + ids + [0])]
     windows = TokenWindows(tmp_path, length=4)
     shards = windows.index["shards"]

@@ -57,6 +57,7 @@ def pretrain(
     folder `base`, whose config then holds but for `changes`."""
     from actors.pretrain import in_words
     from actors.pretrain import pretrain as run_pretrain
+    from data.tokenized import token_count
     from models.hf_format import read_config
     from models.tokenizer import load_tokenizer
 
@@ -64,7 +65,8 @@ def pretrain(
     out = run.artifact("model")
     config = read_config(base.path()) if base else model.to_llama(load_tokenizer(tokenizer.path()).vocab_size)
     config = replace(config, **(changes or {}))
-    require_rows(stage, section.sequence_length, tokens, held_out)
+    unseen = None if held_out is None else token_count(held_out.path())
+    require_rows(stage, section.sequence_length, token_count(tokens.path()), unseen)
 
     def tell(event: dict[str, Any]) -> None:
         if (line := in_words(event)) is not None:
@@ -83,13 +85,13 @@ def pretrain(
     return Trained(stage, out.seal(), curve.seal(), summary)
 
 
-def require_rows(stage: str, length: int, tokens: Artifact, held_out: Artifact | None) -> None:
-    """Refuse what `tokenize` made of too little text: a row takes `length` tokens and the next. Raises DataError."""
-    for text, what, remedy in (
+def require_rows(stage: str, length: int, tokens: int, held_out: int | None) -> None:
+    """Refuse so few tokens of text, and of held-out text, where a row takes `length` and the next. Raises DataError."""
+    for count, what, remedy in (
         (tokens, "its text", "give more (corpus.files, corpus.stdlib_bytes)"),
         (held_out, "the held-out text", "raise corpus.held_out_share, or set it to 0"),
     ):
-        if text is not None and (count := text.meta["tokens"]) <= length:
+        if count is not None and count <= length:
             raise DataError(
                 f"{stage}: {what} has {count} tokens, a row takes sequence_length = {length} and one more: lower that, "
                 f"or {remedy}"
