@@ -8,6 +8,7 @@ as %2E: `llama3%2E1%2Epy:function`.
 
 import functools
 import importlib
+import os
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ def module_of_file(file: Path) -> tuple[str, Path]:
         folder = folder.parent
     if file.stem == "__init__" and packages:
         return ".".join(packages), folder
-    own = not set(file.stem) & set(".:%") and (packages or not is_taken(file))
+    own = _quoted(file.stem) == file.stem and (packages or not is_taken(file))
     return ".".join([*packages, file.stem if own else _quoted(file.name)]), folder
 
 
@@ -64,8 +65,11 @@ def _lies_in(folders: list[str], name: str) -> bool:
 
 
 def _quoted(file_name: str) -> str:
-    """A name without what has a meaning in canonical names."""
-    return file_name.replace("%", "%25").replace(".", "%2E").replace(":", "%3A")
+    """A name without what has a meaning in canonical names, and what is no text (bytes of another encoding)."""
+    return "".join(
+        letter if letter.isprintable() and letter not in ".:%" else "".join(f"%{b:02X}" for b in os.fsencode(letter))
+        for letter in file_name
+    )
 
 
 class ScriptFinder:
@@ -78,7 +82,7 @@ class ScriptFinder:
             return None
         libraries = _libraries()  # they may have a file of that name, and are no place for scripts
         for folder in [each for each in (sys.path if path is None else path) if each not in libraries]:
-            if (file := Path(folder or ".", unquote(last))).is_file():
+            if (file := Path(folder or ".", unquote(last, errors="surrogateescape"))).is_file():
                 return spec_from_file_location(name, file)
         return None
 

@@ -318,7 +318,7 @@ def test_every_function_name_gives_a_run_id(flow: Path, recua: Recua) -> None:
 
 
 SCRIPTS = ["llama3.1_sft.py", "my script-2.py", "3d.py", "训练.py", "50%:a.py", "__main__.py", "random.py", "queue.py"]
-SCRIPTS += ["test.py", "torch.py", "workflows.py", "data.py", "beside.py"]
+SCRIPTS += ["test.py", "torch.py", "workflows.py", "data.py", "beside.py", "caf\udce9.py", "two\nlines.py"]
 
 
 @pytest.fixture
@@ -346,9 +346,8 @@ def test_a_script_may_have_any_name(place: Path, recua: Recua, name: str) -> Non
     assert root == place and loaded.fn(1) == 3 and Path(loaded.fn.__code__.co_filename) == place / name
     assert canonical_name(loaded.fn) == f"{module}:one" and module.count(":") == 0
     plain = name in ("my script-2.py", "3d.py", "训练.py")
-    assert module == (
-        name.removesuffix(".py") if plain else f"{name.replace('%', '%25').replace(':', '%3A').replace('.', '%2E')}"
-    )
+    quoted = name.replace("%", "%25").replace(":", "%3A").replace(".", "%2E").replace("\udce9", "%E9")
+    assert module == (name.removesuffix(".py") if plain else quoted.replace("\n", "%0A"))
     import queue
     import random
 
