@@ -71,17 +71,17 @@ def write_chat(source: Path, folder: Path) -> None:
     """
     tokenizer = load_tokenizer(source)
     tokenizer.save(folder)
-    for name in ("chat_template.jinja", "chat_template.json"):  # these would be read before ours
-        (folder / name).unlink(missing_ok=True)
+    for name in ("chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json"):
+        (folder / name).unlink(missing_ok=True)  # what they say is in ours, and they would be read first
     own = source / "generation_config.json"
     generation = {**(read_object(own) if own.is_file() else {}), **token_ids(tokenizer)}
     write_text(folder / own.name, json.dumps(generation, indent=2))
 
 
-def check_chat(folder: Path) -> Tokenizer:
+def check_chat(folder: Path) -> int:
     """Whether a model trained from `folder`, and saved with `write_chat`, is served with the ids that it is trained on.
 
-    Returns the tokenizer.
+    Returns how many ids the model needs, those of tokens that only tokenizer_config.json names among them.
 
     Raises:
         CheckpointError: no chat format fits the tokenizer; the folder's own template is another format than ours; or
@@ -111,7 +111,7 @@ def check_chat(folder: Path) -> Tokenizer:
             f"and vLLM would serve other ids than are trained on: {difference}. Remove tokenizer.json where "
             "tokenizer.model lies beside it, or take another tokenizer"
         )
-    return tokenizer
+    return max(tokenizer.vocab_size, *(index + 1 for index in served.get_vocab().values()))
 
 
 def _load_served(folder: Path, source: Path) -> Any:

@@ -153,10 +153,11 @@ class HFTokenizer(Tokenizer):
         return self._backend
 
     def config(self) -> dict[str, Any]:
-        """As the folder says, but for its class: one with a name builds the tokenizer anew from its vocabulary, by
-        rules of its own, and gives other ids than tokenizer.json."""
-        named = {key: value for key, value in self._config.items() if value is not None and key != "tokenizer_class"}
-        return {**super().config(), **named}
+        """As the folder says, but for the tokens that we use, and for its class: one with a name builds the tokenizer
+        anew from its vocabulary, by rules of its own, and gives other ids than tokenizer.json."""
+        ours = ("tokenizer_class", "bos_token", "eos_token", "pad_token")
+        kept = {key: value for key, value in self._config.items() if value is not None and key not in ours}
+        return {**super().config(), **kept}
 
 
 def own_template(folder: Path) -> tuple[Path, str] | None:

@@ -32,7 +32,8 @@ class ModelSettings(Settings):
     """The network: a preset by name, or sizes; or an HF folder to start from, which skips pretraining."""
 
     init_from: str | None = None
-    """An HF folder with weights and tokenizer. Pretraining is skipped."""
+    """An HF folder with weights and tokenizer. Pretraining is skipped. Chats are rendered in Llama 3's or Llama 2's
+    format, whichever its tokenizer has the tokens of: the folder has that chat template, or none."""
     preset: str | None = None
     """A size by name, e.g. "llama3-8b" (see `models.presets`); the sizes below are then ignored."""
     dim: int = Field(default=128, ge=8)

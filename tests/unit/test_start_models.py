@@ -15,13 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Mis
 
 from engines.chat import ChatTokenizer, check_chat
 from engines.hf_folder import load_model, save_model
+from infra.config import load
 from infra.errors import CheckpointError
 from models.chat import TEMPLATES
 from models.llama import Llama
 from models.presets import scratch_config
 from models.tokenizer import load_tokenizer, train_bpe
 from models.weights import load_llama, save_hf
-from workflows.steps.checks import check_start_model
+from workflows.recipe import PretrainRecipe
+from workflows.steps.checks import check_pretraining, check_start_model
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"
 NORM, HEAD, EMBEDDING = "model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"
@@ -151,6 +153,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "pytorch_model.bin must be converted to safetensors",
     ),
     "too many ids": (lambda f: train_bpe([*CORPUS, *map(str.upper, CORPUS)], 400).save(f), "the tokenizer has 400 ids"),
+    "a token of no id": (
+        lambda f: change(f, "tokenizer_config.json", additional_special_tokens=["<|new|>"]),
+        "the tokenizer has 301 ids, the model only 300",
+    ),
     "generation impossible": (
         lambda f: change(f, "generation_config.json", max_new_tokens=-5),
         "generation_config.json: transformers cannot use it: `max_new_tokens` must be greater than 0",
@@ -226,6 +232,9 @@ def test_a_sliding_window_bounds_the_context(model: Path) -> None:
     )  # fmt: skip
     MistralForCausalLM(config).save_pretrained(model)
     assert check_start_model(model) == 24
+    tiny = Path(__file__).parents[2] / "recipes" / "pretrain" / "tiny.toml"
+    with pytest.raises(CheckpointError, match=r"model\.init_from: .*model_type is 'mistral'.* with Llamas only"):
+        check_pretraining(load(tiny, PretrainRecipe, [f"model.init_from={model}"]))
     change(model, tie_word_embeddings=True)
     with pytest.raises(CheckpointError, match="tie_word_embeddings = true, but"):
         check_start_model(model)
@@ -281,6 +290,9 @@ TEMPLATES_FOUND: dict[str, Callable[[Path], Any]] = {
     "several": lambda f: change(
         f, "tokenizer_config.json", chat_template=[{"name": n, "template": META} for n in ("tool_use", "default")]
     ),
+    "Meta's, of other ends": lambda f: change(
+        f, "tokenizer_config.json", chat_template=META, bos_token=None, eos_token="<|none|>", pad_token="[PAD]"
+    ),
     "in a file": lambda f: (untemplated(f), (f / "chat_template.jinja").write_text(META)),
 }
 
@@ -297,6 +309,7 @@ def test_a_saved_model_is_served_with_the_ids_it_was_trained_on(model: Path, tmp
 
 def assert_served_as_trained(folder: Path, trained_with: ChatTokenizer) -> None:
     served = AutoTokenizer.from_pretrained(folder)
+    assert len(served) == trained_with.tokenizer.vocab_size
     ids = served.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False)
     assert ids == trained_with.prompt(ASKED) == ChatTokenizer.load(folder).prompt(ASKED)
     ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from actors.config import PretrainSettings
     from data.formats import Summary
     from models.llama import LlamaConfig
-    from models.tokenizer import Tokenizer
 
 PROCESS_BYTES = parse_size("700MiB")
 """A rank or an engine before it holds a model: Python, torch, its runtime (measured on CPU)."""
@@ -114,9 +113,9 @@ def check_start_model(folder: Path) -> int:
         check(folder, config_from_hf(tree, str(folder / "config.json")))
     config = check_configs(folder).get_text_config(decoder=True)
     check_plain(folder, index, bool(getattr(config, "tie_word_embeddings", False)))
-    tokenizer, vocab_size = check_chat(folder), getattr(config, "vocab_size", 0)
-    if vocab_size and tokenizer.vocab_size > vocab_size:
-        raise CheckpointError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {vocab_size}")
+    ids, vocab_size = check_chat(folder), getattr(config, "vocab_size", 0)
+    if vocab_size and ids > vocab_size:
+        raise CheckpointError(f"{folder}: the tokenizer has {ids} ids, the model only {vocab_size}")
     check_finite(folder, index)
     context, window = getattr(config, "max_position_embeddings", 0), getattr(config, "sliding_window", None)
     return min(context, window) if window and getattr(config, "use_sliding_window", True) else context
@@ -191,7 +190,10 @@ def _sizes(model: ModelSettings, tokenizer: TokenizerSettings) -> "LlamaConfig":
     if model.init_from is not None:
         from models.hf_format import read_config
 
-        return read_config(Path(model.init_from).expanduser())
+        try:
+            return read_config(Path(model.init_from).expanduser())
+        except CheckpointError as error:
+            raise CheckpointError(f"model.init_from: {error}; pretraining goes on with Llamas only") from None
     return model.to_llama(tokenizer.vocab_size)
 
 
@@ -215,7 +217,7 @@ def _context(model: ModelSettings, tokenizer: TokenizerSettings) -> tuple[int, s
             raise CheckpointError(f"model.init_from: {error}") from None
     vocab_size = tokenizer.vocab_size
     if tokenizer.folder is not None:
-        vocab_size = _check_tokenizer(Path(tokenizer.folder).expanduser()).vocab_size
+        vocab_size = _check_tokenizer(Path(tokenizer.folder).expanduser())
     if model.preset is None:
         return model.context, "model.context"
     try:
@@ -230,7 +232,8 @@ def _context(model: ModelSettings, tokenizer: TokenizerSettings) -> tuple[int, s
     return config.context, f"the context of preset {model.preset}"
 
 
-def _check_tokenizer(folder: Path) -> "Tokenizer":
+def _check_tokenizer(folder: Path) -> int:
+    """How many ids a model needs for it."""
     from engines.chat import check_chat
 
     if not folder.is_dir():
