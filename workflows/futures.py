@@ -98,7 +98,7 @@ class Future(ToCome, Generic[R]):
     def __getattr__(self, name: str) -> Any:
         """A field of the result to come, as an edge: `sft.model` where `sft` is a Future."""
         if name.startswith("_"):
-            raise AttributeError(name)
+            raise AttributeError(f"{self!r} has no {name}; for a field of its result write [{name!r}]")
         return Part(self, name)
 
     def __getitem__(self, name: str) -> Any:

@@ -281,13 +281,21 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)
 
 
-def function_behind(found: Any) -> Any:
-    """The function that a step's name stands for, given what is there: the step itself, also below decorators that
-    were put above it, or the function that `step(...)` was given where the step has another name."""
+def step_behind(found: Any) -> Step[..., Any] | None:
+    """The step that a name stands for, given what is there: also below decorators that were put above it, or made of
+    the function that `step(...)` was given where the step itself has another name."""
     inner = found
     while inner is not None and not isinstance(inner, Step):
         inner = getattr(inner, "__wrapped__", None)
-    return found if inner is None else inner.fn
+    if inner is None and inspect.isfunction(found):
+        return Step(found, StepOptions())
+    return inner
+
+
+def function_behind(found: Any) -> Any:
+    """The function of the step that a name stands for; what is there itself where that is no step."""
+    step = step_behind(found)
+    return found if step is None else step.fn
 
 
 class Workflow(Generic[P, R]):
@@ -400,7 +408,8 @@ def edges_of(runtime: Runtime, needs: list[str]) -> Callable[[Any], Any]:
 def resolve_edges(tree: Any, result_of: Callable[[str], Any]) -> Any:
     """Edges replaced by the encoded results that they stand for; what has none is no copy."""
     if isinstance(tree, list):
-        return same_or(tree, [resolve_edges(item, result_of) for item in tree])
+        resolved = [resolve_edges(item, result_of) if isinstance(item, (list, dict)) else item for item in tree]
+        return same_or(tree, resolved)
     if isinstance(tree, dict):
         if "$edge" in tree:
             return field_of(result_of(tree["$edge"]), tree["field"], tree["$edge"])

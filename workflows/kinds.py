@@ -90,15 +90,17 @@ def restore_dataclass(name: str, made_of: Fields, beside: Fields | None) -> Any:
     return made
 
 
-def settings_parts(value: BaseModel, where: str) -> tuple[Fields, Fields, Fields]:
-    """The fields of frozen settings, their extra fields, and their private attributes."""
+def settings_parts(value: BaseModel, where: str) -> tuple[Fields, Fields, Fields, Fields]:
+    """The fields of frozen settings, their extra fields, their private attributes, and what validators put beside."""
+    kind = type(value)
     if not value.model_config.get("frozen"):
-        raise UserError(f"{where}: {type(value).__name__} must be frozen (derive it from infra.config.Settings)")
-    fields = {name: getattr(value, name) for name in type(value).model_fields}
-    return fields, dict(value.__pydantic_extra__ or {}), dict(value.__pydantic_private__ or {})
+        raise UserError(f"{where}: {kind.__name__} must be frozen (derive it from infra.config.Settings)")
+    fields = {name: getattr(value, name) for name in kind.model_fields}
+    beside = {name: held for name, held in vars(value).items() if name not in fields and not _is_cached(kind, name)}
+    return fields, dict(value.__pydantic_extra__ or {}), dict(value.__pydantic_private__ or {}), beside
 
 
-def restore_settings(name: str, fields: Fields, extra: Fields, private: Fields | None) -> Any:
+def restore_settings(name: str, fields: Fields, extra: Fields, private: Fields | None, beside: Fields) -> Any:
     """The settings with these fields. `private`: None where none are stored.
 
     Raises:
@@ -120,7 +122,7 @@ def restore_settings(name: str, fields: Fields, extra: Fields, private: Fields |
     made = kind.__new__(kind)
     made.__setstate__(
         {
-            "__dict__": held,
+            "__dict__": {**held, **beside},
             "__pydantic_fields_set__": {*fields, *extra},
             "__pydantic_extra__": more if rule == "allow" else None,
             "__pydantic_private__": private,

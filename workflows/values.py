@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import math
+import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -45,8 +46,6 @@ def encode(value: Any, where: str = "value", replace: Replace | None = None) -> 
 
 
 def _encode(value: Any, where: str, replace: Replace, room: int) -> Any:
-    if (tree := replace(value)) is not None:
-        return tree
     kind = type(value)
     if value is None or kind is bool:
         return value
@@ -58,6 +57,8 @@ def _encode(value: Any, where: str, replace: Replace, room: int) -> Any:
         return value if _is_unicode(value) else {"$text": value.encode("unicode_escape").decode("ascii")}
     if kind is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
+    if (tree := replace(value)) is not None:
+        return tree
     if room <= 0:
         raise UserError(f"{_start(where)} is nested more than {DEEPEST} deep, or contains itself: it cannot be kept")
     if kind is list:
@@ -88,9 +89,9 @@ def _encode_object(value: Any, where: str, replace: Replace, room: int) -> Any:
     if type(value) is type(Path()):
         return {"$path": _encode(str(value), where, replace, room)}
     if isinstance(value, BaseModel):
-        given, extra, private = kinds.settings_parts(value, where)
+        given, extra, private, more = kinds.settings_parts(value, where)
         tree: dict[str, Any] = {"$settings": kinds.name_of(type(value), where), "fields": fields(given)}
-        tree |= beside(extra=extra, private=private)
+        tree |= beside(extra=extra, private=private, beside=more)
         # Where and how fast, never what: such settings (pools) are part of no key.
         return {**tree, "unkeyed": True} if getattr(type(value), "unkeyed", False) else tree
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -169,7 +170,7 @@ def decode(tree: Any, source: ArtifactSource | None = None) -> Any:
         UserError: a class that the value names is gone, or has other fields now.
     """
     if isinstance(tree, list):
-        return [decode(item, source) for item in tree]
+        return [decode(item, source) if isinstance(item, (list, dict)) else item for item in tree]
     if not isinstance(tree, dict):
         return tree
     if (tag := _tag(tree)) is not None:
@@ -179,7 +180,10 @@ def decode(tree: Any, source: ArtifactSource | None = None) -> Any:
 
 def _tag(tree: dict[str, Any]) -> str | None:
     """What an encoded dict stands for; None where it is one."""
-    return next((key for key in tree if key.startswith("$")), None)
+    for key in tree:
+        if key.startswith("$"):
+            return key
+    return None
 
 
 def _decoded(tag: str, tree: dict[str, Any], source: ArtifactSource | None) -> Any:
@@ -205,7 +209,8 @@ def _decoded(tag: str, tree: dict[str, Any], source: ArtifactSource | None) -> A
         case "$dataclass":
             return kinds.restore_dataclass(held, group("fields") or {}, group("beside"))
         case "$settings":
-            return kinds.restore_settings(held, group("fields") or {}, group("extra") or {}, group("private"))
+            fields, extra, beside = (group(name) or {} for name in ("fields", "extra", "beside"))
+            return kinds.restore_settings(held, fields, extra, group("private"), beside)
         case "$namedtuple":
             return kinds.restore_named_tuple(held, group("fields") or {})
         case "$kind":
@@ -260,7 +265,7 @@ def identity(tree: Any) -> Any:
     """An encoded value reduced to what makes it equal to another: an artifact is its digest and what it was sealed
     with, wherever it lies, and the order of a dict's keys does not count. What needs no change is no copy."""
     if isinstance(tree, list):
-        return same_or(tree, [identity(item) for item in tree])
+        return same_or(tree, [identity(item) if isinstance(item, (list, dict)) else item for item in tree])
     if not isinstance(tree, dict):
         return tree
     if "$artifact" in tree:
@@ -299,8 +304,8 @@ def earlier_identity(tree: Any) -> Any:
 
 def same_or(tree: Any, found: Any) -> Any:
     """`tree` itself where `found` holds the very same things: what many calls share is kept once."""
-    now = iter(found) if isinstance(tree, list) else iter(found.values())
-    return tree if all(item is next(now) for item in (tree if isinstance(tree, list) else tree.values())) else found
+    before, now = (tree, found) if isinstance(tree, list) else (tree.values(), found.values())
+    return tree if all(map(operator.is_, before, now)) else found
 
 
 def digest(tree: Any) -> str:

@@ -16,7 +16,7 @@ from infra.errors import RecuaError
 from infra.storage import Store
 from workflows.artifacts import Artifact
 from workflows.fingerprint import FILE, Fingerprint, Fingerprinter
-from workflows.graph import Step
+from workflows.graph import Step, step_behind
 from workflows.journal import JournalState, read_journal
 from workflows.known import code_key, content_key, index_key
 from workflows.marks import read_marks
@@ -268,7 +268,7 @@ class Reasons:
             found = self._load(commit["step"])
         except Exception as error:  # importing runs the user's modules
             return str(error).partition("\n")[0]
-        return found if isinstance(found, Step) else f"{commit['step']} is no step any more"
+        return step_behind(found) or f"{commit['step']} is no step any more"
 
 
 def _changed_parts(before: dict[str, str] | None, now: dict[str, str] | None) -> list[str]:

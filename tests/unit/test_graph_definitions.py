@@ -8,7 +8,7 @@ import pytest
 
 from infra.errors import ConfigError, UserError
 from workflows import graph
-from workflows.graph import Step, function_behind, step, workflow
+from workflows.graph import Step, function_behind, step, step_behind, workflow
 from workflows.names import load_name
 
 
@@ -99,8 +99,8 @@ class Runtime:
 def test_workers_find_the_function_of_a_step(made: Any) -> None:
     with graph.running(Runtime()):  # type: ignore[arg-type]
         name = made(1)._kept
-    found = function_behind(load_name(name))
-    assert found is function_behind(made), name
+    found = step_behind(load_name(name))
+    assert found is not None and found.fn is function_behind(made), name
 
 
 @pytest.mark.parametrize(

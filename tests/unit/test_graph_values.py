@@ -1,6 +1,7 @@
 """Arguments and results as JSON; options and call ids."""
 
 import enum
+import functools
 import hashlib
 import json
 import math
@@ -16,7 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pytest
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, RootModel, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, RootModel, field_validator, model_validator
 
 from infra.config import Settings
 from infra.errors import ConfigError, NonDeterminismError, UserError
@@ -105,6 +106,27 @@ class Suffixed(Settings):
         return f"{value}-x"
 
 
+class Derived(Settings):
+    """A validator puts something beside the fields, and something is worked out when it is asked for."""
+
+    size: int = 2
+
+    @model_validator(mode="after")
+    def double(self) -> "Derived":
+        object.__setattr__(self, "twice", 2 * self.size)
+        return self
+
+    @functools.cached_property
+    def square(self) -> Any:
+        return lambda: self.size**2
+
+
+def _derived() -> Derived:
+    made = Derived(size=3)
+    assert made.square() == 9
+    return made
+
+
 class Open(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
     name: str
@@ -189,6 +211,7 @@ VALUES: list[Any] = [
     Suffixed(prefix="a", lr=0.5),  # type: ignore[call-arg]
     _rank(3),
     One(3),
+    Derived(size=3),
     Scaled(1.0),
     Slotted("a", 2),
     Named(2.0, result=3),
@@ -216,6 +239,7 @@ def test_what_a_class_made_of_its_fields_comes_back_with_them() -> None:
     scaled = decode(encode(Scaled(1.0)))
     assert (scaled.lr, scaled.label) == (0.1, "lr 0.1")
     assert decode(encode(Slotted("a", 2))).twice == 4
+    assert decode(encode(_derived())).twice == 6 and decode(encode(_derived())).square() == 9
     assert decode(encode(_rank(3)))._rank == 3 and decode(encode(_rank(3))).more == [1]
     made = decode(encode(defaultdict(list, {"a": [1]})))
     assert made["new"] == []
