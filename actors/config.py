@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from cluster.config import ElasticSettings
 from data.config import rising
 from engines.config import LearnerSettings
-from infra.config import Seconds, Settings
+from infra.config import Cpus, Gpus, Seconds, Settings
 from infra.errors import ConfigError
 from infra.storage import parse_store
 
@@ -21,9 +21,9 @@ class LearnerPoolSettings(Settings):
 
     workers: int = Field(default=2, ge=1)
     """Data-parallel ranks (DeepSpeed ZeRO shards over them)."""
-    num_cpus: float = Field(default=0.25, gt=0)
+    num_cpus: Cpus = Field(default=0.25, gt=0)
     """CPUs that Ray books for one rank. Learners and generators take turns, so on a laptop they share cores."""
-    num_gpus: float = Field(default=0, ge=0)
+    num_gpus: Gpus = 0
     """GPUs that Ray books for one rank."""
     threads: int = Field(default=1, ge=1)
     """OpenMP threads of one rank on CPU."""
@@ -40,9 +40,9 @@ class GeneratorPoolSettings(Settings):
 
     replicas: int = Field(default=1, ge=1)
     """vLLM engines; prompts are split over them."""
-    num_cpus: float = Field(default=0.5, gt=0)
+    num_cpus: Cpus = Field(default=0.5, gt=0)
     """CPUs that Ray books for one engine."""
-    num_gpus: float = Field(default=0, ge=0)
+    num_gpus: Gpus = 0
     """GPUs that Ray books for one engine."""
     idle_timeout_s: Seconds = 600
     """An idle pool ends itself after this many seconds without a borrower."""
@@ -81,9 +81,9 @@ class PretrainSettings(Settings):
     and so is a number that does not divide the replicas that are left after a loss."""
     compile: bool = False
     """Compile each block with torch.compile (pays on GPU)."""
-    num_cpus: float = Field(default=0.5, gt=0)
+    num_cpus: Cpus = Field(default=0.5, gt=0)
     """CPUs that Ray books for one rank."""
-    num_gpus: float = Field(default=0, ge=0)
+    num_gpus: Gpus = 0
     """GPUs that Ray books for one rank; 0 trains on CPU."""
     threads: int = Field(default=1, ge=1)
     """OpenMP threads of one rank."""

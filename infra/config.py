@@ -15,6 +15,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -26,6 +27,7 @@ from pydantic import (
 )
 from pydantic.errors import PydanticUserError
 
+from infra.bundles import check_amount
 from infra.errors import ConfigError
 
 LONGEST_S = 1e9
@@ -34,6 +36,22 @@ Seconds = Annotated[float, Field(gt=0, le=LONGEST_S)]
 """A time that something may take."""
 Pause = Annotated[float, Field(ge=0, le=LONGEST_S)]
 """A time that may be none."""
+
+
+def _counted(resource: str) -> AfterValidator:
+    def check(amount: float) -> float:
+        try:
+            return check_amount("amount", resource, amount)
+        except ConfigError as error:
+            raise ValueError(str(error).partition(": ")[2]) from None
+
+    return AfterValidator(check)
+
+
+Cpus = Annotated[float, _counted("CPU")]
+"""CPUs that Ray books."""
+Gpus = Annotated[float, _counted("GPU")]
+"""GPUs that Ray books: whole ones, or a part of one."""
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 """What numpy, torch and vLLM all take."""
 

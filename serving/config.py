@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from infra.config import Pause, Seconds, Settings
+from infra.config import Cpus, Pause, Seconds, Settings
 
 
 class ServingEngineSettings(Settings):
@@ -57,7 +57,7 @@ class ServingSettings(Settings):
     replicas: int = Field(default=1, ge=1)
     """Copies of the model."""
 
-    num_cpus: float = Field(default=0.5, ge=0)
+    num_cpus: Cpus = Field(default=0.5, ge=0)
     """CPUs that Ray reserves per replica (scheduling only; `engine.threads` says how many it computes with)."""
 
     num_gpus: int = Field(default=0, ge=0)
