@@ -18,9 +18,9 @@ OPENS = {"File", "GzipFile", "LZMAFile", "BZ2File", "TarFile", "ZipFile", "memma
 MADE = {"hardlink_to", "rmdir", "symlink_to", "touch", "unlink", "write_bytes", "write_text"}
 """Methods of a path that make what it names, or take it away."""
 MADE_FIRST = {
-    "FileHandler", "imsave", "imwrite", "remove", "rmtree", "to_csv", "to_excel", "to_feather", "to_hdf", "to_html",
-    "to_json", "to_markdown", "to_netcdf", "to_orc", "to_parquet", "to_pickle", "to_stata", "to_xml", "to_zarr",
-    "tofile", "unlink",
+    "FileHandler", "RotatingFileHandler", "imsave", "imwrite", "remove", "rmtree", "to_csv", "to_disk", "to_excel",
+    "to_feather", "to_hdf", "to_html", "to_json", "to_markdown", "to_netcdf", "to_orc", "to_parquet", "to_pickle",
+    "to_stata", "to_xml", "to_zarr", "tofile", "unlink",
 }  # fmt: skip
 """Calls whose first argument names what they make or take away."""
 MADE_SECOND = {"copy", "copy2", "copyfile", "copytree", "link", "move", "rename", "symlink", "urlretrieve"}
@@ -32,6 +32,7 @@ MADE_ANY = ("save", "write_", "dump")
 `joblib.dump`, `write_parquet`."""
 MADE_KEYWORDS = ("out", "save", "dst", "dest", "log")
 """So keywords of libraries begin that name what is written: `output_dir`, `save_path`."""
+PATH_KEYWORDS = ("path", "file", "fname")
 LISTS = {"iterdir", "listdir", "scandir", "walk"}
 GLOBS = {"glob", "iglob", "rglob"}
 SAME = {
@@ -47,6 +48,8 @@ SAME = {
     "str",
 }
 JOINS = {"Path", "PurePath", "join", "joinpath"}
+PACKAGE_DATA = {"get_data", "open_binary", "open_text", "read_binary", "read_text"}
+"""Of `importlib.resources` and `pkgutil`: (package, name)."""
 DEEPEST = 20
 """Names behind names, and calls inside calls, are followed so far."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -154,15 +157,15 @@ class _Code:
             of_path = receiver is not None and bool(self.value(receiver) or self._folder(receiver))
             rest = call.args if of_path else call.args[1:]
             mode = keywords.get("mode", rest[0] if rest else None)
-            if isinstance(mode, ast.Constant) and isinstance(mode.value, str) and WRITING_MODES & set(mode.value):
+            if mode is not None and _writes(mode):
                 yield from [receiver] if of_path and receiver else [*call.args[:1], *_named(keywords, "file")]
             return
         if self._own(call) is not None:
             return
         if name in MADE and receiver is not None:
             yield receiver
-        if name in MADE_FIRST:
-            yield from call.args[:1]
+        if name in MADE_FIRST or (name == "write" and len(call.args) > 2):  # soundfile.write(path, data, rate)
+            yield from call.args[:1] or [value for key, value in keywords.items() if key.startswith(PATH_KEYWORDS)]
         if name in MADE_SECOND or (name == "replace" and _dotted(call.func) == ["os", "replace"]):
             yield from call.args[1:2]
         if name in MOVES and len(call.args) == 1:
@@ -306,6 +309,10 @@ class _Code:
             return _each(change, self.value(receiver, depth + 1), self.value(node.args[0], depth + 1))
         if name == "dirname" and node.args:
             return [os.path.dirname(value) for value in self.value(node.args[0], depth + 1) if value[-1:] != ">"]
+        if name == "files" and len(node.args) == 1:
+            return self._package(node.args[0])
+        if name in PACKAGE_DATA and len(node.args) == 2:
+            return _each(os.path.join, self._package(node.args[0]), self.value(node.args[1], depth + 1))
         if name in SAME:
             return self.value(node.args[0] if node.args else receiver, depth + 1)
         if name in JOINS and not node.keywords:
@@ -314,6 +321,14 @@ class _Code:
                 return []  # of texts
             return self._folded(os.path.join, [*before, *node.args], depth)
         return []
+
+    def _package(self, node: ast.expr) -> list[str]:
+        """The folder of a package that is named: `importlib.resources.files("package.data")`."""
+        if isinstance(node, ast.Name) and node.id in {"__package__", "__name__"}:
+            return [str(self.module.file.parent)]
+        name = node.value if isinstance(node, ast.Constant) else ".".join(_dotted(node))
+        module = self.reader.index.module(name) if isinstance(name, str) and name else None
+        return [] if module is None else [str(module.file.parent)]
 
     def _folded(self, join: Callable[[str, str], str], nodes: list[ast.expr], depth: int) -> list[str]:
         found = self.value(nodes[0], depth + 1) if nodes else []
@@ -361,6 +376,13 @@ class _Code:
 
 def _parameters(function: Function | ast.Lambda) -> list[ast.arg]:
     return [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+
+
+def _writes(mode: ast.expr) -> bool:
+    """`"w"`, or the flags of `os.open`."""
+    if isinstance(mode, ast.Constant):
+        return isinstance(mode.value, str) and bool(WRITING_MODES & set(mode.value))
+    return any(flag in ast.unparse(mode) for flag in ("os.O_WRONLY", "os.O_RDWR"))
 
 
 def _put_in(paths: Iterable[str], given: dict[str, list[str]]) -> frozenset[str]:

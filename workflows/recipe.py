@@ -27,6 +27,8 @@ from serving.config import ServingSettings
 if TYPE_CHECKING:
     from models.llama import LlamaConfig
 
+LONGEST_STAGE_NAME = 200
+
 
 class ModelSettings(Settings):
     """The network: a preset by name, or sizes; or an HF folder to start from, which skips pretraining."""
@@ -163,6 +165,11 @@ class PretrainRecipe(Settings):
     @model_validator(mode="after")
     def _stages_follow(self) -> "PretrainRecipe":
         for name, stage in self.stages.items():
+            if not name or name.startswith(".") or set(name) & set("/[]\0") or len(name.encode()) > LONGEST_STAGE_NAME:
+                raise ValueError(
+                    f"stages: {name!r} must be named without / [ ] and a dot at its start, in at most "
+                    f"{LONGEST_STAGE_NAME} bytes: files are named after it"
+                )
             if stage.after is not None and stage.after not in self.stages:
                 known = ", ".join(self.stages)
                 raise ValueError(f"stages.{name}.after names {stage.after!r}, which is no stage: {known}")

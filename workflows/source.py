@@ -215,7 +215,12 @@ def decorator_name(node: ast.expr) -> str:
 
 
 def _parse(name: str, file: Path) -> Module:
-    module = Module(name, file, ast.parse(file.read_bytes(), filename=str(file)))
+    source = file.read_bytes()
+    try:
+        tree = ast.parse(source, filename=str(file))
+    except (SyntaxError, ValueError):  # never imported, then: a draft or a template beside what is
+        tree = ast.parse(repr(source))
+    module = Module(name, file, tree)
     for statement in module.tree.body:
         _index(module, statement)
     return module

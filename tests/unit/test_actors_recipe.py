@@ -42,6 +42,9 @@ def test_shipped_pretraining_recipes_are_valid_and_fit_their_network(file: Path)
     [
         ("stages.long.after=nowhere", "stages.long.after names 'nowhere'"),
         ("stages.main.after=anneal", "circle"),
+        ("stages={'a/b'={steps=99}}", r"stages: 'a/b' must be named without / \[ \]"),
+        ("stages={'.a'={steps=99}}", r"stages: '\.a' must be named without"),
+        (f"stages={{'{'é' * 101}'={{steps=99}}}}", "in at most 200 bytes: files are named after it"),
         ("stages.main.sequence_length=256", "stages.main.sequence_length = 256 is above model.context = 128"),
         ("stages.anneal.sequence_length=512", "above stages.long.context = 256"),
         ("stages.main.tensor_parallel=4", "workers 2 must divide"),

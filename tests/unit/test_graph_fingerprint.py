@@ -190,6 +190,11 @@ def test_where_it_cannot_see_it_takes_the_whole_module(changed: Callable[..., bo
     assert changed("proj.dynamic:body", "proj/local.py", "x + 1", "x + 2"), "a computed import: the whole package"
 
 
+def test_a_file_that_is_no_python_counts_by_its_text(changed: Callable[..., bool], project: Path) -> None:
+    (project / "proj" / "draft.py").write_text("def {{ name }}(): one\n")
+    assert changed("proj.dynamic:body", "proj/draft.py", "one", "two")
+
+
 def test_libraries_count_by_version(project: Path) -> None:
     found: Fingerprint = Fingerprinter().of(importlib.import_module("proj.steps").body, libraries=("pydantic",))
     assert {"numpy", "pydantic", "python"} <= set(found.libraries)
@@ -360,6 +365,9 @@ WRITES = [
     "import pandas as pd; pd.DataFrame().to_csv('out.json')",
     "import joblib; joblib.dump({}, 'out.json')",
     "shutil.copy('in.txt', 'out.json')",
+    "import pandas as pd; pd.DataFrame().to_csv(path_or_buf='out.json', index=False)",
+    "import soundfile; soundfile.write('out.json', [], 8000)",
+    "os.open('out.json', os.O_CREAT | os.O_WRONLY)",
     "os.replace('part', NAME)",
     "Path('part').rename(OUT)",
     "import logging; logging.basicConfig(filename='out.json')",
@@ -380,6 +388,11 @@ READS = [
     "[file.read_text() for file in (HERE / 'deep').iterdir()]",
     "[open(os.path.join('deep', name)) for name in os.listdir('deep')]",
     "[file.read_text() for file in HERE.glob('deep/*.txt')]",
+    "from importlib import resources; (resources.files('deep') / 'far.txt').read_text()",
+    "from importlib import resources; resources.files('deep').joinpath('far.txt').read_text()",
+    "import pkgutil; pkgutil.get_data('deep', 'far.txt')",
+    "import zipfile; zipfile.ZipFile('out.json', 'w').write('in.txt', 'name')",
+    "open('out.json', 'w').write('in.txt'); open('in.txt')",
     "import glob; [open(name) for name in glob.glob('deep/*.txt')]",
     "shutil.copy('in.txt', 'out.json')",
     "import pandas; pandas.read_csv('in.txt').to_csv('out.json')",
@@ -406,12 +419,13 @@ def test_what_a_step_writes_is_no_data_of_it(line: str, script: Callable[..., An
 @pytest.mark.parametrize("line", READS)
 def test_what_a_step_reads_is_data_of_it(line: str, script: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "lone" / "deep").mkdir()
+    (tmp_path / "lone" / "deep" / "__init__.py").touch()
     files = [tmp_path / "lone" / name for name in ("in.txt", "deep/far.txt")]
     for file in files:
         file.write_text("one")
     fingerprint = script(f"{HEAD}def body():\n    {line}\n")
     first = fingerprint()
-    assert first.data_files in (["in.txt"], ["deep/far.txt"])
+    assert [name for name in first.data_files if name != "deep/__init__.py"] in (["in.txt"], ["deep/far.txt"])
     for file in files:
         file.write_text("two")
     assert fingerprint().code != first.code
