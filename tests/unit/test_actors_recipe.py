@@ -121,7 +121,7 @@ def test_what_cannot_work_here_is_refused_before_anything_starts(override: str, 
             ["rejection_sft.max_length=16"],
             r"rejection_sft\.max_length = 16 leaves no token .* rejection\.max_tokens = 16",
         ),
-        (["corpus.stdlib_bytes=100"], r"pretrain\.sequence_length = 256: corpus\.files .* 200 tokens at most"),
+        (["corpus.stdlib_bytes=100"], r"pretrain\.sequence_length = 256: corpus\.files .* 125 tokens at most"),
     ],
 )
 def test_a_stage_that_would_learn_nothing_is_refused_before_anything_starts(overrides: list[str], named: str) -> None:

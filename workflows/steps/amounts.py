@@ -78,7 +78,7 @@ def check_pretraining_amounts(recipe: PretrainRecipe, corpora: "dict[str, Summar
 
 def _require_window(section: str, length: int, where: str, settings: CorpusSettings, files: "Summary") -> None:
     """Whether the text can fill one row: no tokenizer makes more tokens than bytes."""
-    most = files.text_bytes + MARKS * files.rows + 2 * settings.stdlib_bytes
+    most = files.text_bytes + MARKS * files.rows + settings.stdlib_bytes * 5 // 4  # with the marks
     if most < length + 1:
         raise DataError(
             f"{section}.sequence_length = {length}: {where}.files and {where}.stdlib_bytes give {most} tokens at most, "
