@@ -37,10 +37,10 @@ FILE = "file "
 PLATFORM = {
     "alarm", "artifacts", "attempts", "batches", "bundle", "channel", "cli", "config", "definitions", "events",
     "executor", "fanout", "fingerprint", "futures", "gangs", "gc", "graph", "history", "housekeeping", "identities",
-    "indexer", "journal", "keywords", "kinds", "known", "launch", "listing", "loop", "marks", "names", "outcome",
-    "output", "paths", "placement", "planning", "progress", "reaper", "report", "report_groups", "report_page", "runs",
-    "saved", "session", "source", "status", "step_context", "survey", "taken", "takeover", "values", "waits", "why",
-    "worker",
+    "indexer", "journal", "keywords", "kinds", "known", "launch", "listing", "local_ray", "loop", "marks", "names",
+    "outcome", "output", "paths", "placement", "planning", "progress", "reaper", "report", "report_groups",
+    "report_page", "runs", "saved", "session", "source", "status", "step_context", "survey", "taken", "takeover",
+    "values", "waits", "why", "worker",
 }  # fmt: skip
 """Modules of `workflows` that carry, show and keep results. What remains are recipes and their steps."""
 BLINDING = {"exec", "eval", "globals", "__import__"}
