@@ -1,8 +1,11 @@
 """Processes of this machine, as the kernel shows them under /proc: a number alone may belong to a later process."""
 
+import ctypes
+import functools
 import os
 from pathlib import Path
 
+PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 GONE = "ZX"
 """States of a process that has ended: a zombie still has its number."""
 
@@ -22,6 +25,36 @@ def process_start(pid: int) -> str | None:
 def process_state(pid: int) -> str:
     """The kernel's letter: R runs, S sleeps, T is stopped, t is traced, Z is a zombie; X where there is none."""
     return _stat(pid)[0]
+
+
+def children() -> list[int]:
+    """Children of this process, whichever of its threads started them, zombies too. Where it has none that costs one
+    system call."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return []
+    numbers = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [pid for pid in numbers if _stat(pid)[1:2] == [str(os.getpid())]]
+
+
+def adopt_orphans(adopt: bool) -> bool:
+    """Whether processes below this one that lose their parent become its children, so that it can find them; how that
+    was before."""
+    before = ctypes.c_int()
+    _libc().prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
+    _libc().prctl(PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
+    return bool(before.value)
+
+
+def flush_c_streams() -> None:
+    """What C libraries print waits in buffers of their own."""
+    _libc().fflush(None)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 class ExitWatch:

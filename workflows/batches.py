@@ -25,7 +25,7 @@ from typing import Any
 
 from workflows.alarm import Alarm
 from workflows.graph import StepOptions
-from workflows.worker import run_attempt, tell_driver
+from workflows.worker import may_run_more, run_attempt, tell_driver
 
 SHORT_S = 0.01
 TOGETHER_S = 0.03
@@ -84,7 +84,7 @@ def run_batch(run: str, batch: bytes) -> bytes:
             outcome = task.outcomes[number] = run_attempt(run, task.calls[number])
             task.untold.append(number)
             room -= len(outcome)
-            if room < 0 or time.monotonic() > deadline:
+            if room < 0 or time.monotonic() > deadline or not may_run_more():
                 break
     finally:
         watchdog.clear()

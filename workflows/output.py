@@ -1,9 +1,10 @@
 """What step bodies print, children included: caught per attempt, at next to no cost where nothing is printed.
 
-While a body runs, file descriptors 1 and 2 of its process lead to a file without an owner. Only when something was
-printed does that file become the attempt's log (a link, or an upload where the store is no folder) and the next attempt
-gets another one; an attempt that prints nothing leaves nothing. Where the body goes on for longer its log is there from
-then on. Where the process dies in the middle its reaper makes the link.
+While a body runs, file descriptors 1 and 2 of its process lead to a file without an owner, and sys.stdout and
+sys.stderr are streams of the body's own, which it may close or replace. Only when something was printed does that file
+become the attempt's log (a link, or an upload where the store is no folder) and the next attempt gets another one; an
+attempt that prints nothing leaves nothing. Where the body goes on for longer its log is there from then on. Where the
+process dies in the middle its reaper makes the link.
 """
 
 import contextlib
@@ -13,8 +14,10 @@ import sys
 import tempfile
 import uuid
 from pathlib import Path
+from typing import TextIO
 
 from infra.errors import StoreError
+from infra.processes import flush_c_streams
 from infra.storage import TEMPORARY_PREFIX, Store
 
 
@@ -26,6 +29,7 @@ class Output:
         """The file that takes what is printed now."""
         self._file = -1
         self._saved: list[int] = []
+        self._streams: tuple[TextIO, TextIO] = (sys.stdout, sys.stderr)
         self._store: Store | None = None
         self._key = ""
         self._shown = False
@@ -48,6 +52,14 @@ class Output:
         self._saved = [os.dup(1), os.dup(2)]
         os.dup2(self._file, 1)
         os.dup2(self._file, 2)
+        self._streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = _stream(1), _stream(2)
+
+    def say(self, text: str) -> None:
+        """A line of our own, whatever the body did to its streams."""
+        _flush()
+        with contextlib.suppress(OSError):
+            os.write(self._file, f"{text}\n".encode(errors="backslashreplace"))
 
     def show(self) -> None:
         """Let the log be read while the body goes on."""
@@ -59,6 +71,7 @@ class Output:
     def end(self) -> str:
         """What to say where the log could not be kept, else ""."""
         _flush()
+        sys.stdout, sys.stderr = self._streams
         for number, descriptor in zip((1, 2), self._saved, strict=True):
             os.dup2(descriptor, number)
             os.close(descriptor)
@@ -93,7 +106,14 @@ class Output:
         self._shown = True
 
 
+def _stream(descriptor: int) -> TextIO:
+    """Unbuffered text: what several processes print stays in order. Any text can be printed."""
+    raw = io.FileIO(descriptor, "w", closefd=False)
+    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)  # type: ignore[type-var]
+
+
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(ValueError, OSError, io.UnsupportedOperation):
+        with contextlib.suppress(Exception):  # a body may have closed it, or put anything in its place
             stream.flush()
+    flush_c_streams()

@@ -19,6 +19,7 @@ from infra.storage import Store
 from workflows.config import RunSettings
 from workflows.gangs import GangAttempt, Gangs
 from workflows.graph import StepOptions
+from workflows.isolation import MOST_TASKS
 from workflows.local_ray import LocalRay, RayServers, connect
 from workflows.names import import_roots
 from workflows.worker import bootstrap
@@ -226,6 +227,8 @@ class Placement:
     def _task(self, num_cpus: float, num_gpus: float, memory: int | None) -> Any:
         assert self._body is not None, "prepare() comes first"
         resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+        if not num_gpus:  # with GPUs Ray ends the process after every task
+            resources["max_calls"] = MOST_TASKS
         if memory is not None:
             resources["memory"] = memory
         return self._ray.remote(max_retries=0, retry_exceptions=False, **resources)(self._body)

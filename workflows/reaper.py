@@ -119,17 +119,23 @@ class Guardian:
 
 def _reap(marker: str, memory: int) -> "subprocess.Popen[bytes]":
     """Start a reaper of this process; it carries no marker itself, so that none ends another."""
+    from infra.processes import adopt_orphans
+
     environment = {key: value for key, value in os.environ.items() if key not in (MARKER, LOCAL_RAY)}
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", os.path.abspath(__file__), marker, str(os.getpid()), str(memory)],
-        bufsize=0,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        pass_fds=[] if memory == NO_MEMORY else [memory],
-        env=environment,
-        start_new_session=True,
-    )
-    process.wait()  # it goes on as a child of nobody
+    adopted = adopt_orphans(False)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", os.path.abspath(__file__), marker, str(os.getpid()), str(memory)],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[] if memory == NO_MEMORY else [memory],
+            env=environment,
+            start_new_session=True,
+        )
+        process.wait()  # it goes on as a child of nobody
+    finally:
+        adopt_orphans(adopted)
     return process
 
 

@@ -5,12 +5,12 @@ break the driver; standard output and error go to the attempt's log, children's 
 """
 
 import contextlib
+import contextvars
 import functools
 import json
 import os
 import shutil
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +24,7 @@ from workflows.alarm import Alarm
 from workflows.artifacts import ArtifactSource
 from workflows.channel import Sender
 from workflows.graph import function_behind
+from workflows.isolation import Isolation
 from workflows.journal import fenced, latest_lease
 from workflows.names import load_name
 from workflows.outcome import describe
@@ -49,9 +50,9 @@ def run_attempt(run: str, attempt: Payload) -> str:
         store = _store(task["store"])
         scratch = Path(f"{tempfile.gettempdir()}/recua-{task['attempt_id']}")
         with _output(task, store, scratch) as said:
-            outcome |= _body(task, store, scratch)
+            outcome |= _body(task, store, scratch, said)
         if said:
-            outcome["warning"] = f"attempt {task['attempt']}: {said[0]}"
+            outcome["warning"] = f"attempt {task['attempt']}: {'; '.join(said)}"
     except Exception as error:  # the log, the lease, this machine: ours, not the user's
         outcome |= {"ok": False, "error": describe(error)}
     outcome["seconds"] = time.perf_counter() - clock
@@ -84,7 +85,7 @@ def _output(task: Payload, store: Store, scratch: Path) -> Iterator[list[str]]:
         reaper.end(output.printed)
 
 
-def _body(task: Payload, store: Store, scratch: Path) -> dict[str, Any]:
+def _body(task: Payload, store: Store, scratch: Path, said: list[str]) -> dict[str, Any]:
     sender, alarm, output = _sender(*task["channel"]), _alarm(), _catcher()
     who = {"call": task["call"], "attempt_id": task["attempt_id"]}
 
@@ -120,12 +121,13 @@ def _body(task: Payload, store: Store, scratch: Path) -> dict[str, Any]:
         function = _function(task["step"])
         arguments = decode(task["arguments"], source)
         _fault(task, "executor.body")
-        value = function(*arguments["args"], **arguments["kwargs"])
+        with _isolation().around_body(said):
+            value = contextvars.copy_context().run(function, *arguments["args"], **arguments["kwargs"])
         result = encode(value, "the result")
         return {"ok": True, "result": result, **({"state": True} if step_context.saves_state else {})}
     except BaseException as error:  # sys.exit, Ctrl-C in a library, an exception class of the user's own
         record = describe(error)
-        print(record["traceback"], file=sys.stderr, flush=True)
+        output.say(record["traceback"])
         return {"ok": False, "error": record}
     finally:
         leave()
@@ -149,10 +151,20 @@ def _fault(task: Payload, point: str) -> None:
         time.sleep(30)  # the driver is dying, and this process with it
 
 
+def may_run_more() -> bool:
+    """Whether other attempts may follow in this process."""
+    return not _isolation().given_up
+
+
 # One of each per worker process, made at its first step: processes, connections and clients are reused across steps.
 @functools.cache
 def _reaper() -> Reaper:
     return Reaper()
+
+
+@functools.cache
+def _isolation() -> Isolation:
+    return Isolation()
 
 
 @functools.cache

@@ -1,7 +1,22 @@
 """Steps for the tests of one task's batch."""
 
+import decimal
+import locale
+import logging
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
 import time
+import warnings
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from workflows.graph import step
 
@@ -23,3 +38,91 @@ def gated(gate: str) -> str:
         assert time.monotonic() < deadline, "the gate stays closed"
         time.sleep(0.01)
     return "open"
+
+
+@step
+def change_process(folder: str) -> float:
+    """What a body may do to its process, and what can be put back; the folder is gone afterwards."""
+    Path(folder).mkdir()
+    os.chdir(folder)
+    Path(folder).rmdir()
+    os.umask(0o777)
+    os.environ.update(LEFT="1", PATH="/nowhere", TZ="Asia/Tokyo")
+    del os.environ["PYTHONPATH"]
+    time.tzset()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_REAL, 3600)
+    locale.setlocale(locale.LC_ALL, "C")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (99, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    warnings.simplefilter("error")
+    logging.basicConfig(level=logging.DEBUG, force=True)
+    logging.disable(logging.CRITICAL)
+    multiprocessing.set_start_method("spawn")
+    socket.setdefaulttimeout(0.01)
+    sys.setrecursionlimit(321)
+    sys.path.insert(0, "/left")
+    sys.argv.append("--left")
+    np.seterr(all="raise")
+    decimal.getcontext().prec = 3
+    print("the last words")
+    with sys.stdout:
+        pass
+    sys.stderr = None
+    random.seed(1)
+    np.random.seed(1)
+    return random.random() + float(np.random.random())
+
+
+@step
+def process_state(_: int) -> dict[str, Any]:
+    print("still heard")
+    print("too", file=sys.stderr)
+    return {
+        "folder": os.getcwd(),
+        "umask": os.umask(0o077),
+        "environment": dict(os.environ),
+        "zone": time.strftime("%Z"),
+        "handler": str(signal.getsignal(signal.SIGUSR1)),
+        "timer": signal.getitimer(signal.ITIMER_REAL)[0],
+        "locale": locale.setlocale(locale.LC_ALL),
+        "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "processors": sorted(os.sched_getaffinity(0)),
+        "warnings": len(warnings.filters),
+        "logging": [logging.getLogger().level, len(logging.getLogger().handlers), logging.root.manager.disable],
+        "start method": multiprocessing.get_start_method(allow_none=True),
+        "timeout": socket.getdefaulttimeout(),
+        "recursion": sys.getrecursionlimit(),
+        "path": list(sys.path),
+        "arguments": list(sys.argv),
+        "numpy": np.geterr(),
+        "precision": decimal.getcontext().prec,
+    }
+
+
+@step
+def draw(_: int) -> float:
+    return random.random() + float(np.random.random())
+
+
+@step
+def first_torch(_: int) -> str:
+    import torch
+
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    return str(torch.ones(1).dtype)
+
+
+@step
+def leave_processes(folder: str) -> None:
+    """A child that goes on printing, and one that nobody is parent of any more; each says its number in a file."""
+    talk = "echo $$ > {0}/{1}.new; mv {0}/{1}.new {0}/{1}; while :; do echo {1}; sleep 0.01; done"
+    subprocess.Popen(["sh", "-c", talk.format(folder, "child")], start_new_session=True)
+    subprocess.run(
+        ["sh", "-c", f"(setsid sh -c '{talk.format(folder, 'orphan')}' &)"], env={"PATH": os.environ["PATH"]}
+    )
+    deadline = time.monotonic() + 60
+    while not {"child", "orphan"} <= {file.name for file in Path(folder).iterdir()}:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,8 +1,10 @@
 """One task's batch, in a worker process of its own without Ray: what it tells, hands back and returns."""
 
+import itertools
 import json
 import os
 import queue
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,8 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from infra.processes import adopt_orphans, process_state
+from workflows import isolation
 from workflows.batches import ENDED, ENOUGH_SEEN, HANDED_BACK, MOST, SHORT_S, TOGETHER_S, Pace, may_share
 from workflows.channel import Listener
 from workflows.gangs import Gang
@@ -29,8 +34,9 @@ for batch in batches:  # the first one imports the step
 
 
 @contextmanager
-def task(folder: Path, calls: list[tuple[str, Any]]) -> Iterator[tuple["subprocess.Popen[str]", "queue.Queue[Any]"]]:
-    """Run (step, argument) pairs as one batch, after a batch of one; the process, and what it tells its driver."""
+def task(folder: Path, *batches: list[tuple[str, Any]]) -> Iterator[tuple["subprocess.Popen[str]", "queue.Queue[Any]"]]:
+    """Run (step, argument) pairs as batches 7, 8 and so on, after a batch of one; the process, and what it tells its
+    driver."""
     told: queue.Queue[Any] = queue.Queue()
     listener = Listener("127.0.0.1", told.put)
     run = {"run": "r", "lease_slot": 0, "store": str(folder / "store"), "cache": str(folder)}
@@ -40,7 +46,9 @@ def task(folder: Path, calls: list[tuple[str, Any]]) -> Iterator[tuple["subproce
     process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write("\n".join([json.dumps(run), batch(0, [("plain", 0)]), batch(7, calls)]))
+        process.stdin.write(
+            "\n".join([json.dumps(run), batch(0, [("plain", 0)]), *map(batch, itertools.count(7), batches)])
+        )
         process.stdin.close()
         assert process.stdout.readline()
         yield process, told
@@ -98,6 +106,56 @@ def test_engine_a_batch_gives_no_more_at_once_than_a_message_holds(tmp_path: Pat
     with task(tmp_path, [("large", 1), ("plain", 2)]) as (process, _):
         large, handed_back = results(process)
         assert len(large) == 100 << 10 and handed_back is None
+
+
+def log(folder: Path, attempt_id: str) -> str:
+    file = folder / "store" / "runs" / "r" / "attempts" / attempt_id / "log.txt"
+    return file.read_text() if file.exists() else ""
+
+
+def test_engine_what_a_body_does_to_its_process_does_not_meet_the_next_one(tmp_path: Path) -> None:
+    calls = [("process_state", 0), ("change_process", str(tmp_path / "gone")), ("process_state", 1), ("draw", 0)]
+    with task(tmp_path, *([call] for call in calls)) as (process, _):
+        before, seeded, after, drawn = (results(process)[0] for _ in calls)
+    assert after == before
+    python, numpy = random.Random(1), np.random.RandomState(1)
+    draws = [python.random() + float(numpy.random()) for _ in range(2)]
+    assert seeded == draws[0] and drawn not in draws, "a body that does not seed draws as in a new process"
+    assert log(tmp_path, "a8-0") == "the last words\n"
+    assert log(tmp_path, "a7-0") == log(tmp_path, "a9-0") == "still heard\ntoo\n"
+
+
+def test_engine_a_worker_whose_body_imported_and_changed_something_is_given_up(tmp_path: Path) -> None:
+    """Nobody knows which of the two set what torch is like now."""
+    with task(tmp_path, [("first_torch", 0), ("plain", 1)]) as (process, _):
+        assert results(process) == ["torch.float64", None]
+
+
+def test_engine_a_worker_is_given_up_where_something_cannot_be_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = itertools.count()
+    monkeypatch.setattr(isolation, "PARTS", [isolation.Part("the weather", lambda: next(numbers), print)])
+    adopted = adopt_orphans(False)
+    try:
+        process, said = isolation.Isolation(), list[str]()
+        with process.around_body(said):
+            pass
+    finally:
+        adopt_orphans(adopted)
+    assert process.given_up and said == ["what it did to the weather cannot be undone: its worker process is given up"]
+
+
+def test_engine_processes_that_outlive_their_step_are_ended(tmp_path: Path) -> None:
+    folder = tmp_path / "said"
+    folder.mkdir()
+    with task(tmp_path, [("leave_processes", str(folder)), ("plain", 1)]) as (process, _):
+        assert process.stdout is not None
+        left, handed_back = json.loads(process.stdout.readline())
+        assert handed_back is None and left["ok"]
+        for name in ("child", "orphan"):
+            pid = int((folder / name).read_text())
+            assert process_state(pid) == "X" and f"process {pid} (sh -c echo $$" in left["warning"]
+        assert "outlived its step and was ended" in left["warning"]
+    assert "child\n" in log(tmp_path, "a7-0")
 
 
 def test_engine_only_steps_that_were_seen_to_be_short_share_a_task() -> None:
