@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,6 @@ ENTERED = ("--net", "--mount", "--uts", "--pid")
 NOBODY = "02:00:00:00:00:fe"
 """A hardware address that nobody has."""
 RAY_PORT = 6379
-
-
-@functools.cache
-def no_hosts() -> str | None:
-    """Why hosts cannot be made here; None where they can."""
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    if missing := [tool for tool in ("ip", "unshare", "nsenter", "mount") if shutil.which(tool) is None]:
-        return f"network namespaces need {missing[0]}"
-    try_all = "ip link add name s type bridge && ip link add name a type veth peer name b && mount -t tmpfs tmpfs /mnt"
-    tried = subprocess.run(["unshare", *NAMESPACES, "sh", "-c", try_all], capture_output=True, text=True)
-    return f"no network namespaces here: {tried.stderr.strip()}" if tried.returncode else None
 
 
 class Machine:
@@ -142,3 +131,20 @@ def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
             found.append(Host(number, switch, folder))
             made.callback(found[-1].end)
         yield found
+
+
+@functools.cache
+def no_hosts() -> str | None:
+    """Why there can be no such hosts here; None where two of them reach each other."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if missing := [tool for tool in ("ip", "unshare", "nsenter", "mount", "ps") if shutil.which(tool) is None]:
+        return f"hosts in network namespaces need {missing[0]}"
+    ask = "import socket, sys; socket.create_server((sys.argv[1], 0)); socket.create_connection((sys.argv[2], 1), 10)"
+    try:
+        with tempfile.TemporaryDirectory() as folder, hosts(2, Path(folder)) as (one, other):
+            done = one.start(sys.executable, "-c", ask, one.address, other.address, stderr=subprocess.PIPE)
+            said = done.communicate(timeout=60)[1]
+            return None if "ConnectionRefused" in said else f"hosts in network namespaces fail here: {said[-200:]}"
+    except (AssertionError, OSError, ValueError, subprocess.TimeoutExpired) as error:
+        return f"no network namespaces here: {str(error)[-200:]}"

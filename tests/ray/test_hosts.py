@@ -16,8 +16,6 @@ from data.tokenized import write_shards
 from models.tokenizer import load_tokenizer, train_bpe
 from tests.net_hosts import REPOSITORY, Host, hosts, no_hosts
 
-pytestmark = pytest.mark.skipif(no_hosts() is not None, reason=str(no_hosts()))
-
 DEADLINE_S = 300.0
 SETTINGS: dict[str, Any] = {
     "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2, "timeout": 120},
@@ -31,6 +29,12 @@ SETTINGS: dict[str, Any] = {
 """One rank finds room on a host."""
 PATIENT = {"hang_floor_s": 60, "pulse_timeout_s": 30, "abort_timeout_s": 20, "start_timeout_s": 600}
 Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def where_hosts_can_be_made() -> None:
+    if (why := no_hosts()) is not None:
+        pytest.skip(why)
 
 
 @pytest.fixture(scope="module")
