@@ -25,6 +25,7 @@ from cluster.group_journal import Superseded
 from cluster.host_memory import AskStanding, group_folder
 from cluster.node_agent import AgentPlace, NodeAgent
 from cluster.node_watch import Beat
+from infra.addresses import unreachable
 from infra.bundles import show_bundle, unplaceable
 from infra.errors import ResourceError
 from infra.notices import NoticeSettings
@@ -36,7 +37,7 @@ BEAT_S = 0.4
 PROBE_S = 0.5
 """How long a raylet's port may take to accept a connection before its node counts as gone."""
 BACK_S = 0.1
-"""The same for a node that was lost: it is asked again."""
+"""The same for nodes that were lost: they are asked again, all at once."""
 AGENT_STARTS = 3
 """After so many agents in a row that did not even start a node cannot be used."""
 CALLS = 8
@@ -197,9 +198,12 @@ class Fleet:
     def look_for_lost(self) -> None:
         """Ask again at lost nodes that Ray has not given up and whose raylet takes connections: a link may have been
         cut and healed. An agent that answers, with a beat, is back; see `regain_node`."""
-        for node in self._lost - self.agents.keys():
-            if self.node_lives(node, BACK_S):
-                self.open_agent(node)
+        if not (away := self._lost - self.agents.keys()):
+            return
+        found = [one for one in ray.nodes() if one["Alive"] and one["NodeID"] in away]
+        places = {(one["NodeManagerAddress"], one["NodeManagerPort"]): one["NodeID"] for one in found}
+        for place in places.keys() - unreachable(places, BACK_S).keys():
+            self.open_agent(places[place])
 
     def regain_node(self, node: str) -> None:
         """It was not gone."""
@@ -359,7 +363,7 @@ class Fleet:
         self._failed_starts[node] = failed = self._failed_starts.get(node, 0) + at_start
         return AgentLost(node, failed < AGENT_STARTS, f"its agent does not start: {reason}")
 
-    def node_lives(self, node: str, timeout_s: float = PROBE_S) -> bool:
+    def node_lives(self, node: str) -> bool:
         """Whether the raylet of a node still takes connections: a dead one refuses at once, a dead machine is silent.
 
         Ray itself takes 12 s and more to know.
@@ -369,7 +373,7 @@ class Fleet:
             return False
         try:
             address = (entry["NodeManagerAddress"], entry["NodeManagerPort"])
-            with socket.create_connection(address, timeout=timeout_s):
+            with socket.create_connection(address, timeout=PROBE_S):
                 return True
         except OSError:
             return False
