@@ -28,6 +28,8 @@ SETTINGS: dict[str, Any] = {
 }
 """One rank finds room on a host."""
 PATIENT = {"hang_floor_s": 60, "pulse_timeout_s": 30, "abort_timeout_s": 20, "start_timeout_s": 600}
+UNBLAMED = {**PATIENT, "respawn_backoff_s": 1, "quarantine_faults": 1}
+"""One fault would be enough for a quarantine."""
 Row = dict[str, Any]
 
 
@@ -145,8 +147,7 @@ def test_a_host_whose_link_was_cut_for_long_is_taken_back_once_it_is_healed(
 ) -> None:
     """Long enough that it was given up: the rest trains on, and nobody is to blame."""
     head, other = pair
-    elastic = {**PATIENT, "quarantine_faults": 1, "respawn_backoff_s": 1}
-    training = Training(head, head, corpus, tmp_path / "two", steps=100_000, elastic=elastic)
+    training = Training(head, head, corpus, tmp_path / "two", steps=100_000, elastic=UNBLAMED)
     training.wait(lambda said: len(said.rows) >= 10)
     cut_at = time.monotonic()
     other.cut()
@@ -186,17 +187,14 @@ def three(tmp_path: Path) -> Iterator[list[Host]]:
         yield made
 
 
-IMPATIENT = {"start_timeout_s": 600, "respawn_backoff_s": 1, "quarantine_faults": 1}
-"""Hangs are noticed as soon as they are by default; one fault would be enough for a quarantine."""
-
-
 @pytest.mark.long
 def test_hosts_that_lose_the_way_to_each_other_one_way_stand_aside_and_come_back(
     three: list[Host], corpus: Path, tmp_path: Path
 ) -> None:
     """The controller hears both all the time."""
     head, one, other = three
-    training = Training(head, head, corpus, tmp_path / "run", steps=100_000, elastic=IMPATIENT)
+    elastic = {**UNBLAMED, "hang_floor_s": 5}
+    training = Training(head, head, corpus, tmp_path / "run", steps=100_000, elastic=elastic)
     training.wait(lambda said: len(said.rows) >= 10)
     one.lose_way_to(other)
     goes_on(training, ranks=1)
@@ -210,7 +208,7 @@ def test_hosts_that_lose_the_way_to_each_other_one_way_stand_aside_and_come_back
 def test_a_cut_of_the_heads_link_stops_nobody(three: list[Host], corpus: Path, tmp_path: Path) -> None:
     """Ranks and controller are on other hosts; for so long Ray does not give a node up."""
     head, one, _ = three
-    training = Training(one, head, corpus, tmp_path / "run", steps=100_000, elastic=IMPATIENT)
+    training = Training(one, head, corpus, tmp_path / "run", steps=100_000, elastic=UNBLAMED)
     training.wait(lambda said: len(said.rows) >= 10)
     head.cut()
     time.sleep(5)  # how long it is cut
@@ -226,7 +224,7 @@ def test_a_host_that_ray_gave_up_comes_back_with_another_raylet(corpus: Path, tm
     with hosts(2, tmp_path / "hosts") as (head, other):
         head.start_ray()
         other.start_ray(head)
-        training = Training(head, head, corpus, tmp_path / "run", steps=100_000, elastic=IMPATIENT)
+        training = Training(head, head, corpus, tmp_path / "run", steps=100_000, elastic=UNBLAMED)
         training.wait(lambda said: len(said.rows) >= 10)
         other.cut()
         time.sleep(40)  # how long it is cut
