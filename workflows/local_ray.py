@@ -208,8 +208,14 @@ class RayServers:
         return pids
 
     def kill(self) -> None:
-        """The GCS, where it lives, goes last: a driver that leaves without it waits for it, up to 15 s."""
+        """The GCS, where it lives, goes last: a driver that leaves without it waits for it, up to 15 s. What Ray would
+        print here is what the run says in one line, with a page of Ray's own state twice."""
+        from ray._private import worker
+
         assert self._guardian is not None
+        connected: Any = worker.global_worker
+        connected.threads_stopped.set()
+        connected.gcs_error_subscriber.close()
         self._guardian.kill(spare=self._gcs)
 
     def stop(self) -> None:

@@ -9,10 +9,11 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from posttrain_mini import miniature
 
@@ -56,9 +57,9 @@ class Runs:
         self._mark = f"recua-test-{uuid.uuid4().hex}"
         self._drivers: list[subprocess.Popen[bytes]] = []
 
-    def start(self, store: str, faults: str = "") -> subprocess.Popen[bytes]:
+    def start(self, store: str, faults: str = "", settings: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         """`recua run` of the miniature in a new process group; its output goes to `output()`."""
-        command = [sys.executable, "-m", "workflows.cli", "run", "workflows/llama3_posttrain.py", *miniature()]
+        command = [sys.executable, "-m", "workflows.cli", "run", "workflows/llama3_posttrain.py", *miniature(*settings)]
         command += ["--store", store, "--run", "r", "--reports", str(self.folder / "reports")]
         environment = {**os.environ, "HOME": str(self.folder), "RECUA_TEST_MARK": self._mark, "RECUA_FAULTS": faults}
         environment.pop("RAY_ADDRESS", None)
@@ -83,17 +84,24 @@ class Runs:
                 continue
         return found
 
-    def until(self, driver: subprocess.Popen[bytes], text: str) -> None:
+    def until(self, driver: subprocess.Popen[bytes], text: str, patience_s: float = 600) -> None:
         """Wait until the driver has printed `text`."""
-        wait_for(lambda: text in self.output() or driver.poll() is not None, lambda: f"no {text}: {self.output()}", 600)
+        over: Callable[[], bool] = lambda: text in self.output() or driver.poll() is not None  # noqa: E731
+        wait_for(over, lambda: f"no {text}: {self.output()}", patience_s)
         assert driver.poll() is None, self.output()
 
-    def end(self, driver: subprocess.Popen[bytes], code: int) -> None:
+    def kill(self, driver: subprocess.Popen[bytes], victim: Sequence[str]) -> None:
+        """SIGKILL to a server or an agent of the driver's own Ray: its child, or its raylet's."""
+        there = psutil.Process(driver.pid).children(recursive=True)
+        (found,) = [each for each in there if any(part in " ".join(each.cmdline())[:300] for part in victim)]
+        found.kill()
+
+    def end(self, driver: subprocess.Popen[bytes], code: int, patience_s: float = 600) -> None:
         """Wait for the driver's end: this exit code, and no process left behind.
 
         After a SIGKILL Ray's workers notice within about 12 s on a quiet machine that their raylet is gone.
         """
-        assert driver.wait(600) == code, self.output()
+        assert driver.wait(patience_s) == code, self.output()
         wait_for(lambda: not self.processes(), lambda: f"left behind: {self.processes()}", 120)
 
     def close(self) -> None:
@@ -203,3 +211,36 @@ def compare_with_a_quiet_run(runs: Runs, store: Store, quiet: Path) -> None:
     found = {record["call"]: contents(record["result"]) for record in commits(store)}
     for call in (*DETERMINISTIC, "fine_tune[sft]"):
         assert found[call] == expected[call] and found[call], f"{call} differs from the fault-free run"
+
+
+LOSSES = {
+    "pretrain[0]": ("/dashboard/agent.py", "ray::DashboardAgent"),
+    "optimise_preferences[dpo]": ("/gcs_server --",),
+    "deploy[0]": ("/runtime_env/agent/main.py", "ray::RuntimeEnvAgent"),
+}
+"""In which steps the run's own Ray dies, and how the command line begins of the process that is killed. (Its raylet is
+killed in tests/ray; an agent takes it along.)"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_a_post_training_run_outlives_its_own_ray(runs: Runs, tmp_path: Path) -> None:
+    """One driver, and nothing that was committed is done again."""
+    url = str(tmp_path / "store")
+    driver = runs.start(url, settings=("pretrain.steps=400",))
+    for number, (call, victim) in enumerate(LOSSES.items(), start=1):
+        runs.until(driver, f"{call} started", patience_s=1200)
+        if call == "pretrain[0]":  # in the middle: its snapshots in shared memory outlive Ray
+            runs.until(driver, "/400 ", patience_s=1200)
+        runs.kill(driver, victim)
+        runs.until(driver, f"another one is started (start {number} of local_ray_restarts=3)")
+        runs.until(driver, f"{call} started (attempt 2)", patience_s=1200)
+    runs.end(driver, 0, patience_s=1800)
+    output = runs.output()
+    assert output.count("the local Ray of this run is gone") == 3 and "no single node" not in output, output
+    store = open_store(url)
+    assert set(STAGES) <= committed(store).keys()
+    run = load_run(store, "r")
+    assert run.status == "finished" and run.drivers == 1
+    report = json.loads((tmp_path / "reports/r/report.json").read_text())
+    assert report["served"]["grpc"] is True and report["served"]["openai"] is True

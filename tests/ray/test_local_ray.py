@@ -168,6 +168,20 @@ def test_a_run_survives_the_loss_of_each_of_its_local_rays_servers(start: Start,
     assert len(squares) == len(set(squares)) == 3 * len(names), "what was committed did not run again"
 
 
+@pytest.mark.long
+def test_an_interrupt_while_another_ray_is_started_leaves_nothing_behind(start: Start) -> None:
+    """To the whole process group, as a terminal's Ctrl-C."""
+    driver = start(names=["only"])
+    driver.wait(lambda: driver.bodies("only"))
+    old = driver.kill("only", "raylet")
+    driver.wait(lambda: "another one is started" in driver.said())
+    os.killpg(driver.process.pid, signal.SIGINT)
+    output = driver.end()
+    assert driver.process.returncode != 0 and output.splitlines()[-1] == "KeyboardInterrupt", output
+    assert len(driver.bodies("only")) == 1
+    assert not any(process_start(pid) == began for pid, began in old)
+
+
 def journal(folder: Path) -> list[dict[str, Any]]:
     """Every record of the run's journal."""
     files = sorted((folder / "store" / "runs" / "r" / "journal").iterdir())

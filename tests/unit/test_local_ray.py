@@ -1,15 +1,23 @@
 """A local Ray that dies is started again, as often as its setting allows: with processes that stand for Ray's."""
 
+import json
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from infra.errors import ConfigError, SystemFault
+from infra.errors import ConfigError, NodeLost, SystemFault
+from workflows import attempts, session
+from workflows.config import RunSettings
+from workflows.events import Event
+from workflows.graph import StepOptions, step, workflow
 from workflows.local_ray import LocalRay
+from workflows.placement import Done
 
 DEADLINE_S = 60.0
 
@@ -202,3 +210,112 @@ def test_closed_while_another_one_is_being_started(servers: Stand) -> None:
     closing.join(DEADLINE_S)
     assert not closing.is_alive() and servers.calls[-1] == "stop"
     assert all(process.poll() is not None for pair in servers.started for process in pair.values())
+
+
+class Cluster:
+    """A placement whose Ray comes and goes: `nodes_seen` and `fates` are used up, one per look and per attempt."""
+
+    def __init__(self, nodes_seen: Iterable[list[dict[str, float]]] = (), fates: Iterable[str] = ()) -> None:
+        self._nodes_seen, self._fates = list(nodes_seen), list(fates)
+        self.lost = False
+        self.submitted = 0
+        self.on_lost: Callable[[str], None] = print
+        self.on_back: Callable[[], None] = print
+        self.is_local = True
+
+    def __call__(self, *settings: Any) -> "Cluster":
+        _, _, self.on_lost, self.on_back, _ = settings
+        return self
+
+    def nodes(self) -> list[dict[str, float]]:
+        return self._nodes_seen.pop(0) if self._nodes_seen else [{"CPU": 1.0}]
+
+    def is_lost(self) -> bool:
+        return self.lost
+
+    def look_again(self) -> None:
+        self.lost = False
+
+    def at_once(self, options: StepOptions) -> int:
+        return 1
+
+    def submit(self, call_id: str, step: str, options: StepOptions, text: bytes, done: Done) -> object:
+        self.submitted += 1
+        threading.Thread(target=self._run, args=(text, done)).start()
+        return object()
+
+    def _run(self, text: bytes, done: Done) -> None:
+        fate = self._fates.pop(0) if self._fates else "ends"
+        outcome = {"ok": True, "result": 7, "started": time.time(), "seconds": 0.0, "node": "n", "pid": 1}
+        if fate == "fails":  # what a body says whose actors have gone with their Ray
+            self.lost = True
+            record: dict[str, Any] = {
+                "kind": "user",
+                "type": "ValueError",
+                "message": "an actor is gone",
+                "traceback": "",
+            }
+            done(json.dumps([{**outcome, "ok": False, "error": record}]).encode(), None)
+        if fate in ("fails", "is lost"):
+            self.lost = True
+            self.on_lost("the local Ray of this run is gone (its raylet was killed by SIGKILL)")
+            self.on_back()
+        if fate == "is lost":
+            done(None, RuntimeError("its node died, which is known already"))
+        if fate == "ends":
+            done(json.dumps([outcome]).encode(), None)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: "127.0.0.1" if name == "start" else None
+
+
+@step
+def seven() -> int:
+    raise AssertionError("its body never runs here")
+
+
+@workflow
+def one() -> int:
+    return seven().result()
+
+
+Run = Callable[..., list[Event]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    def begin(cluster: Cluster, **settings: Any) -> list[Event]:
+        monkeypatch.setattr(attempts, "Placement", cluster)
+        monkeypatch.setattr(attempts, "NODES_AGE_S", 0.01)
+        events: list[Event] = []
+        given = RunSettings(store=str(tmp_path / "store"), backoff_s=0.001, new=True, **settings)
+        assert session.run(one, settings=given, observers=[events.append]).value == 7
+        return events
+
+    return begin
+
+
+@pytest.mark.parametrize("fate", ["is lost", "fails"])
+def test_what_ran_on_a_ray_that_died_goes_on_at_no_cost_to_its_retries(run: Run, fate: str) -> None:
+    cluster = Cluster(fates=[fate] * 4)
+    events = run(cluster, system_retries=1)
+    assert cluster.submitted == 5
+    reasons = {event.data["error"] for event in events if event.kind == "retry"}
+    assert reasons == {"the local Ray is gone"}
+    warnings = [event.data["message"] for event in events if event.kind == "warning"]
+    assert warnings == ["the local Ray of this run is gone (its raylet was killed by SIGKILL)"] * 4
+
+
+def test_where_nothing_may_be_repeated_a_lost_ray_ends_the_run(run: Run) -> None:
+    with pytest.raises(NodeLost, match=r"seven\[0\]: the local Ray is gone"):
+        run(Cluster(fates=["is lost"]), system_retries=0)
+
+
+def test_a_cluster_without_any_node_is_waited_for_and_named(run: Run) -> None:
+    """It is not said to lack what the step asks for; checks of the workflow see the first nodes that there are."""
+    cluster = Cluster(nodes_seen=[[], [], []])
+    cluster.is_local = False
+    events = run(cluster)
+    warnings = [event.data["message"] for event in events if event.kind == "warning"]
+    assert warnings == ["the Ray cluster has no live node: steps wait until one joins it"]
+    assert cluster.submitted == 1
