@@ -96,6 +96,12 @@ def check_chat(folder: Path) -> int:
     with TemporaryDirectory() as written:
         write_chat(folder, Path(written))
         served = _load_served(Path(written), folder)
+    if difference := _difference(tokenizer, served, TEMPLATES[tokenizer.chat_format]):
+        raise CheckpointError(
+            f"{folder}: its tokenizer reads text after a special token otherwise than text alone, so that transformers "
+            f"and vLLM would serve other ids than are trained on: {difference}. Remove tokenizer.json where "
+            "tokenizer.model lies beside it, or take another tokenizer"
+        )
     if own := own_template(folder):
         file, template = own
         if difference := _difference(tokenizer, served, template):
@@ -105,12 +111,6 @@ def check_chat(folder: Path) -> int:
                 f"{difference}. Remove the chat template there, to train and to serve in {ours}, or start from a "
                 "folder without one, such as the base model"
             )
-    if difference := _difference(tokenizer, served, TEMPLATES[tokenizer.chat_format]):
-        raise CheckpointError(
-            f"{folder}: its tokenizer reads text after a special token otherwise than text alone, so that transformers "
-            f"and vLLM would serve other ids than are trained on: {difference}. Remove tokenizer.json where "
-            "tokenizer.model lies beside it, or take another tokenizer"
-        )
     return max(tokenizer.vocab_size, *(index + 1 for index in served.get_vocab().values()))
 
 
@@ -137,6 +137,6 @@ def _difference(tokenizer: Tokenizer, served: Any, template: str) -> str | None:
             return f"it refuses {what} ({one_line(error)})"
         if theirs != ours:
             at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
-            texts = [repr(tokenizer.decode(ids[at : at + 8], skip_special=False)) for ids in (theirs, ours)]
+            texts = [repr(served.decode(ids[at : at + 8])) for ids in (theirs, ours)]
             return f"it renders {what} to {len(theirs)} ids, ours has {len(ours)}: {texts[0]} in place of {texts[1]}"
     return None

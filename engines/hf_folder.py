@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,24 +93,31 @@ def refuse_parts(folder: Path) -> None:
 
 
 def check_configs(folder: Path) -> Any:
-    """Whether transformers reads config.json and generation_config.json; returns the model's config.
+    """Whether transformers reads generation_config.json and config.json, and builds that model; returns its config.
 
     Raises:
         CheckpointError: names the file.
     """
     import transformers
 
-    def read(kind: Any, name: str) -> Any:
+    def use(name: str, read: Callable[[], Any]) -> Any:
         try:
             with quiet_transformers():
-                return kind.from_pretrained(folder, local_files_only=True)
+                return read()
         except Exception as error:  # whatever the file's content makes of it
             raise CheckpointError(f"{folder / name}: transformers cannot use it: {one_line(error)}") from error
 
+    def build() -> Any:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            transformers.AutoModelForCausalLM.from_config(config)
+        return config
+
     if (folder / "generation_config.json").is_file():
         read_object(folder / "generation_config.json")
-        read(transformers.GenerationConfig, "generation_config.json")
-    return read(transformers.AutoConfig, "config.json")
+        reader = transformers.GenerationConfig
+        use("generation_config.json", lambda: reader.from_pretrained(folder, local_files_only=True))
+    return use("config.json", build)
 
 
 def save_model(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: Path | None, folder: Path) -> None:

@@ -136,9 +136,11 @@ def config_from_hf(tree: Mapping[str, Any], source: str = "config.json") -> Llam
     )
     window = tree.get("sliding_window")
     unused = window is None or tree.get("use_sliding_window") is False
-    refuse_unless(unused or (type(window) is int and window >= config.context), "sliding_window", "null")
-    kinds = tree.get("layer_types") or []
-    refuse_unless(all(kind == "full_attention" for kind in kinds), "layer_types", "full attention in every layer")
+    whole = type(window) is int and config.context <= window < 2**31
+    refuse_unless(unused or whole, "sliding_window", "null")
+    kinds = tree.get("layer_types")
+    full = kinds is None or (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds))
+    refuse_unless(full, "layer_types", "full attention in every layer")
     return config
 
 
