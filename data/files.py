@@ -110,7 +110,10 @@ def parse_dataset(source: str) -> tuple[str, dict[str, str]]:
 
 def once(files: Sequence[Path]) -> list[Path]:
     """The files in order without those that came before, be it by another name."""
-    return list({os.path.realpath(file): file for file in reversed(files)}.values())[::-1]
+    named: dict[str, Path] = {}
+    for file in files:
+        named.setdefault(os.path.realpath(file), file)
+    return list(named.values())
 
 
 def _listed(before: str, files: Sequence[Path]) -> str:

@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from data.files import resolve_files
+from data.files import once, resolve_files
 from data.formats import read_rows, validate, write_jsonl, write_parquet
 from infra.errors import DataError
 
@@ -282,6 +282,9 @@ def test_a_file_of_several_names_is_read_once(tmp_path, caplog):
     write_jsonl(tmp_path / "d" / "a.jsonl", [{"text": "a"}])
     (tmp_path / "d" / "b.jsonl").symlink_to("a.jsonl")
     assert [path.name for path in resolve_files(tmp_path / "d")] == ["a.jsonl"]
+    assert [path.name for path in once([tmp_path / name for name in ("a", "d/b.jsonl", "c", "d/a.jsonl")])] == [
+        "a", "b.jsonl", "c"
+    ]  # fmt: skip
     with caplog.at_level(logging.WARNING):
         sources = [tmp_path / "d", f"{tmp_path}/d/*.jsonl", f"{tmp_path}/d/../d/a.jsonl"]
         assert [row["text"] for row in read_rows(sources, "text")] == ["a"]
