@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from infra.errors import UserError
 
-OURS = {"definitions.py", "graph.py"}
+OURS = {str(Path(__file__).with_name(name)) for name in ("definitions.py", "futures.py", "graph.py")}
 TOP = "define it with def at the top of a module, so that workers find it"
 
 
@@ -23,7 +24,7 @@ def check_function(thing: Any, what: str) -> None:
     if problem is None and what == "step":
         problem = _out_of_reach(thing)
     if problem is not None:
-        raise UserError(f"{_here()}: @{what} was given {problem}")
+        raise UserError(f"{users_line()}: @{what} was given {problem}")
 
 
 def where(function: Callable[..., Any]) -> str:
@@ -74,8 +75,11 @@ def _out_of_reach(function: Any) -> str | None:
     return None
 
 
-def _here() -> str:
-    """file:line of who defines it."""
-    ours = {str(Path(__file__).with_name(name)) for name in OURS}
-    outside = [frame for frame in traceback.extract_stack() if frame.filename not in ours]
-    return f"{outside[-1].filename}:{outside[-1].lineno}"
+def users_line() -> str:
+    """file:line of the user's code that led here: not ours, Python's or a library's."""
+    python = sysconfig.get_path("stdlib")
+    stack = [frame for frame in traceback.extract_stack() if frame.filename not in OURS]
+    users = [frame for frame in stack if not frame.filename.startswith((python, "<"))]
+    users = [frame for frame in users if "site-packages" not in frame.filename]
+    frame = (users or stack)[-1]
+    return f"{frame.filename}:{frame.lineno}"

@@ -9,6 +9,7 @@ from types import MethodType
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from infra.errors import UserError
+from workflows.definitions import users_line
 
 R = TypeVar("R")
 NEEDS_THE_VALUE = {
@@ -56,7 +57,9 @@ class ToCome:
 
 def _refusal(purpose: str) -> Callable[..., NoReturn]:
     def refuse(self: ToCome, *_: Any, **__: Any) -> NoReturn:
-        raise UserError(f"{self!r} was used for {purpose} before it has a value: write .result() to wait for it")
+        raise UserError(
+            f"{users_line()}: {self!r} was used for {purpose} before it has a value: write .result() to wait for it"
+        )
 
     return refuse
 
@@ -104,7 +107,7 @@ class Future(ToCome, Generic[R]):
     def __getitem__(self, name: str) -> Any:
         """The same for a field of any name: `sft["result"]`."""
         if not isinstance(name, str):
-            raise UserError(f"{self!r}[{name!r}]: it has no value yet; write {self.call_id}.result()[{name!r}]")
+            raise UserError(f"{users_line()}: {self!r}[{name!r}]: it has no value yet; write .result()[{name!r}]")
         return Part(self, name)
 
     def __repr__(self) -> str:
@@ -131,10 +134,12 @@ class Part(ToCome):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        raise UserError(f"{self!r}.{name}: only a field of the result itself can be passed on; write .result().{name}")
+        only = "only a field of the result itself can be passed on"
+        raise UserError(f"{users_line()}: {self!r}.{name}: {only}; write .result().{name}")
 
     def __getitem__(self, key: Any) -> Any:
-        raise UserError(f"{self!r}[{key!r}]: only a field of the result itself can be passed on; write .result()")
+        only = "only a field of the result itself can be passed on"
+        raise UserError(f"{users_line()}: {self!r}[{key!r}]: {only}; write .result()[{key!r}]")
 
     def __repr__(self) -> str:
         return f"{self.future!r}.{self.field}"

@@ -334,8 +334,17 @@ def brief(tree: Any) -> Any:
 
 def one_line(tree: Any, most: int = 300) -> str | None:
     """A short value as JSON, for a terminal; None where it would take more than `most` letters."""
-    text = json.dumps(tree)
+    text = json.dumps(_without_kinds(tree))
     return text if len(text) <= most else None
+
+
+def _without_kinds(tree: Any) -> Any:
+    """An encoded value in which a number of numpy's, or a dict of a class of its own, is as any other."""
+    if isinstance(tree, list):
+        return [_without_kinds(item) for item in tree]
+    if isinstance(tree, dict) and "$kind" in tree:
+        return _without_kinds(tree["value"] if "value" in tree else {"$dict": tree["items"]})
+    return {key: _without_kinds(item) for key, item in tree.items()} if isinstance(tree, dict) else tree
 
 
 def differences(before: Any, now: Any, most: int = 5) -> list[str]:

@@ -93,7 +93,7 @@ MISUSES: list[Callable[[Any], Any]] = [
 def test_what_needs_the_value_says_so(misuse: Callable[[Any], Any]) -> None:
     future: Future[Any] = Future(Given(), "number[0]", None)
     for it, name in ((future, r"number\[0\]"), (future.size, r"Future\(number\[0\]\).size")):
-        with pytest.raises(UserError, match=rf"{name}.*\.result\(\)"):
+        with pytest.raises(UserError, match=rf"^/.*test_graph_futures.py:\d+: .*{name}.*\.result\(\)"):
             misuse(it)
 
 

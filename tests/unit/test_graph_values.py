@@ -27,7 +27,7 @@ from workflows import graph
 from workflows.artifacts import Artifact, ArtifactSource
 from workflows.graph import Step, StepOptions, parse_memory, step, workflow
 from workflows.known import Known, inputs_digest, shown_arguments
-from workflows.values import canonical, decode, differences, digest, earlier_identity, encode, identity
+from workflows.values import canonical, decode, differences, digest, earlier_identity, encode, identity, one_line
 
 T = TypeVar("T")
 
@@ -355,6 +355,11 @@ def test_what_is_too_deep_or_contains_itself_is_refused() -> None:
             value = [value]
         with pytest.raises(UserError, match=r"f\[0\]: the result.* is nested more than 250 deep, or contains itself"):
             encode(value, "f[0]: the result")
+
+
+def test_numbers_of_numpy_look_like_others_in_a_terminal() -> None:
+    value = {"loss": np.float64(0.5), "seen": Counter("a"), "at": OrderedDict(a=[np.int64(1)])}
+    assert one_line(encode(value)) == '{"loss": 0.5, "seen": {"a": 1}, "at": {"$dict": [["a", [1]]]}}'
 
 
 def test_the_order_of_keys_does_not_count_of_any_dict_but_an_ordered_one() -> None:
