@@ -11,6 +11,7 @@ from pathlib import Path
 
 from infra.errors import ConfigError, ResourceError
 
+RAY_ANSWER_S = 2.0
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -108,9 +109,54 @@ def require_ray(address: str | None, setting: str) -> None:
 
     `address` is "host:port" or "ray://host:port[/...]"; anything else ("auto", "local", None) passes.
     """
-    place = re.fullmatch(r"(?:ray://)?([^/]+:\d+)(?:/.*)?", address or "")
-    if place is not None and not answers(place[1]):
+    place = _place(address)
+    if place and not answers(place):
         raise ConfigError(f"{setting}: no Ray cluster at {address}: nothing answers there")
+    require_ray_token(address, setting)
+
+
+def require_ray_token(address: str | None, setting: str) -> None:
+    """Raises ConfigError when the Ray at `address` wants another token than Ray would send; Ray itself would try for a
+    long time, say so in many lines, and end with "Failed to connect". Passes where nothing answers."""
+    if not (place := _place(address)) or not _is_refused(place, token := _ray_token()):
+        return
+    how = (
+        "set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN or in a file that RAY_AUTH_TOKEN_PATH names"
+    )
+    what = "wants a token" if token is None else "refuses the token that RAY_AUTH_MODE=token sends"
+    raise ConfigError(f"{setting}: the Ray cluster at {address} {what}: {how}")
+
+
+def _place(address: str | None) -> str:
+    """host:port, or "" where the address is a word."""
+    place = re.fullmatch(r"(?:ray://)?([^/]+:\d+)(?:/.*)?", address or "")
+    return place[1] if place is not None else ""
+
+
+def _ray_token() -> str | None:
+    """What Ray would send, looked up as Ray does."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        return None
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return token
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token")
+    try:
+        return file.expanduser().read_text().strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _is_refused(place: str, token: str | None) -> bool:
+    """Whether Ray's head service says that the token (None: its absence) is wrong."""
+    import grpc
+
+    metadata = [] if token is None else [("authorization", f"Bearer {token}")]
+    with grpc.insecure_channel(place, [("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=RAY_ANSWER_S, metadata=metadata)
+        except grpc.RpcError as error:
+            return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+    return False
 
 
 def _meminfo(path: Path) -> dict[str, int]:

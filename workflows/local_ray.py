@@ -242,7 +242,7 @@ def connect(where: str, **options: Any) -> None:
 
     try:
         ray.init(**{"logging_level": logging.ERROR, "log_to_driver": False, **options})
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
         raise ConfigError(f"cannot start or join {where}: {str(error).splitlines()[0]}") from error
     except Exception as error:  # Ray's own start raises a bare Exception when it times out
         raise SystemFault(f"Ray did not start ({str(error)[:200]}); an overloaded machine? run it again") from error

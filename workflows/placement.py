@@ -15,6 +15,7 @@ from typing import Any
 
 from infra.bundles import unplaceable
 from infra.errors import ResourceError, StoreError
+from infra.machine import require_ray_token
 from infra.storage import Store
 from workflows.config import RunSettings
 from workflows.gangs import GangAttempt, Gangs
@@ -73,6 +74,7 @@ class Placement:
             address = self._settings.ray_address or os.environ.get("RAY_ADDRESS")
             if not ray.is_initialized() and address and address != "local":
                 options = {name: value for name, value in self._settings.ray_options.items() if name in JOINING}
+                require_ray_token(address, "ray_address")
                 connect(f"ray_address={address}", address=address, **options)
                 self._joined = True
             elif not ray.is_initialized():

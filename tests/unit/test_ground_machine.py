@@ -1,12 +1,23 @@
 """Memory, disk and ports are refused before work, and the message names the setting."""
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
 from infra.errors import ConfigError, ResourceError
-from infra.machine import available_memory, parse_size, require_disk, require_memory, require_port, show_size
+from infra.machine import (
+    available_memory,
+    parse_size,
+    require_disk,
+    require_memory,
+    require_port,
+    require_ray,
+    show_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -78,3 +89,44 @@ def test_a_port_in_use_is_refused_and_a_free_one_is_not() -> None:
     require_port(0, "serving.grpc_port")
     with pytest.raises(ConfigError, match="is no port"):
         require_port(70_000, "serving.grpc_port")
+
+
+class Guarded(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Ray's head service where it wants a token, as far as it is asked here."""
+
+    def service(self, call: Any) -> Any:
+        given = dict(call.invocation_metadata).get("authorization")
+
+        def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
+            if given != "Bearer right":
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+            return b""
+
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+
+def test_a_ray_that_wants_a_token_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = grpc.server(ThreadPoolExecutor(2), [Guarded()])
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    how = "set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN"
+    try:
+        with pytest.raises(ConfigError, match=rf"^--address: the Ray cluster at {address} wants a token: {how}"):
+            require_ray(address, "--address")
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
+        with pytest.raises(ConfigError, match="wants a token"):  # Ray sends it in that mode only
+            require_ray(address, "--address")
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        require_ray(f"ray://{address}", "--address")
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+        with pytest.raises(ConfigError, match="refuses the token that RAY_AUTH_MODE=token sends"):
+            require_ray(address, "--address")
+        monkeypatch.delenv("RAY_AUTH_TOKEN")
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("right\n")
+        require_ray(address, "--address")
+    finally:
+        server.stop(None)
