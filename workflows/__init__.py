@@ -5,8 +5,6 @@
 Every name is imported when it is first asked for, so that the `recua` command, which lies in this package, stays quick.
 """
 
-import os
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +63,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    _step_aside()
     for home, names in _HOMES.items():
         if name in names:
+            import_module("workflows.names").make_way()
             value = globals()[name] = getattr(import_module(home), name)
             return value
     raise AttributeError(f"module 'workflows' has no attribute {name!r}; it has {', '.join(__all__)}")
@@ -75,11 +73,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*globals(), *__all__]
-
-
-def _step_aside() -> None:
-    """A script by the name of a module of Python's (`python random.py`) hides that from every library: its folder,
-    which Python put first, goes last."""
-    folder, script = os.path.split(os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or ""))
-    if sys.path[:1] == [folder] and script.removesuffix(".py") in sys.stdlib_module_names:
-        sys.path.append(sys.path.pop(0))

@@ -29,13 +29,16 @@ from workflows.config import RunSettings
 from workflows.graph import Workflow
 from workflows.keywords import arguments_of
 from workflows.names import (
+    OUR_ROOT,
     OURS,
     canonical_module,
     import_name,
     is_pythons,
+    is_recua,
     is_taken,
     load_name,
     module_of_file,
+    neighbours,
     split_target,
 )
 from workflows.progress import Display, open_display
@@ -44,8 +47,6 @@ if TYPE_CHECKING:
     from workflows.session import RunResult
 
 T = TypeVar("T")
-
-OUR_ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def load_workflow_file(file: Path) -> ModuleType:
     except SyntaxError as error:
         raise UserError(f"workflow {file}: {error.filename or file}:{error.lineno or 1}: {error.msg}") from error
     except ImportError as error:
-        clashes = [path for path in _neighbours(root) if path.stem == str(error.name).partition(".")[0]]
+        clashes = [path for path in neighbours(root) if path.stem == str(error.name).partition(".")[0]]
         raise UserError(f"workflow {file}: {error}" + "".join(f"; {_clash(path)}" for path in clashes)) from error
     if Path(module.__file__ or "").resolve() != file.resolve():
         raise UserError(f"workflow {file}: {name} is already loaded from {module.__file__}; use the recua of that copy")
@@ -108,11 +109,11 @@ def prepare(target: Path, recipe: str | None, overrides: Sequence[str]) -> Launc
     file = split_target(target)[0]
     if recipe is None and (default := getattr(load_workflow_file(file), "RECIPE_FILE", None)):
         recipe = str(module_of_file(file)[1] / default)
-    return with_recipe(target, lambda: read_tree(recipe), recipe or "recipe", overrides)
+    return with_recipe(target, read_tree(recipe), recipe or "recipe", overrides)
 
 
-def with_recipe(target: Path, read: Callable[[], dict[str, Any]], source: str, overrides: Sequence[str] = ()) -> Launch:
-    """The workflow of FILE or FILE:NAME with a recipe, which `read` gives and errors call `source`, and overrides.
+def with_recipe(target: Path, tree: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Launch:
+    """The workflow of FILE or FILE:NAME with a recipe, which errors call `source`, and overrides; validates both.
 
     Raises:
         UserError: what is wrong, naming file or setting.
@@ -122,7 +123,7 @@ def with_recipe(target: Path, read: Callable[[], dict[str, Any]], source: str, o
     workflow = find_workflow(module, file, name)
     schema = getattr(module, "RECIPE", None)
     if schema is None:
-        return Launch(module, workflow, *arguments_of(workflow, read(), source, overrides))
+        return Launch(module, workflow, *arguments_of(workflow, tree, source, overrides))
     if not (isinstance(schema, type) and issubclass(schema, Settings)):
         raise UserError(f"workflow {file}: RECIPE must be a class derived from infra.config.Settings")
     try:
@@ -132,7 +133,7 @@ def with_recipe(target: Path, read: Callable[[], dict[str, Any]], source: str, o
         raise UserError(
             f"workflow {file}: RECIPE is set, so {name} must take the recipe and no more: {error}"
         ) from None
-    return Launch(module, workflow, (build(read(), schema, source, overrides),), {})
+    return Launch(module, workflow, (build(tree, schema, source, overrides),), {})
 
 
 def find_workflow(module: ModuleType, file: Path, name: str | None = None) -> Workflow[..., Any]:
@@ -282,7 +283,7 @@ def _check_names(name: str, root: Path, file: Path) -> None:
         return
     if is_pythons(package):
         raise UserError(f"workflow {file}: package {root / package} has the name of a module of Python's: rename it")
-    if package in OURS and root != OUR_ROOT and not _is_recua(root):
+    if package in OURS and not is_recua(root):
         raise UserError(f"workflow {file}: {_clash(root / package)}")
 
 
@@ -290,26 +291,13 @@ def _check_neighbours(root: Path, file: Path) -> None:
     """The same for what lies beside a workflow file that uses recua's own steps: these import such packages later, on
     a worker."""
     uses = {"workflows.recipe", "workflows.steps"} & sys.modules.keys()
-    for path in _neighbours(root) if uses else ():
+    for path in neighbours(root) if uses else ():
         if path != file.resolve():
             raise UserError(f"workflow {file}: {_clash(path)}")
 
 
-def _neighbours(root: Path) -> list[Path]:
-    """Code of the user's by the names of recua's own packages."""
-    if root == OUR_ROOT or _is_recua(root):
-        return []
-    files = [path for package in OURS if (path := root / f"{package}.py").is_file()]
-    return files + [path for package in OURS if next((path := root / package).glob("*.py"), None)]
-
-
 def _clash(path: Path) -> str:
     return f"{path} has the name of recua's own package {path.stem}: rename it (taken: {', '.join(OURS)})"
-
-
-def _is_recua(root: Path) -> bool:
-    """Whether it is another copy of recua."""
-    return (root / "workflows" / "graph.py").is_file()
 
 
 def _check_package(name: str, root: Path, file: Path) -> None:
@@ -330,5 +318,5 @@ def _import_from(root: Path, script_folder: Path | None, behind: bool = False) -
         sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != script_folder]
     if str(root) not in sys.path:
         sys.path.insert(len(sys.path) if behind else 0, str(root))
-    if str(OUR_ROOT) not in sys.path and (behind or not _neighbours(root)):
+    if str(OUR_ROOT) not in sys.path and (behind or not neighbours(root)):
         sys.path.insert(sys.path.index(str(root)) + (not behind), str(OUR_ROOT))

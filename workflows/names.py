@@ -24,6 +24,8 @@ from infra.errors import UserError
 OURS = ("actors", "algorithms", "bench", "cluster", "data", "engines", "infra", "models", "serving", "workflows")
 """recua's own packages: no other one of such a name can be imported beside it."""
 
+OUR_ROOT = Path(__file__).resolve().parents[1]
+
 
 @functools.cache
 def module_of_file(file: Path) -> tuple[str, Path]:
@@ -98,6 +100,33 @@ def split_target(target: Path) -> tuple[Path, str | None]:
     """FILE and NAME of FILE:NAME, which names one of several workflows in a file; None where only a file is named."""
     file, colon, name = str(target).rpartition(":")
     return (Path(file), name) if colon and file and not target.is_file() else (target, None)
+
+
+def is_recua(root: Path) -> bool:
+    """Whether a folder is this recua's, or another copy's."""
+    return root == OUR_ROOT or (root / "workflows" / "graph.py").is_file()
+
+
+def neighbours(root: Path) -> list[Path]:
+    """Code of a user's under `root` by the names of recua's own packages."""
+    if is_recua(root):
+        return []
+    files = [path for package in OURS if (path := root / f"{package}.py").is_file()]
+    return files + [path for package in OURS if next((path := root / package).glob("*.py"), None)]
+
+
+def make_way() -> None:
+    """Undo what Python does for a script by putting its folder first on sys.path: a script by the name of a module of
+    Python's (`python random.py`) hides that from every library, and a mere folder of data (`data/`) beside one hides
+    recua's own package of that name where recua is installed from its sources."""
+    script = Path(os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or ""))
+    folder = script.parent
+    if sys.path[:1] != [str(folder)]:
+        return
+    if script.stem in sys.stdlib_module_names:
+        sys.path.append(sys.path.pop(0))
+    if str(OUR_ROOT) not in sys.path and any((folder / name).is_dir() for name in OURS) and not neighbours(folder):
+        sys.path.append(str(OUR_ROOT))
 
 
 def canonical_module(name: str) -> str:

@@ -392,9 +392,11 @@ def test_folders_beside_a_script_that_have_names_of_ours(place: Path) -> None:
     (place / "own.py").write_text(TWO)
     (place / "ours.py").write_text(TWO.replace("import helper", "import helper, workflows.recipe, data.config"))
     (place / "theirs.py").write_text(TWO.replace("import helper", "import helper, models.net, workflows.mine"))
-    for name in ("data", "workflows"):
-        (place / name).mkdir()
+    (place / "data").mkdir()
     (place / "data" / "rows.jsonl").touch()
+    started = subprocess.run([sys.executable, place / "ours.py", "--plan"], capture_output=True, text=True)
+    assert started.returncode == 0, started.stderr
+    (place / "workflows").mkdir()
     for file in ("own.py", "ours.py"):
         assert plan(file).returncode == 0, "a folder of data hides nothing"
     (place / "models").mkdir()

@@ -71,8 +71,8 @@ def prepare(submission: Record) -> Launch:
     if recipe is None:
         return launch.prepare(target, None, overrides)
     source = submission["recipe_name"]
-    read = (lambda: parse_tree(recipe, source)) if isinstance(recipe, str) else lambda: recipe
-    return launch.with_recipe(target, read, source, overrides)
+    tree = parse_tree(recipe, source) if isinstance(recipe, str) else recipe
+    return launch.with_recipe(target, tree, source, overrides)
 
 
 def check(task: Record) -> Record:
