@@ -188,3 +188,22 @@ def wandering(folder: str) -> Any:
 @workflow
 def speaking(folder: str) -> Any:
     return read(talk(folder))
+
+
+@step
+def leave_a_child() -> list[int]:
+    """A process that would go on, and a changed working folder."""
+    os.chdir("/")
+    return [os.getpid(), subprocess.Popen(["sleep", "600"], start_new_session=True).pid]
+
+
+@step
+def where(_: list[int]) -> tuple[int, str]:
+    return os.getpid(), os.getcwd()
+
+
+@workflow
+def leaving() -> tuple[list[int], tuple[int, str], tuple[int, str]]:
+    before = where([]).result()
+    left = leave_a_child().result()
+    return left, before, where(left).result()

@@ -76,6 +76,14 @@ def wait_gone(*pids: int) -> None:
         time.sleep(0.02)
 
 
+def test_a_worker_that_cannot_be_as_it_was_is_given_up_without_a_failure(bench: Bench) -> None:
+    (worker, child), before, after = bench.run(program.leaving).value
+    assert gone(child) and after[0] != worker and after[1] == before[1]
+    assert not bench.kinds("retry"), "to its driver that is no lost process"
+    [warning] = [event.data["message"] for event in bench.events if event.kind == "warning"]
+    assert warning == f"attempt 1: process {child} (sleep 600) outlived its step and was ended"
+
+
 def test_edges_inside_containers_and_a_finished_run(bench: Bench) -> None:
     first = bench.run(program.summing, bench.folder)
     assert first.value == 10 and not first.already_finished
