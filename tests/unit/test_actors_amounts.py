@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.amounts import held_out_pairs, require_steps, sample_count
+from actors.amounts import held_out_pairs, require_rollouts, require_steps, sample_count
 from actors.batches import epoch_batches
 from actors.config import DpoSettings, PpoSettings, RewardSettings, SftSettings
 from actors.conversation import Answer
@@ -146,3 +146,10 @@ def test_one_answer_is_no_rollout_batch() -> None:
     with pytest.raises(DataError, match=r"no prompt for PPO: raise problems\.prompts"):
         run([], PpoSettings())
     assert learners.did == []
+
+
+def test_a_policy_that_only_waits_for_its_critic_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    require_rollouts(PpoSettings(steps=3, critic_warmup_steps=2))
+    assert not caplog.messages
+    require_rollouts(PpoSettings(steps=2, critic_warmup_steps=2))
+    assert "ppo.critic_warmup_steps = 2 leaves no step of ppo.steps = 2 to the policy" in caplog.text
