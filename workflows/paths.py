@@ -33,21 +33,15 @@ MADE_ANY = ("save", "write_", "dump")
 MADE_KEYWORDS = ("out", "save", "dst", "dest", "log")
 """So keywords of libraries begin that name what is written: `output_dir`, `save_path`."""
 PATH_KEYWORDS = ("path", "file", "fname")
+SQL_WRITES = ("alter ", "create ", "delete ", "drop ", "insert ", "replace ", "update ")
 LISTS = {"iterdir", "listdir", "scandir", "walk"}
 GLOBS = {"glob", "iglob", "rglob"}
 SAME = {
-    "PosixPath",
-    "absolute",
-    "abspath",
-    "as_posix",
-    "expanduser",
-    "fspath",
-    "normpath",
-    "realpath",
-    "resolve",
-    "str",
-}
+    "PosixPath", "absolute", "abspath", "as_posix", "expanduser", "fspath", "normpath", "realpath", "resolve", "str",
+}  # fmt: skip
 JOINS = {"Path", "PurePath", "join", "joinpath"}
+NEUTRAL = {*SAME, *JOINS, "exists", "is_dir", "is_file", "isfile", "makedirs", "mkdir", "with_name", "with_suffix"}
+"""Calls that neither read nor write what they name."""
 PACKAGE_DATA = {"get_data", "open_binary", "open_text", "read_binary", "read_text"}
 """Of `importlib.resources` and `pkgutil`: (package, name)."""
 DEEPEST = 20
@@ -58,9 +52,9 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 @dataclass(frozen=True)
 class Paths:
-    """What a statement names. Paths from `__file__` are absolute; others are relative to wherever it runs, or begin
-    with the `<name>` of a parameter. `read`: files, and patterns of them. `listed`: folders that are read as a whole.
-    `written`: files and folders. `filled`: folders into which files of computed names are written."""
+    """What a statement names. Paths from `__file__` are absolute, others relative to wherever it runs; the `<name>` of
+    a parameter stands for what is given. `read`: files, and patterns of them. `listed`: folders that are read as a
+    whole. `written`: files and folders. `filled`: folders into which files of computed names are written."""
 
     read: frozenset[str] = frozenset()
     listed: frozenset[str] = frozenset()
@@ -98,11 +92,16 @@ class _Code:
     found: Paths | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.statement, FUNCTIONS):
-            self.parameters = frozenset(parameter.arg for parameter in _parameters(self.statement))
+        own = _entry(self.statement)
+        fields = _fields(self.statement)
+        if own is not None:
+            self.parameters = frozenset(parameter.arg for parameter in _parameters(own))
+        elif fields:
+            self.parameters = frozenset(fields)
+            self.bound |= {f"self.{name}": [ast.Name(name)] for name in fields}
         self.nodes = list(ast.walk(self.statement))
         for node in self.nodes:
-            if isinstance(node, (*FUNCTIONS, ast.Lambda)) and node is not self.statement:
+            if isinstance(node, (*FUNCTIONS, ast.Lambda)) and node is not own:
                 for parameter in _parameters(node):
                     self.bound.setdefault(parameter.arg, []).append(_unknown())
             elif isinstance(node, ast.Assign):
@@ -145,9 +144,22 @@ class _Code:
             listed.update(self._listed(call))
             read.update(self._globbed(call))
         read.update(self._joined())
+        if isinstance(self.statement, ast.ClassDef):  # which of its methods are called, nobody knows
+            written -= (used := self._used())
+            filled -= used
         written |= self._with_defaults(written)
         filled |= self._with_defaults(filled)
         return Paths(frozenset(read), frozenset(listed), frozenset(written), frozenset(filled))
+
+    def _used(self) -> set[str]:
+        """Paths with which anything is done but to write them."""
+        used: set[str] = set()
+        for call in (node for node in self.nodes if isinstance(node, ast.Call)):
+            if _last_name(call.func) not in NEUTRAL:
+                taken = [getattr(call.func, "value", None), *call.args, *(each.value for each in call.keywords)]
+                made = list(self._made(call))
+                used.update(value for each in taken if each not in made for value in self.value(each))
+        return used
 
     def _made(self, call: ast.Call) -> Iterator[ast.expr]:
         """What a call of a library makes, or takes away."""
@@ -174,8 +186,13 @@ class _Code:
             yield from call.args
             yield from (value for value in keywords.values())
         yield from (value for keyword, value in keywords.items() if keyword.startswith(MADE_KEYWORDS))
+        if name == "connect" and any(map(_changes_tables, self.nodes)) and self._calls("connect") == 1:
+            yield from call.args[:1]
         if name == "basicConfig":
             yield from _named(keywords, "filename")
+
+    def _calls(self, name: str) -> int:
+        return sum(isinstance(node, ast.Call) and _last_name(node.func) == name for node in self.nodes)
 
     def _passed(self, call: ast.Call) -> Paths:
         """What one of our own functions writes of the paths that a call hands to it."""
@@ -188,9 +205,10 @@ class _Code:
 
     def _with_defaults(self, paths: Iterable[str]) -> frozenset[str]:
         """Paths of parameters, where those are not given."""
-        if not isinstance(self.statement, FUNCTIONS):
+        function = _entry(self.statement)
+        if function is None:
             return frozenset()
-        arguments = self.statement.args
+        arguments = function.args
         by_place = [*arguments.posonlyargs, *arguments.args]
         pairs = [*zip(by_place[::-1], arguments.defaults[::-1], strict=False)]
         pairs += [
@@ -198,20 +216,27 @@ class _Code:
         ]
         return _put_in(paths, {parameter.arg: self.value(default) for parameter, default in pairs})
 
-    def _arguments(self, call: ast.Call, function: Function) -> dict[str, list[str]]:
+    def _arguments(self, call: ast.Call, called: ast.stmt) -> dict[str, list[str]]:
         """Parameter -> the paths that a call gives it."""
-        by_place = [*function.args.posonlyargs, *function.args.args]
-        given = {parameter.arg: argument for parameter, argument in zip(by_place, call.args, strict=False)}
+        function = _entry(called)
+        names = _fields(called)
+        if function is not None:
+            names = [parameter.arg for parameter in (*function.args.posonlyargs, *function.args.args)]
+            names = names[1:] if function is not called else names  # __init__ has self
+        given = dict(zip(names, call.args, strict=False))
         given |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
         return {name: self.value(argument) for name, argument in given.items()}
 
-    def _own(self, call: ast.Call) -> tuple[Module, Function] | None:
-        """The function of ours that a call calls."""
+    def _own(self, call: ast.Call) -> tuple[Module, ast.stmt] | None:
+        """The function or class of ours that a call calls."""
         parts = _dotted(call.func)
-        found = None if not parts or parts[0] in self.bound or parts[0] in self.parameters else self._find(parts)
-        if found is None or not isinstance(found[1], FUNCTIONS):
+        if not parts or parts[0] in self.bound or parts[0] in self.parameters:
             return None
-        return found[0], found[1]
+        inner = [node for node in self.nodes if isinstance(node, FUNCTIONS) and parts == [node.name]]
+        if len(inner) == 1 and inner[0] is not self.statement:
+            return self.module, inner[0]
+        found = self._find(parts)
+        return found if found is not None and isinstance(found[1], (*FUNCTIONS, ast.ClassDef)) else None
 
     def _listed(self, call: ast.Call) -> list[str]:
         """Folders: `folder.iterdir()`, `os.listdir(folder)`."""
@@ -374,8 +399,28 @@ class _Code:
         return None
 
 
+def _entry(statement: ast.stmt) -> Function | None:
+    """The function that a call of what `statement` defines runs: itself, or a class's `__init__`."""
+    if isinstance(statement, FUNCTIONS):
+        return statement
+    body = statement.body if isinstance(statement, ast.ClassDef) else []
+    return next((each for each in body if isinstance(each, FUNCTIONS) and each.name == "__init__"), None)
+
+
+def _fields(statement: ast.stmt) -> list[str]:
+    """The fields of a dataclass (or of a NamedTuple), in order: a call gives them."""
+    body = statement.body if isinstance(statement, ast.ClassDef) and _entry(statement) is None else []
+    return [each.target.id for each in body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)]
+
+
 def _parameters(function: Function | ast.Lambda) -> list[ast.arg]:
     return [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+
+
+def _changes_tables(node: ast.AST) -> bool:
+    """Whether it is a text of SQL that does."""
+    text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+    return text.lstrip().lower().startswith(SQL_WRITES)
 
 
 def _writes(mode: ast.expr) -> bool:
@@ -386,12 +431,12 @@ def _writes(mode: ast.expr) -> bool:
 
 
 def _put_in(paths: Iterable[str], given: dict[str, list[str]]) -> frozenset[str]:
-    """Paths that begin with the `<name>` of a parameter, with what is given for it."""
+    """Paths with the `<name>` of a parameter in them, with what is given for it."""
     return frozenset(
-        value + path.removeprefix(f"<{name}>")
+        os.path.normpath(path.replace(f"<{name}>", value))
         for path in paths
         for name, values in given.items()
-        if path.startswith(f"<{name}>")
+        if f"<{name}>" in path
         for value in values
     )
 

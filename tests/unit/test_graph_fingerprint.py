@@ -341,6 +341,28 @@ def keep(path, data):
 def keep_in(folder, name):
     (folder / f"{name}.json").write_text("")
 
+def keep_here(name="out.json"):
+    with (HERE / name).open("w") as out:
+        out.write("x")
+
+class Book:
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def keep(self):
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_text("x")
+
+class Table:
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def load(self):
+        return self.path.read_text()
+
+    def keep(self, text):
+        self.path.write_text(text)
+
 """
 WRITES = [
     "open('out.json', 'w').write('x')",
@@ -372,6 +394,12 @@ WRITES = [
     "Path('part').rename(OUT)",
     "import logging; logging.basicConfig(filename='out.json')",
     "keep('out.json', 'x')",
+    "keep_here()",
+    "keep_here('out.json')",
+    "Book(OUT).keep()",
+    "book = Book(path='out.json'); book.keep()",
+    "def put(path): path.write_text('x')\n    put(OUT)",
+    "import sqlite3; sqlite3.connect('out.json').execute('CREATE TABLE IF NOT EXISTS seen (x)')",
     "keep(OUT, data='x')",
     "keep(data='x', path=HERE / 'out.json')",
     "[open(name, 'w') for name in ('out.json', 'other.json')]",
@@ -391,6 +419,9 @@ READS = [
     "from importlib import resources; (resources.files('deep') / 'far.txt').read_text()",
     "from importlib import resources; resources.files('deep').joinpath('far.txt').read_text()",
     "import pkgutil; pkgutil.get_data('deep', 'far.txt')",
+    "Table('in.txt').load(); Table('out.json').keep('x')",
+    "import sqlite3; sqlite3.connect('in.txt').execute('SELECT x FROM seen')",
+    "import sqlite3; a = sqlite3.connect('in.txt'); sqlite3.connect('out.json').execute('INSERT INTO seen VALUES (1)')",
     "import zipfile; zipfile.ZipFile('out.json', 'w').write('in.txt', 'name')",
     "open('out.json', 'w').write('in.txt'); open('in.txt')",
     "import glob; [open(name) for name in glob.glob('deep/*.txt')]",
