@@ -37,8 +37,8 @@ FILE = "file "
 PLATFORM = {
     "alarm", "artifacts", "attempts", "batches", "bundle", "channel", "cli", "config", "definitions", "events",
     "executor", "fanout", "fingerprint", "futures", "gangs", "gc", "graph", "history", "housekeeping", "identities",
-    "indexer", "journal", "keywords", "kinds", "known", "launch", "listing", "local_ray", "loop", "marks", "names",
-    "outcome", "output", "paths", "placement", "planning", "progress", "reaper", "report", "report_groups",
+    "indexer", "isolation", "journal", "keywords", "kinds", "known", "launch", "listing", "local_ray", "loop", "marks",
+    "names", "outcome", "output", "paths", "placement", "planning", "progress", "reaper", "report", "report_groups",
     "report_page", "runs", "saved", "session", "source", "status", "step_context", "survey", "taken", "takeover",
     "values", "waits", "why", "worker",
 }  # fmt: skip
