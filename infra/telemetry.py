@@ -3,6 +3,7 @@
 `metrics.jsonl` is one object per line, e.g. {"stage": "sft", "step": 12, "loss": 1.9, "loss/reasoning/dates": 2.1}.
 """
 
+import io
 import json
 import logging
 import math
@@ -88,6 +89,13 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
+
+
+def take_any_text(stream: TextIO | None) -> None:
+    """Let a stream write what its encoding lacks (a terminal that knows ASCII only) or nobody can encode (half a
+    surrogate, of a file name that is no text) as escapes, where it would raise."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def setup_logging(verbose: bool = False, stream: TextIO | None = None) -> None:

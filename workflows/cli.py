@@ -526,7 +526,10 @@ def _run(
 def guarded(command: Callable[[], Any]) -> int:
     """Run a command; every expected error becomes one clear line per problem on stderr, and the exit code."""
     from infra.errors import RecuaError
+    from infra.telemetry import take_any_text
 
+    for stream in (sys.stdout, sys.stderr):
+        take_any_text(stream)
     try:
         command()
         return 0

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TextIO
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from infra.telemetry import redact
+from infra.telemetry import redact, take_any_text
 from workflows.events import Event
 
 MARKS = {"waiting": "·", "running": "▸", "committed": "✓", "reused": "✓", "resumed": "✓", "failed": "✗"}
@@ -178,6 +178,7 @@ class PlainDisplay(Display):
     ) -> None:
         super().__init__(clock)
         self._stream = stream or sys.stdout
+        take_any_text(self._stream)
         self._every_s = every_s
 
     def _changed(self, view: StepView, what: str) -> None:
@@ -210,6 +211,7 @@ class LiveDisplay(Display):
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(clock)
         self._console = console
+        take_any_text(cast(TextIO, console.file))
         self._live = Live(console=console, get_renderable=self._table, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> "LiveDisplay":

@@ -93,3 +93,18 @@ def test_live_shows_running_steps_below_and_finished_ones_as_lines() -> None:
 
 def test_a_pipe_gets_plain_lines() -> None:
     assert isinstance(open_display(io.StringIO()), PlainDisplay)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("live", [False, True])
+def test_any_text_and_any_number_is_shown_on_any_terminal(encoding: str, live: bool) -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    shown = LiveDisplay(Console(file=stream, force_terminal=True)) if live else PlainDisplay(stream, every_s=0.0)
+    with shown as display:
+        display.on_event(Event("started", "a[0]", "a", {"attempt": 1}))
+        odd = {"done": 5, "total": -3, "metrics": {"loss": float("nan"), "x\udce9": float("inf")}}
+        display.on_event(Event("progress", "a[0]", "a", odd))
+        display.on_event(Event("log", "a[0]", "a", {"message": "caf\udce9 日本"}))
+    stream.flush()
+    assert b"caf\\udce9" in raw.getvalue()

@@ -111,6 +111,12 @@ class Watch:
         threading.Thread(target=self.watch, name="recua-cluster", daemon=True).start()
 
     def watch(self) -> None:
+        try:
+            self._look()
+        except Exception as error:
+            self._gone(f"what watches the cluster ({error!r})")
+
+    def _look(self) -> None:
         raylet: Process | None = None
         seen = time.monotonic()
         while True:
