@@ -27,6 +27,7 @@ from workflows.config import RunSettings
 from workflows.events import Event
 from workflows.fanout import Fanout, edges_in, fan_out
 from workflows.graph import Step, StepOptions, edges_of, resolve_edges
+from workflows.identities import IDENTITY
 from workflows.journal import GroupCommit, Heartbeat, Journal
 from workflows.known import Known, ReuseIndex
 from workflows.loop import Loop
@@ -376,6 +377,7 @@ class Executor:
             "code": call.code,
             "libraries": self._known.libraries_of(call.code),
             "inputs": call.inputs,
+            "identity": IDENTITY,
             "arguments": self._known.shown_arguments(call.arguments),
             "result": result,
             **({} if call.of is None else {"of": call.of}),

@@ -12,6 +12,8 @@ from typing import Any
 from workflows.values import brief, canonical, earlier_identity, identity
 
 SHOWN_ARGUMENTS = 32 << 10
+IDENTITY = 2
+"""Which identity the digests of a record are made of (its "identity"): without one, that of earlier versions."""
 LARGE = 64 << 10
 """Bytes of an argument from which on it is worth remembering."""
 REMEMBERED = 4

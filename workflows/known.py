@@ -24,7 +24,7 @@ from infra.storage import Store
 from workflows.artifacts import Artifact, read_manifest
 from workflows.fingerprint import Fingerprint, Fingerprinter
 from workflows.graph import Step, StepOptions
-from workflows.identities import Identities, inputs_digest, shown_arguments
+from workflows.identities import IDENTITY, Identities, inputs_digest, shown_arguments
 from workflows.indexer import Indexer
 from workflows.journal import read_journal
 from workflows.marks import KnownMarks
@@ -108,7 +108,9 @@ class Known:
     def same_inputs(self, record: Record, arguments: Any) -> bool:
         """Whether a commit or a wait on record, of whatever version, is of these arguments."""
         recorded: str = record["inputs"]
-        return recorded == self._identities.digest(arguments) or recorded == self._identities.earlier_digest(arguments)
+        if recorded == self._identities.digest(arguments):
+            return True
+        return "identity" not in record and recorded == self._identities.earlier_digest(arguments)
 
     def shown_arguments(self, arguments: Any) -> Any:
         """As identities.shown_arguments."""
@@ -138,7 +140,9 @@ class Known:
             return record
         earlier = content_key(step.name, self._identities.earlier_digest(arguments), self.fingerprint(step, options))
         record = self.reusable(earlier) if earlier != key else None
-        return record if record is not None and self._had_same_metadata(record, arguments) else None
+        if record is None or "identity" in record:
+            return None
+        return record if self._had_same_metadata(record, arguments) else None
 
     def _had_same_metadata(self, entry: Record, arguments: Any) -> bool:
         """Whether the artifacts that the calls under an earlier version's key were given, in the results of the calls
@@ -213,7 +217,7 @@ class ReuseIndex:
 
     def add(self, run_id: str, record: Record) -> None:
         entry = {name: record[name] for name in ("key", "call", "step", "result", "seconds")}
-        entry = {"format": FORMAT, "run": record.get("reused_from") or run_id, **entry}
+        entry = {"format": FORMAT, "identity": IDENTITY, "run": record.get("reused_from") or run_id, **entry}
         self._queue.put((index_key(record["key"]), json.dumps(entry)))
 
     def close(self) -> None:

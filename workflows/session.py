@@ -22,10 +22,11 @@ from workflows.events import Event
 from workflows.executor import Cancelled, ClusterCheck, Executor, failure_record
 from workflows.graph import Workflow, running
 from workflows.history import Recorder
+from workflows.identities import IDENTITY
 from workflows.journal import Journal, fenced, read_journal, removed, removed_key
 from workflows.known import Known
 from workflows.runs import RUN_ID
-from workflows.values import canonical, decode, differences, digest, encode, identity, named_arguments
+from workflows.values import canonical, decode, differences, earlier_identity, encode, identity, named_arguments
 
 FORMAT = 1
 Record = dict[str, Any]
@@ -92,7 +93,17 @@ def run(
 
 def recipe_hash(workflow: Workflow[..., Any], arguments: Any) -> str:
     """What makes two starts the same run: the workflow's name and its arguments."""
-    return hashlib.sha256(canonical([workflow.name, digest(arguments)])).hexdigest()[:10]
+    return _hash(workflow, identity(arguments))
+
+
+def _earlier_hash(workflow: Workflow[..., Any], arguments: Any) -> str:
+    """The same as earlier versions made it: mostly equal."""
+    return _hash(workflow, earlier_identity(arguments))
+
+
+def _hash(workflow: Workflow[..., Any], reduced: Any) -> str:
+    recipe = hashlib.sha256(canonical(reduced)).hexdigest()
+    return hashlib.sha256(canonical([workflow.name, recipe])).hexdigest()[:10]
 
 
 def chosen_run(store: Store, workflow: Workflow[..., Any], arguments: Any, settings: RunSettings) -> str:
@@ -110,11 +121,14 @@ def chosen_run(store: Store, workflow: Workflow[..., Any], arguments: Any, setti
 
 def find_run(store: Store, workflow: Workflow[..., Any], arguments: Any, fresh: bool) -> str:
     """The newest run id of this workflow and recipe, or the next one where `fresh`."""
-    base = f"{plain_name(workflow.short_name)}-{recipe_hash(workflow, arguments)}"
+    name = plain_name(workflow.short_name)
+    base, earlier = (f"{name}-{made(workflow, arguments)}" for made in (recipe_hash, _earlier_hash))
+    if earlier != base and (raw := store.get(f"runs/{earlier}/run.json")) and "identity" not in json.loads(raw):
+        base = earlier  # a run that an earlier version began goes on under its name
     taken, gone = [0], [0]
     for names, numbers in ((store.folders("runs"), taken), (removed_runs(store), gone)):
-        for name in names:
-            if match := re.fullmatch(re.escape(base) + r"(?:-(\d+))?", name):
+        for each in names:
+            if match := re.fullmatch(re.escape(base) + r"(?:-(\d+))?", each):
                 numbers.append(int(match.group(1) or 1))
     newest = max(*taken, *gone)
     number = newest + 1 if fresh or newest in gone else newest
@@ -148,6 +162,7 @@ def open_run(
         "workflow": workflow.name,
         "recipe": tree,
         "recipe_hash": recipe_hash(workflow, tree),
+        "identity": IDENTITY,
         "created": time.time(),
         "reuse": settings.reuse and not settings.new,
         "rerun": list(settings.rerun),
@@ -166,7 +181,10 @@ def open_run(
 
 def check_same_recipe(metadata: Record, workflow: Workflow[..., Any], arguments: Any) -> None:
     """Raises NonDeterminismError, with what differs, where a run was started with another workflow or recipe."""
-    if metadata["recipe_hash"] == recipe_hash(workflow, arguments):
+    known = [recipe_hash(workflow, arguments)]
+    if "identity" not in metadata:
+        known.append(_earlier_hash(workflow, arguments))
+    if metadata["recipe_hash"] in known:
         return
     if metadata["workflow"] != workflow.name:
         changes = f"workflow {metadata['workflow']}, now {workflow.name}"

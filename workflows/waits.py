@@ -28,6 +28,7 @@ from typing import Any
 from infra.errors import Denied, NonDeterminismError, StepTimeout, UserError
 from infra.storage import Store, default_store
 from workflows.graph import Future, Step, StepOptions
+from workflows.identities import IDENTITY
 from workflows.journal import JournalState, read_journal
 from workflows.values import brief, decode, identity, readable
 
@@ -98,7 +99,8 @@ def wait_record(call_id: str, step: str, options: StepOptions, arguments: Any, i
     message, show = decode(arguments["args"][0]), arguments["args"][1]
     deadline = None if options.timeout is None else now + options.timeout
     record = {"type": "wait", "call": call_id, "step": step, "message": readable(str(message)), "time": now}
-    return {**record, "deadline": deadline, "inputs": inputs, "show": brief(identity(show))}
+    record |= {"deadline": deadline, "inputs": inputs, "identity": IDENTITY}
+    return {**record, "show": brief(identity(show))}
 
 
 def check_question(record: Record, same_inputs: bool, message: str) -> None:

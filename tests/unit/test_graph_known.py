@@ -4,16 +4,16 @@ is looked at once."""
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from infra.errors import NonDeterminismError
 from infra.storage import FolderStore
-from workflows import identities
+from workflows import identities, session
 from workflows.artifacts import Artifact
 from workflows.fanout import fan_out
-from workflows.graph import EACH, Future, edges_of, resolve_edges, step
+from workflows.graph import EACH, Future, edges_of, resolve_edges, step, workflow
 from workflows.identities import Identities, inputs_digest, shown_arguments
 from workflows.journal import Journal
 from workflows.known import Known, content_key, index_key
@@ -25,6 +25,15 @@ DIGEST = "d" * 64
 @step
 def deploy(model: Artifact, scores: Any = None) -> str:
     return f"threshold {model.meta['threshold']}"
+
+
+class Score(NamedTuple):
+    mean: float
+    n: int
+
+
+@workflow
+def flow(recipe: Any) -> None: ...
 
 
 @step
@@ -97,6 +106,37 @@ def test_two_calls_of_an_older_version_that_differed_in_metadata_are_not_reused(
     first = commit_of_older_version(store, "deploy[0]", model(0.5))
     journal_of_older_version(store, made(0.5), made(0.9, "train[1]"), first, second)
     assert found(store, model(0.5)) is None and found(store, model(0.9)) is None
+
+
+def test_a_result_of_this_version_is_never_taken_for_another_class(tmp_path: Path) -> None:
+    """What earlier versions took for equal, a tuple and a named tuple, is so in their records only."""
+    store = FolderStore(tmp_path)
+    plain, named = encode((0.5, 3)), encode(Score(0.5, 3))
+    entry = commit_of_older_version(store, "deploy[0]", plain)
+    assert found(store, plain) == found(store, named) == "as it was"
+    knows, mine, other = known(store), {"args": [plain], "kwargs": {}}, {"args": [named], "kwargs": {}}
+    key, other_key = (knows.key(deploy, deploy.default, each) for each in (mine, other))
+    store.put(index_key(key), json.dumps({**entry, "format": 1, "run": "r", "identity": 2}).encode())
+    assert knows.find(deploy, deploy.default, mine, key) is not None
+    assert knows.find(deploy, deploy.default, other, other_key) is None
+    for record, same in ((entry, True), ({**entry, "identity": 2}, False)):
+        assert known(store).same_inputs(record, arguments(named)) is same
+
+
+def test_a_run_of_an_older_version_is_found_under_its_name(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    tree = encode({"args": [{2: "b", 1: "a"}], "kwargs": {}})
+    older = f"flow-{session._earlier_hash(flow, tree)}"
+    metadata = {"run_id": older, "workflow": flow.name, "recipe": tree, "recipe_hash": older.removeprefix("flow-")}
+    assert session.find_run(store, flow, tree, fresh=False) != older
+    store.put(f"runs/{older}/run.json", json.dumps({**metadata, "identity": 2}).encode())
+    assert session.find_run(store, flow, tree, fresh=False) != older
+    store.put(f"runs/{older}/run.json", json.dumps(metadata).encode())
+    assert session.find_run(store, flow, tree, fresh=False) == older
+    assert session.find_run(store, flow, tree, fresh=True) == f"{older}-2"
+    session.check_same_recipe(metadata, flow, tree)
+    with pytest.raises(NonDeterminismError):
+        session.check_same_recipe({**metadata, "identity": 2}, flow, tree)
 
 
 def test_without_its_journal_an_older_result_is_not_reused(tmp_path: Path) -> None:
