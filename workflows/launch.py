@@ -25,6 +25,7 @@ from infra.config import Settings, build, read_tree
 from infra.errors import UserError
 from infra.machine import local_resources, require_ray
 from infra.storage import Store, open_store
+from infra.telemetry import redact
 from workflows.config import RunSettings
 from workflows.graph import Workflow
 from workflows.keywords import arguments_of
@@ -216,7 +217,7 @@ def _after_the_end(shown: Display, what: str, work: Callable[[], T]) -> T | None
     try:
         return work()
     except (Exception, SystemExit) as error:
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), file=sys.stderr)
         shown.say(f"warning: the run has finished, but {what} failed: {type(error).__name__}: {error}")
         return None
 

@@ -149,7 +149,7 @@ def gather_metrics(store: Store, steps: list[StepRecord]) -> list[dict[str, Any]
             raw = store.get(key)
             found, others = metric_rows(raw or b"")
             if found and others:
-                log.warning("%s: %d lines are no metrics (an object with a `step`) and are left out", key, others)
+                log.warning("%s: lines left out that are no metrics (an object with a `step`): %d", key, others)
             rows += [{"stage": step.name, **row} for row in found]
     return rows
 
