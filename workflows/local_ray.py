@@ -263,6 +263,8 @@ def _how_it_ended(pidfd: int) -> str:
         found = None
     if found is None:
         return "ended"
+    if found.si_code == os.CLD_EXITED and found.si_status == 0:
+        return "ended by itself, as a raylet does when one of its agents dies"
     if found.si_code == os.CLD_EXITED:
         return f"ended with exit code {found.si_status}"
     return f"was killed by {signal.Signals(found.si_status).name}"
