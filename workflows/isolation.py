@@ -202,7 +202,7 @@ def _torch() -> tuple[Any, ...] | None:
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "get_default_device"):  # not loaded, or not to its end
         return None
-    choices = (torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision())
+    choices = (torch.get_default_dtype(), torch.empty(0).device, torch.get_float32_matmul_precision())
     modes = (torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled())
     return (*choices, *modes, torch.get_num_threads(), torch.get_num_interop_threads())
 
@@ -230,5 +230,5 @@ def _forget_seeds() -> None:
     random.seed(int.from_bytes(os.urandom(16)))
     if (numbers := sys.modules.get("numpy.random")) is not None and hasattr(numbers, "seed"):
         numbers.seed(int.from_bytes(os.urandom(4)))
-    if _torch() is not None:
-        sys.modules["torch"].default_generator.seed()
+    if (generator := getattr(sys.modules.get("torch"), "default_generator", None)) is not None:
+        generator.seed()
