@@ -130,9 +130,10 @@ def _difference(tokenizer: Tokenizer, served: Any, template: str) -> str | None:
         open_end = messages[-1]["role"] != "assistant"
         ours = render(messages, tokenizer, add_generation_prompt=open_end)
         try:
-            theirs = served.apply_chat_template(
-                messages, chat_template=template, add_generation_prompt=open_end, return_dict=False
-            )
+            with quiet_transformers():
+                theirs = served.apply_chat_template(
+                    messages, chat_template=template, add_generation_prompt=open_end, return_dict=False
+                )
         except Exception as error:  # a template raises what it likes
             return f"it refuses {what} ({one_line(error)})"
         if theirs != ours:
