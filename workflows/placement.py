@@ -5,7 +5,6 @@ Ray is imported when the first attempt must run: showing a finished run or a pla
 """
 
 import contextlib
-import functools
 import os
 import re
 import time
@@ -59,6 +58,7 @@ class Placement:
         self._nodes_at = float("-inf")
         self._body: Callable[[bytes], bytes] | None = None
         self._gangs: Gangs | None = None
+        self._tasks: dict[tuple[str, float, float, int | None], Any] = {}  # by step ("": none), and what it asks for
 
     def start(self) -> str:
         """Connect (once), refuse a store that other nodes cannot see, and return this driver's address for workers.
@@ -225,8 +225,13 @@ class Placement:
         elif self._joined:
             self._ray.shutdown()
 
-    @functools.cache  # noqa: B019 - one Placement per run
     def _task(self, num_cpus: float, num_gpus: float, memory: int | None) -> Any:
+        asked = ("", num_cpus, num_gpus, memory)
+        if asked not in self._tasks:
+            self._tasks[asked] = self._new_task(num_cpus, num_gpus, memory)
+        return self._tasks[asked]
+
+    def _new_task(self, num_cpus: float, num_gpus: float, memory: int | None) -> Any:
         assert self._body is not None, "prepare() comes first"
         resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
         if not num_gpus:  # with GPUs Ray ends the process after every task
@@ -235,11 +240,13 @@ class Placement:
             resources["memory"] = memory
         return self._ray.remote(max_retries=0, retry_exceptions=False, **resources)(self._body)
 
-    @functools.cache  # noqa: B019
     def _named_task(self, step: str, num_cpus: float, num_gpus: float, memory: int | None) -> Any:
         """Kept: Ray makes a class wherever options are given, which takes a quarter of a submission and 10 KB that only
         the garbage collector gets back."""
-        return self._task(num_cpus, num_gpus, memory).options(name=step)
+        asked = (step, num_cpus, num_gpus, memory)
+        if asked not in self._tasks:
+            self._tasks[asked] = self._task(num_cpus, num_gpus, memory).options(name=step)
+        return self._tasks[asked]
 
     def nodes(self) -> list[dict[str, float]]:
         """What each live node has in all, by Ray's names: {"CPU": 2.0, "memory": 9e9, ...}. A Ray of our own keeps its
