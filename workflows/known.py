@@ -136,12 +136,13 @@ class Known:
     def find(self, step: Step[..., Any], options: StepOptions, arguments: Any, key: str) -> Record | None:
         """What an equal call came to in any run, of an earlier version too. `key`: the call's content key."""
         record = self.reusable(key)
-        if record is not None:
-            return record
-        earlier = content_key(step.name, self._identities.earlier_digest(arguments), self.fingerprint(step, options))
-        record = self.reusable(earlier) if earlier != key else None
+        if record is None:
+            inputs = self._identities.earlier_digest(arguments)
+            earlier = content_key(step.name, inputs, self.fingerprint(step, options))
+            record = self.reusable(earlier) if earlier != key else None
+            record = None if record is None or "identity" in record else record
         if record is None or "identity" in record:
-            return None
+            return record
         return record if self._had_same_metadata(record, arguments) else None
 
     def _had_same_metadata(self, entry: Record, arguments: Any) -> bool:

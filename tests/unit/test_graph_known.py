@@ -46,17 +46,22 @@ def model(threshold: float | None, run: str = "old") -> dict[str, Any]:
     return tree
 
 
-def arguments(tree: Any) -> dict[str, Any]:
-    return {"args": [tree, {"$dict": [[2, "b"], [1, "a"]]}], "kwargs": {}}
+SCORES = {"$dict": [[2, "b"], [1, "a"]]}
+
+
+def arguments(tree: Any, scores: Any = SCORES) -> dict[str, Any]:
+    return {"args": [tree, scores], "kwargs": {}}
 
 
 def known(store: FolderStore, commits: Any = None) -> Known:
     return Known(store, commits or {}, True, (), lambda *_: None)
 
 
-def commit_of_older_version(store: FolderStore, call: str, tree: Any, run_id: str = "old") -> dict[str, Any]:
+def commit_of_older_version(
+    store: FolderStore, call: str, tree: Any, run_id: str = "old", scores: Any = SCORES
+) -> dict[str, Any]:
     """A commit as older versions wrote it: inputs by content only, a dict's keys in the order they had."""
-    given = arguments(tree)
+    given = arguments(tree, scores)
     inputs = hashlib.sha256(canonical(earlier_identity(given))).hexdigest()
     fingerprint = known(store).fingerprint(deploy, deploy.default)
     key = content_key(deploy.name, inputs, fingerprint)
@@ -67,9 +72,9 @@ def commit_of_older_version(store: FolderStore, call: str, tree: Any, run_id: st
     return record
 
 
-def found(store: FolderStore, tree: Any) -> Any:
-    """What a new run takes from earlier ones for deploy(tree)."""
-    given, knows = arguments(tree), known(store)
+def found(store: FolderStore, tree: Any, scores: Any = SCORES) -> Any:
+    """What a new run takes from earlier ones for deploy(tree, scores)."""
+    given, knows = arguments(tree, scores), known(store)
     record = knows.find(deploy, deploy.default, given, knows.key(deploy, deploy.default, given))
     return None if record is None else record["result"]
 
@@ -97,6 +102,14 @@ def test_a_result_of_an_older_version_is_reused_where_the_metadata_is_the_same(t
     journal_of_older_version(store, made(0.5), commit_of_older_version(store, "deploy[0]", model(0.5)))
     assert found(store, model(0.5, "new")) == "as it was"
     assert found(store, model(0.9, "new")) is None and found(store, model(None, "new")) is None
+
+
+def test_what_an_older_version_made_of_sealed_metadata_is_not_taken_where_there_is_none(tmp_path: Path) -> None:
+    """Its key is that of today's artifact without metadata."""
+    store = FolderStore(tmp_path)
+    old = commit_of_older_version(store, "deploy[0]", model(0.5), scores=1)
+    journal_of_older_version(store, made(0.5), old)
+    assert found(store, model(0.5), scores=1) == "as it was" and found(store, model(None), scores=1) is None
 
 
 def test_two_calls_of_an_older_version_that_differed_in_metadata_are_not_reused(tmp_path: Path) -> None:
