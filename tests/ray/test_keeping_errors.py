@@ -93,7 +93,7 @@ class TestOnACluster:
     @pytest.mark.parametrize(
         ("how", "message"),
         [
-            ("exit", r"leaves\[0\]: SystemExit: 3"),
+            ("exit", r"leaves\[0\]: SystemExit: the body called sys.exit\(3\)"),
             ("outrage", r"leaves\[0\]: Outrage: enough"),
             ("interrupt", r"leaves\[0\]: KeyboardInterrupt"),
         ],
