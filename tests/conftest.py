@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from infra.addresses import GLOO, NCCL, VLLM
 from tests.ports import free_ports
 
 STATUS = pytest.StashKey[int]()
@@ -64,6 +65,16 @@ def no_group_left() -> Iterator[None]:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def no_interface_left() -> Iterator[None]:
+    """A test that forms a group in this process chooses the interface of nothing that later tests start."""
+    before = {name: os.environ[name] for name in (GLOO, NCCL, VLLM) if name in os.environ}
+    yield
+    for name in (GLOO, NCCL, VLLM):
+        os.environ.pop(name, None)
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

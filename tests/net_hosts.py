@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from infra.addresses import GLOO, NCCL, VLLM
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 INIT = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print('up', flush=True); sys.stdin.read()"
 """Reaps what is orphaned, and ends with whoever holds the other end of its standard input."""
@@ -109,8 +111,9 @@ class Host(Machine):
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of what runs there beside that Ray; the working directory is /."""
-        return {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY)}
+        """Of what runs there beside that Ray; the working directory is /. This machine's interfaces are none of its."""
+        ours = {name: value for name, value in os.environ.items() if name not in (GLOO, NCCL, VLLM)}
+        return {**ours, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY)}
 
     @property
     def ray(self) -> str:
