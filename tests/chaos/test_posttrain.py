@@ -224,7 +224,15 @@ VICTIMS = {
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("victims", [("dashboard agent", "GCS", "runtime-env agent"), ("GCS", "raylet", "GCS")])
+@pytest.mark.parametrize(
+    "victims",
+    [
+        ("dashboard agent", "GCS", "runtime-env agent"),
+        ("GCS", "raylet", "GCS"),
+        ("raylet", "dashboard agent", "raylet"),
+        ("runtime-env agent", "runtime-env agent", "dashboard agent"),
+    ],
+)
 def test_a_post_training_run_outlives_its_own_ray(runs: Runs, tmp_path: Path, victims: Sequence[str]) -> None:
     """One driver, and nothing that was committed is done again."""
     url = str(tmp_path / "store")
