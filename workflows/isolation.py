@@ -27,11 +27,12 @@ from _signal import getsignal  # fifty times faster than signal.getsignal, which
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from infra.processes import adopt_orphans, children
+from infra.processes import GONE, adopt_orphans, children, process_state
 
 MOST_TASKS = 1 << 30
 """`max_calls` of our Ray tasks: never reached, unless a worker is given up."""
 ENDING_S = 5.0
+NAMELESS_S = 0.5
 LIMITS = [getattr(resource, f"RLIMIT_{name}") for name in ("AS", "CPU", "FSIZE", "NOFILE")]
 
 
@@ -87,13 +88,24 @@ def _end_children(before: set[int]) -> list[str]:
     while (left := [pid for pid in children() if pid not in before]) and time.monotonic() < deadline:
         for pid in left:
             with contextlib.suppress(OSError):
-                with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as stream:
-                    command = stream.read(80).replace("\0", " ").strip()
-                if command:  # none: it has ended by itself, and was not waited for
+                if command := _command(pid):
                     ended.setdefault(pid, f"{pid} ({command})")
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
     return list(ended.values())
+
+
+def _command(pid: int) -> str:
+    """What a process runs; "" where it has ended by itself. One that is just becoming another program shows nothing for
+    a moment, one that hides its command line nothing at all."""
+    deadline = time.monotonic() + NAMELESS_S
+    while process_state(pid) not in GONE:
+        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as stream:
+            command = stream.read(80).replace("\0", " ").strip()
+        if command or time.monotonic() > deadline:
+            return command or "without a name"
+        time.sleep(0.001)
+    return ""
 
 
 def _read(part: Part) -> Any:
