@@ -32,6 +32,8 @@ from infra.processes import GONE, adopt_orphans, children, process_state
 MOST_TASKS = 1 << 30
 """`max_calls` of our Ray tasks: never reached, unless a worker is given up."""
 ENDING_S = 5.0
+LEAVING_S = 1.0
+"""A process that its body told to end, and did not wait for, may take so long."""
 NAMELESS_S = 0.5
 LIMITS = [getattr(resource, f"RLIMIT_{name}") for name in ("AS", "CPU", "FSIZE", "NOFILE")]
 
@@ -84,6 +86,9 @@ def _give_up() -> None:
 def _end_children(before: set[int]) -> list[str]:
     """End and reap what was left; those that were alive, in words. Children of what is ended become ours."""
     ended: dict[int, str] = {}
+    patience = time.monotonic() + LEAVING_S
+    while time.monotonic() < patience and any(process_state(pid) not in GONE for pid in set(children()) - before):
+        time.sleep(0.005)
     deadline = time.monotonic() + ENDING_S
     while (left := [pid for pid in children() if pid not in before]) and time.monotonic() < deadline:
         for pid in left:
