@@ -69,6 +69,7 @@ class LocalRay:
         self._on_error = on_error
         self._restarts = 0
         self._since = 0.0
+        self._count = 0
         self._ends: dict[int, str] = {}
         self._lock = threading.Lock()
         self._lost = False
@@ -88,9 +89,17 @@ class LocalRay:
         with self._lock:
             return self._lost or bool(self._condemned) or bool(_ended(self._ends, 0))
 
-    def condemn(self, reason: str) -> None:
-        """Its servers run, and yet it is of no use."""
+    @property
+    def count(self) -> int:
+        """How many there have been: tells one from the next."""
         with self._lock:
+            return self._count
+
+    def condemn(self, reason: str, count: int) -> None:
+        """Its servers run, and yet it is of no use. If the one with this count is gone already, nothing happens."""
+        with self._lock:
+            if self._lost or self._count != count:
+                return
             self._condemned = reason
         os.eventfd_write(self._wake, 1)
 
@@ -132,6 +141,7 @@ class LocalRay:
         self._since = time.monotonic()
         with self._lock:
             self._ends = {os.pidfd_open(pid): name for name, pid in servers.items()}
+            self._count += 1
             self._lost = False
 
     def _wait(self) -> str:

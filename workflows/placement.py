@@ -205,11 +205,19 @@ class Placement:
 
     def judge(self, error: BaseException) -> None:
         """The node of an attempt is lost, by Ray's error: where that is the only one of a Ray of our own, and Ray has
-        given it up though its processes are there (a stopped raylet), this Ray is of no more use."""
-        if self._local is None or self._local.is_lost() or type(error).__name__ not in NODE_DIED:
+        given it up though its processes are there (a stopped raylet), this Ray is of no more use. (A raylet that leaves
+        by itself is given up a moment before it ends: by the time Ray answers, it may be another Ray that runs.)"""
+        if self._local is None or type(error).__name__ not in NODE_DIED:
             return
-        if not any(node["Alive"] for node in self._ray.nodes()):
-            self._local.condemn("it has given up its only node")
+        count = self._local.count
+        if self._local.is_lost():
+            return
+        try:
+            has_a_node = any(node["Alive"] for node in self._ray.nodes())
+        except Exception:  # it ended while it was asked
+            return
+        if not has_a_node:
+            self._local.condemn("it has given up its only node", count)
 
     def leave(self) -> None:
         """The run is ending: a local Ray that dies is not started again."""

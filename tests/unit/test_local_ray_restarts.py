@@ -127,9 +127,39 @@ def test_a_server_that_ends_is_a_dead_one_too(watch: Watch, servers: Stand) -> N
 
 def test_one_that_is_condemned_is_lost_though_its_servers_run(watch: Watch) -> None:
     watched = watch()
-    watched.ray.condemn("it has given up its only node")
+    watched.ray.condemn("it has given up its only node", watched.ray.count)
     watched.wait_until_back()
     assert "gone (it has given up its only node)" in watched.lost[0]
+
+
+def test_what_is_said_of_one_that_is_gone_does_not_fall_on_the_next(watch: Watch, servers: Stand) -> None:
+    """Ray's answer about a raylet that is leaving may come when that raylet has ended and another Ray runs."""
+    watched = watch(restarts=1)
+    first = watched.ray.count
+    servers.started[0]["raylet"].kill()
+    watched.wait_until_back()
+    watched.ray.condemn("it has given up its only node", first)
+    assert not watched.ray.is_lost() and not watched.errors
+
+
+def test_what_is_said_of_one_that_is_being_replaced_does_not_fall_on_the_next(watch: Watch, servers: Stand) -> None:
+    gate, begun = threading.Event(), threading.Event()
+    start = servers.start
+
+    def slow() -> dict[str, int]:
+        begun.set()
+        assert gate.wait(DEADLINE_S)
+        return start()
+
+    watched = watch(restarts=1)
+    servers.start = slow  # type: ignore[method-assign]
+    first = watched.ray.count
+    servers.started[0]["raylet"].kill()
+    assert begun.wait(DEADLINE_S)
+    watched.ray.condemn("it has given up its only node", first)
+    gate.set()
+    watched.wait_until_back()
+    assert len(watched.lost) == 1 and not watched.errors
 
 
 def test_the_bound_is_named_with_the_setting_and_the_way_on(watch: Watch, servers: Stand) -> None:
