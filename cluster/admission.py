@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import ElasticSettings
-from cluster.decision import Decision
 from cluster.fitness import Fitness
+from cluster.policies.decision import Decision
 from cluster.wire_speed import SinkAddress
 
 PATIENCE_S = 10.0

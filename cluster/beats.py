@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from statistics import median
 
 from cluster.config import ElasticSettings
-from cluster.decision import Decision
+from cluster.policies.decision import Decision
 from cluster.policies.hang import Beacon, Suspects, decide_hang, stall_limit_s, stopped, suspects
 
 REMEMBERED_STEPS = 32

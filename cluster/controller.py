@@ -22,7 +22,6 @@ from cluster.account_writer import AccountWriter
 from cluster.beats import BeatBoard
 from cluster.config import ElasticSettings
 from cluster.controller_state import ENDED, Controller
-from cluster.decision import Decision
 from cluster.fault_times import FaultTimes
 from cluster.fleet import AgentLost, Fleet, News, Started
 from cluster.goodput_records import Pause
@@ -34,6 +33,7 @@ from cluster.join_board import JoinBoard
 from cluster.loss_judge import LossJudge
 from cluster.node_watch import Beat, Sight
 from cluster.outcomes import Outcomes
+from cluster.policies.decision import Decision
 from cluster.policies.hang import Beacon
 from cluster.policies.rollback import Rollback, leave_out
 from cluster.ray_drain import draining_nodes

@@ -7,7 +7,7 @@ acknowledges for all its workers in one message.
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from cluster.decision import Decision
+from cluster.policies.decision import Decision
 from cluster.policies.layout import Block
 from cluster.policies.snapshot import Restore
 

@@ -23,8 +23,8 @@ from typing import Any
 from cluster import controller_messages as m
 from cluster.adoption import read_inventory
 from cluster.config import ElasticSettings
-from cluster.decision import Decision, key
 from cluster.policies.corruption import is_due
+from cluster.policies.decision import Decision, key
 from cluster.policies.drain import DrainView, decide_drain, leave_by
 from cluster.policies.failure import FailureView, decide_adoption, decide_failure
 from cluster.policies.layout import Block, mend

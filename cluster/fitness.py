@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cluster.config import ElasticSettings
-from cluster.decision import Decision
+from cluster.policies.decision import Decision
 from cluster.policies.quarantine import BurnIn, decide_burn_in
 
 FLEET = 2

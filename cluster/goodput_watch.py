@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from cluster import controller_messages as m
 from cluster.controller_state import ENDED, Controller
-from cluster.decision import Decision
 from cluster.goodput_records import GroupAccount, NodeLife, Pause, read_group
+from cluster.policies.decision import Decision
 from infra.errors import DataError, StoreError
 from infra.storage import open_store
 

@@ -13,11 +13,11 @@ from cluster import controller_messages as m
 from cluster.admission import Admission
 from cluster.config import ElasticSettings
 from cluster.controller_state import Controller
-from cluster.decision import Decision, key
 from cluster.group_journal import GroupJournal
 from cluster.health_watch import Reading
 from cluster.node_watch import Beat, Sight
 from cluster.policies.corruption import Verdict, in_hindsight
+from cluster.policies.decision import Decision, key
 from cluster.policies.rollback import Rollback, SavedState, after_corruption
 from cluster.prediction import NodeTrend, decide_drain_ahead
 from cluster.proofs import Proof, Proofs

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from math import inf
 
 from cluster.config import ElasticSettings
-from cluster.decision import Decision
 from cluster.node_watch import Sight
+from cluster.policies.decision import Decision
 from cluster.policies.hang import Joining, Suspects, decide_join
 
 

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.config import ElasticSettings
-from cluster.decision import Decision
 from cluster.health import GAUGES
+from cluster.policies.decision import Decision
 from cluster.policies.quarantine import decide_prediction
 
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 
 from cluster import controller_messages as m
 from cluster.controller_state import ENDED, Controller
-from cluster.decision import Decision, key
 from cluster.failure_tables import DAY, Fault
 from cluster.goodput import BUCKETS, Goodput, Ledger
 from cluster.goodput_watch import GroupWatch
+from cluster.policies.decision import Decision, key
 from cluster.policies.hang import stall_limit_s
 from cluster.policies.snapshot import place_replicas
 from cluster.simulated import Outcome, SimulatedCluster

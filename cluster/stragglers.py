@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cluster.config import ElasticSettings
 from cluster.controller_state import Controller
-from cluster.decision import Decision
+from cluster.policies.decision import Decision
 from cluster.policies.straggler import SlowRank, decide_straggler, slow_ranks
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.config import ElasticSettings
-from cluster.decision import Decision, key
+from cluster.policies.decision import Decision, key
 
 
 @dataclass(frozen=True)

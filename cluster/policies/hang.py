@@ -7,7 +7,7 @@ from math import inf
 from statistics import median
 
 from cluster.config import ElasticSettings
-from cluster.decision import Decision, key
+from cluster.policies.decision import Decision, key
 
 WAITING_PHASES = frozenset({"collective", "barrier", "wait"})
 """Phases in which a rank waits for others: it is a victim, not a culprit."""

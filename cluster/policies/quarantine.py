@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from cluster.config import ElasticSettings
-from cluster.decision import Decision, key
+from cluster.policies.decision import Decision, key
 
 
 @dataclass(frozen=True)

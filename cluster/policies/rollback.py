@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from cluster.config import ElasticSettings
-from cluster.decision import Decision, key
+from cluster.policies.decision import Decision, key
 
 MAD_TO_SIGMA = 1.4826
 """A normal distribution's standard deviation over its median absolute deviation."""

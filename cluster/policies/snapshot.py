@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cluster.decision import Decision, key
+from cluster.policies.decision import Decision, key
 
 KEPT = 2
 """Snapshots kept whole in host memory: k and k-1. So many of those that are verified, or will be, stay for longer."""

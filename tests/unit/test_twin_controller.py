@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cluster import controller_messages as m
 from cluster.config import ElasticSettings
 from cluster.controller_state import ENDED, Controller
-from cluster.decision import Decision
+from cluster.policies.decision import Decision
 from cluster.policies.snapshot import Restore, place_replicas
 
 WHY = Decision("test", "the test says so", "none")
