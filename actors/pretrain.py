@@ -25,10 +25,10 @@ from actors.pretrain_task import PretrainAgent, PretrainTask
 from actors.pretrain_worker import PretrainRank
 from actors.step_log import StepLog
 from cluster.controller import GroupController, Listener
+from cluster.core.history import KEY, GroupJournal
 from cluster.exporter import Exporter
 from cluster.fleet import Fleet, WorkerKind
 from cluster.group_actors import end_group
-from cluster.group_journal import KEY, GroupJournal
 from cluster.group_metrics import metered
 from cluster.host_memory import AskStanding
 from engines.process_groups import host_store

@@ -12,9 +12,9 @@ import ray
 
 from actors.pretrain_job import Order, ReplicaPlace
 from cluster.config import ElasticSettings
-from cluster.controller_messages import Join
+from cluster.core.history import GroupHistory
+from cluster.core.messages import Join
 from cluster.fleet import Fleet
-from cluster.group_journal import GroupHistory
 from cluster.node_agent import AgentPlace, NodeAgent
 from cluster.policies.snapshot import place_replicas
 from engines.process_groups import StoreAddress

@@ -17,16 +17,16 @@ from typing import Any, Protocol
 
 import ray
 
-from cluster import controller_messages as m
 from cluster.account_writer import AccountWriter
-from cluster.beats import BeatBoard
 from cluster.config import ElasticSettings
-from cluster.controller_state import ENDED, Controller
+from cluster.core import messages as m
+from cluster.core.beat_board import BeatBoard
+from cluster.core.history import GroupJournal, Superseded
+from cluster.core.state_machine import ENDED, Controller
 from cluster.fault_times import FaultTimes
 from cluster.fleet import AgentLost, Fleet, News, Started
 from cluster.goodput_records import Pause
 from cluster.goodput_watch import watch_group
-from cluster.group_journal import GroupJournal, Superseded
 from cluster.guard import Finding, Guard
 from cluster.held_shards import HeldShards
 from cluster.join_board import JoinBoard

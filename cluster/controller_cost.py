@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cluster import controller_messages as m
-from cluster.beats import BeatBoard
 from cluster.config import ElasticSettings
-from cluster.controller_state import Controller
+from cluster.core import messages as m
+from cluster.core.beat_board import BeatBoard
+from cluster.core.state_machine import Controller
 from cluster.policies.hang import Beacon
 from cluster.policies.snapshot import place_replicas
 

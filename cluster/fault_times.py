@@ -6,7 +6,7 @@ beat. These are what the ledgers count as detection from; a fault that nobody ca
 
 import time
 
-from cluster import controller_messages as m
+from cluster.core import messages as m
 from cluster.node_watch import Beat, Sight
 
 

@@ -19,9 +19,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, NodeLabelSchedulingStrategy, NotIn
 
 from cluster.config import HealthSettings
+from cluster.core.history import Superseded
 from cluster.faults import name_fault
 from cluster.group_actors import NAMESPACE, agent_name, end_pending, end_workers, worker_name
-from cluster.group_journal import Superseded
 from cluster.host_memory import AskStanding, group_folder
 from cluster.node_agent import AgentPlace, NodeAgent
 from cluster.node_watch import Beat

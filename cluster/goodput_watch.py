@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
-from cluster import controller_messages as m
-from cluster.controller_state import ENDED, Controller
+from cluster.core import messages as m
+from cluster.core.state_machine import ENDED, Controller
 from cluster.goodput_records import GroupAccount, NodeLife, Pause, read_group
 from cluster.policies.decision import Decision
 from infra.errors import DataError, StoreError

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster import controller_messages as m
 from cluster.admission import Admission
 from cluster.config import ElasticSettings
-from cluster.controller_state import Controller
-from cluster.group_journal import GroupJournal
+from cluster.core import messages as m
+from cluster.core.history import GroupJournal
+from cluster.core.state_machine import Controller
 from cluster.health_watch import Reading
 from cluster.node_watch import Beat, Sight
 from cluster.policies.corruption import Verdict, in_hindsight

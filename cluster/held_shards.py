@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
-from cluster import controller_messages as m
+from cluster.core import messages as m
 from cluster.node_watch import Shard
 
 

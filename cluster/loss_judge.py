@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.config import ElasticSettings
-from cluster.controller_state import Controller
-from cluster.group_journal import GroupJournal
+from cluster.core.history import GroupJournal
+from cluster.core.state_machine import Controller
 from cluster.outcomes import Outcomes
 from cluster.policies.rollback import Rollback, SavedState, doubt_of, judge_step, sure_doubt
 

@@ -1,7 +1,7 @@
 """A simulated cluster that obeys the real controller core: event-driven, no sleeping, no processes. Nothing here is
 measured on hardware except what the pause model says of itself.
 
-Who waits for whom: `run` takes the next event from a heap, tells the core (cluster.controller_state), and turns the
+Who waits for whom: `run` takes the next event from a heap, tells the core (cluster.core.state_machine), and turns the
 core's commands into later events. Training between events is arithmetic: steps are counted, not simulated.
 
 What a fault costs: from its true time until the policies' own detection delay nobody progresses (detection); the step
@@ -14,8 +14,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
-from cluster import controller_messages as m
-from cluster.controller_state import ENDED, Controller
+from cluster.core import messages as m
+from cluster.core.state_machine import ENDED, Controller
 from cluster.failure_tables import DAY, Fault
 from cluster.goodput import BUCKETS, Goodput, Ledger
 from cluster.goodput_watch import GroupWatch

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cluster.config import ElasticSettings
-from cluster.controller_state import Controller
+from cluster.core.state_machine import Controller
 from cluster.policies.decision import Decision
 from cluster.policies.straggler import SlowRank, decide_straggler, slow_ranks
 

@@ -55,7 +55,7 @@ def measure(case: str, folder: Path, kills: int) -> tuple[Course, dict[str, Any]
     """One run under fire, in `folder` (see `job.prepare`), and the controller's own pauses and lost steps."""
     from actors.config import PretrainSettings
     from actors.pretrain import pretrain
-    from cluster.group_journal import GroupJournal
+    from cluster.core.history import GroupJournal
     from engines.config import LearnerSettings
     from infra.storage import open_store
     from models.llama import LlamaConfig

@@ -143,7 +143,7 @@ class Run:
 
     @property
     def history(self) -> dict[str, Any]:
-        """What its controllers have noted (see cluster.group_journal)."""
+        """What its controllers have noted (see cluster.core.history)."""
         try:
             found: dict[str, Any] = json.loads((self.state / "group.json").read_text())
             return found

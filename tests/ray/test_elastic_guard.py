@@ -14,7 +14,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster.group_journal import GroupJournal
+from cluster.core.history import GroupJournal
 from cluster.host_memory import node_root
 from data.tokenized import write_shards
 from infra.storage import open_store

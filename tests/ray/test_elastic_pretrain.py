@@ -18,10 +18,10 @@ import torch
 from actors.config import PretrainSettings
 from actors.handover import Folder
 from actors.pretrain import PretrainResult, pretrain
+from cluster.core.history import GroupJournal
 from cluster.fleet import AGENT_STARTS, AgentLost, Fleet, WorkerKind
 from cluster.goodput_records import GroupReport, read_run
 from cluster.group_actors import NAMESPACE
-from cluster.group_journal import GroupJournal
 from cluster.node_agent import AgentPlace, NodeAgent
 from data.tokenized import write_shards
 from engines.config import LearnerSettings

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cluster.group_journal import GroupJournal
+from cluster.core.history import GroupJournal
 from data.tokenized import write_shards
 from infra.storage import Store, open_store
 from models.tokenizer import load_tokenizer, train_bpe

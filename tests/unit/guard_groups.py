@@ -1,8 +1,8 @@
 """A running group without processes, for tests of what the guard makes of it."""
 
-from cluster import controller_messages as m
 from cluster.config import ElasticSettings
-from cluster.controller_state import Controller
+from cluster.core import messages as m
+from cluster.core.state_machine import Controller
 
 
 def running(settings: ElasticSettings, nodes: list[str]) -> Controller:

@@ -22,13 +22,13 @@ from actors.pretrain_points import FaultPoints
 from actors.pretrain_task import PretrainTask
 from actors.step_log import StepLog, read_steps
 from cluster.beacons import Record
-from cluster.beats import BeatBoard
 from cluster.config import ElasticSettings
 from cluster.controller import GroupController, Listener
-from cluster.controller_messages import Join, Joined, JoinMoved, SnapshotFlushed, Spawn, Tick, WorkersReady
-from cluster.controller_state import Controller
+from cluster.core.beat_board import BeatBoard
+from cluster.core.history import GroupJournal
+from cluster.core.messages import Join, Joined, JoinMoved, SnapshotFlushed, Spawn, Tick, WorkersReady
+from cluster.core.state_machine import Controller
 from cluster.fleet import AgentLost, Fleet, WorkerKind
-from cluster.group_journal import GroupJournal
 from cluster.join_board import JoinBoard
 from cluster.node_watch import Beat, Sight
 from cluster.policies.hang import Beacon

@@ -14,7 +14,7 @@ import pytest
 
 from cluster import host_memory
 from cluster.beacons import ROWS, BeaconReader, BeaconWriter
-from cluster.group_journal import GroupJournal, Superseded
+from cluster.core.history import GroupJournal, Superseded
 from cluster.host_memory import Standing, claim, free, survey
 from cluster.node_agent import AgentPlace, NodeAgent, inherit
 from cluster.node_watch import NodeWatch

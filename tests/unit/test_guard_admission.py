@@ -9,8 +9,8 @@ import torch
 
 from cluster.admission import Admission
 from cluster.config import ElasticSettings, HealthSettings
+from cluster.core.history import GroupJournal
 from cluster.fitness import ATTEMPTS
-from cluster.group_journal import GroupJournal
 from cluster.guard import Guard
 from cluster.health_watch import HealthWatch, Reading
 from cluster.node_watch import Beat

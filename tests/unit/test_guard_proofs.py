@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster import controller_messages as m
 from cluster.beacons import BeaconReader, BeaconWriter, Record
 from cluster.config import ElasticSettings
-from cluster.group_journal import GroupJournal
+from cluster.core import messages as m
+from cluster.core.history import GroupJournal
 from cluster.guard import Finding, Guard
 from cluster.node_watch import Beat, Sight
 from cluster.policies.corruption import is_due

@@ -3,9 +3,9 @@
 import threading
 import time
 
-from cluster import controller_messages as m
 from cluster.config import ElasticSettings
-from cluster.controller_state import Controller
+from cluster.core import messages as m
+from cluster.core.state_machine import Controller
 from cluster.own_time import OwnTime
 from cluster.stragglers import Straggler, StragglerWatch
 from tests.unit.guard_groups import running

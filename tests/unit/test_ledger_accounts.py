@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from actors.rank_time import Aborted, RankTime
-from cluster import controller_messages as m
 from cluster.beacons import Record
+from cluster.core import messages as m
 from cluster.fault_times import FaultTimes
 from cluster.goodput import BUCKETS, Goodput, Ledger
 from cluster.goodput_records import (

@@ -16,8 +16,8 @@ import pytest
 
 from cluster.config import ElasticSettings
 from cluster.controller import GroupController, Listener
+from cluster.core.history import GroupJournal
 from cluster.fleet import Fleet, WorkerKind
-from cluster.group_journal import GroupJournal
 from cluster.node_agent import AgentPlace, NodeAgent
 from cluster.node_watch import Beat
 from cluster.policies.drain import DrainView, decide_drain

@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster.beats import BeatBoard
 from cluster.config import ElasticSettings
+from cluster.core.beat_board import BeatBoard
 from cluster.policies.hang import Beacon
 
 

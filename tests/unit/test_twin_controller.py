@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster import controller_messages as m
 from cluster.config import ElasticSettings
-from cluster.controller_state import ENDED, Controller
+from cluster.core import messages as m
+from cluster.core.state_machine import ENDED, Controller
 from cluster.policies.decision import Decision
 from cluster.policies.snapshot import Restore, place_replicas
 

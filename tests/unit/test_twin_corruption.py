@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from cluster import controller_messages as m
 from cluster.config import ElasticSettings
-from cluster.controller_state import Controller
+from cluster.core import messages as m
+from cluster.core.state_machine import Controller
 from cluster.policies.corruption import arbiter, is_due, judge_digests, plan_replay
 from cluster.policies.rollback import SavedState, after_corruption
 from cluster.policies.straggler import decide_straggler, slow_ranks

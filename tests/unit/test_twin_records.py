@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster import controller_messages as m
 from cluster.config import ElasticSettings
-from cluster.controller_state import Controller
+from cluster.core import messages as m
+from cluster.core.state_machine import Controller
 from cluster.goodput import Ledger
 from cluster.goodput_records import (
     GroupAccount,

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from cluster.config import ElasticSettings
-from cluster.controller_messages import Found
+from cluster.core.messages import Found
 from cluster.policies.failure import AdoptionView
 from cluster.policies.layout import Block
 

@@ -20,9 +20,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
-from cluster import controller_messages as m
-from cluster.adoption import read_inventory
 from cluster.config import ElasticSettings
+from cluster.core import messages as m
+from cluster.core.adoption import read_inventory
+from cluster.core.roster import Roster
 from cluster.policies.corruption import is_due
 from cluster.policies.decision import Decision, key
 from cluster.policies.drain import DrainView, decide_drain, leave_by
@@ -32,7 +33,6 @@ from cluster.policies.network import aside_s, stand_aside
 from cluster.policies.quarantine import decide_history
 from cluster.policies.scaling import GrowthView, decide_growth, workers_to_order
 from cluster.policies.snapshot import Restore, SnapshotBook, choose
-from cluster.roster import Roster
 
 ENDED = ("finished", "failed")
 QUIET_PRIOR_S = 3600.0
