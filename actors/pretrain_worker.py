@@ -30,9 +30,9 @@ from actors.pretrain_points import FaultPoints
 from actors.proving import Prover
 from actors.rank_time import Aborted, RankTime
 from cluster.beacons import SUFFIX, BeaconWriter
+from cluster.goodput.own_time import OwnTime
+from cluster.goodput.stopwatch import Stopwatch
 from cluster.host_memory import BEACONS, end_when_unwatched, group_folder, node_root
-from cluster.own_time import OwnTime
-from cluster.stopwatch import Stopwatch
 from cluster.wire_speed import SinkAddress
 from data.tokenized import TokenWindows
 from engines.elastic import ElasticLearner

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from cluster.stopwatch import Stopwatch
+from cluster.goodput.stopwatch import Stopwatch
 from engines.waits import Wait, Waits
 
 

@@ -3,7 +3,7 @@
 Who waits for whom: nobody. The rank writes where it is, what it does and what its last steps gave; a thread of it moves
 the pulse, which therefore stands still in a process that is stopped or whose interpreter is locked. The file outlives
 the process, so a rank that was killed has still said its last word. Records are written in two places in turn, and the
-number that says which one counts comes last (one aligned 8-byte store), as in cluster.stopwatch.
+number that says which one counts comes last (one aligned 8-byte store), as in cluster.goodput.stopwatch.
 """
 
 import json
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.stopwatch import MEMORY_BYTES
+from cluster.goodput.stopwatch import MEMORY_BYTES
 from infra.processes import process_start
 
 SUFFIX = ".beacon"
@@ -55,7 +55,7 @@ FILE_BYTES = NOTES_AT + len(NOTES) * NOTE_BYTES
 class Record:
     """What a rank last wrote. `start` and `step`: committed steps, at the start of its generation and
     now; `ticks`: how far it is within its generation (while it joins: stages that all ranks go through); `own_s`:
-    seconds of its own computing in it, up to `step` (see cluster.own_time).
+    seconds of its own computing in it, up to `step` (see cluster.goodput.own_time).
 
     `started` (see infra.processes) tells the process from a later one under the same number; `thread` is the kernel's
     number of the one that trains.
@@ -101,7 +101,7 @@ class BeaconWriter:
 
     @property
     def account(self) -> memoryview:
-        """Memory for a cluster.stopwatch.Stopwatch."""
+        """Memory for a cluster.goodput.stopwatch.Stopwatch."""
         return memoryview(self._memory)[ACCOUNT_AT : ACCOUNT_AT + MEMORY_BYTES]
 
     def set(self, **changes: Any) -> None:

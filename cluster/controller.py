@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import ray
 
-from cluster.account_writer import AccountWriter
 from cluster.config import ElasticSettings
 from cluster.core import messages as m
 from cluster.core.beat_board import BeatBoard
@@ -25,8 +24,9 @@ from cluster.core.history import GroupJournal, Superseded
 from cluster.core.state_machine import ENDED, Controller
 from cluster.fault_times import FaultTimes
 from cluster.fleet import AgentLost, Fleet, News, Started
-from cluster.goodput_records import Pause
-from cluster.goodput_watch import watch_group
+from cluster.goodput.accounts import Pause
+from cluster.goodput.group_account import watch_group
+from cluster.goodput.writer import AccountWriter
 from cluster.guard import Finding, Guard
 from cluster.held_shards import HeldShards
 from cluster.join_board import JoinBoard

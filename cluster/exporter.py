@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cluster.goodput import BUCKETS, merge
-from cluster.goodput_records import NodeAccount
+from cluster.goodput.accounts import NodeAccount
+from cluster.goodput.buckets import BUCKETS, merge
 
 LABELS = ("run", "group")
 

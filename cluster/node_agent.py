@@ -24,7 +24,7 @@ from cluster import host_memory
 from cluster.config import HealthSettings
 from cluster.core.history import Superseded
 from cluster.exporter import Exporter, export_account
-from cluster.goodput_records import PERIOD_S, RankAccount, read_node, write_node
+from cluster.goodput.accounts import PERIOD_S, RankAccount, read_node, write_node
 from cluster.health_watch import HealthWatch
 from cluster.host_memory import AskStanding, Standing
 from cluster.node_watch import Beat, NodeWatch

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.beacons import ROWS, SUFFIX, BeaconReader, Record
-from cluster.goodput_records import NodeAccount, RankAccount
+from cluster.goodput.accounts import NodeAccount, RankAccount
+from cluster.goodput.stopwatch import last_sign, read_account
 from cluster.health_watch import Reading
-from cluster.stopwatch import last_sign, read_account
 from cluster.wire_speed import SinkAddress
 from infra.notices import Notice
 from infra.processes import ExitWatch, process_start, process_state, starved_s

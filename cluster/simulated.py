@@ -5,8 +5,8 @@ from typing import Any
 
 from cluster.config import ElasticSettings
 from cluster.failure_tables import DAY
-from cluster.goodput import Goodput
-from cluster.goodput_records import Pause
+from cluster.goodput.accounts import Pause
+from cluster.goodput.buckets import Goodput
 from cluster.pause_model import PauseModel
 
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from cluster.core import messages as m
 from cluster.core.state_machine import ENDED, Controller
 from cluster.failure_tables import DAY, Fault
-from cluster.goodput import BUCKETS, Goodput, Ledger
-from cluster.goodput_watch import GroupWatch
+from cluster.goodput.buckets import BUCKETS, Goodput, Ledger
+from cluster.goodput.group_account import GroupWatch
 from cluster.policies.decision import Decision, key
 from cluster.policies.hang import stall_limit_s
 from cluster.policies.snapshot import place_replicas

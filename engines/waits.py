@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 KINDS = ("exposed_communication", "pipeline_bubble", "checkpoint_stall")
-"""Names of cluster.goodput, which this layer does not import; a test holds the two together."""
+"""Names of cluster.goodput.buckets, which this layer does not import; a test holds the two together."""
 
 
 @dataclass(frozen=True)

@@ -387,7 +387,7 @@ def goodput(run_id: str, store: str | None, as_json: bool) -> None:
     records do not say."""
     import json
 
-    from cluster.goodput_records import read_run
+    from cluster.goodput.accounts import read_run
     from infra.errors import UserError
     from workflows.runs import load_metadata
 

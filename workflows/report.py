@@ -55,7 +55,7 @@ class RunRecord:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     wall_s: float | None = None
     groups: list[dict[str, Any]] = field(default_factory=list)
-    """Elastic groups with their goodput and pauses (cluster.goodput_records.GroupReport)."""
+    """Elastic groups with their goodput and pauses (cluster.goodput.accounts.GroupReport)."""
 
     def measured_wall_s(self) -> float:
         """`wall_s` where it is known, else from the first start to the last end."""

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from cluster import goodput_records
+from cluster.goodput import accounts as goodput_records
 from infra.errors import DataError
 from infra.storage import Store
 
 Group = dict[str, Any]
-"""cluster.goodput_records.GroupReport as JSON."""
+"""cluster.goodput.accounts.GroupReport as JSON."""
 
 
 def gather_groups(store: Store, run_id: str) -> list[Group]:

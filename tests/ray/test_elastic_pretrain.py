@@ -20,7 +20,7 @@ from actors.handover import Folder
 from actors.pretrain import PretrainResult, pretrain
 from cluster.core.history import GroupJournal
 from cluster.fleet import AGENT_STARTS, AgentLost, Fleet, WorkerKind
-from cluster.goodput_records import GroupReport, read_run
+from cluster.goodput.accounts import GroupReport, read_run
 from cluster.group_actors import NAMESPACE
 from cluster.node_agent import AgentPlace, NodeAgent
 from data.tokenized import write_shards

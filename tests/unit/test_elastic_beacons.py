@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from cluster.beacons import BeaconReader, BeaconWriter
+from cluster.goodput.stopwatch import Stopwatch
 from cluster.node_watch import SHARD, Beat, NodeWatch, Sight
-from cluster.stopwatch import Stopwatch
 from engines.snapshots import ShardName
 
 DEADLINE = 60.0

@@ -6,7 +6,7 @@ import time
 from cluster.config import ElasticSettings
 from cluster.core import messages as m
 from cluster.core.state_machine import Controller
-from cluster.own_time import OwnTime
+from cluster.goodput.own_time import OwnTime
 from cluster.stragglers import Straggler, StragglerWatch
 from tests.unit.guard_groups import running
 

@@ -12,8 +12,7 @@ from actors.rank_time import Aborted, RankTime
 from cluster.beacons import Record
 from cluster.core import messages as m
 from cluster.fault_times import FaultTimes
-from cluster.goodput import BUCKETS, Goodput, Ledger
-from cluster.goodput_records import (
+from cluster.goodput.accounts import (
     GroupAccount,
     NodeAccount,
     NodeLife,
@@ -23,9 +22,10 @@ from cluster.goodput_records import (
     read_node,
     write_node,
 )
+from cluster.goodput.buckets import BUCKETS, Goodput, Ledger
+from cluster.goodput.stopwatch import MEMORY_BYTES, Stopwatch, read_account
 from cluster.node_agent import AgentPlace, NodeAgent
 from cluster.node_watch import Beat, Sight
-from cluster.stopwatch import MEMORY_BYTES, Stopwatch, read_account
 from engines.waits import KINDS, Wait
 from infra.storage import open_store
 from workflows.report import RunRecord, summarise, write
@@ -195,7 +195,7 @@ def test_ledger_of_a_node_goes_on_under_its_next_agent(tmp_path: Path) -> None:
 import sys, time
 from pathlib import Path
 from cluster.beacons import BeaconWriter
-from cluster.stopwatch import Stopwatch
+from cluster.goodput.stopwatch import Stopwatch
 beacon = BeaconWriter(Path(sys.argv[1]) / "beacons" / "found.beacon")
 watch = Stopwatch(born=time.monotonic() - 5, memory=beacon.account)
 watch.enter("idle")

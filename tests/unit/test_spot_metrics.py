@@ -11,8 +11,8 @@ import pytest
 
 from cluster.controller import Listener
 from cluster.exporter import LABELS, METRICS, Exporter, export_account
-from cluster.goodput import BUCKETS, Ledger
-from cluster.goodput_records import NodeAccount, RankAccount
+from cluster.goodput.accounts import NodeAccount, RankAccount
+from cluster.goodput.buckets import BUCKETS, Ledger
 from cluster.group_metrics import metered
 
 NAME = re.compile(r"\bray_recua_[a-z_]+")

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.goodput import BUCKETS, Goodput, Ledger, merge
-from cluster.stopwatch import MEMORY_BYTES, Stopwatch, read_account
+from cluster.goodput.buckets import BUCKETS, Goodput, Ledger, merge
+from cluster.goodput.stopwatch import MEMORY_BYTES, Stopwatch, read_account
 from infra.errors import DataError
 
 

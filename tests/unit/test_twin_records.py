@@ -8,8 +8,7 @@ import pytest
 from cluster.config import ElasticSettings
 from cluster.core import messages as m
 from cluster.core.state_machine import Controller
-from cluster.goodput import Ledger
-from cluster.goodput_records import (
+from cluster.goodput.accounts import (
     GroupAccount,
     NodeAccount,
     NodeLife,
@@ -20,7 +19,8 @@ from cluster.goodput_records import (
     write_group,
     write_node,
 )
-from cluster.goodput_watch import GroupWatch
+from cluster.goodput.buckets import Ledger
+from cluster.goodput.group_account import GroupWatch
 from infra.errors import DataError
 from infra.storage import FolderStore
 from workflows import cli

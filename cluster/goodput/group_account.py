@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from cluster.core import messages as m
 from cluster.core.state_machine import ENDED, Controller
-from cluster.goodput_records import GroupAccount, NodeLife, Pause, read_group
+from cluster.goodput.accounts import GroupAccount, NodeLife, Pause, read_group
 from cluster.policies.decision import Decision
 from infra.errors import DataError, StoreError
 from infra.storage import open_store

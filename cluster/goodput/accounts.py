@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from cluster.goodput import FORMAT, Goodput, Ledger, merge
+from cluster.goodput.buckets import FORMAT, Goodput, Ledger, merge
 from infra.errors import DataError
 from infra.storage import Store
 

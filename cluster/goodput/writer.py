@@ -5,8 +5,8 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
-from cluster.goodput_records import PERIOD_S, write_group
-from cluster.goodput_watch import GroupWatch
+from cluster.goodput.accounts import PERIOD_S, write_group
+from cluster.goodput.group_account import GroupWatch
 from infra.errors import StoreError
 from infra.storage import open_store
 

@@ -2,7 +2,7 @@
 
 No bucket is a remainder: what nobody claimed is `unattributed_s`, reported apart (aim: under 1%). Capacity that was
 asked for and not there (a shrunk group) is `absent_s`. Together with the buckets they make capacity x wall exactly.
-Ranks keep their accounts with cluster.stopwatch; cluster.goodput_records says how a run's store holds them.
+Ranks keep their accounts with cluster.goodput.stopwatch; cluster.goodput.accounts says how a run's store holds them.
 
     goodput = useful computing of all ranks / (capacity asked for x wall)
 """

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from cluster.goodput import BUCKETS, Ledger
+from cluster.goodput.buckets import BUCKETS, Ledger
 
 COPY = struct.Struct(f"<4d{len(BUCKETS)}d")
 """born, since, open bucket (-1: none), computing done before the step under way; seconds by bucket."""
