@@ -15,9 +15,9 @@ from actors.objectives import OBJECTIVES, SCORES
 from actors.process_group import process_groups
 from cluster.worker import Worker
 from engines.base import StepOutput, WeightUpdate
+from engines.collectives.process_groups import ProcessGroups
 from engines.config import LearnerSettings
 from engines.hf_folder import Head
-from engines.process_groups import ProcessGroups
 
 
 class LearnerWorker(Worker):

@@ -31,7 +31,7 @@ from cluster.fleet import Fleet, WorkerKind
 from cluster.group_actors import end_group
 from cluster.group_metrics import metered
 from cluster.host_memory import AskStanding
-from engines.process_groups import host_store
+from engines.collectives.process_groups import host_store
 from engines.torch_learner import LlamaConfig
 from infra.errors import CheckpointError
 from infra.faults import VARIABLE

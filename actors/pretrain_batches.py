@@ -15,7 +15,7 @@ from data.loader import DataLoader
 from data.mixture import SampleIds
 from data.tokenized import TokenWindows, document_segments
 from engines.base import Batch, LossFn
-from engines.ranks import Ranks
+from engines.collectives.ranks import Ranks
 from engines.torch_learner import TorchLearner
 
 NO_TARGET = -100

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from actors.config import PretrainSettings
 from actors.handover import Folder, local
+from engines.collectives.process_groups import StoreAddress
 from engines.config import SnapshotSettings
 from engines.elastic import Recipe
-from engines.process_groups import StoreAddress
 from engines.torch_learner import LlamaConfig
 
 

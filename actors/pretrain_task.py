@@ -17,7 +17,7 @@ from cluster.core.messages import Join
 from cluster.fleet import Fleet
 from cluster.node_agent import AgentPlace, NodeAgent
 from cluster.policies.snapshot import place_replicas
-from engines.process_groups import StoreAddress
+from engines.collectives.process_groups import StoreAddress
 from infra.errors import StoreError
 from infra.storage import Store, appear
 

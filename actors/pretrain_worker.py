@@ -35,9 +35,9 @@ from cluster.goodput.stopwatch import Stopwatch
 from cluster.host_memory import BEACONS, end_when_unwatched, group_folder, node_root
 from cluster.wire_speed import SinkAddress
 from data.tokenized import TokenWindows
+from engines.collectives.join_signs import JoinSigns
+from engines.collectives.process_groups import Rendezvous, StoreAddress
 from engines.elastic import ElasticLearner
-from engines.join_signs import JoinSigns
-from engines.process_groups import Rendezvous, StoreAddress
 from engines.snapshots import Peer, StoreSource
 from engines.torch_learner import TorchLearner
 from infra.errors import NodeLost, PeersUnreachable, RecuaError, ResourceError, StepError, StoreError

@@ -3,7 +3,7 @@
 import torch
 
 from cluster.worker import Seat
-from engines.process_groups import ProcessGroups, Rendezvous, StoreAddress
+from engines.collectives.process_groups import ProcessGroups, Rendezvous, StoreAddress
 
 
 def process_groups(seat: Seat, device: torch.device, timeout_s: float) -> ProcessGroups:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cluster.goodput.stopwatch import Stopwatch
-from engines.waits import Wait, Waits
+from engines.collectives.wait_times import Wait, Waits
 
 
 @dataclass(frozen=True)

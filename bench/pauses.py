@@ -42,7 +42,7 @@ def rank_main(words: Connection, store: tuple[str, int]) -> None:
     """One rank: a control thread takes the words, this thread trains and answers."""
     import torch
 
-    from engines.process_groups import ProcessGroups, Rendezvous, StoreAddress
+    from engines.collectives.process_groups import ProcessGroups, Rendezvous, StoreAddress
     from infra.errors import NodeLost
 
     torch.set_num_threads(1)
@@ -82,8 +82,8 @@ def train(groups: Any, words: Connection) -> None:
     import torch
 
     from engines.base import Batch
+    from engines.collectives.ranks import Ranks
     from engines.config import LearnerSettings
-    from engines.ranks import Ranks
     from engines.torch_learner import LlamaConfig, build
 
     laps = [time.perf_counter()]
@@ -113,7 +113,7 @@ class Group:
     """Real rank processes, and what to tell them."""
 
     def __init__(self, size: int) -> None:
-        from engines.process_groups import host_store
+        from engines.collectives.process_groups import host_store
 
         self._store, address = host_store()
         context = mp.get_context("fork")

@@ -39,8 +39,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from actors.pretrain_batches import next_token_loss
+from engines.collectives.ranks import Ranks
 from engines.config import LearnerSettings
-from engines.ranks import Ranks
 from engines.snapshots import Holder, Peer, ReplicaServer, Snapshots
 from engines.torch_learner import LlamaConfig, TorchLearner, build
 

@@ -2,7 +2,8 @@
 
 DeepSpeed keeps the group in module globals (`deepspeed.comm.comm.cdb`, `deepspeed.utils.groups`). `leave` resets them,
 so that survivors of a failure join a new group without starting their process again: under a second instead of ten.
-The torch groups below are those of `engines.process_groups`: form them there where a control thread has to abort them.
+The torch groups below are those of `engines.collectives.process_groups`: form them there if a control thread has to
+abort them.
 """
 
 import importlib.util
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engines.process_groups import ProcessGroups, Rendezvous, StoreAddress
+from engines.collectives.process_groups import ProcessGroups, Rendezvous, StoreAddress
 
 
 def join(

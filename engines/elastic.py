@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 
 from engines.base import Batch, LossFn, StepOutput
+from engines.collectives.join_signs import JoinSigns
+from engines.collectives.process_groups import ProcessGroups, Rendezvous
+from engines.collectives.ranks import Ranks
 from engines.config import LearnerSettings, SnapshotSettings
-from engines.join_signs import JoinSigns
-from engines.process_groups import ProcessGroups, Rendezvous
-from engines.ranks import Ranks
 from engines.snapshots import (
     Flusher,
     FolderSource,

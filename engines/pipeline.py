@@ -6,7 +6,7 @@ most as many micro-batches as there are stages from it on). All stages of a repl
 every one of them knows all shapes; only hidden states [B, T / tp, D] and their gradients travel.
 
 What a stage waits for its neighbours (until they have sent, or are ready to take what it sends, and at the end until
-the slowest stage is done) is the pipeline's bubble, and counted as such (see `engines.waits`).
+the slowest stage is done) is the pipeline's bubble, and counted as such (see `engines.collectives.wait_times`).
 """
 
 import functools
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, schedules
 
 from engines.base import Batch, LossFn
-from engines.ranks import Ranks
-from engines.waits import replaced
+from engines.collectives.ranks import Ranks
+from engines.collectives.wait_times import replaced
 from models.llama import Llama
 
 BUBBLE = "pipeline_bubble"

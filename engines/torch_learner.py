@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from engines import random_state, state_folder
 from engines.base import Batch, LossFn, StepOutput
+from engines.collectives.ranks import Ranks
 from engines.config import LearnerSettings
 from engines.hf_folder import LICENCES, copy_files
 from engines.optimizer import learning_rate
-from engines.ranks import Ranks
 from engines.sharded_adamw import MOMENTS, ShardedAdamW
 from engines.snapshots import Piece, SnapshotReader, Snapshots, restore
 from infra.errors import CheckpointError

@@ -2,7 +2,7 @@
 
 import torch
 
-from engines.waits import Waits
+from engines.collectives.wait_times import Waits
 
 CYCLES = 400_000_000
 """About 0.2 s at 2 GHz."""

@@ -23,10 +23,10 @@ from actors.pretrain_batches import NO_TARGET, next_token_loss
 from data.config import BatchSettings
 from data.loader import Loader
 from data.mixture import Mixture, Source
+from engines.collectives.process_groups import Rendezvous, StoreAddress, host_store
+from engines.collectives.ranks import Ranks
 from engines.config import LearnerSettings
 from engines.elastic import ElasticLearner, Joined, Recipe
-from engines.process_groups import Rendezvous, StoreAddress, host_store
-from engines.ranks import Ranks
 from engines.snapshots import Peer
 from engines.torch_learner import TorchLearner, build
 from infra.errors import NodeLost

@@ -35,9 +35,9 @@ from cluster.policies.hang import Beacon
 from cluster.policies.rollback import DataWindow
 from cluster.policies.snapshot import Restore
 from data.mixture import Mixture, Source
+from engines.collectives.process_groups import Rendezvous, StoreAddress, host_store
 from engines.config import LearnerSettings, SnapshotSettings
 from engines.elastic import ElasticLearner, Recipe
-from engines.process_groups import Rendezvous, StoreAddress, host_store
 from engines.snapshots import ShardName, StoreSource, node_folder, sealed
 from infra.errors import ConfigError, PeersUnreachable, StepError, StoreError, SystemFault
 from infra.faults import FaultSchedule

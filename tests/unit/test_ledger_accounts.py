@@ -26,7 +26,7 @@ from cluster.goodput.buckets import BUCKETS, Goodput, Ledger
 from cluster.goodput.stopwatch import MEMORY_BYTES, Stopwatch, read_account
 from cluster.node_agent import AgentPlace, NodeAgent
 from cluster.node_watch import Beat, Sight
-from engines.waits import KINDS, Wait
+from engines.collectives.wait_times import KINDS, Wait
 from infra.storage import open_store
 from workflows.report import RunRecord, summarise, write
 from workflows.report_groups import interruptions, time_spent
@@ -41,7 +41,7 @@ class Clock:
 
 
 class Told:
-    """Stands for engines.waits.Waits, whose contract tests/unit/test_ledger_waits.py checks with real ranks."""
+    """Stands for engines.collectives.wait_times.Waits; test_ledger_waits.py checks its contract with real ranks."""
 
     def __init__(self, last: Wait | None = None, **seconds: float) -> None:
         self.last, self._seconds = last, seconds

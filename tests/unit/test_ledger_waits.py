@@ -16,8 +16,8 @@ from elastic_group import MODEL, SETTINGS, micro_batch, quick_start
 from actors.pretrain_batches import next_token_loss
 from actors.rank_time import Aborted, RankTime
 from cluster.goodput.stopwatch import Stopwatch
-from engines.process_groups import ProcessGroups, Rendezvous, StoreAddress, host_store
-from engines.ranks import Ranks
+from engines.collectives.process_groups import ProcessGroups, Rendezvous, StoreAddress, host_store
+from engines.collectives.ranks import Ranks
 from engines.torch_learner import TorchLearner, build
 from infra.errors import NodeLost
 

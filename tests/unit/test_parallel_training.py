@@ -23,7 +23,7 @@ from test_torch_learner_parallel import (
 from actors.config import PretrainSettings
 from data.tokenized import write_shards
 from engines.base import Batch
-from engines.ranks import Ranks
+from engines.collectives.ranks import Ranks
 from engines.snapshots import FolderSource, SnapshotName, Snapshots, Sources
 from models.llama import LlamaConfig
 from models.parallelize import stage_layers, stage_of

@@ -24,10 +24,10 @@ from elastic_group import (
     take_step,
 )
 
+from engines.collectives.join_signs import JoinSigns
+from engines.collectives.process_groups import Rendezvous, host_store
 from engines.config import SnapshotSettings
 from engines.elastic import ElasticLearner, Recipe
-from engines.join_signs import JoinSigns
-from engines.process_groups import Rendezvous, host_store
 from engines.snapshots import SnapshotName, StoreSource, node_folder, sealed
 from infra.errors import NodeLost
 from infra.storage import FolderStore

@@ -16,9 +16,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from engines import process_groups
-from engines.process_groups import ProcessGroups, Rendezvous, StoreAddress, host_store, meet_peers, open_sockets
-from engines.ranks import Ranks
+from engines.collectives import process_groups
+from engines.collectives.process_groups import (
+    ProcessGroups,
+    Rendezvous,
+    StoreAddress,
+    host_store,
+    meet_peers,
+    open_sockets,
+)
+from engines.collectives.ranks import Ranks
 from infra.addresses import listen
 from infra.errors import NodeLost, PeersUnreachable
 

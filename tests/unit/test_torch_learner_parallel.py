@@ -18,8 +18,8 @@ from algorithms.logprobs import token_logprobs
 from algorithms.sft import sft_loss
 from data.tokenized import write_shards
 from engines.base import Batch
+from engines.collectives.ranks import Ranks
 from engines.config import LearnerSettings
-from engines.ranks import Ranks
 from engines.torch_learner import TorchLearner
 from engines.torch_learner import build as build_learner
 from infra.errors import CheckpointError

@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from engines import gloo_waits
+from engines.collectives import gloo_waits
 from infra.addresses import is_loopback, listen, unreachable, use_sockets_at
 from infra.errors import NodeLost, PeersUnreachable, RecuaError
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from engines.waits import Waits
+from engines.collectives.wait_times import Waits
 
 
 class Ranks:
