@@ -9,7 +9,7 @@ from zlib import crc32
 import numpy as np
 import ray
 
-from cluster.gather import gather
+from cluster.workers.gather import gather
 from engines.base import Completion, Sampling, WeightUpdate
 from engines.config import GeneratorSettings
 

@@ -2,7 +2,7 @@
 
 from actors.config import LearnerPoolSettings
 from actors.learner_worker import LearnerWorker
-from cluster.worker_group import WorkerGroup
+from cluster.workers.group import WorkerGroup
 
 
 def start_learners(pool: LearnerPoolSettings, name: str) -> WorkerGroup:

@@ -13,7 +13,7 @@ import torch
 from actors.batches import Row
 from actors.objectives import OBJECTIVES, SCORES
 from actors.process_group import process_groups
-from cluster.worker import Worker
+from cluster.workers.seat import Worker
 from engines.base import StepOutput, WeightUpdate
 from engines.collectives.process_groups import ProcessGroups
 from engines.config import LearnerSettings
@@ -21,7 +21,7 @@ from engines.hf_folder import Head
 
 
 class LearnerWorker(Worker):
-    """The actor class of the learner pool; `cluster.worker_group.WorkerGroup` makes one per rank."""
+    """The actor class of the learner pool; `cluster.workers.group.WorkerGroup` makes one per rank."""
 
     def __init__(self) -> None:
         self._learners: dict[str, Any] = {}

@@ -13,7 +13,7 @@ import numpy as np
 
 from actors.batches import Row, plan_micro_batches
 from actors.config import LearnerPoolSettings
-from cluster.gather import gather
+from cluster.workers.gather import gather
 from engines.base import WeightUpdate
 from engines.config import LearnerSettings
 

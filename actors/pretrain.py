@@ -28,9 +28,9 @@ from cluster.controller import GroupController, Listener
 from cluster.core.history import KEY, GroupJournal
 from cluster.exporter import Exporter
 from cluster.fleet import Fleet, WorkerKind
-from cluster.group_actors import end_group
 from cluster.group_metrics import metered
 from cluster.host_memory import AskStanding
+from cluster.workers.named_actors import end_group
 from engines.collectives.process_groups import host_store
 from engines.torch_learner import LlamaConfig
 from infra.errors import CheckpointError

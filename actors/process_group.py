@@ -2,7 +2,7 @@
 
 import torch
 
-from cluster.worker import Seat
+from cluster.workers.seat import Seat
 from engines.collectives.process_groups import ProcessGroups, Rendezvous, StoreAddress
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from actors.generator_worker import ENGINE, Generators
 from actors.learners import Learners
-from cluster.gather import gather
+from cluster.workers.gather import gather
 
 
 @dataclass(frozen=True)

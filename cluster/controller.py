@@ -36,7 +36,7 @@ from cluster.outcomes import Outcomes
 from cluster.policies.decision import Decision
 from cluster.policies.hang import Beacon
 from cluster.policies.rollback import Rollback, leave_out
-from cluster.ray_drain import draining_nodes
+from cluster.workers.ray_drain import draining_nodes
 from infra.errors import REACH_EACH_OTHER, NodeLost, PeersUnreachable, RecuaError, StepError, StoreError
 from infra.notices import Notice, in_words
 

@@ -20,11 +20,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, NodeL
 
 from cluster.config import HealthSettings
 from cluster.core.history import Superseded
-from cluster.faults import name_fault
-from cluster.group_actors import NAMESPACE, agent_name, end_pending, end_workers, worker_name
 from cluster.host_memory import AskStanding, group_folder
 from cluster.node_agent import AgentPlace, NodeAgent
 from cluster.node_watch import Beat
+from cluster.workers.named_actors import NAMESPACE, agent_name, end_pending, end_workers, worker_name
+from cluster.workers.ray_errors import name_fault
 from infra.addresses import unreachable
 from infra.bundles import show_bundle, unplaceable
 from infra.errors import ResourceError

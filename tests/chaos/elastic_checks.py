@@ -8,7 +8,7 @@ from typing import Any
 
 from actors.step_log import read_steps
 from cluster.beacons import SUFFIX
-from cluster.group_actors import NAMESPACE
+from cluster.workers.named_actors import NAMESPACE
 from data.config import BatchSettings
 from data.loader import Loader
 from data.mixture import Mixture, Source

@@ -148,8 +148,8 @@ def together(folder: str) -> list[str]:
     """The group's id as the body and its children see it; the first attempt fails."""
     import ray
 
-    from cluster.worker import Worker
-    from cluster.worker_group import WorkerGroup
+    from cluster.workers.group import WorkerGroup
+    from cluster.workers.seat import Worker
 
     def group_of_this_process() -> str:  # nested: it travels by value
         import ray

@@ -23,8 +23,8 @@ from ray.cluster_utils import Cluster
 from actors.step_log import read_steps
 from cluster.beacons import BeaconReader, Record
 from cluster.core.history import KEY
-from cluster.group_actors import NAMESPACE
 from cluster.host_memory import BEACONS, OWNER, PULSE_FRESH_S, node_root
+from cluster.workers.named_actors import NAMESPACE
 from data.tokenized import write_shards
 from infra.processes import process_start
 from infra.storage import open_store

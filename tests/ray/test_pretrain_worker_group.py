@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.worker import Worker
-from cluster.worker_group import WorkerGroup
+from cluster.workers.group import WorkerGroup
+from cluster.workers.seat import Worker
 from infra.errors import DataError, NodeLost, ResourceError, StepError
 
 

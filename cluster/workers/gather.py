@@ -5,7 +5,7 @@ from typing import Any
 
 import ray
 
-from cluster.faults import name_fault
+from cluster.workers.ray_errors import name_fault
 
 
 def gather(references: Sequence[Any], what: str) -> list[Any]:

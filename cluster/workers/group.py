@@ -18,8 +18,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.faults import name_fault
-from cluster.worker import Seat, Worker, WorkerInfo
+from cluster.workers.ray_errors import name_fault
+from cluster.workers.seat import Seat, Worker, WorkerInfo
 from infra.bundles import show_bundle, unplaceable
 from infra.errors import ResourceError, StepTimeout, SystemFault
 from infra.processes import process_start
@@ -33,7 +33,7 @@ DEATH_GRACE_S = 1.0
 
 
 class WorkerGroup:
-    """N ranks of `actor_class` (a plain subclass of `cluster.worker.Worker`).
+    """N ranks of `actor_class` (a plain subclass of `cluster.workers.seat.Worker`).
 
     Args:
         actor_class: built with `actor_args` and `actor_kwargs` in every process.
