@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from cluster.beacons import BeaconWriter
-from cluster.wire_speed import Sink, SinkAddress, measure
+from cluster.node.beacons import BeaconWriter
+from cluster.node.wire_speed import Sink, SinkAddress, measure
 from engines.burn_in import examine
 from engines.replay import processor_kind
 

@@ -26,10 +26,10 @@ from actors.pretrain_worker import PretrainRank
 from actors.step_log import StepLog
 from cluster.controller import GroupController, Listener
 from cluster.core.history import KEY, GroupJournal
-from cluster.exporter import Exporter
 from cluster.fleet import Fleet, WorkerKind
 from cluster.group_metrics import metered
-from cluster.host_memory import AskStanding
+from cluster.node.exporter import Exporter
+from cluster.node.host_memory import AskStanding
 from cluster.workers.named_actors import end_group
 from engines.collectives.process_groups import host_store
 from engines.torch_learner import LlamaConfig

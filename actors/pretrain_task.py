@@ -15,7 +15,7 @@ from cluster.config import ElasticSettings
 from cluster.core.history import GroupHistory
 from cluster.core.messages import Join
 from cluster.fleet import Fleet
-from cluster.node_agent import AgentPlace, NodeAgent
+from cluster.node.agent import AgentPlace, NodeAgent
 from cluster.policies.snapshot import place_replicas
 from engines.collectives.process_groups import StoreAddress
 from infra.errors import StoreError

@@ -29,11 +29,11 @@ from actors.pretrain_job import Order, PretrainJob, recipe_of
 from actors.pretrain_points import FaultPoints
 from actors.proving import Prover
 from actors.rank_time import Aborted, RankTime
-from cluster.beacons import SUFFIX, BeaconWriter
 from cluster.goodput.own_time import OwnTime
 from cluster.goodput.stopwatch import Stopwatch
-from cluster.host_memory import BEACONS, end_when_unwatched, group_folder, node_root
-from cluster.wire_speed import SinkAddress
+from cluster.node.beacons import SUFFIX, BeaconWriter
+from cluster.node.host_memory import BEACONS, end_when_unwatched, group_folder, node_root
+from cluster.node.wire_speed import SinkAddress
 from data.tokenized import TokenWindows
 from engines.collectives.join_signs import JoinSigns
 from engines.collectives.process_groups import Rendezvous, StoreAddress

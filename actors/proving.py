@@ -1,7 +1,7 @@
 """A rank's proofs of the steps that are verified, left in its beacon for the controller to compare."""
 
-from cluster.beacons import BeaconWriter
 from cluster.config import ElasticSettings
+from cluster.node.beacons import BeaconWriter
 from cluster.policies.corruption import is_due, plan_replay
 from cluster.proofs import Proof, judge
 from engines.base import Batch, LossFn

@@ -21,7 +21,7 @@ FOLDER = "steps"
 CHUNK = 256
 """Rows of one object: it is written as a whole each time."""
 PERIOD_S = 2.0
-"""Rows come into the store so late at most; until then the ranks have them too (`cluster.beacons.ROWS`)."""
+"""Rows come into the store so late at most; until then the ranks have them too (`cluster.node.beacons.ROWS`)."""
 
 
 class StepLog:

@@ -6,8 +6,8 @@ from typing import Any
 
 from cluster.config import ElasticSettings
 from cluster.fitness import Fitness
+from cluster.node.wire_speed import SinkAddress
 from cluster.policies.decision import Decision
-from cluster.wire_speed import SinkAddress
 
 PATIENCE_S = 10.0
 """How long a measurement that was asked for is waited for."""

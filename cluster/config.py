@@ -9,7 +9,7 @@ from infra.notices import NoticeSettings
 
 
 class HealthSettings(Settings):
-    """How each node's error counters and temperatures are read (see cluster.health)."""
+    """How each node's error counters and temperatures are read (see cluster.node.health)."""
 
     period_s: Seconds = 10
     """Seconds between two readings."""

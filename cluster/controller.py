@@ -31,7 +31,7 @@ from cluster.guard import Finding, Guard
 from cluster.held_shards import HeldShards
 from cluster.join_board import JoinBoard
 from cluster.loss_judge import LossJudge
-from cluster.node_watch import Beat, Sight
+from cluster.node.rank_watch import Beat, Sight
 from cluster.outcomes import Outcomes
 from cluster.policies.decision import Decision
 from cluster.policies.hang import Beacon

@@ -7,7 +7,7 @@ beat. These are what the ledgers count as detection from; a fault that nobody ca
 import time
 
 from cluster.core import messages as m
-from cluster.node_watch import Beat, Sight
+from cluster.node.rank_watch import Beat, Sight
 
 
 class FaultTimes:

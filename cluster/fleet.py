@@ -2,7 +2,7 @@
 
 Who waits for whom: `wait` waits for the next word of any agent or of any worker that starts; every other call only
 sends. Workers and agents are detached and named by their group, so that a later controller finds them; agents end their
-node's workers, and themselves, when the run has ended or no controller comes for long (see cluster.node_agent).
+node's workers, and themselves, when the run has ended or no controller comes for long (see cluster.node.agent).
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, NodeL
 
 from cluster.config import HealthSettings
 from cluster.core.history import Superseded
-from cluster.host_memory import AskStanding, group_folder
-from cluster.node_agent import AgentPlace, NodeAgent
-from cluster.node_watch import Beat
+from cluster.node.agent import AgentPlace, NodeAgent
+from cluster.node.host_memory import AskStanding, group_folder
+from cluster.node.rank_watch import Beat
 from cluster.workers.named_actors import NAMESPACE, agent_name, end_pending, end_workers, worker_name
 from cluster.workers.ray_errors import name_fault
 from infra.addresses import unreachable
@@ -97,10 +97,10 @@ class Fleet:
 
     Args:
         group: its name, unique in the cluster.
-        agent_class: cluster.node_agent.NodeAgent or a subclass.
+        agent_class: cluster.node.agent.NodeAgent or a subclass.
         orphan_s: how long agents and workers go on without a controller.
         accounts: (store URL, run id, group) for the goodput records.
-        journal: the group's file, see cluster.host_memory.Owner.
+        journal: the group's file, see cluster.node.host_memory.Owner.
         leader: number of the controller that this is the fleet of; later ones have higher numbers.
         ask_standing: knows whether the run of `accounts` goes on.
         nodes_come: nodes that are not there yet may be added to the cluster by itself.

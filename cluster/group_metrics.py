@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cluster.controller import Listener
-from cluster.exporter import Exporter
+from cluster.node.exporter import Exporter
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ from cluster.config import ElasticSettings
 from cluster.core import messages as m
 from cluster.core.history import GroupJournal
 from cluster.core.state_machine import Controller
-from cluster.health_watch import Reading
-from cluster.node_watch import Beat, Sight
+from cluster.node.health_watch import Reading
+from cluster.node.rank_watch import Beat, Sight
 from cluster.policies.corruption import Verdict, in_hindsight
 from cluster.policies.decision import Decision, key
 from cluster.policies.rollback import Rollback, SavedState, after_corruption

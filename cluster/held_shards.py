@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from cluster.core import messages as m
-from cluster.node_watch import Shard
+from cluster.node.rank_watch import Shard
 
 
 class HeldShards:

@@ -1,6 +1,7 @@
 """How far each rank is on its way into a generation, from its node's beats.
 
-A rank's last sign of progress is the stage that it is in and when it entered or stirred in that (see cluster.beacons).
+A rank's last sign of progress is the stage that it is in and when it entered or stirred in that (see
+cluster.node.beacons).
 How long it has been still counts from the first beat that showed this sign to the last one: a beat that does not come
 says nothing of the ranks.
 """
@@ -9,7 +10,7 @@ from collections.abc import Iterable
 from math import inf
 
 from cluster.config import ElasticSettings
-from cluster.node_watch import Sight
+from cluster.node.rank_watch import Sight
 from cluster.policies.decision import Decision
 from cluster.policies.hang import Joining, Suspects, decide_join
 

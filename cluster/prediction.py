@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.config import ElasticSettings
-from cluster.health import GAUGES
+from cluster.node.health import GAUGES
 from cluster.policies.decision import Decision
 from cluster.policies.quarantine import decide_prediction
 

@@ -260,7 +260,7 @@ def gc(
     no process works with go, where their run is finished or removed. What a run may still go on from stays. Other
     machines are swept when the next pretraining starts on them.
     """
-    from cluster import host_memory
+    from cluster.node import host_memory
     from workflows import gc as collector
     from workflows import housekeeping
     from workflows.status import standing

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from cluster.host_memory import Held
+from cluster.node.host_memory import Held
 from infra.machine import show_size
 from workflows.gc import GcPlan, GcResult, Item, Kept, Policy
 

@@ -100,7 +100,7 @@ def local_ray() -> Iterator[None]:
     """
     import ray
 
-    from cluster.host_memory import node_root
+    from cluster.node.host_memory import node_root
 
     os.environ.setdefault("RAY_worker_niceness", "0")
     paths = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}

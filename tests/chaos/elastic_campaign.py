@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.host_memory import node_root
+from cluster.node.host_memory import node_root
 from tests.chaos.campaign_place import Nodes, Place, open_place
 from tests.chaos.campaign_results import Record, main
 from tests.chaos.elastic_checks import check

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.step_log import read_steps
-from cluster.beacons import SUFFIX
+from cluster.node.beacons import SUFFIX
 from cluster.workers.named_actors import NAMESPACE
 from data.config import BatchSettings
 from data.loader import Loader
@@ -129,7 +129,7 @@ def _left_behind(run: Run) -> Iterator[str]:
 
 def _memory(run: Run) -> list[str]:
     """A run that has not ended keeps it. What lies on a machine whose raylet was killed is freed by the next agent that
-    starts there (see cluster.host_memory)."""
+    starts there (see cluster.node.host_memory)."""
     return [] if run.violations else [str(path) for path in run.memory() if path.parent.name not in run.lost]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from cluster.host_memory import node_root
+from cluster.node.host_memory import node_root
 from engines.snapshots import ShardName
 from tests.chaos.elastic_losses import Taken
 from tests.chaos.elastic_schedule import Fault

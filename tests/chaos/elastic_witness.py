@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.beacons import BeaconReader, Record
+from cluster.node.beacons import BeaconReader, Record
 from engines.snapshots import ShardName
 from infra.errors import StoreError
 from infra.storage import Store

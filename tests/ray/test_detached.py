@@ -21,9 +21,9 @@ from click.testing import CliRunner
 from ray.cluster_utils import Cluster
 
 from actors.step_log import read_steps
-from cluster.beacons import BeaconReader, Record
 from cluster.core.history import KEY
-from cluster.host_memory import BEACONS, OWNER, PULSE_FRESH_S, node_root
+from cluster.node.beacons import BeaconReader, Record
+from cluster.node.host_memory import BEACONS, OWNER, PULSE_FRESH_S, node_root
 from cluster.workers.named_actors import NAMESPACE
 from data.tokenized import write_shards
 from infra.processes import process_start

@@ -19,7 +19,7 @@ from ray.core.generated import autoscaler_pb2
 from actors.config import PretrainSettings
 from actors.pretrain import pretrain
 from cluster.core.history import GroupJournal
-from cluster.host_memory import OWNER, group_folder, living_workers, node_root
+from cluster.node.host_memory import OWNER, group_folder, living_workers, node_root
 from cluster.workers.named_actors import NAMESPACE
 from data.tokenized import write_shards
 from engines.config import LearnerSettings

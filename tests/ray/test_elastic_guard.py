@@ -15,7 +15,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from cluster.core.history import GroupJournal
-from cluster.host_memory import node_root
+from cluster.node.host_memory import node_root
 from data.tokenized import write_shards
 from infra.storage import open_store
 from models.tokenizer import load_tokenizer, train_bpe

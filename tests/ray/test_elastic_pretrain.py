@@ -21,7 +21,7 @@ from actors.pretrain import PretrainResult, pretrain
 from cluster.core.history import GroupJournal
 from cluster.fleet import AGENT_STARTS, AgentLost, Fleet, WorkerKind
 from cluster.goodput.accounts import GroupReport, read_run
-from cluster.node_agent import AgentPlace, NodeAgent
+from cluster.node.agent import AgentPlace, NodeAgent
 from cluster.workers.named_actors import NAMESPACE
 from data.tokenized import write_shards
 from engines.config import LearnerSettings

@@ -21,7 +21,6 @@ from actors.pretrain_job import ReplicaPlace
 from actors.pretrain_points import FaultPoints
 from actors.pretrain_task import PretrainTask
 from actors.step_log import StepLog, read_steps
-from cluster.beacons import Record
 from cluster.config import ElasticSettings
 from cluster.controller import GroupController, Listener
 from cluster.core.beat_board import BeatBoard
@@ -30,7 +29,8 @@ from cluster.core.messages import Join, Joined, JoinMoved, SnapshotFlushed, Spaw
 from cluster.core.state_machine import Controller
 from cluster.fleet import AgentLost, Fleet, WorkerKind
 from cluster.join_board import JoinBoard
-from cluster.node_watch import Beat, Sight
+from cluster.node.beacons import Record
+from cluster.node.rank_watch import Beat, Sight
 from cluster.policies.hang import Beacon
 from cluster.policies.rollback import DataWindow
 from cluster.policies.snapshot import Restore

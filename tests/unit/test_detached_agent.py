@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from cluster import host_memory
-from cluster.beacons import ROWS, BeaconReader, BeaconWriter
 from cluster.core.history import GroupJournal, Superseded
-from cluster.host_memory import Standing, claim, free, survey
-from cluster.node_agent import AgentPlace, NodeAgent, inherit
-from cluster.node_watch import NodeWatch
+from cluster.node import host_memory
+from cluster.node.agent import AgentPlace, NodeAgent, inherit
+from cluster.node.beacons import ROWS, BeaconReader, BeaconWriter
+from cluster.node.host_memory import Standing, claim, free, survey
+from cluster.node.rank_watch import NodeWatch
 from infra.errors import StoreError
 from infra.processes import process_start
 from infra.storage import open_store, write_text

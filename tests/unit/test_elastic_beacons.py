@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from cluster.beacons import BeaconReader, BeaconWriter
 from cluster.goodput.stopwatch import Stopwatch
-from cluster.node_watch import SHARD, Beat, NodeWatch, Sight
+from cluster.node.beacons import BeaconReader, BeaconWriter
+from cluster.node.rank_watch import SHARD, Beat, NodeWatch, Sight
 from engines.snapshots import ShardName
 
 DEADLINE = 60.0

@@ -12,9 +12,9 @@ from cluster.config import ElasticSettings, HealthSettings
 from cluster.core.history import GroupJournal
 from cluster.fitness import ATTEMPTS
 from cluster.guard import Guard
-from cluster.health_watch import HealthWatch, Reading
-from cluster.node_watch import Beat
-from cluster.wire_speed import Sink, SinkAddress, measure
+from cluster.node.health_watch import HealthWatch, Reading
+from cluster.node.rank_watch import Beat
+from cluster.node.wire_speed import Sink, SinkAddress, measure
 from engines import burn_in
 from infra.storage import open_store
 from tests.unit.guard_groups import running

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.beacons import BeaconReader, BeaconWriter, Record
 from cluster.config import ElasticSettings
 from cluster.core import messages as m
 from cluster.core.history import GroupJournal
 from cluster.guard import Finding, Guard
-from cluster.node_watch import Beat, Sight
+from cluster.node.beacons import BeaconReader, BeaconWriter, Record
+from cluster.node.rank_watch import Beat, Sight
 from cluster.policies.corruption import is_due
 from cluster.policies.rollback import SavedState
 from cluster.policies.snapshot import SnapshotBook, choose

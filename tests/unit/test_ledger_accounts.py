@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from actors.rank_time import Aborted, RankTime
-from cluster.beacons import Record
 from cluster.core import messages as m
 from cluster.fault_times import FaultTimes
 from cluster.goodput.accounts import (
@@ -24,8 +23,9 @@ from cluster.goodput.accounts import (
 )
 from cluster.goodput.buckets import BUCKETS, Goodput, Ledger
 from cluster.goodput.stopwatch import MEMORY_BYTES, Stopwatch, read_account
-from cluster.node_agent import AgentPlace, NodeAgent
-from cluster.node_watch import Beat, Sight
+from cluster.node.agent import AgentPlace, NodeAgent
+from cluster.node.beacons import Record
+from cluster.node.rank_watch import Beat, Sight
 from engines.collectives.wait_times import KINDS, Wait
 from infra.storage import open_store
 from workflows.report import RunRecord, summarise, write
@@ -194,7 +194,7 @@ def test_ledger_of_a_node_goes_on_under_its_next_agent(tmp_path: Path) -> None:
     writing = """
 import sys, time
 from pathlib import Path
-from cluster.beacons import BeaconWriter
+from cluster.node.beacons import BeaconWriter
 from cluster.goodput.stopwatch import Stopwatch
 beacon = BeaconWriter(Path(sys.argv[1]) / "beacons" / "found.beacon")
 watch = Stopwatch(born=time.monotonic() - 5, memory=beacon.account)

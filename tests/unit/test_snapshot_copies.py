@@ -21,7 +21,7 @@ from elastic_group import (
 )
 
 from actors.pretrain_task import PretrainAgent
-from cluster.node_agent import AgentPlace
+from cluster.node.agent import AgentPlace
 from engines.config import SnapshotSettings
 from engines.elastic import Recipe
 from engines.snapshots import ReplicaServer, SnapshotName, node_folder, sealed

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 
 from cluster.controller import Listener
-from cluster.exporter import LABELS, METRICS, Exporter, export_account
 from cluster.goodput.accounts import NodeAccount, RankAccount
 from cluster.goodput.buckets import BUCKETS, Ledger
 from cluster.group_metrics import metered
+from cluster.node.exporter import LABELS, METRICS, Exporter, export_account
 
 NAME = re.compile(r"\bray_recua_[a-z_]+")
 
 SERVED = """
 from prometheus_client import generate_latest
 from ray._private.telemetry.open_telemetry_metric_recorder import OpenTelemetryMetricRecorder
-from cluster.exporter import LABELS, METRICS
+from cluster.node.exporter import LABELS, METRICS
 recorder = OpenTelemetryMetricRecorder(gauge_metric_ttl_seconds=600)
 for metric in METRICS:
     getattr(recorder, f"register_{metric.kind}_metric")(metric.name, metric.description)

@@ -18,8 +18,8 @@ from cluster.config import ElasticSettings
 from cluster.controller import GroupController, Listener
 from cluster.core.history import GroupJournal
 from cluster.fleet import Fleet, WorkerKind
-from cluster.node_agent import AgentPlace, NodeAgent
-from cluster.node_watch import Beat
+from cluster.node.agent import AgentPlace, NodeAgent
+from cluster.node.rank_watch import Beat
 from cluster.policies.drain import DrainView, decide_drain
 from infra.notices import (
     AwsNotices,

@@ -13,7 +13,15 @@ import pytest
 from bench.prediction import first_drain, score
 from bench.synthetic_health import PERIOD_S, make_fleet, make_trace
 from cluster.config import ElasticSettings
-from cluster.health import EdacReader, KernelReader, NetworkReader, NvidiaReader, Readers, ThermalReader, open_nvidia
+from cluster.node.health import (
+    EdacReader,
+    KernelReader,
+    NetworkReader,
+    NvidiaReader,
+    Readers,
+    ThermalReader,
+    open_nvidia,
+)
 from cluster.prediction import NodeTrend, decide_drain_ahead
 
 SETTINGS = ElasticSettings()
@@ -114,7 +122,7 @@ def test_the_names_used_are_those_of_the_real_binding(repository: Path, nvml: Nv
     """Ray carries a copy of pynvml; only its text is read."""
     spec = importlib.util.find_spec("ray")
     assert spec is not None and spec.origin is not None
-    names = set(re.findall(r"nvml\.(nvml\w+|NVML\w+)", (repository / "cluster/health.py").read_text()))
+    names = set(re.findall(r"nvml\.(nvml\w+|NVML\w+)", (repository / "cluster/node/health.py").read_text()))
     known = (Path(spec.origin).parent / "_private/thirdparty/pynvml/pynvml.py").read_text()
     assert names - {"nvmlInit"} <= set(vars(nvml)) | {"NVMLError"}
     missing = {name for name in names if not re.search(rf"^(def |class )?{name}\b", known, re.MULTILINE)}

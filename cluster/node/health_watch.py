@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.config import HealthSettings
-from cluster.health import Readers, default_readers
+from cluster.node.health import Readers, default_readers
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from cluster.beacons import SUFFIX, BeaconReader
+from cluster.node.beacons import SUFFIX, BeaconReader
 from infra.errors import StoreError
 from infra.processes import process_start, this_machine
 from infra.storage import write_text

@@ -23,11 +23,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.beacons import ROWS, SUFFIX, BeaconReader, Record
 from cluster.goodput.accounts import NodeAccount, RankAccount
 from cluster.goodput.stopwatch import last_sign, read_account
-from cluster.health_watch import Reading
-from cluster.wire_speed import SinkAddress
+from cluster.node.beacons import ROWS, SUFFIX, BeaconReader, Record
+from cluster.node.health_watch import Reading
+from cluster.node.wire_speed import SinkAddress
 from infra.notices import Notice
 from infra.processes import ExitWatch, process_start, process_state, starved_s
 
@@ -61,12 +61,12 @@ class Sight:
     out_s: float = 0.0
     """How long ago it died, was stopped or locked up; 0 where nothing of that."""
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """See cluster.beacons.NOTES."""
+    """See cluster.node.beacons.NOTES."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """A node's word. `number` grows; `rows` are steps' outcomes (see cluster.beacons) in order without a gap."""
+    """A node's word. `number` grows; `rows` are steps' outcomes (see cluster.node.beacons) in order without a gap."""
 
     node: str
     number: int

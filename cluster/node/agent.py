@@ -20,15 +20,15 @@ from pathlib import Path
 
 from ray.util import get_node_ip_address
 
-from cluster import host_memory
 from cluster.config import HealthSettings
 from cluster.core.history import Superseded
-from cluster.exporter import Exporter, export_account
 from cluster.goodput.accounts import PERIOD_S, RankAccount, read_node, write_node
-from cluster.health_watch import HealthWatch
-from cluster.host_memory import AskStanding, Standing
-from cluster.node_watch import Beat, NodeWatch
-from cluster.wire_speed import Sink
+from cluster.node import host_memory
+from cluster.node.exporter import Exporter, export_account
+from cluster.node.health_watch import HealthWatch
+from cluster.node.host_memory import AskStanding, Standing
+from cluster.node.rank_watch import Beat, NodeWatch
+from cluster.node.wire_speed import Sink
 from infra.errors import DataError, StoreError
 from infra.notices import NoticeSettings, NoticeWatch, sources
 from infra.processes import this_machine
