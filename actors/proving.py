@@ -1,9 +1,9 @@
 """A rank's proofs of the steps that are verified, left in its beacon for the controller to compare."""
 
 from cluster.config import ElasticSettings
+from cluster.guard.proofs import Proof, judge
 from cluster.node.beacons import BeaconWriter
 from cluster.policies.corruption import is_due, plan_replay
-from cluster.proofs import Proof, judge
 from engines.base import Batch, LossFn
 from engines.elastic import ElasticLearner
 from engines.replay import processor_kind, replay

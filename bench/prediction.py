@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.synthetic_health import SyntheticTrace, make_fleet
 from cluster.config import ElasticSettings
-from cluster.prediction import NodeTrend, decide_drain_ahead
+from cluster.guard.prediction import NodeTrend, decide_drain_ahead
 
 
 def first_drain(trace: SyntheticTrace, settings: ElasticSettings) -> float | None:

@@ -27,12 +27,12 @@ from cluster.fleet import AgentLost, Fleet, News, Started
 from cluster.goodput.accounts import Pause
 from cluster.goodput.group_account import watch_group
 from cluster.goodput.writer import AccountWriter
-from cluster.guard import Finding, Guard
+from cluster.guard.guard import Finding, Guard
+from cluster.guard.loss_judge import LossJudge
+from cluster.guard.step_rows import Outcomes
 from cluster.held_shards import HeldShards
 from cluster.join_board import JoinBoard
-from cluster.loss_judge import LossJudge
 from cluster.node.rank_watch import Beat, Sight
-from cluster.outcomes import Outcomes
 from cluster.policies.decision import Decision
 from cluster.policies.hang import Beacon
 from cluster.policies.rollback import Rollback, leave_out

@@ -45,7 +45,7 @@ ROW_HEAD = struct.Struct("<QQ")
 ROW_BYTES = 320
 ROWS = 2048
 NOTES = ("burn-in", "proof-0", "proof-1")
-"""What a rank measured before it said standby; what it computed for the last verifications (see cluster.proofs)."""
+"""What a rank measured before it said standby; what it computed for the last verifications (cluster.guard.proofs)."""
 NOTES_AT = ROWS_AT + ROWS * ROW_BYTES
 NOTE_BYTES = 1024
 FILE_BYTES = NOTES_AT + len(NOTES) * NOTE_BYTES

@@ -53,6 +53,6 @@ def decide_history(node: str, fault_times: Sequence[float], now: float, settings
 
 
 def decide_prediction(node: str, risk: float, signs: str, settings: ElasticSettings) -> Decision:
-    """drain or watch a node whose health trends say that it may fail (`risk` from cluster.prediction, 0 to 1)."""
+    """drain or watch a node whose health trends say that it may fail (`risk` from cluster.guard.prediction, 0 to 1)."""
     text = f"{node}: predicted risk {risk:.2f} ({signs or 'no sign'})"
     return Decision("drain" if risk >= settings.predicted_risk else "watch", text, key("predicted_risk"))

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.admission import Admission
 from cluster.config import ElasticSettings, HealthSettings
 from cluster.core.history import GroupJournal
-from cluster.fitness import ATTEMPTS
-from cluster.guard import Guard
+from cluster.guard.admission import Admission
+from cluster.guard.fitness import ATTEMPTS
+from cluster.guard.guard import Guard
 from cluster.node.health_watch import HealthWatch, Reading
 from cluster.node.rank_watch import Beat
 from cluster.node.wire_speed import Sink, SinkAddress, measure

@@ -8,13 +8,13 @@ import torch
 from cluster.config import ElasticSettings
 from cluster.core import messages as m
 from cluster.core.history import GroupJournal
-from cluster.guard import Finding, Guard
+from cluster.guard.guard import Finding, Guard
+from cluster.guard.proofs import Proof, groups
 from cluster.node.beacons import BeaconReader, BeaconWriter, Record
 from cluster.node.rank_watch import Beat, Sight
 from cluster.policies.corruption import is_due
 from cluster.policies.rollback import SavedState
 from cluster.policies.snapshot import SnapshotBook, choose
-from cluster.proofs import Proof, groups
 from engines.snapshots import Milestones, Piece, ShardName, Snapshots, forget, sealed
 from infra.storage import open_store
 from tests.unit.guard_groups import running

@@ -7,7 +7,7 @@ from cluster.config import ElasticSettings
 from cluster.core import messages as m
 from cluster.core.state_machine import Controller
 from cluster.goodput.own_time import OwnTime
-from cluster.stragglers import Straggler, StragglerWatch
+from cluster.guard.stragglers import Straggler, StragglerWatch
 from tests.unit.guard_groups import running
 
 SETTINGS = ElasticSettings(max_workers=4, spares=1, straggler_window=4, straggler_evict_after=2)

@@ -13,6 +13,7 @@ import pytest
 from bench.prediction import first_drain, score
 from bench.synthetic_health import PERIOD_S, make_fleet, make_trace
 from cluster.config import ElasticSettings
+from cluster.guard.prediction import NodeTrend, decide_drain_ahead
 from cluster.node.health import (
     EdacReader,
     KernelReader,
@@ -22,7 +23,6 @@ from cluster.node.health import (
     ThermalReader,
     open_nvidia,
 )
-from cluster.prediction import NodeTrend, decide_drain_ahead
 
 SETTINGS = ElasticSettings()
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import ElasticSettings
-from cluster.fitness import Fitness
+from cluster.guard.fitness import Fitness
 from cluster.node.wire_speed import SinkAddress
 from cluster.policies.decision import Decision
 

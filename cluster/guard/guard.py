@@ -9,19 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.admission import Admission
 from cluster.config import ElasticSettings
 from cluster.core import messages as m
 from cluster.core.history import GroupJournal
 from cluster.core.state_machine import Controller
+from cluster.guard.admission import Admission
+from cluster.guard.prediction import NodeTrend, decide_drain_ahead
+from cluster.guard.proofs import Proof, Proofs
+from cluster.guard.stragglers import Straggler, StragglerWatch
 from cluster.node.health_watch import Reading
 from cluster.node.rank_watch import Beat, Sight
 from cluster.policies.corruption import Verdict, in_hindsight
 from cluster.policies.decision import Decision, key
 from cluster.policies.rollback import Rollback, SavedState, after_corruption
-from cluster.prediction import NodeTrend, decide_drain_ahead
-from cluster.proofs import Proof, Proofs
-from cluster.stragglers import Straggler, StragglerWatch
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from cluster.config import ElasticSettings
 from cluster.core.history import GroupJournal
 from cluster.core.state_machine import Controller
-from cluster.outcomes import Outcomes
+from cluster.guard.step_rows import Outcomes
 from cluster.policies.rollback import Rollback, SavedState, doubt_of, judge_step, sure_doubt
 
 
