@@ -1,6 +1,6 @@
 """How long re-forming stops real ranks, by group size: what the twin's pause model is fitted to.
 
-    python -m bench.pauses --most 16 --output cluster/measured_pauses.json
+    python -m bench.pauses --most 16 --output cluster/simulation/measured_pauses.json
 
 One group of real processes (gloo, FSDP, a toy Llama) trains; one rank after the other is killed with SIGKILL inside a
 step, and the survivors go on in the same processes. Who waits for whom: this process waits for every rank's answer;
@@ -9,8 +9,8 @@ ranks wait for each other in collectives and for this process between generation
 Phases, in seconds, each the slowest rank's: abort_s (from the word "abort" to the last rank out of its groups), form_s
 (new groups and mesh), build_s (network and optimizer sharded anew), first_step_s (what the first step takes longer
 than a usual one), detection_s (from SIGKILL until this process knows). No state is restored: that cost is stated in
-cluster.pause_model. More ranks than cores compete for them, which makes the phases look as if they grew with the ranks.
-Prints one JSON object as its last line.
+cluster.simulation.pauses. More ranks than cores compete for them, which makes the phases look as if they grew with the
+ranks. Prints one JSON object as its last line.
 """
 
 import argparse

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster import controller_cost, sensitivity, simulate
-from cluster.failure_tables import DAY, LLAMA3, RSC, Fault, draw, observed_counts, read_spot_trace
-from cluster.pause_model import NCCL_PER_RANK_S, PHASES, fit, fixed, load
-from cluster.restart_baseline import RestartBaseline, baseline_goodput
-from cluster.sensitivity import crossing, sweep
-from cluster.sensitivity_plot import draw_svg
-from cluster.simulated import SimulatedCluster
-from cluster.simulator import Simulation
+from cluster.simulation import controller_cost, main, sensitivity
+from cluster.simulation.assumptions import SimulatedCluster
+from cluster.simulation.failure_tables import DAY, LLAMA3, RSC, Fault, draw, observed_counts, read_spot_trace
+from cluster.simulation.pauses import NCCL_PER_RANK_S, PHASES, fit, fixed, load
+from cluster.simulation.restart_baseline import RestartBaseline, baseline_goodput
+from cluster.simulation.run import Simulation
+from cluster.simulation.sensitivity import crossing, sweep
+from cluster.simulation.sensitivity_plot import draw_svg
 from infra.errors import DataError
 
 SMALL = SimulatedCluster(
@@ -134,9 +134,9 @@ def test_the_pause_model_is_fitted_robustly() -> None:
 
 
 def test_the_measured_pauses_of_this_repository_can_be_fitted_and_say_how_they_were_made() -> None:
-    tree = json.loads(simulate.PAUSES.read_text())
+    tree = json.loads(main.PAUSES.read_text())
     assert tree["command"].startswith("python -m bench.pauses") and "cores" in tree["machine"]
-    model = load(simulate.PAUSES)
+    model = load(main.PAUSES)
     assert min(model.measured_at) <= 2 and max(model.measured_at) >= 16
     assert all(model.phase_s(phase, 8) > 0 for phase in PHASES if phase != "restore_s")
 
@@ -177,7 +177,7 @@ def test_the_controller_s_own_cost_is_measured_at_any_size() -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = ["--gpus", "1024", "--days", "2", "--processes", "1"]
-    assert simulate.main([*size, "--quick", "--json"]) == 0
+    assert main.main([*size, "--quick", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["simulated"].startswith("a cluster twin: no hardware")
     assert 0 < result["baseline_goodput"] < result["goodput"] < 1
@@ -185,11 +185,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         2 * DAY / 6.2, rel=0.05
     )
     assert "MegaScale" in result["assumptions"]["nccl"] and "Llama 3" in result["assumptions"]["failures"]
-    assert simulate.main([*size, "--quick"]) == 0
+    assert main.main([*size, "--quick"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("SIMULATED") and "assumptions" in text and "cluster.step_s: 6.2" in text
-    assert simulate.main(["--gpus", "100"]) == 2
+    assert main.main(["--gpus", "100"]) == 2
     assert "--gpus 100" in capsys.readouterr().err
-    assert simulate.main(["--failures", "nope"]) == 2
-    assert simulate.main([*size, "--quick", "--pauses", str(tmp_path / "none")]) == 2
+    assert main.main(["--failures", "nope"]) == 2
+    assert main.main([*size, "--quick", "--pauses", str(tmp_path / "none")]) == 2
     assert "python -m bench.pauses" in capsys.readouterr().err

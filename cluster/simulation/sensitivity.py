@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 
-from cluster.failure_tables import Fault
-from cluster.pause_model import fixed
-from cluster.simulated import SimulatedCluster
-from cluster.simulator import Simulation
+from cluster.simulation.assumptions import SimulatedCluster
+from cluster.simulation.failure_tables import Fault
+from cluster.simulation.pauses import fixed
+from cluster.simulation.run import Simulation
 
 PAUSES_S = (0.0, 30.0, 90.0, 240.0)
 TARGET = 0.98

@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 
 from cluster.core import messages as m
 from cluster.core.state_machine import ENDED, Controller
-from cluster.failure_tables import DAY, Fault
 from cluster.goodput.buckets import BUCKETS, Goodput, Ledger
 from cluster.goodput.group_account import GroupWatch
 from cluster.policies.decision import Decision, key
 from cluster.policies.hang import stall_limit_s
 from cluster.policies.snapshot import place_replicas
-from cluster.simulated import Outcome, SimulatedCluster
+from cluster.simulation.assumptions import Outcome, SimulatedCluster
+from cluster.simulation.failure_tables import DAY, Fault
 
 
 class Simulation:

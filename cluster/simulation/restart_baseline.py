@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.failure_tables import DAY, Fault
-from cluster.simulated import SimulatedCluster
+from cluster.simulation.assumptions import SimulatedCluster
+from cluster.simulation.failure_tables import DAY, Fault
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from cluster.sensitivity import TARGET, Sensitivity
+from cluster.simulation.sensitivity import TARGET, Sensitivity
 
 WIDTH, HEIGHT = 760, 460
 LEFT, RIGHT, TOP, BOTTOM = 70, 30, 60, 70

@@ -4,10 +4,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from cluster.config import ElasticSettings
-from cluster.failure_tables import DAY
 from cluster.goodput.accounts import Pause
 from cluster.goodput.buckets import Goodput
-from cluster.pause_model import PauseModel
+from cluster.simulation.failure_tables import DAY
+from cluster.simulation.pauses import PauseModel
 
 
 @dataclass(frozen=True)

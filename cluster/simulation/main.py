@@ -1,8 +1,8 @@
 """A cluster twin: the controller's own code and policies against a simulated cluster, under published failure counts.
 
-    python -m cluster.simulate --gpus 16384 --days 54 --failures llama3 --json
-    python -m cluster.simulate --failures rsc --plot sensitivity.svg
-    python -m cluster.simulate --failures trace.jsonl --gpus 512 --tensor-parallel 8 --pipeline-parallel 1
+    python -m cluster.simulation --gpus 16384 --days 54 --failures llama3 --json
+    python -m cluster.simulation --failures rsc --plot sensitivity.svg
+    python -m cluster.simulation --failures trace.jsonl --gpus 512 --tensor-parallel 8 --pipeline-parallel 1
 
 No hardware is involved: `goodput`, `lost_steps`, `restarts`, `baseline_goodput` and `pause_at_98` are simulated, with
 every assumption printed beside them. `controller_cost` is measured here and now. `--json`: one object, the last line.
@@ -18,20 +18,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster import controller_cost, sensitivity
-from cluster.failure_tables import DAY, TABLES, Fault, draw, observed_counts, read_spot_trace
-from cluster.pause_model import NCCL_SOURCE, RESTORE_SOURCE, load
-from cluster.restart_baseline import RestartBaseline, baseline_goodput
-from cluster.sensitivity_plot import draw_svg
-from cluster.simulated import Outcome, SimulatedCluster
-from cluster.simulator import Simulation
+from cluster.simulation import controller_cost, sensitivity
+from cluster.simulation.assumptions import Outcome, SimulatedCluster
+from cluster.simulation.failure_tables import DAY, TABLES, Fault, draw, observed_counts, read_spot_trace
+from cluster.simulation.pauses import NCCL_SOURCE, RESTORE_SOURCE, load
+from cluster.simulation.restart_baseline import RestartBaseline, baseline_goodput
+from cluster.simulation.run import Simulation
+from cluster.simulation.sensitivity_plot import draw_svg
 from infra.errors import RecuaError, UserError
 
 PAUSES = Path(__file__).with_name("measured_pauses.json")
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser("python -m cluster.simulate", description=__doc__.split("\n\n")[0])
+    made = argparse.ArgumentParser("python -m cluster.simulation", description=__doc__.split("\n\n")[0])
     made.add_argument("--gpus", type=int, default=16384)
     made.add_argument("--days", type=float, help="simulated days  [default: 54, or what a trace covers]")
     made.add_argument("--failures", default="llama3", help="llama3, rsc, or a spot trace (JSON lines)  [llama3]")
@@ -173,7 +173,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, UserError) else 1
     print(json.dumps(result) if given.json else to_text(result))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
