@@ -4,7 +4,6 @@ A recipe is TOML; its shape is a tree of frozen pydantic models. The docstring u
 This module imports neither torch nor ray nor vllm, so that `recua --help` stays fast.
 """
 
-import difflib
 import json
 import math
 import re
@@ -28,7 +27,7 @@ from pydantic import (
 from pydantic.errors import PydanticUserError
 
 from infra.bundles import check_amount
-from infra.errors import ConfigError
+from infra.errors import ConfigError, nearest
 
 LONGEST_S = 1e9
 """About thirty years: what waits longer waits for ever, and clocks overflow."""
@@ -266,11 +265,9 @@ def _explain(problem: Any, schema: type[Settings]) -> str:
     location = [str(part) for part in problem["loc"]]
     name = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        known = _keys_at(schema, location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
-        meant = ".".join([*location[:-1], *near])
-        hint = f"; did you mean {meant}?" if near else f"; known: {', '.join(known) or 'none'}"
-        return f"unknown setting {name}{hint}"
+        *section, key = location
+        prefix = "".join(f"{part}." for part in section)
+        return f"unknown setting {name}{nearest(key, _keys_at(schema, section), prefix)}"
     if problem["type"] == "missing":
         return f"{name} is missing: give --recipe FILE or --set {name}=VALUE"
     if problem["type"] == "value_error":  # our own validators say what is wrong, and with which values

@@ -20,7 +20,10 @@ RecuaError
     └── StepTimeout
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
+
+MOST_NAMED = 40
 
 
 class RecuaError(Exception):
@@ -115,3 +118,12 @@ class OutOfMemory(SystemFault):
 
 class StepTimeout(SystemFault):
     """The step ran past its `timeout`."""
+
+
+def nearest(given: str, known: Iterable[str], prefix: str = "", there: str = "known") -> str:
+    """The end of a message about an unknown name: "; did you mean X?", or what there is ("; known: X, Y")."""
+    names = list(known)
+    if near := difflib.get_close_matches(given, names, n=1, cutoff=0.4):
+        return f"; did you mean {prefix}{near[0]}?"
+    more = [f"and {len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
+    return f"; {there}: {', '.join([*names[:MOST_NAMED], *more]) or 'none'}"

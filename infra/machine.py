@@ -3,6 +3,7 @@
 Each `require_*` names the setting to change. Sizes are bytes; `parse_size("2GiB")` reads what recipes and steps write.
 """
 
+import math
 import os
 import re
 import shutil
@@ -17,11 +18,16 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def parse_size(text: str | int, setting: str = "size") -> int:
-    """Bytes in "1GiB", "512 MiB", "1.5GB" or a plain number."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    if not match or match[2].upper() not in _UNITS:
-        raise ConfigError(f'{setting}: {text!r} is no size; write it as "512MiB" or "2GiB"')
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    """Bytes in "1GiB", "512 MiB", "1.5GB" or a plain number.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    match = re.fullmatch(r"\s*(\d*\.?\d+(?:e\d+)?|\d+\.)\s*([a-z]*)\s*", str(text), re.IGNORECASE)
+    unit = None if match is None else _UNITS.get(match[2].upper())
+    if match is None or unit is None or not math.isfinite(size := float(match[1]) * unit):
+        raise ConfigError(f'{setting}={text!r} is no size; write it as "512MiB" or "2GiB"')
+    return int(size)
 
 
 def show_size(size: float) -> str:

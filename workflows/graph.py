@@ -20,7 +20,6 @@ its parent, the step's name, and `name=` or its ordinal: `train[0]`, `train[fina
 A map's calls are `score.map[0]/score[3]`. Waiting for people and for the outside world: workflows.waits.
 """
 
-import difflib
 import functools
 import inspect
 from collections import Counter
@@ -33,7 +32,8 @@ from numbers import Integral, Real
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from infra.bundles import check_amount, check_number
-from infra.errors import ConfigError, UserError
+from infra.errors import ConfigError, UserError, nearest
+from infra.machine import parse_size
 from workflows.artifacts import Artifact, ArtifactWriter
 from workflows.definitions import check_function, where
 from workflows.futures import Future, Part, refuse_method
@@ -61,7 +61,6 @@ __all__ = [
 
 P = ParamSpec("P")
 R = TypeVar("R")
-UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 LONGEST_TIMEOUT_S = 1e9
 """More than thirty years, beyond which clocks and operating systems differ in what they can wait: it means no limit."""
 
@@ -351,9 +350,7 @@ def step(fn: Callable[..., Any] | None = None, /, *, memory: str | int | None = 
     """
     known = [each.name for each in fields(StepOptions)]
     for name in options.keys() - set(known):
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
-        raise ConfigError(f"@step has no option {name}{hint}")
+        raise ConfigError(f"@step has no option {name}{nearest(name, known)}")
 
     def make(function: Callable[..., Any]) -> Step[..., Any]:
         with _named(getattr(function, "__name__", repr(function))):
@@ -423,14 +420,7 @@ def parse_memory(text: str | int) -> int:
     Raises:
         ConfigError: anything else.
     """
-    if not isinstance(text, str):
-        return text
-    number = text.rstrip("BKMGib ")
-    unit = text[len(number) :].strip()
-    try:
-        return int(float(number) * UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        raise ConfigError(f"memory={text!r}: write bytes, or a number with MiB or GiB") from None
+    return parse_size(text, "memory") if isinstance(text, str) else text
 
 
 @contextmanager

@@ -3,12 +3,12 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from infra.errors import UserError
+from infra.errors import UserError, nearest
 from infra.storage import Store
 from workflows.journal import JournalState, Record, cancel_key, driver_is_gone, lease_key, read_journal
 from workflows.status import COUNTED, Counts, read_status
@@ -266,12 +266,3 @@ def _committed(commit: Record, attempts: tuple[str, ...], message: str) -> StepV
         needs=tuple(commit.get("needs", ())),
         message=message,
     )
-
-
-def nearest(text: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the known one that is meant, or what there is."""
-    import difflib
-
-    names = list(known)
-    near = difflib.get_close_matches(text, names, n=1, cutoff=0.4)
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(names[:10]) or 'none'}"

@@ -12,7 +12,6 @@ Who waits for whom: the executor's loop hands waits to the Poller and goes on; t
 for answers to all of them, and tells the loop.
 """
 
-import difflib
 import getpass
 import hashlib
 import json
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from infra.errors import Denied, NonDeterminismError, StepTimeout, UserError
+from infra.errors import Denied, NonDeterminismError, StepTimeout, UserError, nearest
 from infra.storage import Store, default_store
 from workflows.graph import Future, Step, StepOptions
 from workflows.identities import IDENTITY
@@ -270,9 +269,8 @@ def find_wait(run_id: str, state: JournalState, text: str, kind: str) -> Record:
     if waiting:
         raise UserError(f"{text} may be any of {', '.join(record['call'] for record in waiting)}: give the whole name")
     names = [record["call"] for record in waiting_calls(state)]
-    near = difflib.get_close_matches(text, [*names, *map(short_name, names)], n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else f"waiting: {', '.join(names) or 'nothing'}"
-    raise UserError(f"nothing in run {run_id} waits as {text!r}; {hint}")
+    hint = nearest(text, dict.fromkeys([*names, *map(short_name, names)]), there="waiting")
+    raise UserError(f"nothing in run {run_id} waits as {text!r}{hint}")
 
 
 def command(run_id: str, call_id: str, step: str, store_url: str) -> str:

@@ -1,13 +1,12 @@
 """All task kinds, and drawing deterministic, disjoint sets of problems from them."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from random import Random
 
 from data.config import TaskSettings
 from data.tasks import arithmetic, safety, stdlib, strings
 from data.tasks.problem import Problem, Split, TaskKind, side_of
-from infra.errors import ConfigError
+from infra.errors import ConfigError, nearest
 
 _FAMILIES = (arithmetic, strings, stdlib, safety)
 _GIVE_UP_AFTER = 20_000
@@ -93,8 +92,7 @@ def _weights(kinds: Mapping[str, float] | Sequence[str], known: Mapping[str, Tas
     weights = dict(kinds) if isinstance(kinds, Mapping) else dict.fromkeys(kinds, 1.0)
     for name, weight in weights.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            raise ConfigError(f"tasks.kinds: unknown kind {name!r}; did you mean {near[0] if near else sorted(known)}?")
+            raise ConfigError(f"tasks.kinds: unknown kind {name!r}{nearest(name, sorted(known))}")
         if not weight >= 0:
             raise ConfigError(f"tasks.kinds: {name} has weight {weight}; weights are 0 or more")
     weights = {name: weight for name, weight in sorted(weights.items()) if weight > 0}

@@ -29,7 +29,7 @@ def test_sizes(text: str | int, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["1 apple", "GiB", "-1GiB", ""])
 def test_a_bad_size_names_the_setting(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"^serving\.memory: "):
+    with pytest.raises(ConfigError, match=r"^serving\.memory="):
         parse_size(text, "serving.memory")
 
 

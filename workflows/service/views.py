@@ -15,12 +15,12 @@ Texts pass through `infra.telemetry.redact`. Errors are UserError (no such run, 
 from pathlib import Path
 from typing import Any
 
-from infra.errors import StoreError, UserError
+from infra.errors import StoreError, UserError, nearest
 from infra.storage import Store
 from infra.telemetry import redact
 from workflows.artifacts import Artifact, read_manifest
 from workflows.journal import Record
-from workflows.runs import list_runs, nearest
+from workflows.runs import list_runs
 from workflows.service.calls import attempts_of, call_arguments, code_of, error_of, origin_of
 from workflows.service.curves import metrics
 from workflows.service.lineage import lineage

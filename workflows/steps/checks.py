@@ -1,11 +1,10 @@
 """Before a run starts: what can be refused at once. After it ended: what must not stay behind."""
 
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from infra.errors import CheckpointError, ConfigError, DataError, ResourceError
+from infra.errors import CheckpointError, ConfigError, DataError, ResourceError, nearest
 from infra.machine import parse_size, require_memory, require_port
 from workflows.recipe import ModelSettings, PretrainRecipe, Recipe, TokenizerSettings
 from workflows.steps.amounts import check_amounts, check_pretraining_amounts, require_held_out_problems
@@ -178,9 +177,7 @@ def _check_kinds(recipe: Recipe) -> None:
     known = kind_names()
     for kind, weight in recipe.tasks.kinds.items():
         if kind not in known:
-            near = difflib.get_close_matches(kind, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
-            raise ConfigError(f"tasks.kinds: unknown kind {kind!r}{hint}")
+            raise ConfigError(f"tasks.kinds: unknown kind {kind!r}{nearest(kind, known)}")
         if not 0 <= weight < float("inf"):
             raise ConfigError(f"tasks.kinds: the weight of {kind} is {weight}, it must be 0 or more, and finite")
 
