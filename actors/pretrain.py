@@ -24,10 +24,10 @@ from actors.pretrain_job import PretrainJob
 from actors.pretrain_task import PretrainAgent, PretrainTask
 from actors.pretrain_worker import PretrainRank
 from actors.step_log import StepLog
-from cluster.controller import GroupController, Listener
+from cluster.controller.fleet import Fleet, WorkerKind
+from cluster.controller.lead import GroupController, Listener
+from cluster.controller.metrics import metered
 from cluster.core.history import KEY, GroupJournal
-from cluster.fleet import Fleet, WorkerKind
-from cluster.group_metrics import metered
 from cluster.node.exporter import Exporter
 from cluster.node.host_memory import AskStanding
 from cluster.workers.named_actors import end_group

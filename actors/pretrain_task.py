@@ -12,9 +12,9 @@ import ray
 
 from actors.pretrain_job import Order, ReplicaPlace
 from cluster.config import ElasticSettings
+from cluster.controller.fleet import Fleet
 from cluster.core.history import GroupHistory
 from cluster.core.messages import Join
-from cluster.fleet import Fleet
 from cluster.node.agent import AgentPlace, NodeAgent
 from cluster.policies.snapshot import place_replicas
 from engines.collectives.process_groups import StoreAddress
@@ -68,7 +68,7 @@ class PretrainAgent(NodeAgent):
 
 
 class PretrainTask:
-    """See cluster.controller.Task.
+    """See cluster.controller.lead.Task.
 
     Args:
         snapshots: the store that snapshots are flushed to.

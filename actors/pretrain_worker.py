@@ -50,7 +50,7 @@ REFUSED = "refused"
 
 
 class PretrainRank:
-    """The actor class; `cluster.fleet.Fleet` makes one per rank.
+    """The actor class; `cluster.controller.fleet.Fleet` makes one per rank.
 
     Args:
         name: of this worker. group: names its shards in shared memory.

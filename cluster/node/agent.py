@@ -68,7 +68,7 @@ class AgentPlace:
 
 
 class NodeAgent:
-    """A plain class; cluster.fleet makes the actors. Its methods run in threads of their own."""
+    """A plain class; cluster.controller.fleet makes the actors. Its methods run in threads of their own."""
 
     def __init__(self, place: AgentPlace) -> None:
         self.place = place

@@ -18,8 +18,8 @@ import torch
 from actors.config import PretrainSettings
 from actors.handover import Folder
 from actors.pretrain import PretrainResult, pretrain
+from cluster.controller.fleet import AGENT_STARTS, AgentLost, Fleet, WorkerKind
 from cluster.core.history import GroupJournal
-from cluster.fleet import AGENT_STARTS, AgentLost, Fleet, WorkerKind
 from cluster.goodput.accounts import GroupReport, read_run
 from cluster.node.agent import AgentPlace, NodeAgent
 from cluster.workers.named_actors import NAMESPACE

@@ -22,13 +22,13 @@ from actors.pretrain_points import FaultPoints
 from actors.pretrain_task import PretrainTask
 from actors.step_log import StepLog, read_steps
 from cluster.config import ElasticSettings
-from cluster.controller import GroupController, Listener
+from cluster.controller.fleet import AgentLost, Fleet, WorkerKind
+from cluster.controller.join_board import JoinBoard
+from cluster.controller.lead import GroupController, Listener
 from cluster.core.beat_board import BeatBoard
 from cluster.core.history import GroupJournal
 from cluster.core.messages import Join, Joined, JoinMoved, SnapshotFlushed, Spawn, Tick, WorkersReady
 from cluster.core.state_machine import Controller
-from cluster.fleet import AgentLost, Fleet, WorkerKind
-from cluster.join_board import JoinBoard
 from cluster.node.beacons import Record
 from cluster.node.rank_watch import Beat, Sight
 from cluster.policies.hang import Beacon
@@ -592,7 +592,7 @@ def test_chaos_ranks_outlive_a_controller_that_ray_takes_down(
     monkeypatch.setattr(controller.fleet, "open_agents", list)
     monkeypatch.setattr(controller.fleet, "wait", wait)
     monkeypatch.setattr(controller.fleet, "refuse_impossible", lambda count: None)
-    monkeypatch.setattr("cluster.fleet.end_workers", calls.append)
+    monkeypatch.setattr("cluster.controller.fleet.end_workers", calls.append)
     with pytest.raises(type(error)):
         controller.run()
     assert calls == (["g"] if isinstance(error, StepError) else [])
@@ -677,7 +677,7 @@ def test_a_node_that_never_answers_is_named_with_both_addresses(
     controller = pair(tmp_path, heard)
     fleet = controller.fleet
     fleet.agents, fleet._numbers, fleet._opened = {"n0": None, "n1": None}, {"n0": 4, "n1": 0}, {"n0": 0.0, "n1": 0.0}
-    monkeypatch.setattr("cluster.fleet.time.monotonic", lambda: 100.0)
+    monkeypatch.setattr("cluster.controller.fleet.time.monotonic", lambda: 100.0)
     monkeypatch.setattr(fleet, "address", lambda node: "10.0.0.2")
     monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.1")
     for _ in range(2):

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from actors.rank_time import Aborted, RankTime
+from cluster.controller.fault_times import FaultTimes
 from cluster.core import messages as m
-from cluster.fault_times import FaultTimes
 from cluster.goodput.accounts import (
     GroupAccount,
     NodeAccount,

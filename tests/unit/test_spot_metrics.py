@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from cluster.controller import Listener
+from cluster.controller.lead import Listener
+from cluster.controller.metrics import metered
 from cluster.goodput.accounts import NodeAccount, RankAccount
 from cluster.goodput.buckets import BUCKETS, Ledger
-from cluster.group_metrics import metered
 from cluster.node.exporter import LABELS, METRICS, Exporter, export_account
 
 NAME = re.compile(r"\bray_recua_[a-z_]+")

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from cluster.config import ElasticSettings
-from cluster.controller import GroupController, Listener
+from cluster.controller.fleet import Fleet, WorkerKind
+from cluster.controller.lead import GroupController, Listener
 from cluster.core.history import GroupJournal
-from cluster.fleet import Fleet, WorkerKind
 from cluster.node.agent import AgentPlace, NodeAgent
 from cluster.node.rank_watch import Beat
 from cluster.policies.drain import DrainView, decide_drain

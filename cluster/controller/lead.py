@@ -18,20 +18,20 @@ from typing import Any, Protocol
 import ray
 
 from cluster.config import ElasticSettings
+from cluster.controller.fault_times import FaultTimes
+from cluster.controller.fleet import AgentLost, Fleet, News, Started
+from cluster.controller.held_shards import HeldShards
+from cluster.controller.join_board import JoinBoard
 from cluster.core import messages as m
 from cluster.core.beat_board import BeatBoard
 from cluster.core.history import GroupJournal, Superseded
 from cluster.core.state_machine import ENDED, Controller
-from cluster.fault_times import FaultTimes
-from cluster.fleet import AgentLost, Fleet, News, Started
 from cluster.goodput.accounts import Pause
 from cluster.goodput.group_account import watch_group
 from cluster.goodput.writer import AccountWriter
 from cluster.guard.guard import Finding, Guard
 from cluster.guard.loss_judge import LossJudge
 from cluster.guard.step_rows import Outcomes
-from cluster.held_shards import HeldShards
-from cluster.join_board import JoinBoard
 from cluster.node.rank_watch import Beat, Sight
 from cluster.policies.decision import Decision
 from cluster.policies.hang import Beacon

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cluster.controller import Listener
+from cluster.controller.lead import Listener
 from cluster.node.exporter import Exporter
 
 
@@ -30,7 +30,7 @@ def metered(listener: Listener, exporter: Exporter, ranks_asked: int) -> Iterato
 
 
 def export_row(exporter: Exporter, row: Mapping[str, Any]) -> None:
-    """One step's outcome (see cluster.controller.Listener)."""
+    """One step's outcome (see cluster.controller.lead.Listener)."""
     exporter.set("recua_step", row["step"] + 1)
     exporter.set("recua_tokens_per_second", row.get("tokens_per_s"))
     exporter.add("recua_tokens_total", row.get("tokens", 0))
