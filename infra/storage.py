@@ -7,32 +7,51 @@ PUT (`If-None-Match: *`).
 """
 
 import contextlib
-import functools
-import hashlib
 import itertools
 import os
 import re
 import shutil
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote
 
 from infra.errors import ConfigError, StoreError, UserError
+from infra.files import (
+    CHUNK,
+    TEMPORARY_PREFIX,
+    Moved,
+    appear,
+    checked_key,
+    remembered_sha256,
+    sha256_file,
+    sync_file,
+    sync_folder,
+    unseen,
+    write_text,
+)
 
-CHUNK = 1 << 20
-SETTLED_NS = 2 * 10**9
+__all__ = [
+    "LONGEST_NAME",
+    "TEMPORARY_PREFIX",
+    "FolderStore",
+    "Moved",
+    "Store",
+    "appear",
+    "default_store",
+    "open_store",
+    "parse_store",
+    "remembered_sha256",
+    "sha256_file",
+    "sync_file",
+    "sync_folder",
+    "unseen",
+    "write_text",
+]
+
 LONGEST_NAME = 255
 """Bytes of one part of a path, on nearly every file system."""
-TEMPORARY_PREFIX = ".tmp-"
-Moved = Callable[[], None]
-"""Told that a large transfer gets on."""
-
-
-def unseen() -> None:
-    """Nobody wants to know."""
 
 
 class Store(Protocol):
@@ -152,33 +171,6 @@ def parse_store(text: str, setting: str = "--store") -> tuple[str, str]:
 def default_store() -> str:
     """Where runs are kept when nobody says otherwise: absolute, because jobs run in a copy of the working folder."""
     return str(Path.home() / ".recua" / "store")
-
-
-def sha256_file(path: Path, moved: Moved = unseen) -> str:
-    """Hex digest of a file's content; `moved` is called after every few MiB."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
-    with path.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(buffer[:count])
-            moved()
-    return digest.hexdigest()
-
-
-def remembered_sha256(path: Path) -> str:
-    """`sha256_file`, at once where this process has read the file before and its inode, size and times are the same.
-
-    What was written in the last two seconds is read again: a file system's clock may be too coarse to show a change.
-    """
-    status = path.stat()
-    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < SETTLED_NS:
-        return sha256_file(path)
-    times = status.st_mtime_ns, status.st_ctime_ns
-    return _sha256_as_it_was(path.resolve(), status.st_dev, status.st_ino, status.st_size, *times)
-
-
-@functools.lru_cache(1 << 16)
-def _sha256_as_it_was(path: Path, device: int, inode: int, size: int, mtime_ns: int, ctime_ns: int) -> str:
-    return sha256_file(path)
 
 
 class FolderStore:
@@ -341,48 +333,7 @@ class FolderStore:
             raise StoreError(f"--store {self.url}: cannot use {key}: {reason}") from error
 
 
-def checked_key(key: str) -> list[str]:
-    """The parts of a key. An assert, because keys are made by recua, never by users."""
-    parts = [part for part in key.split("/") if part]
-    assert ".." not in parts and not key.startswith("/"), f"not a store key: {key!r}"
-    return parts
-
-
 def check_sha256(path: Path, expected: str | None, url: str, key: str, moved: Moved = unseen) -> None:
     """Raise StoreError where the content is not what its manifest says."""
     if expected is not None and (found := sha256_file(path, moved)) != expected:
         raise StoreError(f"--store {url}: {key} is damaged: sha256 {found[:12]}, its manifest says {expected[:12]}")
-
-
-def sync_file(path: Path | str) -> None:
-    """Flush a finished file to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(folder: Path | str) -> None:
-    """Flush a folder's list of names to the disk."""
-    with contextlib.suppress(OSError):  # some network file systems refuse fsync on a folder
-        sync_file(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `path` whole or not at all, and have it on the disk."""
-    with appear(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        sync_file(temporary)
-
-
-@contextlib.contextmanager
-def appear(target: Path) -> Iterator[Path]:
-    """A temporary neighbour of `target` that is renamed onto it when the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,12 +13,9 @@ special tokens; whoever serves untrusted text renders here and passes ids.)
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 from infra.errors import ConfigError
-
-if TYPE_CHECKING:
-    from models.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 """{"role": "system" | "user" | "assistant" | ..., "content": text[, "weight": 0 where nothing is to be learnt]}"""
@@ -52,6 +49,18 @@ TEMPLATES = {
 LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
+class Encoder(Protocol):
+    """What rendering needs of a tokenizer; `models.tokenizer_base.Tokenizer` has it."""
+
+    specials: dict[str, int]
+    chat_format: str | None
+    bos_id: int
+    eos_id: int
+    eot_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+
 def chat_format(specials: Mapping[str, int]) -> str | None:
     """The format that a tokenizer with these special tokens speaks ("llama3", "llama2"), None when neither."""
     if {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= specials.keys():
@@ -61,7 +70,7 @@ def chat_format(specials: Mapping[str, int]) -> str | None:
     return None
 
 
-def render(messages: Sequence[Message], tokenizer: "Tokenizer", add_generation_prompt: bool = False) -> list[int]:
+def render(messages: Sequence[Message], tokenizer: Encoder, add_generation_prompt: bool = False) -> list[int]:
     """The ids of a conversation; `add_generation_prompt` leaves it open where the assistant's answer starts.
 
     Raises:
@@ -72,7 +81,7 @@ def render(messages: Sequence[Message], tokenizer: "Tokenizer", add_generation_p
 
 
 def render_with_mask(
-    messages: Sequence[Message], tokenizer: "Tokenizer", train_on: Literal["all", "last"] = "all"
+    messages: Sequence[Message], tokenizer: Encoder, train_on: Literal["all", "last"] = "all"
 ) -> tuple[list[int], list[int]]:
     """(ids [T], mask [T]): mask is 1 on the tokens that the assistant must produce, its end-of-turn token included.
 
@@ -99,7 +108,7 @@ def render_with_mask(
     return ids, mask
 
 
-def _pieces(messages: Sequence[Message], tokenizer: "Tokenizer", open_end: bool) -> list[tuple[list[int], bool]]:
+def _pieces(messages: Sequence[Message], tokenizer: Encoder, open_end: bool) -> list[tuple[list[int], bool]]:
     """The conversation as (ids, must the assistant produce them) in order."""
     if not messages:
         raise ValueError("a conversation needs at least one message")
@@ -112,7 +121,7 @@ def _pieces(messages: Sequence[Message], tokenizer: "Tokenizer", open_end: bool)
     )
 
 
-def _llama3(messages: Sequence[Message], tokenizer: "Tokenizer", open_end: bool) -> list[tuple[list[int], bool]]:
+def _llama3(messages: Sequence[Message], tokenizer: Encoder, open_end: bool) -> list[tuple[list[int], bool]]:
     start, end = tokenizer.specials["<|start_header_id|>"], tokenizer.specials["<|end_header_id|>"]
     blank_line = tokenizer.encode("\n\n")
 
@@ -129,7 +138,7 @@ def _llama3(messages: Sequence[Message], tokenizer: "Tokenizer", open_end: bool)
     return pieces
 
 
-def _llama2(messages: Sequence[Message], tokenizer: "Tokenizer") -> list[tuple[list[int], bool]]:
+def _llama2(messages: Sequence[Message], tokenizer: Encoder) -> list[tuple[list[int], bool]]:
     """A prompt and its answer are encoded as one text (the pieces could join), then cut where the prompt ends."""
     turns = _llama2_turns(messages)
     pieces: list[tuple[list[int], bool]] = []

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from infra.config import Settings
     from infra.errors import Denied, StepError, SystemFault, UserError
-    from workflows.artifacts import Artifact, ArtifactWriter
+    from workflows.artifact_writer import ArtifactWriter
+    from workflows.artifacts import Artifact
     from workflows.cli import run_script
     from workflows.config import RunSettings
     from workflows.gangs import Gang
@@ -51,7 +52,8 @@ __all__ = [
 _HOMES = {
     "infra.config": ("Settings",),
     "infra.errors": ("Denied", "StepError", "SystemFault", "UserError"),
-    "workflows.artifacts": ("Artifact", "ArtifactWriter"),
+    "workflows.artifact_writer": ("ArtifactWriter",),
+    "workflows.artifacts": ("Artifact",),
     "workflows.cli": ("run_script",),
     "workflows.config": ("RunSettings",),
     "workflows.gangs": ("Gang",),

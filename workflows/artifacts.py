@@ -1,9 +1,7 @@
 """Artifacts: folders of files that a step produced, kept by reference and never changed again.
 
-A body writes into `runs/<run>/attempts/<uuid>/<name>/data/`. Sealing hashes every file and writes `manifest.json`
-beside `data/` last; the digest is the sha256 of the canonical file list, so equal content has an equal digest wherever
-it was made. Attempts never share a folder, and only the commit record of a call says which attempt won: a half-written
-upload is never read by anybody.
+`manifest.json` beside an artifact's `data/` lists its files; the digest is the sha256 of the canonical list, so equal
+content has an equal digest wherever it was made. How one is written: workflows.artifact_writer.
 
 What comes back is the same from a folder and from S3: files under the names that they had, whether they are
 executable, and empty folders. A link comes back as what it led to.
@@ -13,7 +11,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import stat
 import uuid
@@ -23,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infra.errors import StoreError, UserError
-from infra.storage import Store, open_store, sha256_file, sync_file
+from infra.errors import StoreError
+from infra.storage import Store, open_store, sha256_file
 
 FORMAT = 1
 THREADS = 8
@@ -98,69 +95,12 @@ class Artifact:
         return cls(record["digest"], record["meta"], record["name"], record["location"], source)
 
 
-class ArtifactWriter:
-    """An artifact while it is being written: put files under `path`, then `seal()`."""
-
-    def __init__(
-        self, store: Store, source: ArtifactSource, location: str, scratch: Path, on_file: Callable[[], None]
-    ) -> None:
-        self._store = store
-        self._source = source
-        self._location = location
-        self._on_file = on_file
-        self._sealed = False
-        self.path = store.local_path(f"{location}/data") or scratch / location.rsplit("/", 1)[-1]
-        self.path.mkdir(parents=True)
-
-    def seal(self, **meta: Any) -> Artifact:
-        """Hash, upload (on a folder store nothing is copied), and name the content. `meta`: values that a step could
-        return; they are part of what the artifact is, so keep times, hosts and paths out of them where equal content is
-        to be equal.
-
-        Raises:
-            UserError: sealed before, metadata that cannot be kept, or something in the folder that cannot be (a link
-                that leads nowhere or in a circle, a socket, a name that is too long for the store). Nothing was
-                uploaded then.
-            StoreError: the upload failed.
-        """
-        from workflows.values import encode  # which knows artifacts
-
-        name = self._location.rsplit("/", 1)[-1]
-        if self._sealed:
-            raise UserError(f"artifact {name} is sealed already")
-        kept = encode(meta, f"artifact {name}: seal")
-        contents = _contents(self.path, f"artifact {name}")
-        for path, _ in contents:
-            self._store.check_key(f"{self._location}/data/{path}")
-        self._sealed = True
-        if self._store.local_path(self._location) is not None:
-            _materialise_links(self.path, contents)
-            contents = [(path, source and self.path / path) for path, source in contents]
-        entries = [self._keep(path, file) for path, file in contents if file is not None]
-        empty = [path for path, file in contents if file is None]
-        digest = manifest_digest(entries, empty)
-        manifest = {"format": FORMAT, "digest": digest, "files": [entry.row() for entry in entries], "meta": kept}
-        if empty:
-            manifest["empty_folders"] = empty
-        self._store.put(f"{self._location}/manifest.json", _json(manifest))
-        return Artifact(digest, meta, name, self._location, self._source)
-
-    def _keep(self, path: str, file: Path) -> FileEntry:
-        entry = FileEntry(path, file.stat().st_size, sha256_file(file), _is_executable(file))
-        if self._store.local_path(self._location) is None:
-            self._store.upload_file(f"{self._location}/data/{path}", file)
-        else:
-            sync_file(file)
-        self._on_file()
-        return entry
-
-
 def manifest_digest(entries: Sequence[FileEntry], empty: Iterable[str] = ()) -> str:
     """sha256 of the canonical file list: content only, no names of runs, no times. `empty`: folders."""
     rows: list[tuple[Any, ...]] = [(entry.path, entry.size, entry.sha256) for entry in entries if not entry.executable]
     rows += [(entry.path, entry.size, entry.sha256, "executable") for entry in entries if entry.executable]
     rows += [(f"{path}/", 0, "") for path in empty]
-    return hashlib.sha256(_json(sorted(rows))).hexdigest()
+    return hashlib.sha256(json_bytes(sorted(rows))).hexdigest()
 
 
 def read_manifest(store: Store, artifact: Artifact) -> list[FileEntry]:
@@ -243,13 +183,13 @@ def _complete(folder: Path, entries: list[FileEntry], empty: list[str], what: st
         for path in empty:
             (folder / path).mkdir(parents=True, exist_ok=True)
         for entry in entries:
-            if entry.executable and not _is_executable(file := folder / entry.path):
+            if entry.executable and not is_executable(file := folder / entry.path):
                 file.chmod(0o755)
     except OSError as error:
         raise StoreError(f"{what}: cannot complete {error.filename}: {error.strerror}") from error
 
 
-def _is_executable(file: Path) -> bool:
+def is_executable(file: Path) -> bool:
     return bool(file.stat().st_mode & stat.S_IXUSR)
 
 
@@ -263,55 +203,6 @@ def _for_each(work: Callable[[FileEntry], None], entries: list[FileEntry]) -> No
             pass
 
 
-def _contents(folder: Path, what: str) -> list[tuple[str, Path | None]]:
-    """Everything in a folder, links followed: (relative path, the file itself), and None for empty folders.
-
-    Raises:
-        UserError: a link that leads nowhere or to a folder that it lies in, or what is neither file nor folder.
-    """
-    found: list[tuple[str, Path | None]] = []
-
-    def walk(inside: Path, above: tuple[Path, ...]) -> None:
-        names = sorted(os.listdir(inside))
-        for name in names:
-            path = inside / name
-            shown = f"{what}: {path.relative_to(folder).as_posix()!r}"
-            try:
-                real = path.resolve(strict=True) if path.is_symlink() else above[-1] / name
-            except (OSError, RuntimeError):
-                raise UserError(f"{shown} is a link that leads nowhere: remove it before seal()") from None
-            if real.is_file():
-                found.append((path.relative_to(folder).as_posix(), real))
-            elif not real.is_dir():
-                raise UserError(f"{shown} is neither a file nor a folder: remove it before seal()")
-            elif real in above:
-                raise UserError(f"{shown} is a link to a folder that it lies in: remove it before seal()")
-            else:
-                walk(path, (*above, real))
-        if not names and inside != folder:
-            found.append((inside.relative_to(folder).as_posix(), None))
-
-    walk(folder, (folder.resolve(),))
-    return sorted(found, key=lambda each: each[0])
-
-
-def _materialise_links(folder: Path, contents: list[tuple[str, Path | None]]) -> None:
-    """Replace symbolic links by what they lead to: an artifact stands alone."""
-    for inside, folders, files in os.walk(folder):
-        for link in (Path(inside, name) for name in (*folders, *files)):
-            if link.is_symlink():
-                link.unlink()
-    for path, file in contents:
-        target = folder / path
-        if file is None:
-            target.mkdir(parents=True, exist_ok=True)
-        elif not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
-            if _is_executable(file):
-                target.chmod(0o755)
-
-
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     with path.open("w") as stream:
@@ -319,5 +210,5 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _json(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

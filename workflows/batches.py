@@ -19,7 +19,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,24 @@ def may_share(options: StepOptions) -> bool:
     """Whether such calls ask for nothing but CPUs. A timeout is a time for one body, by a clock of its own."""
     special = (options.timeout, options.gang, options.memory)
     return special == (None, None, None) and not options.num_gpus and options.num_cpus > 0
+
+
+def bootstrap(roots: list[str], run: str) -> Callable[[bytes], bytes]:
+    """The function that Ray ships, once per run: nested, so that it travels by value and can first make our modules
+    importable. `run`: what all attempts of the run share."""
+
+    def recua_step(batch: bytes) -> bytes:
+        import os
+        import sys
+
+        for root in roots:
+            if root not in sys.path and os.path.isdir(root):
+                sys.path.append(root)
+        from workflows.batches import run_batch
+
+        return run_batch(run, batch)
+
+    return recua_step
 
 
 def run_batch(run: str, batch: bytes) -> bytes:

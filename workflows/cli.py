@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 a step (or the platform or the store) failed, 2 something 
 """
 
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from workflows.guarded import guarded
 from workflows.service import commands as service_commands
 
 if TYPE_CHECKING:
@@ -521,54 +521,6 @@ def _run(
         show_plan(plan(prepared.workflow, *prepared.args, settings=settings, **prepared.kwargs))
         return
     launch.run(prepared, settings, folder)
-
-
-def guarded(command: Callable[[], Any]) -> int:
-    """Run a command; every expected error becomes one clear line per problem on stderr, and the exit code."""
-    from infra.errors import RecuaError
-    from infra.telemetry import take_any_text
-
-    for stream in (sys.stdout, sys.stderr):
-        take_any_text(stream)
-    try:
-        command()
-        return 0
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else 1
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("recua: interrupted; the same command goes on where it stopped", err=True)
-        return 130
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except RecuaError as error:
-        return _explain(error)
-    except Exception:
-        import traceback
-
-        from infra.telemetry import redact
-
-        click.echo(redact(traceback.format_exc()), err=True)
-        click.echo("recua: error: this is a fault in recua or in the workflow file, not in its settings", err=True)
-        return 1
-
-
-def _explain(error: Exception) -> int:
-    from infra.errors import UserError
-    from infra.telemetry import redact
-
-    if trace := getattr(error, "user_traceback", ""):
-        click.echo(redact(trace.rstrip()), err=True)
-    for line in redact(str(error)).splitlines():
-        click.echo(f"recua: error: {line}", err=True)
-    if type(error).__name__ == "Cancelled":
-        return 130
-    return 2 if isinstance(error, UserError) else 1
 
 
 def _settings(**given: Any) -> "RunSettings":

@@ -34,7 +34,8 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 from infra.bundles import check_amount, check_number
 from infra.errors import ConfigError, UserError, nearest
 from infra.machine import parse_size
-from workflows.artifacts import Artifact, ArtifactWriter
+from workflows.artifact_writer import ArtifactWriter
+from workflows.artifacts import Artifact
 from workflows.definitions import check_function, where
 from workflows.futures import Future, Part, refuse_method
 from workflows.gangs import Gang, resolve_gang

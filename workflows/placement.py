@@ -16,13 +16,13 @@ from infra.bundles import unplaceable
 from infra.errors import ResourceError, StoreError
 from infra.machine import require_ray_token
 from infra.storage import Store
+from workflows.batches import bootstrap
 from workflows.config import RunSettings
 from workflows.gangs import GangAttempt, Gangs
 from workflows.graph import StepOptions
 from workflows.isolation import MOST_TASKS
 from workflows.local_ray import LocalRay, RayServers, connect
 from workflows.names import import_roots
-from workflows.worker import bootstrap
 
 NODES_AGE_S = 5.0
 """After so many seconds a cluster is asked for its nodes again."""

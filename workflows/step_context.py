@@ -12,7 +12,8 @@ from typing import Any
 from infra.errors import UserError
 from infra.storage import Store
 from infra.telemetry import as_number
-from workflows.artifacts import ArtifactSource, ArtifactWriter
+from workflows.artifact_writer import ArtifactWriter
+from workflows.artifacts import ArtifactSource
 from workflows.saved import state_url
 
 LOG = "log.txt"

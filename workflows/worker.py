@@ -197,21 +197,3 @@ def _store(url: str) -> Store:
 @functools.cache
 def _sender(host: str, port: int, token: str) -> Sender:
     return Sender((host, port, token))
-
-
-def bootstrap(roots: list[str], run: str) -> Callable[[bytes], bytes]:
-    """The function that Ray ships, once per run: nested, so that it travels by value and can first make our modules
-    importable. `run`: what all attempts of the run share."""
-
-    def recua_step(batch: bytes) -> bytes:
-        import os
-        import sys
-
-        for root in roots:
-            if root not in sys.path and os.path.isdir(root):
-                sys.path.append(root)
-        from workflows.batches import run_batch
-
-        return run_batch(run, batch)
-
-    return recua_step

@@ -26,7 +26,8 @@ from models.presets import scratch_config
 from models.tokenizer import train_bpe
 from models.weights import save_hf
 from workflows import cli
-from workflows.artifacts import Artifact, ArtifactSource, ArtifactWriter
+from workflows.artifact_writer import ArtifactWriter
+from workflows.artifacts import Artifact, ArtifactSource
 from workflows.recipe import Recipe
 from workflows.steps.checks import check_capacity
 from workflows.steps.text import Limits, fit_texts

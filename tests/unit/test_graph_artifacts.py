@@ -12,7 +12,8 @@ import pytest
 
 from infra.errors import StoreError, UserError
 from infra.storage import Store, open_store
-from workflows.artifacts import Artifact, ArtifactSource, ArtifactWriter
+from workflows.artifact_writer import ArtifactWriter
+from workflows.artifacts import Artifact, ArtifactSource
 from workflows.step_context import StepContext
 
 

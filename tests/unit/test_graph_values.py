@@ -506,7 +506,7 @@ def test_fault_schedules() -> None:
 
 
 def test_an_artifact_survives_only_whole(tmp_path: Path) -> None:
-    from workflows.artifacts import ArtifactWriter
+    from workflows.artifact_writer import ArtifactWriter
 
     store = FolderStore(tmp_path)
     source = ArtifactSource(store.url, str(tmp_path / "cache"))

@@ -17,7 +17,8 @@ import pytest
 from infra.errors import StoreError, UserError
 from infra.storage import FolderStore, Store, open_store
 from workflows import cli
-from workflows.artifacts import Artifact, ArtifactSource, ArtifactWriter
+from workflows.artifact_writer import ArtifactWriter
+from workflows.artifacts import Artifact, ArtifactSource
 from workflows.bundle import export_run, import_run, verify
 from workflows.journal import Heartbeat, Journal, read_journal, removed_key
 from workflows.known import index_key

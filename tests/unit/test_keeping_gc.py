@@ -13,7 +13,8 @@ import pytest
 
 from infra.errors import StoreError, UserError
 from infra.storage import FolderStore, Store, open_store
-from workflows.artifacts import Artifact, ArtifactSource, ArtifactWriter, read_manifest
+from workflows.artifact_writer import ArtifactWriter
+from workflows.artifacts import Artifact, ArtifactSource, read_manifest
 from workflows.gc import LOCK_KEY, GcResult, Policy, collect, explain, plan_gc
 from workflows.journal import Heartbeat, Journal, read_journal, removed_key, slot_key
 from workflows.known import index_key

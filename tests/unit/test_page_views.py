@@ -18,7 +18,8 @@ from infra.errors import StoreError, UserError
 from infra.storage import FolderStore, Store, open_store
 from infra.telemetry import MetricsWriter
 from workflows import cli
-from workflows.artifacts import Artifact, ArtifactSource, ArtifactWriter
+from workflows.artifact_writer import ArtifactWriter
+from workflows.artifacts import Artifact, ArtifactSource
 from workflows.journal import Journal, Record
 from workflows.known import index_key, parameters_key
 from workflows.service import views

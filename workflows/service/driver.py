@@ -26,8 +26,8 @@ from infra.machine import answers
 from infra.processes import process_start
 from infra.storage import open_store, write_text
 from workflows import launch, session
-from workflows.cli import guarded
 from workflows.config import RunSettings
+from workflows.guarded import guarded
 from workflows.launch import Launch
 from workflows.progress import PlainDisplay
 from workflows.service.processes import Process
