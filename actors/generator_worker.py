@@ -20,7 +20,7 @@ class GeneratorWorker:
     """A thin shell: the engine is built in the actor's process and lives as long as the actor."""
 
     def __init__(self, folder: str, settings: GeneratorSettings) -> None:
-        from engines.vllm_generator import VllmGenerator
+        from engines.vllm.generator import VllmGenerator
 
         self._engine = VllmGenerator(Path(folder), settings, address=ray.util.get_node_ip_address())
 

@@ -33,6 +33,7 @@ from cluster.node.host_memory import AskStanding
 from cluster.workers.named_actors import end_group
 from engines.collectives.process_groups import host_store
 from engines.torch_learner import LlamaConfig
+from infra.code_root import code_root
 from infra.errors import CheckpointError
 from infra.faults import VARIABLE
 from infra.storage import Store, open_store
@@ -232,7 +233,7 @@ def _lead(
 def _digest(job: PretrainJob) -> str:
     """Of all that makes a rank what it is, where data and results lie aside."""
     made_of = [job.settings.model_dump_json(), repr(job.model), str(job.seed)]
-    here = Path(__file__).parents[1]
+    here = code_root()
     for package in CODE:
         for path in sorted((here / package).rglob("*.py")):
             made_of += [str(path.relative_to(here)), path.read_text()]

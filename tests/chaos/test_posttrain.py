@@ -155,7 +155,7 @@ def test_a_post_training_run_survives_an_interrupt_and_a_kill_on_s3(
 
     driver = runs.start(s3_url)
     runs.until(driver, "fine_tune[sft] committed")
-    wait_for(lambda: any("vllm_process" in line for line in runs.processes().values()), lambda: "no vLLM engine", 300)
+    wait_for(lambda: any("vllm.process" in line for line in runs.processes().values()), lambda: "no vLLM engine", 300)
     os.killpg(driver.pid, signal.SIGINT)
     runs.end(driver, 130)
     assert "recua: interrupted; the same command goes on where it stopped" in runs.output()

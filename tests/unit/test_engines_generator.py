@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from engines.base import Completion, Sampling
 from engines.config import GeneratorSettings
-from engines.vllm_generator import VllmGenerator
-from engines.vllm_process import request_seeds
+from engines.vllm.generator import VllmGenerator
+from engines.vllm.process import request_seeds
 from engines.weight_transfer import SharedMemorySender, read_weights
 from infra.errors import CheckpointError, SystemFault
 from infra.processes import process_start
@@ -178,7 +178,7 @@ import sys, time
 from pathlib import Path
 from engines.base import Sampling
 from engines.config import GeneratorSettings
-from engines.vllm_generator import VllmGenerator
+from engines.vllm.generator import VllmGenerator
 first, second = map(Path, sys.argv[1:])
 generator = VllmGenerator(first, GeneratorSettings.model_validate_json(sys.stdin.readline()), "v0")
 generator.load_weights(second, "v1")

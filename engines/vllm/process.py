@@ -1,6 +1,6 @@
 """The process behind a `VllmGenerator`: one vLLM engine that answers one call at a time over a socket.
 
-Started as `python -m engines.vllm_process FD PARENT_PID`. The parent waits for each answer; this side waits for the
+Started as `python -m engines.vllm.process FD PARENT_PID`. The parent waits for each answer; this side waits for the
 next call. On CPU the whole engine lives in this process (one import of vLLM, no hop per decoding step); on GPUs vLLM
 adds its own workers, which end with this process.
 """
@@ -95,7 +95,7 @@ def _build(folder: Path, settings: GeneratorSettings) -> "LLM":
         disable_log_stats=True,
         logprobs_mode="processed_logprobs",
         distributed_executor_backend="mp" if many else "uni",
-        worker_extension_cls="engines.vllm_worker.WorkerExtension",
+        worker_extension_cls="engines.vllm.worker.WorkerExtension",
         weight_transfer_config=WeightTransferConfig(backend=settings.weight_backend),
     )
 

@@ -1,6 +1,6 @@
 """`VllmGenerator`: vLLM behind the `Generator` protocol, in a process of its own.
 
-The engine's process (engines/vllm_process.py) keeps vLLM's threads, signal handlers, process groups and environment
+The engine's process (engines/vllm/process.py) keeps vLLM's threads, signal handlers, process groups and environment
 away from the caller, who may sit in a Ray actor and hold a learner too. Calls are synchronous and one at a time: a
 second thread waits at a lock, so a weight update never meets a request in flight. The engine's process dies with its
 parent, a SIGKILL included. A call that finds the process dead raises `SystemFault`; the owner then builds a new one.
@@ -23,6 +23,7 @@ from engines.base import Completion, Sampling, WeightUpdate
 from engines.config import GeneratorSettings
 from engines.weight_transfer import check_same_architecture, read_shapes
 from infra.addresses import sockets_at
+from infra.code_root import code_root
 from infra.errors import SystemFault
 
 
@@ -201,7 +202,7 @@ def _spawn(
 
     def keep() -> None:
         try:
-            command = [sys.executable, "-m", "engines.vllm_process", str(theirs.fileno()), str(os.getpid())]
+            command = [sys.executable, "-m", "engines.vllm.process", str(theirs.fileno()), str(os.getpid())]
             process = subprocess.Popen(
                 command,
                 pass_fds=[theirs.fileno()],
@@ -229,8 +230,7 @@ def _spawn(
 
 
 def _environment(settings: GeneratorSettings, address: str | None) -> dict[str, str]:
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    paths = [str(code_root()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = os.environ | ({} if address is None else sockets_at(address))
     environment |= {
         "PYTHONPATH": os.pathsep.join(paths),
