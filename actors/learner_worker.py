@@ -30,7 +30,7 @@ class LearnerWorker(Worker):
 
     def open(self, role: str, folder: str, settings: LearnerSettings, head: Head, frozen: bool) -> None:
         """(collective) Build a model from an HF folder: `head` "lm" or "scalar"; `frozen` ones only score."""
-        from engines.deepspeed_learner import build
+        from engines.deepspeed.learner import build
 
         assert self.seat is not None, "open() before join()"
         self.close([role])

@@ -58,8 +58,8 @@ def weights(learner: Any) -> dict[str, torch.Tensor]:
 
 
 def rank_main(rank: int, world: int, ports: list[int], folder: Path, source: Path, answer: Any) -> None:
-    from engines import deepspeed_group
-    from engines.deepspeed_learner import build
+    from engines.deepspeed import process_group
+    from engines.deepspeed.learner import build
 
     seat: dict[str, Any] = {"rank": rank, "world_size": world, "address": f"127.0.0.1:{ports[0]}"}
     found: dict[Any, Any] = {}
@@ -80,12 +80,12 @@ def rank_main(rank: int, world: int, ports: list[int], folder: Path, source: Pat
             learner.close()
     found["resumed"] = {stage: resume(stage, folder, source, seat) for stage in STAGES}
     found["coexist"] = coexist(source, folder / f"critic-{world}", seat)
-    deepspeed_group.leave()
+    process_group.leave()
     seat["address"] = f"127.0.0.1:{ports[1]}"
     learner = build(source, settings(1), **seat)  # the same process in a second group
     found["rejoined"] = learner.train_step(share(0, rank, world, True), nll).grad_norm
     learner.close()
-    deepspeed_group.leave()
+    process_group.leave()
     if rank == 0:
         torch.save(found, folder / f"found-{world}.pt")
         answer.send("saved")
@@ -112,7 +112,7 @@ def save_and_go_on(learner: Any, folder: Path, rank: int, world: int) -> dict[st
 
 def resume(stage: int, folder: Path, source: Path, seat: dict[str, Any]) -> dict[str, torch.Tensor]:
     """From the state that the *other* stage 3-s saved with as many ranks."""
-    from engines.deepspeed_learner import build
+    from engines.deepspeed.learner import build
 
     learner = build(source, settings(stage), **seat)
     learner.load_state(folder / f"state-{3 - stage}-{seat['world_size']}")
@@ -124,7 +124,7 @@ def resume(stage: int, folder: Path, source: Path, seat: dict[str, Any]) -> dict
 
 def coexist(source: Path, folder: Path, seat: dict[str, Any]) -> dict[str, Any]:
     """Policy, critic, frozen reference in one process; the reference must not move."""
-    from engines.deepspeed_learner import build
+    from engines.deepspeed.learner import build
 
     policy = build(source, settings(2), **seat)
     critic = build(source, settings(1), head="scalar", **seat)

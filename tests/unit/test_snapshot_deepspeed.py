@@ -38,8 +38,8 @@ def share(step: int, rank: int, world_size: int) -> list[dict[str, torch.Tensor]
 
 def rank_main(rank: int, address: str, source: Path, shared: Path, answers: Any) -> None:
     """Both ranks train under stages 1 and 3, a snapshot after every step; rank 0 alone goes on from each."""
-    from engines import deepspeed_group
-    from engines.deepspeed_learner import build
+    from engines.deepspeed import process_group
+    from engines.deepspeed.learner import build
 
     for stage in (1, 3):
         learner = build(source, settings(stage), rank=rank, world_size=WORLD, address=address)
@@ -58,7 +58,7 @@ def rank_main(rank: int, address: str, source: Path, shared: Path, answers: Any)
     load(again, shared / "1")
     resumed = next_weights(again, rank, WORLD)
     again.close()
-    deepspeed_group.leave()
+    process_group.leave()
     if rank == 0:
         answers.put(("3 from 1", resumed))
         for stage, snapshot in ((0, 3), (1, 3), (2, 1), (3, 1)):

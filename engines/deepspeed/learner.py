@@ -14,9 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engines import deepspeed_group, deepspeed_snapshots, deepspeed_state
+from engines import random_state
 from engines.base import Batch, LossFn, StepOutput
 from engines.config import LearnerSettings
+from engines.deepspeed import process_group, snapshots, state
+from engines.deepspeed.zero import ZeroModel
 from engines.forward import to_device
 from engines.hf_folder import Head, load_model, save_model
 from engines.optimizer import learning_rate
@@ -47,7 +49,7 @@ def build(
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    deepspeed_group.join(rank, world_size, address, store, settings.timeout)
+    process_group.join(rank, world_size, address, store, settings.timeout)
     model = load_model(Path(folder), head, getattr(torch, settings.dtype), settings.seed)
     return DeepSpeedLearner(model, settings, source=Path(folder), frozen=frozen)
 
@@ -75,7 +77,7 @@ class DeepSpeedLearner:
             self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             self.module: torch.nn.Module = model.to(self._device).eval()
             return
-        deepspeed = deepspeed_group.load_deepspeed()
+        deepspeed = process_group.load_deepspeed()
         self._engine = deepspeed.initialize(
             model=model,
             optimizer=None if frozen else _optimizer(model, settings),
@@ -135,7 +137,7 @@ class DeepSpeedLearner:
             yield from self._gathered(group)
 
     def _gathered(self, group: list[tuple[str, torch.nn.Parameter]]) -> list[tuple[str, torch.Tensor]]:
-        deepspeed = deepspeed_group.load_deepspeed()
+        deepspeed = process_group.load_deepspeed()
         with deepspeed.zero.GatheredParameters([parameter for _, parameter in group]):
             return [(name, parameter.detach().clone()) for name, parameter in group]
 
@@ -152,22 +154,27 @@ class DeepSpeedLearner:
     def save_state(self, folder: Path) -> None:
         """(collective) fp32 weights, Adam moments and step, for any world size and ZeRO stage; rank 0 writes."""
         assert not self.frozen, "a frozen model has no training state"
-        deepspeed_state.save(self, Path(folder))
+        state.save(self._zero_model(), self.step, Path(folder))
 
     def load_state(self, folder: Path) -> None:
-        """(collective) Go on exactly where `save_state` was called.
+        """(collective) Resume exactly where `save_state` was called.
 
         Raises:
             CheckpointError: no complete state there, or one of another architecture.
         """
         assert not self.frozen, "a frozen model has no training state"
-        deepspeed_state.load(self, Path(folder))
+        self.step = state.load(self._zero_model(), Path(folder))
 
     def take_snapshot(self) -> None:
         """Begin to copy the state before the next step, where `snapshots` is set and wants this step."""
         if self.snapshots is not None:
-            self._pieces = self._pieces or deepspeed_snapshots.pieces(self)
-            self.snapshots.take(self.step, self._pieces, deepspeed_snapshots.progress(self))
+            self._pieces = self._pieces or snapshots.pieces(self._zero_model())
+            progress = {
+                "step": self.step,
+                "data": self.data_position,
+                "random": random_state.capture(self._device),
+            }
+            self.snapshots.take(self.step, self._pieces, progress)
 
     def load_snapshot(self, reader: SnapshotReader) -> None:
         """The state of a snapshot, from any number of ranks and any stage to this one, without a collective.
@@ -176,16 +183,22 @@ class DeepSpeedLearner:
             CheckpointError: it is of another model, not whole or not intact; the state is then undefined.
         """
         assert not self.frozen, "a frozen model has no training state"
-        deepspeed_snapshots.load(self, reader)
+        progress = snapshots.load(self._zero_model(), reader)
+        self.step, self.data_position = int(progress["step"]), progress["data"]
+        if (progress["of_rank"], progress["of_world"]) == (self.rank, self.world_size):
+            random_state.apply(progress["random"], self._device)
 
     def close(self) -> None:
-        """Free the model. The group stays, for the process's other learners; `deepspeed_group.leave` ends it."""
+        """Free the model. The group stays, for the process's other learners; `process_group.leave` ends it."""
         if self._engine is not None:
             self._engine.destroy()
         self._engine = self._model = self._pieces = None
         self.module = torch.nn.Identity()
 
     # ---- details -----------------------------------------------------------------------------------------------
+
+    def _zero_model(self) -> ZeroModel:
+        return ZeroModel(self._model, self._engine.optimizer, self.settings.zero_stage, self.rank)
 
     def _prepare(self) -> None:
         if self.frozen:

@@ -7,24 +7,20 @@ state.json, written last, holds the step and the names of the shards. Rank 0 wri
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from engines.deepspeed.zero import MOMENTS, ZeroModel
 from infra.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from engines.deepspeed_learner import DeepSpeedLearner
-
 FORMAT = 1
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SHARD_BYTES = 2**31
 
 
-def save(learner: "DeepSpeedLearner", folder: Path) -> None:
+def save(model: ZeroModel, step: int, folder: Path) -> None:
     """(collective) See `DeepSpeedLearner.save_state`."""
     shard: dict[str, torch.Tensor] = {}
     names: list[str] = []
@@ -35,25 +31,25 @@ def save(learner: "DeepSpeedLearner", folder: Path) -> None:
             save_file(shard, folder / names[-1])
             shard.clear()
 
-    if learner.rank == 0:
+    if model.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "state.json").unlink(missing_ok=True)
-    for name, tensor in _read(learner):
-        if learner.rank == 0:
+    for name, tensor in _read(model):
+        if model.rank == 0:
             shard[name] = tensor.float().cpu().clone()
             if sum(value.numel() * 4 for value in shard.values()) > SHARD_BYTES:
                 flush()
-    if learner.rank == 0:
+    if model.rank == 0:
         flush()
-        meta = {"format": FORMAT, "step": learner.step, "shards": names}
+        meta = {"format": FORMAT, "step": step, "shards": names}
         partial = folder / ".state.json"
         partial.write_text(json.dumps(meta, indent=2))
         partial.replace(folder / "state.json")
     dist.barrier()
 
 
-def load(learner: "DeepSpeedLearner", folder: Path) -> None:
-    """(collective) See `DeepSpeedLearner.load_state`."""
+def load(model: ZeroModel, folder: Path) -> int:
+    """(collective) Write the saved state into `model`; its step. See `DeepSpeedLearner.load_state`."""
     try:
         meta = json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
@@ -61,16 +57,16 @@ def load(learner: "DeepSpeedLearner", folder: Path) -> None:
     if meta.get("format") != FORMAT:
         raise CheckpointError(f"{folder}: training state of format {meta.get('format')}, this version reads {FORMAT}")
     saved = _index(folder, meta["shards"])
-    wanted = {name: tuple(_full_shape(parameter)) for name, parameter in learner._model.named_parameters()}
+    wanted = {name: tuple(_full_shape(parameter)) for name, parameter in model.module.named_parameters()}
     for name, shape in wanted.items():
         for kind in ("weight", *MOMENTS):
             if saved.get(f"{kind}/{name}", (None, None))[1] != shape:
                 found = saved.get(f"{kind}/{name}", (None, "missing"))[1]
                 raise CheckpointError(f"{folder}: {kind} of {name} should be {shape}, is {found}")
-    _write(learner, {key: file for key, (file, _) in saved.items()})
-    _set_adam_step(learner._engine.optimizer, meta["step"])
-    learner.step = meta["step"]
+    _write(model, {key: file for key, (file, _) in saved.items()})
+    model.set_adam_step(meta["step"])
     dist.barrier()
+    return int(meta["step"])
 
 
 def _index(folder: Path, shards: list[str]) -> dict[str, tuple[Path, tuple[int, ...]]]:
@@ -89,13 +85,13 @@ def _full_shape(parameter: torch.nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _read(learner: "DeepSpeedLearner") -> Iterator[tuple[str, torch.Tensor]]:
+def _read(model: ZeroModel) -> Iterator[tuple[str, torch.Tensor]]:
     """(collective) (kind/NAME, full tensor)."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    _make_moments(learner._engine.optimizer)
-    plain = _plain_state(learner)
-    for name, parameter in learner._model.named_parameters():
+    model.make_moments()
+    plain = model.plain_state()
+    for name, parameter in model.module.named_parameters():
         shape = _full_shape(parameter)
         weight = parameter.detach() if plain is not None else safe_get_full_fp32_param(parameter)
         yield f"weight/{name}", weight.reshape(shape)
@@ -105,21 +101,21 @@ def _read(learner: "DeepSpeedLearner") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def _write(learner: "DeepSpeedLearner", files: dict[str, Path]) -> None:
+def _write(model: ZeroModel, files: dict[str, Path]) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    optimizer = learner._engine.optimizer
-    _make_moments(optimizer)
-    plain = _plain_state(learner)
-    for name, parameter in learner._model.named_parameters():
+    optimizer = model.optimizer
+    model.make_moments()
+    plain = model.plain_state()
+    for name, parameter in model.module.named_parameters():
         weight = _tensor(files, f"weight/{name}")
         moments = {kind: _tensor(files, f"{kind}/{name}") for kind in MOMENTS}
         if hasattr(parameter, "ds_tensor"):
-            _write_shard(parameter.ds_tensor, weight, learner.rank)
-            _write_shard(optimizer._get_fp32_opt_state_partition(parameter, False)[0], weight, learner.rank)
+            _write_shard(parameter.ds_tensor, weight, model.rank)
+            _write_shard(optimizer._get_fp32_opt_state_partition(parameter, False)[0], weight, model.rank)
             for kind, moment in moments.items():
                 shard = optimizer._get_fp32_opt_state_partition(parameter, False, optim_state_key=kind)[0]
-                _write_shard(shard, moment, learner.rank)
+                _write_shard(shard, moment, model.rank)
             continue
         parameter.copy_(weight)
         if plain is None:
@@ -140,33 +136,3 @@ def _write_shard(shard: torch.Tensor, full: torch.Tensor, rank: int) -> None:
 def _tensor(files: dict[str, Path], key: str) -> torch.Tensor:
     with safe_open(files[key], framework="pt") as reader:
         return reader.get_tensor(key)
-
-
-def _plain_state(learner: "DeepSpeedLearner") -> Any:
-    """The per-parameter Adam state at stage 0 in fp32, where DeepSpeed puts nothing between; else None."""
-    optimizer = learner._engine.optimizer
-    return optimizer.state if isinstance(optimizer, torch.optim.AdamW) else None
-
-
-def _base(optimizer: Any) -> Any:
-    return optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optimizer
-
-
-def _make_moments(optimizer: Any) -> None:
-    """Adam makes its moments at the first step, and ZeRO links them to parameters in the middle of it; do both now."""
-    base = _base(optimizer)
-    flat = getattr(optimizer, "fp32_partitioned_groups_flat", None)  # stage 3 empties its parameter groups
-    for parameter in flat if flat is not None else [p for group in base.param_groups for p in group["params"]]:
-        state = base.state[parameter]
-        for kind in MOMENTS:
-            if kind not in state:
-                state[kind] = torch.zeros_like(parameter)
-        state.setdefault("step", torch.zeros((), dtype=torch.float32))
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-        optimizer._hp_optimizer_states_linked = False
-        optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _set_adam_step(optimizer: Any, step: int) -> None:
-    for state in _base(optimizer).state.values():
-        state["step"] = torch.tensor(float(step), dtype=torch.float32)
