@@ -8,8 +8,8 @@ import torch
 
 from cluster.node.beacons import BeaconWriter
 from cluster.node.wire_speed import Sink, SinkAddress, measure
-from engines.burn_in import examine
-from engines.replay import processor_kind
+from engines.elastic.burn_in import examine
+from engines.elastic.replay import processor_kind
 
 
 class BurningIn:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from engines.base import Batch, LossFn
-from engines.elastic import ElasticLearner
+from engines.elastic.learner import ElasticLearner
 
 BIT = 1 << 20
 """Of a float32: an eighth of its value, roughly."""

@@ -32,7 +32,7 @@ from cluster.node.exporter import Exporter
 from cluster.node.host_memory import AskStanding
 from cluster.workers.named_actors import end_group
 from engines.collectives.process_groups import host_store
-from engines.torch_learner import LlamaConfig
+from engines.elastic.torch_learner import LlamaConfig
 from infra.code_root import code_root
 from infra.errors import CheckpointError
 from infra.faults import VARIABLE

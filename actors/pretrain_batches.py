@@ -16,7 +16,7 @@ from data.mixture import SampleIds
 from data.tokenized import TokenWindows, document_segments
 from engines.base import Batch, LossFn
 from engines.collectives.ranks import Ranks
-from engines.torch_learner import TorchLearner
+from engines.elastic.torch_learner import TorchLearner
 
 NO_TARGET = -100
 SAMPLE_TOKENS = 512

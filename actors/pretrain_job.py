@@ -7,8 +7,8 @@ from actors.config import PretrainSettings
 from actors.handover import Folder, local
 from engines.collectives.process_groups import StoreAddress
 from engines.config import SnapshotSettings
-from engines.elastic import Recipe
-from engines.torch_learner import LlamaConfig
+from engines.elastic.learner import Recipe
+from engines.elastic.torch_learner import LlamaConfig
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import torch
 
 from actors.flips import answered_wrongly, flip_weight
 from engines.base import Batch, LossFn
-from engines.elastic import ElasticLearner
+from engines.elastic.learner import ElasticLearner
 from infra.faults import FaultSchedule
 
 BY_GENERATION = ("join", "load", "finish")

@@ -37,9 +37,9 @@ from cluster.node.wire_speed import SinkAddress
 from data.tokenized import TokenWindows
 from engines.collectives.join_signs import JoinSigns
 from engines.collectives.process_groups import Rendezvous, StoreAddress
-from engines.elastic import ElasticLearner
+from engines.elastic.learner import ElasticLearner
+from engines.elastic.torch_learner import TorchLearner
 from engines.snapshots import Peer, StoreSource
-from engines.torch_learner import TorchLearner
 from infra.errors import NodeLost, PeersUnreachable, RecuaError, ResourceError, StepError, StoreError
 from infra.storage import open_store
 

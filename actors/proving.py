@@ -5,8 +5,8 @@ from cluster.guard.proofs import Proof, judge
 from cluster.node.beacons import BeaconWriter
 from cluster.policies.corruption import is_due, plan_replay
 from engines.base import Batch, LossFn
-from engines.elastic import ElasticLearner
-from engines.replay import processor_kind, replay
+from engines.elastic.learner import ElasticLearner
+from engines.elastic.replay import processor_kind, replay
 
 
 class Prover:

@@ -84,7 +84,7 @@ def train(groups: Any, words: Connection) -> None:
     from engines.base import Batch
     from engines.collectives.ranks import Ranks
     from engines.config import LearnerSettings
-    from engines.torch_learner import LlamaConfig, build
+    from engines.elastic.torch_learner import LlamaConfig, build
 
     laps = [time.perf_counter()]
     ranks = groups.form(Ranks.over_all)
@@ -189,7 +189,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the victims")
     parser.add_argument("--output", type=Path, help="write the object here too")
     given = parser.parse_args(arguments)
-    import engines.torch_learner  # noqa: F401  before the ranks are forked, so that none imports torch again
+    import engines.elastic.torch_learner  # noqa: F401  before the ranks are forked, so that none imports torch again
 
     dice, before, started = random.Random(given.seed), os.getloadavg()[0], time.monotonic()
     rows = [row for _ in range(given.passes) for row in measure(given.most, dice)]

@@ -41,8 +41,8 @@ import torch.distributed.checkpoint as dcp
 from actors.pretrain_batches import next_token_loss
 from engines.collectives.ranks import Ranks
 from engines.config import LearnerSettings
+from engines.elastic.torch_learner import LlamaConfig, TorchLearner, build
 from engines.snapshots import Holder, Peer, ReplicaServer, Snapshots
-from engines.torch_learner import LlamaConfig, TorchLearner, build
 
 SEQUENCE = 512
 MICRO_BATCH = 4096

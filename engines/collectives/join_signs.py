@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class JoinSigns:
-    """Called by `engines.elastic.ElasticLearner.join`.
+    """Called by `engines.elastic.learner.ElasticLearner.join`.
 
     stage: the next part begins. All ranks go through the same ones in the same order: "form" and "wait" (for the
         others), "build" and "load" (its own work).

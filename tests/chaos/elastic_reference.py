@@ -22,7 +22,7 @@ from actors.config import PretrainSettings
 from actors.pretrain_batches import BatchLoader, next_token_loss
 from actors.pretrain_job import PretrainJob, recipe_of
 from engines.collectives.process_groups import Rendezvous, host_store
-from engines.elastic import ElasticLearner
+from engines.elastic.learner import ElasticLearner
 from models.llama import LlamaConfig
 from tests.chaos.elastic_program import MODEL, SEED
 from tests.chaos.elastic_run import settings_of

@@ -26,9 +26,9 @@ from data.mixture import Mixture, Source
 from engines.collectives.process_groups import Rendezvous, StoreAddress, host_store
 from engines.collectives.ranks import Ranks
 from engines.config import LearnerSettings
-from engines.elastic import ElasticLearner, Joined, Recipe
+from engines.elastic.learner import ElasticLearner, Joined, Recipe
+from engines.elastic.torch_learner import TorchLearner, build
 from engines.snapshots import Peer
-from engines.torch_learner import TorchLearner, build
 from infra.errors import NodeLost
 from models.llama import LlamaConfig
 

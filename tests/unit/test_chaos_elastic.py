@@ -37,7 +37,7 @@ from cluster.policies.snapshot import Restore
 from data.mixture import Mixture, Source
 from engines.collectives.process_groups import Rendezvous, StoreAddress, host_store
 from engines.config import LearnerSettings, SnapshotSettings
-from engines.elastic import ElasticLearner, Recipe
+from engines.elastic.learner import ElasticLearner, Recipe
 from engines.snapshots import ShardName, StoreSource, node_folder, sealed
 from infra.errors import ConfigError, PeersUnreachable, StepError, StoreError, SystemFault
 from infra.faults import FaultSchedule

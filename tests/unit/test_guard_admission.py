@@ -15,7 +15,7 @@ from cluster.guard.guard import Guard
 from cluster.node.health_watch import HealthWatch, Reading
 from cluster.node.rank_watch import Beat
 from cluster.node.wire_speed import Sink, SinkAddress, measure
-from engines import burn_in
+from engines.elastic import burn_in
 from infra.storage import open_store
 from tests.unit.guard_groups import running
 

@@ -18,7 +18,7 @@ from actors.rank_time import Aborted, RankTime
 from cluster.goodput.stopwatch import Stopwatch
 from engines.collectives.process_groups import ProcessGroups, Rendezvous, StoreAddress, host_store
 from engines.collectives.ranks import Ranks
-from engines.torch_learner import TorchLearner, build
+from engines.elastic.torch_learner import TorchLearner, build
 from infra.errors import NodeLost
 
 SLOW_S = 1.0
@@ -106,7 +106,7 @@ def two(monkeypatch: pytest.MonkeyPatch) -> Any:
             ours.append(end)
         return ours
 
-    importlib.import_module("engines.pipeline")
+    importlib.import_module("engines.elastic.pipeline")
     with quick_start():
         yield start
     for process in started:

@@ -23,7 +23,7 @@ from elastic_group import (
 from actors.pretrain_task import PretrainAgent
 from cluster.node.agent import AgentPlace
 from engines.config import SnapshotSettings
-from engines.elastic import Recipe
+from engines.elastic.learner import Recipe
 from engines.snapshots import ReplicaServer, SnapshotName, node_folder, sealed
 
 

@@ -27,7 +27,7 @@ from elastic_group import (
 from engines.collectives.join_signs import JoinSigns
 from engines.collectives.process_groups import Rendezvous, host_store
 from engines.config import SnapshotSettings
-from engines.elastic import ElasticLearner, Recipe
+from engines.elastic.learner import ElasticLearner, Recipe
 from engines.snapshots import SnapshotName, StoreSource, node_folder, sealed
 from infra.errors import NodeLost
 from infra.storage import FolderStore

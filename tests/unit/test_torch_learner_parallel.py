@@ -20,8 +20,8 @@ from data.tokenized import write_shards
 from engines.base import Batch
 from engines.collectives.ranks import Ranks
 from engines.config import LearnerSettings
-from engines.torch_learner import TorchLearner
-from engines.torch_learner import build as build_learner
+from engines.elastic.torch_learner import TorchLearner
+from engines.elastic.torch_learner import build as build_learner
 from infra.errors import CheckpointError
 from models.hf_format import to_hf_name
 from models.llama import Llama, LlamaConfig

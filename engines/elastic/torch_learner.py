@@ -18,13 +18,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Replicate
 
-from engines import random_state, state_folder
+from engines import random_state
 from engines.base import Batch, LossFn, StepOutput
 from engines.collectives.ranks import Ranks
 from engines.config import LearnerSettings
+from engines.elastic import state_folder
+from engines.elastic.sharded_adamw import MOMENTS, ShardedAdamW
 from engines.hf_folder import LICENCES, copy_files
 from engines.optimizer import learning_rate
-from engines.sharded_adamw import MOMENTS, ShardedAdamW
 from engines.snapshots import Piece, SnapshotReader, Snapshots, restore
 from infra.errors import CheckpointError
 from models.hf_format import to_hf_name
@@ -34,7 +35,7 @@ from models.tokenizer import Tokenizer, load_tokenizer
 from models.weights import read_tensors, save_hf
 
 if TYPE_CHECKING:
-    from engines.pipeline import Pipeline
+    from engines.elastic.pipeline import Pipeline
 
 __all__ = ["LlamaConfig", "TorchLearner", "build"]
 
@@ -339,7 +340,7 @@ class TorchLearner:
 
 
 def _pipeline(module: Llama, ranks: Ranks, settings: LearnerSettings) -> "Pipeline":
-    from engines.pipeline import Pipeline  # torch's schedules take 0.7 s of CPU to import
+    from engines.elastic.pipeline import Pipeline  # torch's schedules take 0.7 s of CPU to import
 
     return Pipeline(module, ranks, getattr(torch, settings.dtype))
 

@@ -15,7 +15,7 @@ import xxhash
 from torch.distributed.tensor import DTensor
 
 from engines.base import Batch, LossFn
-from engines.torch_learner import TorchLearner
+from engines.elastic.torch_learner import TorchLearner
 
 
 def replay(learner: TorchLearner, sample: Batch, loss_fn: LossFn) -> str:

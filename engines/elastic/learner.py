@@ -22,6 +22,7 @@ from engines.collectives.join_signs import JoinSigns
 from engines.collectives.process_groups import ProcessGroups, Rendezvous
 from engines.collectives.ranks import Ranks
 from engines.config import LearnerSettings, SnapshotSettings
+from engines.elastic.torch_learner import LlamaConfig, TorchLearner, build
 from engines.snapshots import (
     Flusher,
     FolderSource,
@@ -36,7 +37,6 @@ from engines.snapshots import (
     node_folder,
     unheard,
 )
-from engines.torch_learner import LlamaConfig, TorchLearner, build
 from infra.errors import CheckpointError, NodeLost
 from infra.storage import Store
 from models.tokenizer import load_tokenizer
@@ -125,7 +125,7 @@ class ElasticLearner:
     def warm_up(self) -> None:
         """Pay here, on standby, for what only the first step of a process costs: imports, mostly (about 2 s of CPU)."""
         if self.recipe.pipeline_parallel > 1:
-            import engines.pipeline  # noqa: F401
+            import engines.elastic.pipeline  # noqa: F401
         if self.recipe.tokenizer_dir is not None:
             load_tokenizer(self.recipe.tokenizer_dir)  # needed at the end, but what is wrong with it is said now
         groups = ProcessGroups(0, 0, 1, dist.HashStore(), device=self.device, address=self.address)
