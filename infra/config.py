@@ -122,7 +122,7 @@ def read_text(path: str | Path) -> str:
         ConfigError: the file is missing or is no text.
     """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).expanduser().read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"recipe {path}: no such file") from None
     except OSError as error:
@@ -168,10 +168,13 @@ def split_override(override: str) -> tuple[list[str], str]:
 def read_value(text: str, kind: Any) -> Any:
     """What `text` stands for where a value of `kind` (a type as in an annotation; Any where nothing is known) is
     wanted: what TOML reads in it, else the text itself - and the text where `kind` takes that and not what TOML reads.
-    Not validated. `True` and `False` count as TOML's, and `none` stands for None where `kind` has it."""
+    Not validated. `True` and `False` count as TOML's, and `none` stands for None where `kind` has it (in quotes it is a
+    text)."""
     value = _toml(text)
     if kind is Any or (isinstance(value, str) and value is not text):
         return value
+    if text.lower() in ("none", "null") and NoneType in _members(kind):
+        return None
     try:
         adapter = TypeAdapter(kind)
     except (PydanticUserError, NameError, TypeError):  # no type that values can be checked against
@@ -180,7 +183,7 @@ def read_value(text: str, kind: Any) -> Any:
         return value
     if _takes(adapter, text, strict=False):
         return text
-    return None if text.lower() in ("none", "null") and NoneType in _members(kind) else value
+    return value
 
 
 def kind_at(kind: Any, location: Sequence[str]) -> Any:

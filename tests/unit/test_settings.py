@@ -1,7 +1,8 @@
 """What recipes and --set say becomes what the settings' types ask for, or one line that names the setting."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from datetime import date
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -61,6 +62,8 @@ READ: list[tuple[str, Any]] = [
     ('text="1.10"', "1.10"),
     ("text=", ""),
     ("text=none", "none"),
+    ("name=none", None),
+    ("name='none'", "none"),
     ("text=a=b", "a=b"),
     ("name=1.10", "1.10"),
     ("count=1_000", 1000),
@@ -311,3 +314,49 @@ def test_every_kind_of_parameter_has_its_place() -> None:
         arguments_of(open_flow, {"first": 1}, "recipe")
     with pytest.raises(ConfigError, match=r"workflow open_flow takes \*rest; .* make it a parameter of its own"):
         arguments_of(open_flow, {"first": 1, "third": "a", "rest": [1]}, "recipe")
+
+
+@workflow
+def typed_flow(
+    colour: Colour = Colour.RED,
+    count: int = 1,
+    rates: list[float] = [],  # noqa: B006
+    counts: list[int] = [],  # noqa: B006
+    items: Iterable[int] = (),
+    wait_s: float = math.inf,
+    limit=None,  # type: ignore[no-untyped-def]
+    day: date | None = None,
+    kinds: set[str] | None = None,
+) -> None: ...
+
+
+def test_values_have_the_type_of_their_parameter_from_a_file_too() -> None:
+    tree = {"colour": "red", "count": 3.0, "rates": [1, 0.5], "counts": [2.0], "items": [1, 2]}
+    values = arguments_of(typed_flow, dict(tree), "r.toml", ("wait_s=inf", "limit=none"))[1]
+    assert values["colour"] is Colour.RED and repr(values["count"]) == "3" and values["items"] == [1, 2]
+    assert repr(values["rates"]) == "[1, 0.5]", "1 for a float stays 1: runs that have it keep their names"
+    assert repr(values["counts"]) == "[2]" and values["wait_s"] == math.inf and values["limit"] is None
+    with pytest.raises(ConfigError, match=r"^--set: count: "):
+        arguments_of(typed_flow, {}, "r.toml", ("count=nan",))
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("day=2026-01-01", r"^--set: day is a datetime.date, which .*; annotate it as str, and write it in quotes$"),
+        (
+            "limit=2026-01-01",
+            r"^--set: limit is a datetime.date, which .*; annotate it as str, and write it in quotes$",
+        ),
+        ("kinds=['a']", r"^--set: kinds is a builtins.set, which cannot be kept"),
+    ],
+)
+def test_what_no_run_can_keep_is_refused_by_its_parameter(override: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        arguments_of(typed_flow, {}, "recipe", (override,))
+
+
+def test_a_recipe_may_lie_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.toml").write_text("count = 3")
+    assert load("~/r.toml", Kinds).count == 3
