@@ -88,6 +88,11 @@ class InMemory(Off):
         assert newest is not None and not newest.problems, newest
 
 
+def _state(learner: TorchLearner) -> dict[str, torch.Tensor]:
+    """Weights, moments and step by global name: what a checkpoint of torch's holds."""
+    return {**learner.optimizer.state(), "step": torch.tensor(learner.step)}
+
+
 class DcpAsync(Off):
     """Staged in the training thread, written by another."""
 
@@ -97,7 +102,7 @@ class DcpAsync(Off):
 
     def begin(self) -> None:
         writer = dcp.FileSystemWriter(self.folder, sync_files=False, overwrite=True)
-        self._saved: Any = dcp.async_save(self.learner._state(), storage_writer=writer, no_dist=True)
+        self._saved: Any = dcp.async_save(_state(self.learner), storage_writer=writer, no_dist=True)
 
     def finish(self) -> None:
         self._saved.result()
@@ -111,7 +116,7 @@ class TorchSave(Off):
         self.file = file
 
     def begin(self) -> None:
-        torch.save(self.learner._state(), self.file)
+        torch.save(_state(self.learner), self.file)
 
 
 @dataclass

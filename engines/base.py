@@ -99,14 +99,6 @@ class Learner(Protocol):
         """(collective) A folder that plain transformers and vLLM load; rank 0 writes."""
         ...
 
-    def save_state(self, folder: Path) -> None:
-        """(collective) Everything needed to go on: weights, optimizer, schedule, step."""
-        ...
-
-    def load_state(self, folder: Path) -> None:
-        """(collective) The inverse of `save_state`; any world size."""
-        ...
-
     def close(self) -> None:
         """Free the model; the process can then build another learner."""
         ...

@@ -6,7 +6,6 @@ it saves has the parameters' names and global shapes, so that any other mesh loa
 
 import logging
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Replicate
 
 from engines import random_state
 from engines.base import Batch, LossFn, StepOutput
 from engines.collectives.ranks import Ranks
 from engines.config import LearnerSettings
-from engines.elastic import state_folder
 from engines.elastic.sharded_adamw import MOMENTS, ShardedAdamW
 from engines.hf_folder import LICENCES, copy_files
 from engines.optimizer import learning_rate
@@ -201,45 +197,6 @@ class TorchLearner:
             log.warning("the model is saved without a tokenizer: %s", error)
             return None
 
-    def save_state(self, folder: Path) -> None:
-        """(collective) Weights, optimizer and step as a DCP checkpoint, appearing under its name only when whole.
-
-        `folder` must be on a file system that all ranks see.
-        """
-        draft = state_folder.partial(folder)
-        if self.rank == 0:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        self.ranks.barrier()
-        writer = dcp.FileSystemWriter(draft, sync_files=True)
-        dcp.save(self._state(), storage_writer=writer, no_dist=self.ranks.mesh is None)
-        own = [file.name for file in draft.glob(f"__{self.rank}_*")]
-        if self.rank == 0:
-            own.append(".metadata")
-        files: dict[str, list] = {}
-        for part in self.ranks.gather(state_folder.checksums(draft, own)):
-            files.update(part)  # type: ignore[call-overload]
-        if self.rank == 0:
-            state_folder.seal(folder, files)
-        self.ranks.barrier()
-
-    def load_state(self, folder: Path) -> None:
-        """(collective) The inverse of `save_state`, from any mesh to this one.
-
-        Raises:
-            CheckpointError: the state is damaged, or is of a model with other parameters.
-        """
-        self._refuse_damaged(folder)
-        if self.snapshots is not None:
-            self.snapshots.settle()
-        state = self._state()
-        try:
-            dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=self.ranks.mesh is None)
-        except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"state {folder} does not fit this model: {error}") from error
-        self.step = int(state["progress.step"].item())
-        self.optimizer.updates = float(state["progress.updates"].item())
-
     def take_snapshot(self, due: bool = False) -> None:
         """Begin to copy the state before the next step, where `snapshots` is set and wants this step, or it is due."""
         if self.snapshots is not None:
@@ -273,14 +230,6 @@ class TorchLearner:
         self._pieces = self._pipeline = None
         del self.module
 
-    def _state(self) -> dict[str, torch.Tensor]:
-        """Everything needed to go on, by global name. Tensors are the live ones: loading writes into them."""
-        return {
-            **self.optimizer.state(),
-            "progress.step": torch.tensor(self.step),
-            "progress.updates": torch.tensor(self.optimizer.updates, dtype=torch.float64),
-        }
-
     def _progress(self) -> dict[str, Any]:
         return {
             "step": self.step,
@@ -290,17 +239,6 @@ class TorchLearner:
             "losses": self.losses,
             "random": random_state.capture(self.ranks.device),
         }
-
-    def _refuse_damaged(self, folder: Path) -> None:
-        problem = None
-        if self.rank == 0:
-            try:
-                state_folder.verify(folder)
-            except CheckpointError as error:
-                problem = str(error)
-        found = self.ranks.gather(problem)[0]
-        if found is not None:
-            raise CheckpointError(str(found))
 
     def _backward(self, micro_batches: Sequence[Batch], loss_fn: LossFn) -> dict[str, float]:
         """(collective) Add up the gradients of all micro-batches; their metric sums."""

@@ -51,13 +51,9 @@ def unheard(moment: str, rank: int, step: int) -> None:
 
 @dataclass(frozen=True)
 class Acknowledged:
-    """Snapshot `step` is sealed here; `problems` name the replicas that are missing. Times in seconds."""
+    """Snapshot `step` is sealed here; `problems` name the replicas that are missing."""
 
     step: int
-    data_bytes: int
-    copy_s: float
-    replicate_s: float
-    cpu_s: float
     problems: tuple[str, ...] = ()
 
 
@@ -191,7 +187,6 @@ class Snapshots:
 
     def _snapshot(self, job: _Job) -> Acknowledged:
         assert self.segments is not None
-        started, cpu = time.perf_counter(), time.thread_time()
         slot = self.segments.begin(job.step)
         pieces = [piece for piece in job.pieces if piece.tensor.numel()]
         half = len(pieces) // 2
@@ -207,21 +202,13 @@ class Snapshots:
                 slot.writer.write(index, source.data_ptr())
         path = self.segments.seal(slot, job.step, job.progress)
         self._note_digests(job.step, pieces, slot.writer.checksums)
-        copied = time.perf_counter()
         problems = []
         for holder in self.holders:
             try:
                 holder.put(self.segments.layout.name(job.step), path)
             except (StoreError, CheckpointError) as error:
                 problems.append(str(error))
-        return Acknowledged(
-            job.step,
-            self.segments.layout.data_bytes,
-            copied - started,
-            time.perf_counter() - copied,
-            time.thread_time() - cpu,
-            tuple(problems),
-        )
+        return Acknowledged(job.step, tuple(problems))
 
     def _note_digests(self, step: int, pieces: Sequence[Piece], checksums: Sequence[int]) -> None:
         folded: dict[str, Any] = defaultdict(xxhash.xxh3_64)

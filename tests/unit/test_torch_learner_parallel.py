@@ -1,4 +1,4 @@
-"""Sharded against whole: the same losses, gradient norms and weights from real gloo ranks; states that change mesh."""
+"""Sharded against whole: the same losses, gradient norms and weights from real gloo ranks; snapshots change mesh."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ from engines.collectives.ranks import Ranks
 from engines.config import LearnerSettings
 from engines.elastic.torch_learner import TorchLearner
 from engines.elastic.torch_learner import build as build_learner
+from engines.snapshots import FolderSource, SnapshotName, Snapshots, Sources
 from infra.errors import CheckpointError
 from models.hf_format import to_hf_name
 from models.llama import Llama, LlamaConfig
@@ -193,57 +194,47 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_applied_on_none(tmp_path: 
     assert on_ranks(poisoned, Layout(2), tmp_path) == [True] * 4
 
 
-def save_in_the_middle(layout: Layout, ranks: Ranks, folder: Path) -> dict[str, Any]:
+def snapshot_in_the_middle(layout: Layout, ranks: Ranks, folder: Path) -> dict[str, Any]:
     learner = build(layout, ranks)
     for step in range(2):
         take_step(learner, step, 1)
-    learner.save_state(folder / "state")
-    learner.save_state(folder / "state")  # replacing is fine
+    learner.snapshots = Snapshots(folder / "shards", "run", 0, ranks.rank, ranks.world_size)
+    learner.take_snapshot()
+    learner.snapshots.settle()
+    learner.snapshots.close()
+    learner.snapshots = None
     learner.save_hf(folder / "hf")
     return train(learner, start=2)
 
 
-def go_on(layout: Layout, ranks: Ranks, folder: Path) -> dict[str, Any]:
-    learner = build(layout, ranks)
-    learner.load_state(folder / "state")
+def load_halfway(learner: TorchLearner, folder: Path) -> TorchLearner:
+    learner.load_snapshot(Sources([FolderSource(folder / "shards")]).reader(SnapshotName(0, 2)))
     assert learner.step == 2
-    return train(learner, start=2)
+    return learner
 
 
-def halfway_model(folder: Path) -> torch.nn.Module:
-    learner = build(Layout(1), Ranks())
-    learner.load_state(folder / "state")
-    return learner.module
+def resume(layout: Layout, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    return train(load_halfway(build(layout, ranks), folder), start=2)
 
 
-def test_a_saved_state_goes_on_bitwise_and_on_any_other_mesh(tmp_path: Path) -> None:
-    saved = on_ranks(save_in_the_middle, Layout(2), tmp_path)
-    assert not list(tmp_path.glob("*.partial"))
-    again = on_ranks(go_on, Layout(2), tmp_path)
-    assert (again["loss"], again["norm"]) == (saved["loss"], saved["norm"])
-    assert all(torch.equal(again["weights"][name], tensor) for name, tensor in saved["weights"].items())
-    assert_same_run(on_ranks(go_on, Layout(2, fsdp=False), tmp_path), saved)
-    assert_same_run(on_ranks(go_on, Layout(2, tensor_parallel=2), tmp_path), saved)
-    alone = build(Layout(1), Ranks())
-    alone.load_state(tmp_path / "state")
-    assert_same_run(train(alone, start=2), saved)
-    exported = load_llama(tmp_path / "hf")
+def test_a_snapshot_resumes_bitwise_and_on_any_other_mesh(tmp_path: Path) -> None:
+    taken = on_ranks(snapshot_in_the_middle, Layout(2), tmp_path)
+    again = on_ranks(resume, Layout(2), tmp_path)
+    assert (again["loss"], again["norm"]) == (taken["loss"], taken["norm"])
+    assert all(torch.equal(again["weights"][name], tensor) for name, tensor in taken["weights"].items())
+    assert_same_run(on_ranks(resume, Layout(2, fsdp=False), tmp_path), taken)
+    assert_same_run(on_ranks(resume, Layout(2, tensor_parallel=2), tmp_path), taken)
+    alone = load_halfway(build(Layout(1), Ranks()), tmp_path)
     tokens = torch.arange(TOKENS)[None]
-    torch.testing.assert_close(exported(tokens), halfway_model(tmp_path)(tokens))
+    torch.testing.assert_close(load_llama(tmp_path / "hf")(tokens), alone.module(tokens))
+    assert_same_run(train(alone, start=2), taken)
 
 
-def test_a_damaged_or_foreign_state_is_refused(tmp_path: Path) -> None:
-    learner = build(Layout(1), Ranks())
-    learner.save_state(tmp_path / "state")
-    with pytest.raises(CheckpointError, match="does not fit"):
-        other = dataclasses.replace(config(tied=False), layers=3)
-        build_learner(other, SETTINGS, Ranks(), fsdp=False).load_state(tmp_path / "state")
-    file = next((tmp_path / "state").glob("*.distcp"))
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(CheckpointError, match="missing or damaged"):
-        learner.load_state(tmp_path / "state")
+def test_a_foreign_snapshot_is_refused(tmp_path: Path) -> None:
+    on_ranks(snapshot_in_the_middle, Layout(1), tmp_path)
+    other = dataclasses.replace(config(tied=False), layers=3)
+    with pytest.raises(CheckpointError, match="the snapshot has no"):
+        load_halfway(build_learner(other, SETTINGS, Ranks(), fsdp=False), tmp_path)
 
 
 def test_a_model_is_saved_whatever_became_of_its_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
