@@ -38,7 +38,7 @@ PLATFORM = {
     "alarm", "artifact_writer", "artifacts", "attempts", "batches", "bundle", "channel", "cli", "config", "definitions",
     "events", "executor", "fanout", "fingerprint", "futures", "gangs", "gc", "graph", "guarded", "history",
     "housekeeping", "identities", "indexer", "isolation", "journal", "keywords", "kinds", "known", "launch", "listing",
-    "local_ray", "loop", "marks", "names", "outcome", "output", "paths", "placement", "planning", "progress", "reaper",
+    "loop", "marks", "names", "outcome", "output", "paths", "placement", "planning", "progress",
     "report", "report_groups", "report_page", "runs", "saved", "session", "source", "status", "step_context", "survey",
     "taken", "takeover", "values", "waits", "why", "worker",
 }  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 
 from infra.bundles import unplaceable
 from infra.errors import ResourceError, StoreError
+from infra.local_ray import LocalRay, RayServers, connect
 from infra.machine import require_ray_token
 from infra.storage import Store
 from workflows.batches import bootstrap
@@ -21,7 +22,6 @@ from workflows.config import RunSettings
 from workflows.gangs import GangAttempt, Gangs
 from workflows.graph import StepOptions
 from workflows.isolation import MOST_TASKS
-from workflows.local_ray import LocalRay, RayServers, connect
 from workflows.names import import_roots
 
 NODES_AGE_S = 5.0
@@ -36,7 +36,7 @@ Done = Callable[[bytes | None, BaseException | None], None]
 
 class Placement:
     """Attempts on Ray. Used from the executor's loop thread only, but for `close`. Where it starts a Ray of its own it
-    owns it: see workflows.local_ray for `on_lost`, `on_back` and `on_error`."""
+    owns it: see infra.local_ray for `on_lost`, `on_back` and `on_error`."""
 
     def __init__(
         self,
@@ -75,13 +75,15 @@ class Placement:
             if not ray.is_initialized() and address and address != "local":
                 options = {name: value for name, value in self._settings.ray_options.items() if name in JOINING}
                 require_ray_token(address, "ray_address")
-                connect(f"ray_address={address}", address=address, **options)
+                connect(ray, f"ray_address={address}", address=address, **options)
                 self._joined = True
             elif not ray.is_initialized():
                 self._local = LocalRay(
-                    RayServers(self._settings.ray_options),
+                    RayServers(ray, self._settings.ray_options),
                     self._settings.local_ray_restarts,
                     self._settings.retry_window_s,
+                    "run",
+                    "What is committed stays: run it again to go on",
                     self._on_lost,
                     self._on_back,
                     self._on_error,

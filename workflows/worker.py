@@ -19,6 +19,7 @@ from typing import Any
 
 from infra import faults
 from infra.errors import FencedError, SystemFault
+from infra.reaper import Reaper
 from infra.storage import Store, open_store
 from workflows.alarm import Alarm
 from workflows.artifacts import ArtifactSource
@@ -29,7 +30,6 @@ from workflows.journal import fenced, latest_lease
 from workflows.names import load_name
 from workflows.outcome import describe
 from workflows.output import Output
-from workflows.reaper import Reaper
 from workflows.step_context import StepContext, enter
 from workflows.values import decode, encode
 

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 from infra.errors import RecuaError
+from infra.reaper import LOCAL_RAY
 from workflows import session
 from workflows.config import RunSettings
 from workflows.events import Event
 from workflows.graph import Gang, step, workflow
-from workflows.reaper import LOCAL_RAY
 from workflows.step_context import context
 
 DEADLINE_S = 300.0

@@ -15,9 +15,9 @@ import keeping_program as program
 import pytest
 
 from infra.processes import process_start
+from infra.reaper import LOCAL_RAY, marked
 from workflows import session
 from workflows.config import RunSettings
-from workflows.reaper import LOCAL_RAY, marked
 
 Start = Callable[..., subprocess.Popen[str]]
 

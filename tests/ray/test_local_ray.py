@@ -17,9 +17,9 @@ import local_ray_program as program
 import pytest
 
 from infra.processes import process_start
+from infra.reaper import LOCAL_RAY, marked
 from infra.storage import open_store
 from workflows.journal import lease_key
-from workflows.reaper import LOCAL_RAY, marked
 from workflows.runs import load_run
 
 SERVERS = {

@@ -209,7 +209,7 @@ def test_the_reaper_does_its_work_although_it_was_killed_or_its_worker_ends_its_
     """A Ray worker that is told to end kills its direct children first, the reaper was one of them."""
     program = """
 import os, subprocess, sys, time
-from workflows.reaper import Reaper
+from infra.reaper import Reaper
 reaper = Reaper()
 reaper.begin(None, sys.argv[1], "", "")
 os.mkdir(sys.argv[1])

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 
 from infra.errors import ConfigError, NodeLost, SystemFault
+from infra.local_ray import LocalRay
 from workflows import attempts, session
 from workflows.config import RunSettings
 from workflows.events import Event
 from workflows.graph import StepOptions, step, workflow
-from workflows.local_ray import LocalRay
 from workflows.placement import Done
 
 DEADLINE_S = 60.0
+OWNER = ("run", "What is committed stays: run it again to go on")
 
 
 class Stand:
@@ -64,7 +65,7 @@ class Watched:
         self.errors: list[BaseException] = []
         self.back = threading.Semaphore(0)
         self.failed = threading.Event()
-        self.ray = LocalRay(servers, restarts, window_s, self.lost.append, self.back.release, self._on_error)
+        self.ray = LocalRay(servers, restarts, window_s, *OWNER, self.lost.append, self.back.release, self._on_error)
 
     def wait_until_back(self) -> None:
         assert self.back.acquire(timeout=DEADLINE_S)

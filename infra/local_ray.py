@@ -1,8 +1,10 @@
-"""The Ray that a run starts on its own machine: it is watched, and where it dies another one is started.
+"""The Ray that a process starts on its own machine: it is watched, and if it dies another one is started.
 
 A Ray of one machine is gone with its raylet or with its GCS, and Ray ends a raylet whose dashboard agent or runtime-env
 agent died. The driver owns this Ray, so that costs no more than the time of another start. Left alone, a Ray without
 raylet has no node, and one without GCS never answers and ends the driver's process after a minute (Ray 2.60).
+
+The module `ray` is an argument: nothing in `infra` imports it.
 
 Who waits for whom. One thread starts Ray, waits for the end of one of its servers, takes down what is left and starts
 another; a local Ray's processes die with the thread that started them. It waits for nobody but Ray. From the end of a
@@ -19,7 +21,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from infra.errors import ConfigError, SystemFault
-from workflows.reaper import Guardian
+from infra.reaper import Guardian
 
 SERVERS = {"raylet": "raylet", "gcs_server": "GCS"}
 """The servers that a Ray cannot live without: Ray's name and ours."""
@@ -42,7 +44,7 @@ class Servers(Protocol):
 
 
 class LocalRay:
-    """Starts a Ray, and returns when it runs.
+    """Starts a Ray for its `owner` ("run"), and returns when it runs.
 
     `on_lost(message)`: it died, and another one is being started; `on_back()`: that one runs. `on_error(error)`: it
     died more often than `restarts` times, where a Ray that lived for longer than `window_s` is the first one that
@@ -57,6 +59,8 @@ class LocalRay:
         servers: Servers,
         restarts: int,
         window_s: float,
+        owner: str,
+        way_on: str,
         on_lost: Callable[[str], None],
         on_back: Callable[[], None],
         on_error: Callable[[BaseException], None],
@@ -64,6 +68,8 @@ class LocalRay:
         self._servers = servers
         self._most = restarts
         self._window_s = window_s
+        self._name = f"the local Ray of this {owner}"
+        self._way_on = way_on
         self._on_lost = on_lost
         self._on_back = on_back
         self._on_error = on_error
@@ -172,7 +178,7 @@ class LocalRay:
             too_often = self._restarts >= self._most
             if not self._leaving and not too_often:
                 count = f"start {self._restarts + 1} of local_ray_restarts={self._most}"
-                self._on_lost(f"the local Ray of this run is gone ({reason}); another one is started ({count})")
+                self._on_lost(f"{self._name} is gone ({reason}); another one is started ({count})")
             self._servers.stop()
             if self._leaving:
                 return
@@ -190,28 +196,27 @@ class LocalRay:
 
     def _too_often(self, reason: str) -> SystemFault:
         return SystemFault(
-            f"the local Ray of this run is gone ({reason}), and local_ray_restarts={self._most} allows no other one "
-            f"within retry_window_s={self._window_s:g}; Ray's logs: {self._servers.logs()}. What is committed stays: "
-            "run it again to go on, with --local-ray-restarts for more"
+            f"{self._name} is gone ({reason}), and local_ray_restarts={self._most} allows no other one "
+            f"within retry_window_s={self._window_s:g}; Ray's logs: {self._servers.logs()}. "
+            f"{self._way_on}, with --local-ray-restarts for more"
         )
 
 
 class RayServers:
     """Servers of `ray.init(address="local", **options)`."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, ray: Any, options: dict[str, Any]) -> None:
+        self._ray = ray
         self._options = {"include_dashboard": False, **options}
         self._guardian: Guardian | None = None
         self._gcs = 0
         self._logs = ""
 
     def start(self) -> dict[str, int]:
-        from ray._private import worker
-
         self._guardian = Guardian()
         with self._guardian.guarding():
-            connect("a local Ray", address="local", **self._options)
-        node: Any = worker.global_worker.node
+            connect(self._ray, "a local Ray", address="local", **self._options)
+        node = self._worker().node
         self._logs = node.get_logs_dir_path()
         pids = {ours: node.all_processes[name][0].process.pid for name, ours in SERVERS.items()}
         self._gcs = pids["GCS"]
@@ -220,19 +225,15 @@ class RayServers:
     def kill(self) -> None:
         """The GCS, where it lives, goes last: a driver that leaves without it waits for it, up to 15 s. What Ray would
         print here is what the run says in one line, with a page of Ray's own state twice."""
-        from ray._private import worker
-
         assert self._guardian is not None
-        connected: Any = worker.global_worker
+        connected = self._worker()
         connected.threads_stopped.set()
         connected.gcs_error_subscriber.close()
         self._guardian.kill(spare=self._gcs)
 
     def stop(self) -> None:
-        import ray
-
         try:
-            ray.shutdown()
+            self._ray.shutdown()
         finally:
             if self._guardian is not None:
                 self._guardian.close()
@@ -240,16 +241,17 @@ class RayServers:
     def logs(self) -> str:
         return self._logs
 
+    def _worker(self) -> Any:
+        return self._ray._private.worker.global_worker
 
-def connect(where: str, **options: Any) -> None:
+
+def connect(ray: Any, where: str, **options: Any) -> None:
     """`ray.init`.
 
     Raises:
         ConfigError: no Ray there, or it refuses the options.
         SystemFault: it did not start in time.
     """
-    import ray
-
     try:
         ray.init(**{"logging_level": logging.ERROR, "log_to_driver": False, **options})
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
