@@ -6,11 +6,16 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
+from infra.local_ray import connect
 from infra.machine import require_ray
 from serving.client import RecuaClient
 from serving.config import ServingSettings
 from serving.errors import RequestError
+
+if TYPE_CHECKING:
+    from serving.app import Endpoint
 
 Say = Callable[[str], None]
 
@@ -20,33 +25,65 @@ def serve_forever(
     settings: ServingSettings,
     weight_version: str | None = None,
     ray_address: str = "local",
+    local_ray_restarts: int = 3,
+    restart_window_s: float = 600.0,
     say: Say = print,
 ) -> None:
     """Serve a model folder until Ctrl-C or SIGTERM, then drain and leave no process behind.
 
-    `weight_version` defaults to a digest of the folder. `ray_address` "local" starts a Ray of its own; another address
-    joins that cluster and on Ctrl-C takes down only this endpoint. Raises what `serving.app.deploy` raises.
-    """
-    import ray
+    `weight_version` defaults to a digest of the folder. `ray_address` "local" starts a Ray of its own, and another one
+    when it dies, up to `local_ray_restarts` times (one that lived for `restart_window_s` is the first that counts
+    again); another address joins that cluster and on Ctrl-C takes down only this endpoint.
 
-    from serving.app import deploy, shutdown
-    from serving.preflight import check_model_folder, folder_digest
+    Raises:
+        ConfigError: no Ray at the address. SystemFault: too many of its own died.
+        KeyboardInterrupt: interrupted before it served. And what `serving.app.deploy` raises.
+    """
+    from serving.preflight import check_model_folder, folder_digest, without_chat
 
     check_model_folder(model_folder)
     require_ray(ray_address, "--address")
+    if warning := without_chat(model_folder, settings):
+        say(f"warning: {warning}")
+    version = weight_version or folder_digest(model_folder)
+
+    def on_up(endpoint: "Endpoint") -> None:
+        say(_greeting(endpoint.grpc_address, endpoint.http_url, endpoint.model, endpoint.weight_version, settings))
+
+    if ray_address == "local":
+        from serving.own_ray import LocalEndpoint
+
+        LocalEndpoint(model_folder, version, settings, on_up, say).serve(local_ray_restarts, restart_window_s)
+    else:
+        _serve_on_cluster(model_folder, version, settings, ray_address, on_up, say)
+    say("stopped")
+
+
+def _serve_on_cluster(
+    folder: Path,
+    weight_version: str,
+    settings: ServingSettings,
+    ray_address: str,
+    on_up: Callable[["Endpoint"], None],
+    say: Say,
+) -> None:
+    import ray
+
+    from serving.app import deploy, shutdown
+
     stop = threading.Event()
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    ray.init(address=ray_address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    connect(ray, f"--address {ray_address}", address=ray_address, logging_level=logging.WARNING)
     try:
-        say(f"loading {model_folder} into {settings.replicas} replica(s) ...")
-        endpoint = deploy(model_folder, weight_version or folder_digest(model_folder), settings)
+        say(f"loading {folder} into {settings.replicas} replica(s) ...")
+        endpoint = deploy(folder, weight_version, settings)
 
         def on_signal(number: int, frame: FrameType | None) -> None:
             stop.set()
 
         for number in previous:
             signal.signal(number, on_signal)
-        say(_greeting(endpoint.grpc_address, endpoint.http_url, endpoint.model, endpoint.weight_version, settings))
+        on_up(endpoint)
         stop.wait()
         say("draining: new requests are refused, those in flight finish ...")
         shutdown(endpoint, settings.drain_timeout_s)
@@ -54,7 +91,6 @@ def serve_forever(
         ray.shutdown()
         for number, handler in previous.items():
             signal.signal(number, handler)
-    say("stopped")
 
 
 def _greeting(grpc_address: str, http_url: str, model: str, weight_version: str, settings: ServingSettings) -> str:

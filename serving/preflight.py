@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import ray
 
+from engines.chat import own_template
 from engines.hf_folder import refuse_parts
 from infra.errors import CheckpointError, ResourceError
 from serving.config import ServingSettings
@@ -40,6 +41,20 @@ def check_model_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder}: no *.safetensors file")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise CheckpointError(f"{folder}: no tokenizer files")
+
+
+def without_chat(folder: Path, settings: ServingSettings) -> str:
+    """Why chats at this endpoint will be refused, in one line that names the file to add; "" if they will not be."""
+    if any(argument.startswith("--chat-template") for argument in settings.engine.extra_args):
+        return ""
+    try:
+        reason = "" if own_template(folder) else f"{folder}: no chat template"
+    except CheckpointError as error:
+        reason = str(error)
+    return reason and (
+        f"{reason}: chats will be refused with 400, completions work; add {folder / 'chat_template.jinja'}, or serve a "
+        "folder that recua trained on conversations"
+    )
 
 
 def folder_digest(folder: Path) -> str:

@@ -87,7 +87,7 @@ def store_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def restarts_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--local-ray-restarts, the same wherever a run may start a Ray of its own."""
+    """--local-ray-restarts, the same wherever a Ray of our own may be started."""
     return click.option(
         "--local-ray-restarts",
         type=click.IntRange(min=0),
@@ -409,6 +409,7 @@ def goodput(run_id: str, store: str | None, as_json: bool) -> None:
 @click.option("--http-port", type=int, help="Port of the OpenAI-compatible server; 0: any free one.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any setting of the serving section.")
 @click.option("--address", default="local", metavar="local|auto|ray://...", help="Ray to use  [default: local].")
+@restarts_option
 def serve(
     artifact: str,
     store: str | None,
@@ -416,6 +417,7 @@ def serve(
     http_port: int | None,
     overrides: tuple[str, ...],
     address: str,
+    local_ray_restarts: int | None,
 ) -> None:
     """Serve ARTIFACT until Ctrl-C: a model folder, a RUN, RUN:STEP, or the first digits of an artifact's digest."""
     from infra.config import load
@@ -426,8 +428,9 @@ def serve(
     ports = {"grpc_port": grpc_port, "http_port": http_port}
     given = [f"{name}={port}" for name, port in ports.items() if port is not None]
     settings = load(None, ServingSettings, [*overrides, *given])
-    folder, version = find_model(artifact, _settings(store=store))
-    serve_forever(folder, settings, version, ray_address=address, say=click.echo)
+    run = _settings(store=store, local_ray_restarts=local_ray_restarts)
+    folder, version = find_model(artifact, run)
+    serve_forever(folder, settings, version, address, run.local_ray_restarts, run.retry_window_s, say=click.echo)
 
 
 @main_group.command()

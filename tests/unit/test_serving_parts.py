@@ -16,10 +16,10 @@ from infra.config import validate
 from infra.errors import CheckpointError, ConfigError, ResourceError
 from serving.auth import TokenAuthority, read_tokens, token_digests
 from serving.client import RecuaClient
-from serving.config import ServingSettings
+from serving.config import ServingEngineSettings, ServingSettings
 from serving.errors import RequestError
 from serving.openai import Door
-from serving.preflight import check_model_folder, folder_digest, pick_ports
+from serving.preflight import check_model_folder, folder_digest, pick_ports, without_chat
 from serving.protocol import SERVICE, STREAM_METHODS, UNARY_METHODS, messages
 
 
@@ -165,6 +165,22 @@ def test_incomplete_model_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
     with pytest.raises(CheckpointError, match="holds an adapter"):
         check_model_folder(tmp_path)
+
+
+def test_a_folder_without_a_chat_template_names_the_file_to_add(tmp_path: Path) -> None:
+    said = without_chat(tmp_path, ServingSettings())
+    assert str(tmp_path / "chat_template.jinja") in said and "completions work" in said and "\n" not in said
+    given = ServingEngineSettings(extra_args=("--chat-template", "x.jinja"))
+    assert without_chat(tmp_path, ServingSettings(engine=given)) == ""
+
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": [{"name": "tool_use", "template": "{{ messages }}"}]}))
+    assert "names no default, only tool_use: chats will be refused" in without_chat(tmp_path, ServingSettings())
+    config.write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert without_chat(tmp_path, ServingSettings()) == ""
+    config.write_text("{}")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert without_chat(tmp_path, ServingSettings()) == ""
 
 
 def test_folder_digest_follows_content_and_names_only(tmp_path: Path) -> None:
