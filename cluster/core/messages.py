@@ -92,15 +92,6 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class JoinFailed:
-    """A living worker could not join (rendezvous, restore)."""
-
-    generation: int
-    workers: Collection[str]
-    reason: str
-
-
-@dataclass(frozen=True)
 class JoinMoved:
     """Some worker gets on, on its way into the generation."""
 
@@ -133,15 +124,6 @@ class SnapshotHeld:
     step: int
     world_size: int
     shards_on: Mapping[str, Iterable[int]]
-
-
-@dataclass(frozen=True)
-class SnapshotRefused:
-    """A reader found this copy damaged."""
-
-    step: int
-    shard: int
-    node: str
 
 
 @dataclass(frozen=True)
@@ -221,7 +203,7 @@ class Tick:
 
 Event = (
     WorkersReady | WorkersRefused | BurnInFailed | WorkersLost | NodesLost | PeersApart | Suspected | AbortAcked
-    | Joined | JoinFailed | JoinMoved | Progress | BoundaryReached | SnapshotHeld | SnapshotRefused | SnapshotFlushed
+    | Joined | JoinMoved | Progress | BoundaryReached | SnapshotHeld | SnapshotFlushed
     | NodesDraining | NodesCleared | Evict | RollBack | Inventory | Finished | Tick
 )  # fmt: skip
 

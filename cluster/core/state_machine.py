@@ -79,7 +79,6 @@ class Controller:
         self._respawn_at = float("-inf")
         self._paused_at = self._running_since = 0.0
         self._boundary: int | None = None
-        self._planned = True
         self._said: dict[str, str] = {}
         self._wait_until: float | None = None
         self._formed = False
@@ -92,12 +91,10 @@ class Controller:
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             m.WorkersReady: self._ready, m.WorkersRefused: self._refused, m.BurnInFailed: self._burn_in_failed,
             m.WorkersLost: self._workers_lost, m.NodesLost: self._nodes_lost, m.Suspected: self._suspected,
-            m.PeersApart: self._peers_apart,
-            m.AbortAcked: self._abort_acked, m.Joined: self._joined, m.JoinFailed: self._join_failed,
-            m.JoinMoved: self._join_moved,
-            m.Progress: self._progress, m.BoundaryReached: self._boundary_reached,
-            m.SnapshotHeld: self._snapshot_held, m.SnapshotRefused: self._snapshot_refused,
-            m.SnapshotFlushed: self._snapshot_flushed, m.NodesDraining: self._nodes_draining, m.Evict: self._evict,
+            m.PeersApart: self._peers_apart, m.AbortAcked: self._abort_acked, m.Joined: self._joined,
+            m.JoinMoved: self._join_moved, m.Progress: self._progress, m.BoundaryReached: self._boundary_reached,
+            m.SnapshotHeld: self._snapshot_held, m.SnapshotFlushed: self._snapshot_flushed,
+            m.NodesDraining: self._nodes_draining, m.Evict: self._evict,
             m.NodesCleared: self._nodes_cleared, m.RollBack: self._roll_back, m.Inventory: self._inventory,
             m.Finished: self._finished, m.Tick: lambda event, now: None,
         }  # fmt: skip
@@ -293,7 +290,7 @@ class Controller:
         if self.phase == "running":
             self._pause(now)
         self.faults_without_progress += counted
-        self.phase, self.reason, self._planned = "aborting", reason, not counted
+        self.phase, self.reason = "aborting", reason
         self._awaiting = set(self.roster.joined)
         self._deadline = now + self.settings.abort_timeout_s
         if self._awaiting:
@@ -338,10 +335,9 @@ class Controller:
 
     def _advance(self, now: float) -> None:
         """Go on if nothing is awaited any more."""
-        if self.phase == "aborting" and not self._awaiting:
-            self._reform(now)
-        elif self.phase == "stopping" and not self._awaiting and self._boundary in self._restorable():
-            self._planned = True
+        if self._awaiting:
+            return
+        if self.phase == "aborting" or (self.phase == "stopping" and self._boundary in self._restorable()):
             self._reform(now)
 
     def _restorable(self) -> set[int]:
@@ -426,10 +422,6 @@ class Controller:
         if event.generation == self.generation and self.phase == "forming":
             self._deadline = now + self.settings.join_timeout_s
 
-    def _join_failed(self, event: m.JoinFailed, now: float) -> None:
-        if event.generation == self.generation and self.phase == "forming":
-            self._fault(event.reason, now)
-
     # ---- while running
 
     def _progress(self, event: m.Progress, now: float) -> None:
@@ -458,9 +450,6 @@ class Controller:
     def _on_trajectory(self, generation: int, step: int) -> bool:
         """What a generation saved after a later one's start belongs to a discarded future."""
         return all(step <= start for later, start in self.joins.items() if later > generation)
-
-    def _snapshot_refused(self, event: m.SnapshotRefused, now: float) -> None:
-        self.book.refuse(event.step, event.shard, event.node)
 
     def _snapshot_flushed(self, event: m.SnapshotFlushed, now: float) -> None:
         if self._on_trajectory(event.generation, event.step):  # an older generation's may have taken its time

@@ -7,8 +7,7 @@ last (one aligned 8-byte store).
 
 import struct
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from cluster.goodput.buckets import BUCKETS, Ledger
 
@@ -63,18 +62,6 @@ class Stopwatch:
         self._close()
         self._open = NONE
         self._write()
-
-    @contextmanager
-    def during(self, bucket: str) -> Iterator[None]:
-        """`enter(bucket)`, and afterwards back to the bucket of before."""
-        before = self._open
-        self.enter(bucket)
-        try:
-            yield
-        finally:
-            self._close()
-            self._open = before
-            self._write()
 
     def begin_step(self, recomputing: bool = False) -> None:
         """A step starts; `recomputing`: it had been committed before a fault undid it."""

@@ -73,8 +73,6 @@ class Beat:
     sights: tuple[Sight, ...] = ()
     shards: tuple[Shard, ...] = ()
     rows: tuple[Mapping[str, Any], ...] = ()
-    busiest_gap_s: float = 0.0
-    """Longest time since the last beat in which the agent itself did not get the processor."""
     notice: Notice | None = None
     """That the node will go."""
     sent_at: float = 0.0
@@ -143,7 +141,7 @@ class NodeWatch:
         self._gone: list[RankAccount] = []
         self._kept: dict[int, Mapping[str, Any]] = {}
         self._news = threading.Condition()
-        self._number, self._gap_s, self._progress_at = 0, 0.0, 0.0
+        self._number, self._progress_at = 0, 0.0
         self._poll = select.poll()
         self._ended = False
         self._failure: BaseException | None = None
@@ -160,13 +158,12 @@ class NodeWatch:
             now, sent_at = time.monotonic(), time.time()
             watched = list(self._watched.values())
             sights = tuple(_sight(one, now) for one in watched)
-            gap, self._gap_s = self._gap_s, 0.0
             number = self._number
             rows = self._kept_from(first_row, row_floor)
         for one in watched:
             rows += one.reader.rows(first_row + len(rows), row_floor)
         del rows[ROWS_A_BEAT:]
-        return Beat(self.node, number, sights, tuple(self.shards()), tuple(rows), gap, sent_at=sent_at)
+        return Beat(self.node, number, sights, tuple(self.shards()), tuple(rows), sent_at=sent_at)
 
     def keep_rows(self) -> None:
         """Keep the outcomes that the beacons hold: they have room for the last `ROWS` only. For an agent that nobody
@@ -274,7 +271,6 @@ class NodeWatch:
             dead = {descriptor for descriptor, _ in self._poll.poll(self.period_s * 1000)}
             now = time.monotonic()
             ran_s = min(now - last, 3 * self.period_s)
-            self._gap_s = max(self._gap_s, now - last)
             last = now
             urgent = self._bury(dead, now) or self._number == 0  # the first look is news
             if now - scanned_at > SCAN_PERIOD_S:

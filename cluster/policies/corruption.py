@@ -55,13 +55,6 @@ def plan_replay(step: int, nodes: Sequence[str], seed: int = 0) -> Replay | None
     return Replay(step, checked, dice.choice(others)) if others else None
 
 
-def arbiter(undecided: Sequence[int], nodes: Sequence[str]) -> int | None:
-    """The first rank on a node of none of `undecided`; on two nodes another rank of either; None: nobody is left."""
-    taken = {nodes[rank] for rank in undecided}
-    free = [rank for rank in range(len(nodes)) if rank not in undecided]
-    return next((rank for rank in free if nodes[rank] not in taken), free[0] if free else None)
-
-
 def judge_digests(step: int, groups: Sequence[Mapping[int, str]], settings: ElasticSettings) -> Verdict:
     """One mapping {rank: digest} per set of ranks that must agree (holders of a shard, or a replay and its origin)."""
     guilty: list[int] = []

@@ -90,19 +90,6 @@ class Restore:
     """Which generation took it: node agents keep snapshots by (generation, step)."""
     on: Mapping[str, Iterable[int]] = field(default_factory=dict, compare=False, repr=False)
 
-    def sources(self, node: str) -> dict[int, tuple[str, ...]]:
-        """Where a reader on `node` tries to get each shard, in order: "own", then "peer:NODE", at last "storage".
-
-        A copy may prove damaged when it is read; the next source is then taken. Empty unless `source` is "memory".
-        """
-        if self.source != "memory":
-            return {}
-        found: dict[int, list[str]] = {shard: [] for shard in range(self.world_size)}
-        for holder in sorted(self.on, key=lambda holder: (holder != node, holder)):
-            for shard in self.on[holder]:
-                found[shard].append("own" if holder == node else f"peer:{holder}")
-        return {shard: (*places, "storage") for shard, places in found.items()}
-
 
 class SnapshotBook:
     """Snapshots of this run's present trajectory, by step.
@@ -145,11 +132,6 @@ class SnapshotBook:
             for snapshot in self.snapshots.values():
                 snapshot.drop(node, snapshot.on.get(node, ()))
                 snapshot.on.pop(node, None)
-
-    def refuse(self, step: int, shard: int, node: str) -> None:
-        """A reader found this copy damaged (checksum): it counts as gone."""
-        if step in self.snapshots:
-            self.snapshots[step].drop(node, (shard,))
 
     def truncate(self, step: int) -> None:
         """Training goes back to `step`: what is newer belongs to a discarded future."""

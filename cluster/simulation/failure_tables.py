@@ -149,12 +149,6 @@ def read_spot_trace(path: Path) -> tuple[list[Fault], float]:
     return sorted(faults, key=lambda fault: fault.time), max(fault.time for fault in faults)
 
 
-def expected_counts(table: FailureTable, gpus: int, days: float) -> dict[str, float]:
-    """What the published rates predict for this size and time."""
-    scale = gpus / table.gpus * days / table.days
-    return {cause.name: cause.count * scale for cause in table.causes}
-
-
 def observed_counts(faults: Sequence[Fault]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for fault in faults:

@@ -127,7 +127,7 @@ class World:
                 found = {self.lineage_of(source, shard) for shard in range(source.world_size)}
                 assert len(found - {-2}) <= 1, f"step {source.step} is not whole in memory: {found}"
                 if -2 in found:
-                    self.pending.append(m.JoinFailed(command.generation, (worker,), "a shard has no copy"))
+                    self.pending.append(m.Suspected(command.generation, (), "a shard has no copy"))
                     return
                 process.lineage = found.pop()
             elif source.source == "storage":
@@ -467,7 +467,6 @@ def test_messages_of_an_older_generation_are_dropped(world: World) -> None:
         m.Progress(1, 99, 1.0),
         m.BoundaryReached(1, 99, world.members),
         m.RollBack(1, 0, WHY),
-        m.JoinFailed(1, world.members, "late"),
         m.SnapshotHeld(1, 99, 8, {"n0": set(range(8))}),
         m.Finished(1, 99),
     ):

@@ -7,7 +7,7 @@ import pytest
 from cluster.config import ElasticSettings
 from cluster.core import messages as m
 from cluster.core.state_machine import Controller
-from cluster.policies.corruption import arbiter, is_due, judge_digests, plan_replay
+from cluster.policies.corruption import is_due, judge_digests, plan_replay
 from cluster.policies.rollback import SavedState, after_corruption
 from cluster.policies.straggler import decide_straggler, slow_ranks
 
@@ -44,13 +44,7 @@ def test_replays_go_to_another_node_the_same_for_everyone_and_reach_every_rank()
     assert [step for step in range(25) if is_due(step, SETTINGS)] == [10, 20]
 
 
-def test_the_arbiter_shares_no_node_with_the_two_where_that_is_possible() -> None:
-    assert arbiter((0, 2), NODES) == 4
-    assert arbiter((0, 2), NODES[:4]) == 1
-    assert arbiter((0, 1), ["a", "b"]) is None
-
-
-def test_a_wrong_rank_is_found_by_replay_and_arbiter_and_the_run_goes_back_to_verified_state_without_it() -> None:
+def test_a_wrong_rank_is_found_by_replay_and_a_third_and_the_run_goes_back_to_verified_state_without_it() -> None:
     """Rank 2 of four computes wrongly; shards are all different, so only a replay can tell."""
     elastic = ElasticSettings(min_workers=1, max_workers=4, spares=0)
     core = Controller(elastic)
@@ -60,13 +54,11 @@ def test_a_wrong_rank_is_found_by_replay_and_arbiter_and_the_run_goes_back_to_ve
     core.handle(m.Joined(1, workers), 2)
     core.handle(m.SnapshotFlushed(1, 50), 50)
     core.handle(m.Progress(1, 100, 1.0), 100)
-    nodes = [f"n{worker}" for worker in workers]
     answers = {rank: "wrong" if rank == 2 else "right" for rank in range(4)}
     pair = {rank: answers[rank] for rank in (2, 0)}
     first = judge_digests(100, [pair], elastic)
-    third = arbiter(first.undecided, nodes)
-    assert third is not None
-    second = judge_digests(100, [pair | {third: answers[third]}], elastic)
+    assert first.undecided == (0, 2)
+    second = judge_digests(100, [pair | {1: answers[1]}], elastic)
     assert second.guilty == (2,)
     rolled = after_corruption(100, second.guilty, [SavedState(50), SavedState(99, verified=False)], 0, elastic)
     assert rolled.decision.action == "roll-back" and rolled.to_step == 50 and rolled.skip is None

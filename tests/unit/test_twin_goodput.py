@@ -28,16 +28,16 @@ def clock() -> Iterator[Clock]:
 
 
 def test_a_step_by_hand(clock: Clock) -> None:
-    """1 s unattributed, 2 init, 3 compute around 1 data wait, 4 of a lost step, 5 re-forming, 3 recomputed, 2 idle."""
+    """1 s unattributed, 2 init, 3 compute, 1 data wait, 4 of a lost step, 5 re-forming, 3 recomputed, 2 idle."""
     stopwatch = Stopwatch(clock)
     clock.now += 1
     stopwatch.enter("init")
     clock.now += 2
     stopwatch.begin_step()
+    clock.now += 3
+    stopwatch.end_step()
+    stopwatch.enter("data_wait")
     clock.now += 1
-    with stopwatch.during("data_wait"):
-        clock.now += 1
-    clock.now += 2
     stopwatch.begin_step()
     clock.now += 4
     stopwatch.step_lost()
