@@ -52,7 +52,7 @@ def main_group() -> None:
       recua run workflows/llama3_posttrain.py --recipe recipes/tiny.toml    start, or go on
       recua runs                                                           what there is
       recua show RUN                                                       its steps
-      recua report RUN                                                     curves and tables as one HTML page
+      recua report RUN                                                     the run's page in one HTML file
       recua serve RUN                                                      its model, over gRPC and OpenAI HTTP
       recua chat localhost:50051                                           talk to it
 

@@ -2,7 +2,7 @@
 
     RunRecord (read from the store, or written by hand in a test)
       -> summarise(record) -> the dictionary behind report.json
-      -> page.render(record, summary) -> HTML
+      -> report_page.saved(record), .render(answers) -> HTML: the service's page with this run in it
 
 The inputs are conventions, so a step needs to know nothing of this module: an artifact whose folder holds
 `metrics.jsonl` of rows with a `step` gives curves; a result that has a text `stage` and the numbers `n` and `accuracy`
@@ -56,6 +56,8 @@ class RunRecord:
     wall_s: float | None = None
     groups: list[dict[str, Any]] = field(default_factory=list)
     """Elastic groups with their goodput and pauses (cluster.goodput.accounts.GroupReport)."""
+    store: Store | None = None
+    """Where the page finds arguments, logs and edges; None: it shows what stands here."""
 
     def measured_wall_s(self) -> float:
         """`wall_s` where it is known, else from the first start to the last end."""
@@ -66,8 +68,8 @@ class RunRecord:
         return max(ends) - min(starts) if starts and ends else 0.0
 
 
-def read_run(store: Store, view: RunView) -> RunRecord:
-    """A run as it lies in the store, with the metrics in its artifacts."""
+def read_run(store: Store, view: RunView, with_metrics: bool = True) -> RunRecord:
+    """A run as it lies in the store; if wanted, with the metrics in its artifacts."""
     steps = [
         StepRecord(
             name=step.call_id,
@@ -83,9 +85,9 @@ def read_run(store: Store, view: RunView) -> RunRecord:
     ]
     ends = [step.ended for step in steps if step.ended is not None]
     ended = view.ended or max(ends, default=view.created)
-    metrics = gather_metrics(store, steps)
+    metrics = gather_metrics(store, steps) if with_metrics else []
     wall_s, groups = ended - view.created, report_groups.gather_groups(store, view.run_id)
-    return RunRecord(view.run_id, view.workflow, view.status, steps, metrics, wall_s, groups)
+    return RunRecord(view.run_id, view.workflow, view.status, steps, metrics, wall_s, groups, store)
 
 
 def plain(tree: Any) -> Any:
@@ -269,11 +271,10 @@ def write(record: RunRecord, folder: Path) -> Path:
     """Write `report.html` and `report.json` into `folder`, each atomically; returns the page's path."""
     from workflows import report_page
 
-    summary = summarise(record)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "report.json", json.dumps(summary, indent=2, default=_json) + "\n")
+    write_text(folder / "report.json", json.dumps(summarise(record), indent=2, default=_json) + "\n")
     page = folder / "report.html"
-    text = report_page.render(record, summary)
+    text = report_page.render(report_page.saved(record))
     write_text(page, text.encode(errors="backslashreplace").decode())  # an error's text may hold half a surrogate
     return page
 
@@ -297,6 +298,11 @@ def _percent(item: dict[str, float] | None) -> str:
 
 def _number(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, (int, float)) else ""
+
+
+def plain_json(value: Any) -> Any:
+    """A plain result as JSON has it: an artifact by its digest."""
+    return json.loads(json.dumps(value, default=_json))
 
 
 def _json(value: Any) -> Any:

@@ -1,165 +1,207 @@
-"""The report's HTML: plain tables and plotly figures, one file, nothing fetched when it is opened."""
+"""The report's page: the service's own page in one file, with what the service would answer of one run inside it.
 
+    RunRecord -> saved(record) -> answers -> render(answers) -> HTML
+
+Nothing is fetched when it is opened, from a disk too: scripts, styles and answers are in the file, and its policy lets
+nothing else in. Texts pass through `infra.telemetry.redact`, here and in `workflows.service.views`.
+"""
+
+import hashlib
 import html
-from collections import defaultdict
+import json
+import re
+import time
+from base64 import b64encode
+from collections import Counter, defaultdict
+from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
-
-from infra.telemetry import redact, shorten
-from workflows.report import RunRecord, StepRecord, evaluations, table
+from infra.storage import Store
+from infra.telemetry import is_number, redact, shorten
+from workflows.report import RunRecord, StepRecord, evaluations, plain_json, summarise, table
 from workflows.report_groups import interruptions, time_spent
+from workflows.service import views
+from workflows.service.shown import shown
 
-COLOURS = {"committed": "#2a9d8f", "reused": "#8ab6d6", "running": "#e9c46a", "failed": "#d1495b"}
+Json = dict[str, Any]
+PAGE = Path(__file__).parent / "service" / "page"
+MOST_DETAILS = 200
+"""So many steps are told of in full, failed ones first; the others are in the graph, the table and the timeline."""
+LOG_BYTES = 32 << 10
+"""So much of the end of each log."""
+ERROR_LETTERS = 10_000
 LEDGER_NOTE = (
     "Every second of every rank stands in one row, as a share of the capacity asked for; compute is useful work only."
 )
-ERROR_LETTERS = 10_000
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: 0.85rem }
-th, td { text-align: left; padding: 0.3rem 0.7rem; border-bottom: 1px solid #ddd; vertical-align: top }
-td.answer { white-space: pre-wrap; font-family: ui-monospace, monospace }
-.right { color: #2a7d4f } .wrong { color: #b23a48 } .quiet { color: #666 }
-"""
+IMPORT = re.compile(r'^import \{ (.+) \} from "\./(\w+)\.js";$', re.MULTILINE)
+EXPORT = re.compile(r"^export (?=(?:async )?(?:function\*?|class|const) (\w+))", re.MULTILINE)
 
 
-def render(record: RunRecord, summary: dict[str, Any]) -> str:
-    """One HTML document. Sections without data say so or are left out; texts of models are escaped and redacted."""
+def results(record: RunRecord) -> Json:
+    """What a run came to: {"endpoints", "errors": [{id, message}], "sections": [{title, note, rows}]}. Rows begin with
+    a header; a cell is a text, or an answer {text, correct}."""
+    summary = summarise(record)
     sections = [
-        _head(record, summary),
-        _section("Timeline", timeline(record.steps)),
-        _section("Interruptions of training", _optional_table(interruptions(record.groups))),
-        _section("Where the time of the ranks went", _optional_table(time_spent(record.groups)), LEDGER_NOTE),
-        _section("Evaluation", _evaluation(summary), "An asterisk marks a difference beyond two standard errors."),
-        _section("Loss per stage", curves(record.metrics, lambda name: name == "loss")),
-        *_losses_by_type(record.metrics),
-        _section("Reward", curves(record.metrics, lambda name: "reward" in name)),
-        _section("KL", curves(record.metrics, lambda name: name == "kl" or name.startswith("kl/"))),
+        _section("Evaluation", table(summary), "An asterisk marks a difference beyond two standard errors."),
+        _section("Interruptions of training", interruptions(record.groups)),
+        _section("Where the time of the ranks went", time_spent(record.groups), LEDGER_NOTE),
         _section("Sample answers, first and last stage", _samples(record)),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{html.escape(record.run_id)}</title><style>{STYLE}</style>"
-        f"<script>{get_plotlyjs()}</script></head><body>\n" + "\n".join(filter(None, sections)) + "\n</body></html>\n"
+    return {
+        "endpoints": [name for name in ("grpc", "openai") if summary["served"][name]],
+        "errors": [
+            {"id": step.name, "message": redact(shorten(step.error, ERROR_LETTERS))}
+            for step in record.steps
+            if step.error
+        ],
+        "sections": [section for section in sections if len(section["rows"]) > 1],
+    }
+
+
+def saved(record: RunRecord) -> Json:
+    """Everything that the page asks for: {"written", "run", "steps", "step", "log", "metrics", "results"}."""
+    answers = _by_hand(record) if record.store is None else _stored(record.store, record.run_id)
+    return {"written": time.time(), **answers, "results": results(record)}
+
+
+def render(answers: Json) -> str:
+    """One HTML document."""
+    data = json.dumps(answers, allow_nan=False, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    script, style = _script(), (PAGE / "style.css").read_text()
+    icon = f"data:image/svg+xml;base64,{b64encode((PAGE / 'icon.svg').read_bytes()).decode()}"
+    policy = (
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
+        "object-src 'none'; base-uri 'none'; form-action 'none'"
     )
+    text = (PAGE / "index.html").read_text()
+    for there, ours in {
+        '<meta charset="utf-8">': (
+            f'<meta charset="utf-8">\n  <meta http-equiv="Content-Security-Policy" content="{policy}">'
+        ),
+        "<title>recua</title>": f"<title>{html.escape(answers['run']['run_id'])}</title>",
+        '<link rel="stylesheet" href="assets/style.css">': f"<style>{style}</style>",
+        "assets/icon.svg": icon,
+        '<script type="module" src="assets/main.js"></script>': (
+            f'<script type="application/json" id="saved-run">{data}</script>\n  <script type="module">{script}</script>'
+        ),
+    }.items():
+        text = text.replace(there, ours)
+    return text
 
 
-def timeline(steps: list[StepRecord]) -> go.Figure | None:
-    """A Gantt chart: one bar per call, in seconds since the first start."""
-    timed = [step for step in steps if step.started is not None and step.ended is not None]
-    if not timed:
-        return None
-    zero = min(step.started or 0.0 for step in timed)
-    figure = go.Figure()
-    for status in sorted({step.status for step in timed}):
-        chosen = [step for step in timed if step.status == status]
-        figure.add_bar(
-            orientation="h",
-            name=status,
-            y=[step.name for step in chosen],
-            base=[(step.started or 0.0) - zero for step in chosen],
-            x=[step.seconds for step in chosen],
-            marker_color=COLOURS.get(status, "#999"),
-            hovertemplate="%{y}: %{x:.1f} s<extra></extra>",
-        )
-    figure.update_layout(barmode="overlay", height=120 + 26 * len(timed), xaxis_title="seconds", margin_l=160)
-    figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=[step.name for step in timed])
-    return figure
+def _hash(content: str) -> str:
+    return f"'sha256-{b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
-def curves(rows: list[dict[str, Any]], wanted: Any, named_by: str = "stage") -> go.Figure | None:
-    """One line per (stage, metric) over `step`, for the metrics whose name passes `wanted`."""
-    lines: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
-    for position, row in enumerate(rows):
+def _script() -> str:
+    """The page's modules as one script: each a function, called after those that it imports from."""
+    modules: dict[str, str] = {}
+
+    def add(name: str) -> None:
+        text = (PAGE / f"{name}.js").read_text()
+        for _, other in IMPORT.findall(text):
+            if other not in modules:
+                add(other)
+        body = EXPORT.sub("", IMPORT.sub(r"const { \1 } = $\2;", text))
+        modules[name] = f"const ${name} = (() => {{\n{body}\nreturn {{ {', '.join(EXPORT.findall(text))} }};\n}})();\n"
+
+    add("main")
+    return "".join(modules.values())
+
+
+def _stored(store: Store, run_id: str) -> Json:
+    """The answers of the service, with the ends of the logs."""
+    cache = views.RunCache()
+    steps = views.steps(cache, store, run_id)
+    first = sorted(steps["steps"], key=lambda row: row["status"] != "failed")[:MOST_DETAILS]
+    details = {row["id"]: views.step(cache, store, run_id, row["id"]) for row in first}
+    logs = [_log(cache, store, run_id, "")]
+    for call, detail in details.items():
+        logs += [_log(cache, store, run_id, call, attempt["id"]) for attempt in reversed(detail["tries"])]
+        if not detail["tries"]:  # a reused call has the log of the run that made it
+            logs.append(_log(cache, store, run_id, call))
+    return {
+        "run": views.run(cache, store, run_id),
+        "steps": steps,
+        "step": details,
+        "log": logs,
+        "metrics": views.metrics(cache, store, run_id),
+    }
+
+
+def _log(cache: views.RunCache, store: Store, run_id: str, call: str, attempt: str = "") -> Json:
+    answer = views.log(cache, store, run_id, call, attempt, -LOG_BYTES)
+    left_out = f"[{answer['start']:,} bytes before; recua logs {run_id} {call}]\n" if answer["start"] else ""
+    return {**answer, "id": call, "text": left_out + answer["text"], "start": 0, "ended": True}
+
+
+def _by_hand(record: RunRecord) -> Json:
+    """The same answers of a record that no store holds."""
+    rows = [_row(step) for step in record.steps]
+    details = {
+        row["id"]: {
+            **row,
+            "arguments": None,
+            "result": shown(plain_json(step.result)),
+            "error": {"type": "", "message": row["message"], "traceback": "", "kind": ""} if step.error else None,
+            **dict.fromkeys(("key", "code", "origin", "wait")),
+            **{"tries": [], "artifacts": []},
+        }
+        for row, step in zip(rows, record.steps, strict=True)
+    }
+    created = min((step.started for step in record.steps if step.started is not None), default=0.0)
+    run: Json = {
+        **{"run_id": record.run_id, "workflow": record.workflow, "status": record.status},
+        **{"created": created, "ended": created + record.measured_wall_s()},
+        **{"counts": Counter(step.status for step in record.steps), "recipe": [], "error": None, "result": None},
+    }
+    steps = {"version": 1, "status": record.status, "live": False, "reset": True, "steps": rows}
+    return {"run": run, "steps": steps, "step": details, "log": [], "metrics": _curves(record)}
+
+
+def _row(step: StepRecord) -> Json:
+    times = {"started": step.started, "ended": step.ended, "seconds": step.seconds}
+    message = redact(shorten(step.error, ERROR_LETTERS))
+    head = {"id": step.name, "step": step.step, "status": step.status, "attempts": step.attempts, "message": message}
+    return head | {name: value for name, value in times.items() if value is not None}
+
+
+def _curves(record: RunRecord) -> Json:
+    """The record's metrics as the service has them: a curve per stage and name, x the optimizer step."""
+    lines: dict[tuple[str, str], tuple[list[float], list[float | None]]] = defaultdict(lambda: ([], []))
+    for place, row in enumerate(record.metrics):
         for name, value in row.items():
-            if name not in ("stage", "step") and wanted(name) and isinstance(value, (int, float)):
-                lines[(str(row["stage"]), name)].append((row.get("step", position), value))
-    if not lines:
-        return None
-    metrics = {metric for _, metric in lines}
-    figure = go.Figure()
-    for (stage, metric), points in lines.items():
-        label = stage if len(metrics) == 1 else metric if named_by == "metric" else f"{stage} {metric}"
-        figure.add_scatter(x=[x for x, _ in points], y=[y for _, y in points], mode="lines", name=label)
-    figure.update_layout(height=380, xaxis_title="optimizer step", showlegend=True)
-    return figure
+            if name not in ("stage", "step"):
+                x, y = lines[(str(row["stage"]), name)]
+                x.append(row.get("step", place))
+                y.append(value if is_number(value) else None)
+    curves = [{"call": stage, "name": name, "x": x, "y": y} for (stage, name), (x, y) in lines.items()]
+    return {"version": "1", "curves": curves, "events": [], "left_out": 0}
 
 
-def _losses_by_type(rows: list[dict[str, Any]]) -> list[str]:
-    stages = dict.fromkeys(str(row["stage"]) for row in rows if any(name.startswith("loss/") for name in row))
-    return [
-        _section(
-            f"Loss per task_type: {stage}",
-            curves([row for row in rows if row["stage"] == stage], lambda name: name.startswith("loss/"), "metric"),
-        )
-        for stage in stages
-    ]
-
-
-def _head(record: RunRecord, summary: dict[str, Any]) -> str:
-    served = ", ".join(name for name in ("grpc", "openai") if summary["served"][name]) or "nothing"
-    failed = "".join(
-        f'<p class="wrong">{html.escape(step.name)}: {_text(shorten(step.error, ERROR_LETTERS))}</p>'
-        for step in record.steps
-        if step.error
-    )
-    return (
-        f"<h1>{html.escape(record.workflow)} <span class=quiet>{html.escape(record.run_id)}</span></h1>"
-        f"<p>{html.escape(record.status)}; {len(record.steps)} steps, {summary['wall_s']:.0f} s; "
-        f"verified endpoints: {served}</p>{failed}"
-    )
-
-
-def _optional_table(rows: list[list[str]]) -> str | None:
-    return _table(rows) if rows else None
-
-
-def _evaluation(summary: dict[str, Any]) -> str | None:
-    return _table(table(summary)) if summary["eval"] else None
-
-
-def _samples(record: RunRecord) -> str | None:
-    """The prompts that the first and the last evaluated stage both answered, side by side."""
+def _samples(record: RunRecord) -> list[list[Any]]:
+    """The prompts that the first and the last evaluated stage both answered, side by side, a header first."""
     evaluated = [item for item in evaluations(record) if item.get("samples")]
     if not evaluated:
-        return None
+        return []
     first, last = evaluated[0], evaluated[-1]
     after = {sample["prompt"]: sample for sample in last["samples"]}
-    columns = ["task_type", "prompt", "expected", first["stage"], last["stage"]]
-    body = "".join(
-        f"<tr><td>{_text(sample.get('task_type'))}</td><td class=answer>{_text(sample['prompt'])}</td>"
-        f"<td class=answer>{_text(sample.get('expected'))}</td>{_answer(sample)}{_answer(after[sample['prompt']])}</tr>"
-        for sample in first["samples"]
-        if sample["prompt"] in after
-    )
-    header = "".join(f"<th>{_text(column)}</th>" for column in columns)
-    return f"<div class=scroll><table><tr>{header}</tr>{body}</table></div>"
+    rows = [
+        [each.get("task_type"), each["prompt"], each.get("expected"), _answer(each), _answer(after[each["prompt"]])]
+        for each in first["samples"]
+        if each["prompt"] in after
+    ]
+    return [["task_type", "prompt", "expected", first["stage"], last["stage"]], *rows]
 
 
-def _answer(sample: dict[str, Any]) -> str:
-    mark = {"True": "right", "False": "wrong"}.get(str(sample.get("correct")), "")
-    return f'<td class="answer {mark}">{_text(sample["answer"])}</td>'
+def _answer(sample: Json) -> Json:
+    correct = sample.get("correct")
+    return {"text": redact(str(sample["answer"])), "correct": correct if isinstance(correct, bool) else None}
 
 
-def _table(rows: list[list[str]]) -> str:
-    header, *body = rows
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
-    lines = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in body)
-    return f"<div class=scroll><table><tr>{head}</tr>{lines}</table></div>"
+def _section(title: str, rows: list[list[Any]], note: str = "") -> Json:
+    return {"title": title, "note": note, "rows": [[_cell(value) for value in row] for row in rows]}
 
 
-def _text(value: Any) -> str:
-    return html.escape(redact("" if value is None else str(value)))
-
-
-def _section(title: str, content: go.Figure | str | None, note: str = "") -> str:
-    if content is None:
-        return ""
-    if isinstance(content, go.Figure):
-        content.update_layout(template="plotly_white", margin_t=20, margin_b=40)
-        content = content.to_html(full_html=False, include_plotlyjs=False)
-    caption = f"<p class=quiet>{html.escape(note)}</p>" if note else ""
-    return f"<section><h2>{html.escape(title)}</h2>{caption}{content}</section>"
+def _cell(value: Any) -> Any:
+    return value if isinstance(value, dict) else redact("" if value is None else str(value))

@@ -139,7 +139,8 @@ def test_interrupted_then_resumed_then_shown(folder: Path, start: Start, mark: s
     summary = json.loads((folder / "runs/one/report.json").read_text())
     assert [stage["status"] for stage in summary["stages"]] == ["committed", "committed"]
     assert summary["eval"]["sft"]["accuracy"] == 0.75 and summary["status"] == "finished"
-    assert "Loss per stage" in (folder / "runs/one/report.html").read_text()
+    page = (folder / "runs/one/report.html").read_text()
+    assert '"title":"Evaluation"' in page and '"name":"loss"' in page
 
     code, out, err = _finish(start("toy.py", "--set", f"folder={folder}", "--run", "one"))
     assert code == 0 and "run one has finished already" in out, out + err

@@ -180,7 +180,7 @@ def test_ledger_stands_in_the_report(tmp_path: Path) -> None:
     assert [row[1] for row in interruptions(record.groups)] == ["pause", "500 ms"], "the start is no interruption"
     assert summarise(record)["groups"][0]["shares"]["detection"] == 0.025
     page, section = write(record, tmp_path).read_text(), "Where the time of the ranks went"
-    assert section in page and "exposed communication" in page and "w1 &lt;died&gt;" in page
+    assert section in page and "exposed communication" in page and "w1 \\u003cdied>" in page
     assert section not in write(RunRecord("run-2", "w", "finished", []), tmp_path).read_text()
 
 

@@ -28,8 +28,8 @@ from infra.errors import RecuaError, StoreError, UserError
 from infra.storage import Store
 from infra.telemetry import redact
 from serving.auth import TokenAuthority
-from workflows import waits
-from workflows.runs import load_metadata
+from workflows import report, report_page, waits
+from workflows.runs import load_metadata, load_run
 from workflows.service import models, views
 from workflows.service.control import Control
 
@@ -112,6 +112,11 @@ def _reading(store: Store, control: Control) -> APIRouter:
     def metrics(run: str, id: str = "", after: str = "") -> Any:
         """Progress and metrics since the cursor `after`."""
         return _json(views.metrics(cache, store, run, id, after))
+
+    @router.get("/runs/{run}/results", response_model=models.Results)
+    def results(run: str) -> Any:
+        """What it came to: evaluations, answers, endpoints, and where the time of elastic groups went."""
+        return _json(report_page.results(report.read_run(store, load_run(store, run), with_metrics=False)))
 
     @router.get("/runs/{run}/lineage", response_model=models.Lineage)
     def lineage(run: str, digest: str) -> Any:

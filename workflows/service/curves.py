@@ -51,15 +51,19 @@ def _curves(cache: RunCache, store: Store, replay: Replay, call_id: str) -> list
 
 
 def _read(store: Store, location: str) -> dict[str, list[Point]]:
-    """name -> points of an artifact's metrics; nothing where it has none."""
+    """name -> points of an artifact's metrics; nothing where it has none. Where it has several stages, the name begins
+    with the stage."""
     raw = store.get(f"{location}/data/metrics.jsonl")
     lines: dict[str, list[Point]] = defaultdict(list)
     if raw is None:
         return lines
-    for row in metric_rows(raw)[0]:
+    rows = metric_rows(raw)[0]
+    several = len({row.get("stage") for row in rows}) > 1
+    for row in rows:
+        stage = f"{row['stage']} " if several and "stage" in row else ""
         for name, value in row.items():
             if name not in ("stage", "step") and value is not None:
-                lines[name].append((row["step"], value))
+                lines[stage + name].append((row["step"], value))
     return {name: thin(points) for name, points in lines.items()}
 
 

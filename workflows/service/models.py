@@ -85,6 +85,14 @@ class Metrics(Answer):
     events: list[dict[str, Any]]
 
 
+class Results(Answer):
+    endpoints: list[str]
+    """Of grpc and openai those that answered when the run had deployed them."""
+    errors: list[dict[str, str]]
+    sections: list[dict[str, Any]]
+    """Tables: {title, note, rows}, a header first; an answer that was judged is {text, correct}."""
+
+
 class Lineage(Answer):
     digest: str
 

@@ -61,6 +61,28 @@ export class Api {
   }
 }
 
+/** One run as `recua report` saved it in the page: nothing is asked of a service, and nothing can be done. */
+export class SavedRun {
+  constructor(answers) {
+    Object.assign(this, { answers, written: answers.written });
+  }
+
+  async get(path, { id, attempt, digest, after } = {}) {
+    const { run, step, log, ...others } = this.answers;
+    const [, , name, kind = "run"] = path.split("/");
+    if (name === undefined) return [run];
+    const whole = { ...others, run, step: step[id], log: log.find((each) => each.id === id && (!attempt || each.attempt === attempt)) };
+    const found = decodeURIComponent(name) === run.run_id ? whole[kind] : undefined;
+    if (kind === "log" && !found) return { text: `Not in this report; recua logs ${run.run_id} ${id}\n`, offset: 0, start: 0, attempts: [], ended: true };
+    if (!found) throw new ApiError(404, `${id || digest || name} is not in this report; recua up serves the whole run`);
+    return after ? { ...found, reset: false, steps: [], curves: [], events: [] } : found;
+  }
+
+  async post() {
+    throw new ApiError(400, "a report can only be read; answer with recua approve or recua send");
+  }
+}
+
 export const runPath = (run) => `/runs/${encodeURIComponent(run)}`;
 
 /** The sentence in an error's body. */
@@ -75,7 +97,7 @@ function complaint(answer) {
   }
 }
 
-/** Calls `ask()` again and again: every `every()` ms, seldom while nobody looks, with growing pauses while the service
+/** Calls `ask()` again and again: every `every()` ms (Infinity: once), seldom while nobody looks, with growing pauses while the service
  *  is gone. `onState(error or null, ms until the next try)`. */
 export class Poller {
   constructor(ask, every, onState) {
@@ -93,7 +115,8 @@ export class Poller {
     try {
       await this.ask();
       this.failures = 0;
-      pause = document.hidden ? 15_000 : this.every();
+      pause = this.every();
+      if (document.hidden) pause = Math.max(pause, 15_000);
       if (!this.stopped) this.onState(null, pause);
     } catch (error) {
       if (!(error instanceof ApiError)) console.error(error);
@@ -104,7 +127,7 @@ export class Poller {
     } finally {
       this.busy = false;
     }
-    if (!this.stopped) this.timer = setTimeout(() => this.now(), pause);
+    if (!this.stopped && pause < Infinity) this.timer = setTimeout(() => this.now(), pause);
   }
 
   stop() {

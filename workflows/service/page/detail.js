@@ -139,9 +139,10 @@ export class Detail {
   asks() {
     const { facts, model } = this;
     if (!facts.status.startsWith("waiting-for")) return null;
+    const approval = facts.status === "waiting-for-approval";
     const message = facts.wait?.message || facts.message || "";
-    const ask = h("div.ask", {}, h("strong", {}, facts.status === "waiting-for-approval" ? "Waits for your approval" : "Waits for an event from outside"), message ? h("p", {}, message) : null, facts.wait?.show ? valueTree(facts.wait.show, model.id, 1) : null);
-    if (facts.status === "waiting-for-approval") {
+    const ask = h("div.ask", {}, h("strong", {}, approval ? "Waits for your approval" : "Waits for an event from outside"), message ? h("p", {}, message) : null, facts.wait?.show ? valueTree(facts.wait.show, model.id, 1) : null);
+    if (approval && !model.api.written) {
       const answer = async (yes) => {
         const comment = await confirm({ title: `${yes ? "Approve" : "Deny"} ${facts.id}?`, body: message || "The run goes on with your answer.", action: yes ? "Approve" : "Deny", danger: !yes, comment: "Comment (optional)" });
         if (comment === null) return;
@@ -154,7 +155,7 @@ export class Detail {
         }
       };
       ask.append(h("div.buttons", {}, h("button.danger", { type: "button", onclick: () => answer(false) }, "Deny…"), h("button.primary", { type: "button", onclick: () => answer(true) }, "Approve…")));
-    } else ask.append(h("p.quiet", {}, "Answer it with: ", h("code", {}, `recua send ${model.id} '${facts.id}' JSON`)));
+    } else ask.append(h("p.quiet", {}, "Answer it with: ", h("code", {}, approval ? `recua approve ${model.id} '${facts.id}'` : `recua send ${model.id} '${facts.id}' JSON`)));
     return ask;
   }
 

@@ -44,6 +44,18 @@ export function seconds(value) {
   return hours ? `${hours}:${two(minutes)}:${two(rest)}` : `${minutes}:${two(rest)}`;
 }
 
+let told = null;
+
+/** A saved page stands still: what ran when it was saved ran until then, and no longer. */
+export function stopClock(time) {
+  told = time;
+}
+
+/** Seconds since the epoch, by which what runs is measured. */
+export function now() {
+  return told ?? Date.now() / 1000;
+}
+
 export function ago(time, now = Date.now() / 1000) {
   const age = Math.max(0, now - time);
   if (age < 45) return "just now";

@@ -1,7 +1,8 @@
 // Which page the address means, the token, and whether the service answers.
 
-import { Api } from "./api.js";
+import { Api, SavedRun } from "./api.js";
 import { h, replace, text } from "./dom.js";
+import { stopClock, when } from "./format.js";
 import { LineagePage } from "./lineage.js";
 import { empty, runLink } from "./parts.js";
 import { RunPage } from "./run.js";
@@ -10,7 +11,8 @@ import { RunsPage } from "./runs.js";
 const main = document.getElementById("main");
 const crumbs = document.getElementById("crumbs");
 const connection = document.getElementById("connection");
-const api = new Api(() => askForToken());
+const saved = document.getElementById("saved-run");
+const api = saved ? new SavedRun(JSON.parse(saved.textContent)) : new Api(() => askForToken());
 let page = null;
 let key = "";
 let asking = null;
@@ -24,6 +26,7 @@ function route() {
 
 /** The token of `#token=...` is taken and leaves the address bar, the history and the referrer. */
 function takeToken() {
+  if (saved) return;
   const found = /^#token=([^&]+)(?:&(.*))?$/.exec(location.hash);
   if (!found) return;
   api.setToken(decodeURIComponent(found[1]));
@@ -69,7 +72,7 @@ function breadcrumbs(run, digest) {
 function state(error, pause) {
   if (!error) {
     connection.className = "";
-    text(connection, "");
+    text(connection, saved ? `Report of ${when(api.written)}` : "");
   } else if (error.status === 0 || error.status >= 500) {
     connection.className = "gone";
     text(connection, `The service does not answer. Trying again every ${Math.max(1, Math.round(pause / 1000))} s; what you see may be old.`);
@@ -107,4 +110,8 @@ async function askForToken() {
 }
 
 window.addEventListener("hashchange", open);
+if (saved) {
+  stopClock(api.written);
+  if (!location.hash) history.replaceState(null, "", `${runLink(api.answers.run.run_id)}?view=results`);
+}
 open();

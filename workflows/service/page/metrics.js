@@ -95,7 +95,7 @@ export class MetricsView {
   }
 
   colour(call) {
-    if (!this.colours.has(call)) this.colours.set(call, `var(--curve-${this.colours.size % COLOURS})`);
+    if (!this.colours.has(call)) this.colours.set(call, curveColour(this.colours.size));
     return this.colours.get(call);
   }
 
@@ -138,6 +138,11 @@ export class MetricsView {
       return h("li", {}, h("label", { title: call }, box, dot, h("span", {}, call)), h("button.quiet", { type: "button", title: `Open ${call}`, "aria-label": `Open ${call}`, onclick: () => this.openStep(call) }, "›"));
     }), listed.length > 400 ? h("li.quiet", {}, `${listed.length - 400} more`) : null);
   }
+}
+
+/** Never the same one twice: the page's own first, then hues that each lie far from those before. */
+export function curveColour(index) {
+  return index < COLOURS ? `var(--curve-${index})` : `hsl(${((index * 137.508) % 360).toFixed(1)} ${index % 2 ? 45 : 70}% 50%)`;
 }
 
 const FIRST = ["loss", "reward", "accuracy", "kl", "perplexity", "grad_norm", "lr"];

@@ -1,7 +1,7 @@
 // One run as the page knows it: its steps, brought up to date with what changed.
 
 import { runPath } from "./api.js";
-import { ORDER } from "./format.js";
+import { now, ORDER } from "./format.js";
 
 export class RunModel {
   constructor(api, id) {
@@ -53,11 +53,11 @@ export class RunModel {
   }
 
   /** Seconds that a step took, or takes so far. */
-  secondsOf(step, now = Date.now() / 1000) {
+  secondsOf(step, until = now()) {
     if (step.seconds !== undefined && step.seconds !== null) return step.seconds;
     if (!step.started) return null;
     if (step.ended) return step.ended - step.started;
-    return this.live || step.status.startsWith("waiting-for") ? Math.max(0, now - step.started) : null;
+    return this.live || step.status.startsWith("waiting-for") ? Math.max(0, until - step.started) : null;
   }
 
   counts(steps = this.list) {

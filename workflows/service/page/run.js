@@ -3,16 +3,17 @@
 import { Poller, runPath } from "./api.js";
 import { artifactCard, Detail, problem, section } from "./detail.js";
 import { h, replace, text } from "./dom.js";
-import { ago, count, runStatus, seconds, short, status, when } from "./format.js";
+import { ago, count, now, runStatus, seconds, short, status, when } from "./format.js";
 import { GraphView } from "./graph.js";
 import { LogBox } from "./log.js";
 import { Curves, MetricsView } from "./metrics.js";
 import { RunModel } from "./model.js";
 import { bar, chip, confirm, empty, notice, progressWords, runLink, stepLink, valueTree } from "./parts.js";
+import { ResultsView } from "./results.js";
 import { TableView } from "./table.js";
 import { TimelineView } from "./timeline.js";
 
-const VIEWS = [["graph", "Graph", GraphView], ["steps", "Steps", TableView], ["timeline", "Timeline", TimelineView], ["metrics", "Metrics", MetricsView], ["about", "Recipe and result", null]];
+const VIEWS = [["graph", "Graph", GraphView], ["steps", "Steps", TableView], ["timeline", "Timeline", TimelineView], ["metrics", "Metrics", MetricsView], ["results", "Results", ResultsView], ["about", "Recipe and result", null]];
 const LIVE_MS = 1000, STILL_MS = 4000;
 
 export class RunPage {
@@ -32,9 +33,9 @@ export class RunPage {
     this.stage = h("div.viewport", { role: "tabpanel" });
     this.detail = new Detail(this.model, this.curves, () => this.openStep(null));
     this.element = h("div.page.run", {},
-      h("header.head", {}, h("h1", {}, run), this.state, this.progress, this.facts, h("div.buttons", {}, this.buttons.resume, this.buttons.cancel)),
+      h("header.head", {}, h("h1", {}, run), this.state, this.progress, this.facts, api.written ? null : h("div.buttons", {}, this.buttons.resume, this.buttons.cancel)),
       this.failed, this.banner, this.tabs, h("div.workspace", {}, this.stage, this.detail.element));
-    this.poller = new Poller(() => this.tick(), () => (this.model.live || this.model.summary?.active ? LIVE_MS : STILL_MS), onState);
+    this.poller = new Poller(() => this.tick(), () => (api.written ? Infinity : this.model.live || this.model.summary?.active ? LIVE_MS : STILL_MS), onState);
     this.clock = setInterval(() => this.live(), 1000);
   }
 
@@ -109,7 +110,7 @@ export class RunPage {
 
   times() {
     const { created, ended, driver, drivers } = this.model.summary;
-    const end = ended ?? (this.model.live ? Date.now() / 1000 : null);
+    const end = ended ?? (this.model.live ? now() : null);
     const parts = [short(this.model.summary.workflow), `started ${ago(created)}`, end ? `${ended ? "took" : "for"} ${seconds(end - created)}` : "", drivers > 1 ? `${drivers} drivers` : ""];
     text(this.facts, parts.filter(Boolean).join(" · "));
     this.facts.title = `${when(created)}${driver ? `, ${driver}` : ""}`;
@@ -118,19 +119,19 @@ export class RunPage {
   head() {
     const { model } = this;
     const { summary } = model;
-    const now = runStatus({ ...summary, status: model.status });
-    replace(this.state, chip(now));
+    const state = runStatus({ ...summary, status: model.status });
+    replace(this.state, chip(state));
     const counts = model.counts();
     replace(this.progress, bar(counts), h("small", {}, progressWords(counts)));
     const can = { cancel: summary.can?.cancel || summary.active, resume: summary.can?.resume && !summary.active };
-    const stopped = ["interrupted", "failed", "cancelled"].includes(now);
-    const why = { resume: stopped ? "it was not submitted to this service: go on with recua resume" : `a run that is ${status(now).label} cannot be resumed`, cancel: "nothing is running" };
+    const stopped = ["interrupted", "failed", "cancelled"].includes(state);
+    const why = { resume: stopped ? "it was not submitted to this service: go on with recua resume" : `a run that is ${status(state).label} cannot be resumed`, cancel: "nothing is running" };
     for (const [name, button] of Object.entries(this.buttons)) {
       button.disabled = !can[name];
       button.title = can[name] ? "" : why[name];
     }
     this.times();
-    this.failed.hidden = !summary.error || now !== "failed" || summary.error.kind === "cancelled";
+    this.failed.hidden = !summary.error || state !== "failed" || summary.error.kind === "cancelled";
     if (!this.failed.hidden) replace(this.failed, this.failure(summary.error));
     this.asking();
   }

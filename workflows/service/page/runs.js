@@ -2,7 +2,7 @@
 
 import { Poller } from "./api.js";
 import { h, replace, text } from "./dom.js";
-import { ago, count, runStatus, seconds, short, when } from "./format.js";
+import { ago, count, now, runStatus, seconds, short, when } from "./format.js";
 import { bar, chip, empty, progressWords, runLink } from "./parts.js";
 
 const MOST_ROWS = 500;
@@ -17,7 +17,7 @@ export class RunsPage {
     this.poller = new Poller(async () => {
       this.runs = await api.get("/runs");
       this.paint();
-    }, () => (this.runs?.some((run) => run.status === "running" || run.active) ? 2000 : 5000), onState);
+    }, () => (api.written ? Infinity : this.runs?.some((run) => run.status === "running" || run.active) ? 2000 : 5000), onState);
     this.clock = setInterval(() => this.paint(), 15_000);
   }
 
@@ -53,7 +53,7 @@ function counted({ waiting, ...counts }) {
 
 function row(run) {
   const counts = counted(run.counts ?? {});
-  const end = run.ended ?? (run.status === "running" ? Date.now() / 1000 : null);
+  const end = run.ended ?? (run.status === "running" ? now() : null);
   return h("a.run-row", { href: runLink(run.run_id), dataset: { run: run.run_id, status: runStatus(run) } },
     h("span.name", {}, h("strong", {}, run.run_id), h("small", {}, short(run.workflow))),
     chip(runStatus(run)),

@@ -2,7 +2,7 @@
 // drawn, on a canvas, so that 10,000 steps scroll smoothly.
 
 import { h, replace, text } from "./dom.js";
-import { count, seconds, status } from "./format.js";
+import { count, now, seconds, status } from "./format.js";
 import { empty } from "./parts.js";
 import { Palette } from "./scene.js";
 
@@ -55,10 +55,10 @@ export class TimelineView {
 
   rebuild() {
     const timed = this.model.list.filter((step) => step.started).sort((a, b) => a.started - b.started);
-    const now = Date.now() / 1000;
+    const until = now();
     this.begin = timed[0]?.started ?? 0;
-    this.end = timed.reduce((last, step) => Math.max(last, this.endOf(step, now)), this.begin + 0.001);
-    this.rows = this.by === "step" ? timed.map((step) => ({ label: step.id, steps: [step] })) : this.lanes(timed, now);
+    this.end = timed.reduce((last, step) => Math.max(last, this.endOf(step, until)), this.begin + 0.001);
+    this.rows = this.by === "step" ? timed.map((step) => ({ label: step.id, steps: [step] })) : this.lanes(timed, until);
     this.blank.hidden = timed.length > 0;
     if (!timed.length) replace(this.blank, empty("Nothing has run yet"));
     text(this.facts, `${count(timed.length, "step")} in ${seconds(this.end - this.begin)}`);
@@ -229,11 +229,11 @@ export class TimelineView {
     if (this.by === "step") this.sign(context, steps[0], y);
     context.fillText(label, this.by === "step" ? 26 : 8, y + ROW / 2 + 1);
     context.restore();
-    const now = Date.now() / 1000;
+    const until = now();
     let painted = -1;
     for (const step of steps) {
       const start = Math.max(this.left, at(step.started));
-      const end = Math.min(width, at(this.endOf(step, now)));
+      const end = Math.min(width, at(this.endOf(step, until)));
       if (end < this.left || start > width || (end <= painted && step.id !== this.chosen)) continue;
       context.fillStyle = palette.get(status(this.model.statusOf(step)).colour);
       context.fillRect(start, y + 3, Math.max(2, end - start - (this.by === "node" && end - start > 4 ? 1 : 0)), ROW - 6);
