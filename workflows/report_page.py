@@ -18,8 +18,8 @@ from typing import Any
 
 from infra.storage import Store
 from infra.telemetry import is_number, redact, shorten
-from workflows.report import RunRecord, StepRecord, evaluations, plain_json, summarise, table
-from workflows.report_groups import interruptions, time_spent
+from workflows.report import RunRecord, StepRecord, plain_json
+from workflows.report_results import ERROR_LETTERS, results
 from workflows.service import views
 from workflows.service.shown import shown
 
@@ -29,33 +29,8 @@ MOST_DETAILS = 200
 """So many steps are told of in full, failed ones first; the others are in the graph, the table and the timeline."""
 LOG_BYTES = 32 << 10
 """So much of the end of each log."""
-ERROR_LETTERS = 10_000
-LEDGER_NOTE = (
-    "Every second of every rank stands in one row, as a share of the capacity asked for; compute is useful work only."
-)
 IMPORT = re.compile(r'^import \{ (.+) \} from "\./(\w+)\.js";$', re.MULTILINE)
 EXPORT = re.compile(r"^export (?=(?:async )?(?:function\*?|class|const) (\w+))", re.MULTILINE)
-
-
-def results(record: RunRecord) -> Json:
-    """What a run came to: {"endpoints", "errors": [{id, message}], "sections": [{title, note, rows}]}. Rows begin with
-    a header; a cell is a text, or an answer {text, correct}."""
-    summary = summarise(record)
-    sections = [
-        _section("Evaluation", table(summary), "An asterisk marks a difference beyond two standard errors."),
-        _section("Interruptions of training", interruptions(record.groups)),
-        _section("Where the time of the ranks went", time_spent(record.groups), LEDGER_NOTE),
-        _section("Sample answers, first and last stage", _samples(record)),
-    ]
-    return {
-        "endpoints": [name for name in ("grpc", "openai") if summary["served"][name]],
-        "errors": [
-            {"id": step.name, "message": redact(shorten(step.error, ERROR_LETTERS))}
-            for step in record.steps
-            if step.error
-        ],
-        "sections": [section for section in sections if len(section["rows"]) > 1],
-    }
 
 
 def saved(record: RunRecord) -> Json:
@@ -177,31 +152,3 @@ def _curves(record: RunRecord) -> Json:
                 y.append(value if is_number(value) else None)
     curves = [{"call": stage, "name": name, "x": x, "y": y} for (stage, name), (x, y) in lines.items()]
     return {"version": "1", "curves": curves, "events": [], "left_out": 0}
-
-
-def _samples(record: RunRecord) -> list[list[Any]]:
-    """The prompts that the first and the last evaluated stage both answered, side by side, a header first."""
-    evaluated = [item for item in evaluations(record) if item.get("samples")]
-    if not evaluated:
-        return []
-    first, last = evaluated[0], evaluated[-1]
-    after = {sample["prompt"]: sample for sample in last["samples"]}
-    rows = [
-        [each.get("task_type"), each["prompt"], each.get("expected"), _answer(each), _answer(after[each["prompt"]])]
-        for each in first["samples"]
-        if each["prompt"] in after
-    ]
-    return [["task_type", "prompt", "expected", first["stage"], last["stage"]], *rows]
-
-
-def _answer(sample: Json) -> Json:
-    correct = sample.get("correct")
-    return {"text": redact(str(sample["answer"])), "correct": correct if isinstance(correct, bool) else None}
-
-
-def _section(title: str, rows: list[list[Any]], note: str = "") -> Json:
-    return {"title": title, "note": note, "rows": [[_cell(value) for value in row] for row in rows]}
-
-
-def _cell(value: Any) -> Any:
-    return value if isinstance(value, dict) else redact("" if value is None else str(value))

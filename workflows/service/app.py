@@ -28,7 +28,7 @@ from infra.errors import RecuaError, StoreError, UserError
 from infra.storage import Store
 from infra.telemetry import redact
 from serving.auth import TokenAuthority
-from workflows import report, report_page, waits
+from workflows import report, report_results, waits
 from workflows.runs import load_metadata, load_run
 from workflows.service import models, views
 from workflows.service.control import Control
@@ -116,7 +116,7 @@ def _reading(store: Store, control: Control) -> APIRouter:
     @router.get("/runs/{run}/results", response_model=models.Results)
     def results(run: str) -> Any:
         """What it came to: evaluations, answers, endpoints, and where the time of elastic groups went."""
-        return _json(report_page.results(report.read_run(store, load_run(store, run), with_metrics=False)))
+        return _json(report_results.results(report.read_run(store, load_run(store, run), with_metrics=False)))
 
     @router.get("/runs/{run}/lineage", response_model=models.Lineage)
     def lineage(run: str, digest: str) -> Any:
