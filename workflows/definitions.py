@@ -75,10 +75,11 @@ def _out_of_reach(function: Any) -> str | None:
     return None
 
 
-def users_line() -> str:
-    """file:line of the user's code that led here: not ours, Python's or a library's."""
+def users_line(error: BaseException | None = None) -> str:
+    """file:line of the user's code that led here, or to an error: not ours, Python's or a library's."""
     python = sysconfig.get_path("stdlib")
-    stack = [frame for frame in traceback.extract_stack() if frame.filename not in OURS]
+    found = traceback.extract_stack() if error is None else traceback.extract_tb(error.__traceback__)
+    stack = [frame for frame in found if frame.filename not in OURS]
     users = [frame for frame in stack if not frame.filename.startswith((python, "<"))]
     users = [frame for frame in users if "site-packages" not in frame.filename]
     frame = (users or stack)[-1]

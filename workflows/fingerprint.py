@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from infra.errors import ConfigError
 from infra.storage import remembered_sha256
 from workflows.names import canonical_module, module_of_file
 from workflows.paths import PathReader
@@ -98,9 +99,16 @@ class Fingerprinter:
         code = hashlib.sha256("\n".join([f"format {FORMAT}", *lines]).encode()).hexdigest()
         names = {name for root in walk.libraries for name in _packages().get(root, ())}
         found = {name: metadata.version(name) for name in names}
-        declared = {name: metadata.version(name) for name in libraries}
+        declared = {name: _declared(name) for name in libraries}
         python = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
         return Fingerprint(code, parts, dict(sorted((found | declared | python).items())), products)
+
+
+def _declared(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except (metadata.PackageNotFoundError, ValueError):  # ValueError: no name at all
+        raise ConfigError(f"libraries: {library!r} is not installed: name distributions, as pip does") from None
 
 
 @functools.cache

@@ -4,6 +4,7 @@ A Future stands for a value and is none: whatever Python would do with the value
 sum) is refused, for it would go wrong without a word. `.result()` gives the value.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
@@ -20,7 +21,7 @@ NEEDS_THE_VALUE = {
     "a number": "int float complex index round trunc floor ceil abs neg pos invert",
     "arithmetic": "add sub mul truediv floordiv mod divmod pow matmul lshift rshift and or xor radd rsub rmul rtruediv "
     "rfloordiv rmod rdivmod rpow rmatmul rlshift rrshift rand ror rxor",
-    "an assignment": "setitem delitem",
+    "an assignment": "setitem delitem setattr delattr",
     "a call": "call",
     "await": "await",
     "a with block": "enter exit aenter aexit",
@@ -69,6 +70,11 @@ for _purpose, _names in NEEDS_THE_VALUE.items():
         setattr(ToCome, f"__{_name}__", _refusal(_purpose))
 
 
+def _set(it: ToCome, **values: Any) -> None:
+    for name, value in values.items():
+        object.__setattr__(it, name, value)
+
+
 class Future(ToCome, Generic[R]):
     """A call's result, there or to come. Pass it to other steps; `result()` waits for it.
 
@@ -77,11 +83,11 @@ class Future(ToCome, Generic[R]):
     """
 
     __slots__ = ("__weakref__", "_kept", "_runtime", "call_id")
+    _runtime: Results
+    call_id: str
 
     def __init__(self, runtime: Results, call_id: str, kept: object) -> None:
-        self._runtime = runtime
-        self._kept = kept
-        self.call_id = call_id
+        _set(self, _runtime=runtime, _kept=kept, call_id=call_id)
 
     def result(self) -> R:
         """Wait, and return the step's result.
@@ -118,10 +124,11 @@ class Part(ToCome):
     """One field of a Future's result: an edge like the Future itself."""
 
     __slots__ = ("field", "future")
+    future: Future[Any]
+    field: str
 
-    def __init__(self, future: "Future[Any]", field: str) -> None:
-        self.future = future
-        self.field = field
+    def __init__(self, future: Future[Any], field: str) -> None:
+        _set(self, future=future, field=field)
 
     def result(self) -> Any:
         """Wait for the call, and return the field. Raises as `Future.result`, and UserError where there is none."""
@@ -152,3 +159,11 @@ def refuse_method(value: Any) -> None:
         raise UserError(
             f"{owner!r}.{name} is a method: write .{name}() to call it, or [{name!r}] for a field of that name"
         )
+
+
+def told_of_type(error: TypeError) -> UserError | None:
+    """What to say where a function of Python's or of a library refused a Future by its type, as json.dumps does; None
+    where an error is of something else."""
+    if not re.search(r"\b(Future|Part)\b", str(error)):
+        return None
+    return UserError(f"{users_line(error)}: {error}: write .result() to wait for the value")

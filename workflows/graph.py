@@ -29,15 +29,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from numbers import Integral, Real
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Generic, NoReturn, ParamSpec, Protocol, TypeVar, overload
 
 from infra.bundles import check_amount, check_number
 from infra.errors import ConfigError, UserError, nearest
 from infra.machine import parse_size
 from workflows.artifact_writer import ArtifactWriter
 from workflows.artifacts import Artifact
-from workflows.definitions import check_function, where
-from workflows.futures import Future, Part, refuse_method
+from workflows.definitions import check_function, users_line, where
+from workflows.futures import Future, Part, refuse_method, told_of_type
 from workflows.gangs import Gang, resolve_gang
 from workflows.names import canonical_name, load_name
 from workflows.step_context import StepContext, context
@@ -97,6 +97,7 @@ class StepOptions:
             raise ConfigError(f"name={self.name!r}: must be non-empty and without / [ ]")
         if self.name is not None and readable(self.name) != self.name:
             raise ConfigError(f"name={self.name!r}: must be valid Unicode")
+        object.__setattr__(self, "libraries", _names(self.libraries))
         if self.gang is not None:
             resolve_gang(self.gang, self.request)
 
@@ -351,7 +352,7 @@ def step(fn: Callable[..., Any] | None = None, /, *, memory: str | int | None = 
     """
     known = [each.name for each in fields(StepOptions)]
     for name in options.keys() - set(known):
-        raise ConfigError(f"@step has no option {name}{nearest(name, known)}")
+        raise ConfigError(f"{users_line()}: @step has no option {name}{nearest(name, known)}")
 
     def make(function: Callable[..., Any]) -> Step[..., Any]:
         with _named(getattr(function, "__name__", repr(function))):
@@ -362,9 +363,24 @@ def step(fn: Callable[..., Any] | None = None, /, *, memory: str | int | None = 
     return make if fn is None else make(fn)
 
 
-def workflow(fn: Callable[P, R]) -> Workflow[P, R]:
-    """Make a function a workflow: run it with `recua run` or `workflows.session.run`."""
-    return Workflow(fn)
+@overload
+def workflow(fn: Callable[P, R], /) -> Workflow[P, R]: ...
+
+
+@overload
+def workflow(*nothing: NoReturn, **options: NoReturn) -> NoReturn: ...
+
+
+def workflow(*functions: Any, **options: Any) -> Any:
+    """Make a function a workflow: run it with `recua run` or `workflows.session.run`. It takes no options.
+
+    Raises:
+        UserError: what is wrong with the function or its decorator, with file and line.
+    """
+    if len(functions) != 1 or options:
+        given = ", ".join([*map(repr, functions[1:]), *(f"{name}=" for name in options)])
+        raise UserError(f"{users_line()}: @workflow takes no options: write it without ({given})")
+    return Workflow(functions[0])
 
 
 def on_end(hook: Callable[[], None]) -> None:
@@ -379,10 +395,16 @@ def run_id() -> str:
 
 @contextmanager
 def running(runtime: Runtime) -> Iterator[None]:
-    """Route the calls made in this block to `runtime`."""
+    """Route the calls made in this block to `runtime`.
+
+    Raises:
+        UserError: a Future was given to something that takes values only.
+    """
     token = _scope.set(_Scope(runtime))
     try:
         yield
+    except TypeError as error:
+        raise (told_of_type(error) or error) from error.__cause__
     finally:
         _scope.reset(token)
 
@@ -441,6 +463,13 @@ def _whole_number(setting: str, value: Any) -> int | None:
     if value < 0:
         raise ConfigError(f"{setting}={value}: must not be negative")
     return int(value)
+
+
+def _names(libraries: Any) -> tuple[str, ...]:
+    listed = isinstance(libraries, (list, tuple))
+    if not listed or not all(isinstance(name, str) for name in libraries):
+        raise ConfigError(f"libraries={libraries!r}: must be names of distributions, as in libraries=('numpy',)")
+    return tuple(libraries)
 
 
 def _timeout(value: Any) -> float | None:

@@ -22,11 +22,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from infra.config import Settings, build, read_tree
-from infra.errors import UserError
+from infra.errors import RecuaError, UserError
 from infra.machine import local_resources, require_ray
 from infra.storage import Store, open_store
-from infra.telemetry import redact
+from infra.telemetry import redact, shorten
 from workflows.config import RunSettings
+from workflows.definitions import users_line
 from workflows.graph import Workflow
 from workflows.keywords import arguments_of
 from workflows.names import (
@@ -95,10 +96,22 @@ def load_workflow_file(file: Path) -> ModuleType:
     except ImportError as error:
         clashes = [path for path in neighbours(root) if path.stem == str(error.name).partition(".")[0]]
         raise UserError(f"workflow {file}: {error}" + "".join(f"; {_clash(path)}" for path in clashes)) from error
+    except RecuaError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"workflow {file}: {users_line(error)}: {_why_not(error)}") from error
     if Path(module.__file__ or "").resolve() != file.resolve():
         raise UserError(f"workflow {file}: {name} is already loaded from {module.__file__}; use the recua of that copy")
     _check_neighbours(root, file)
     return module
+
+
+def _why_not(error: BaseException) -> str:
+    """Why the import of a file failed, in one line."""
+    if isinstance(error, SystemExit):
+        code = "" if error.code is None else repr(error.code)
+        return f'it called sys.exit({code}) when it was imported: put that under `if __name__ == "__main__":`'
+    return shorten(" ".join(f"{type(error).__name__}: {error}".split()), 500)
 
 
 def prepare(target: Path, recipe: str | None, overrides: Sequence[str]) -> Launch:

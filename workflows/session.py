@@ -113,7 +113,7 @@ def chosen_run(store: Store, workflow: Workflow[..., Any], arguments: Any, setti
         UserError: a name that no run can have.
     """
     fresh = settings.new or bool(settings.rerun)
-    run_id = settings.run_id or find_run(store, workflow, arguments, fresh)
+    run_id = find_run(store, workflow, arguments, fresh) if settings.run_id is None else settings.run_id
     if not re.fullmatch(RUN_ID, run_id):
         raise UserError(f"run id {run_id!r}: use letters, digits, dot, dash and underscore, at most 128, in --run")
     return run_id

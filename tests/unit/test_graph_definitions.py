@@ -8,6 +8,7 @@ import pytest
 
 from infra.errors import ConfigError, UserError
 from workflows import graph
+from workflows.fingerprint import Fingerprinter
 from workflows.graph import Step, function_behind, step, step_behind, workflow
 from workflows.names import load_name
 
@@ -195,3 +196,25 @@ def test_unknown_options_and_wrong_arguments_name_the_step() -> None:
         pytest.raises(UserError, match=r"step train \(.*test_graph_definitions.py:\d+\): missing a required .*'x'"),
     ):
         train_big()  # type: ignore[call-arg]
+
+
+def test_options_that_are_none_are_refused_where_they_are_given() -> None:
+    for given in ({}, {"name": "x"}):
+        with pytest.raises(
+            UserError, match=r"test_graph_definitions.py:\d+: @workflow takes no options: write it with"
+        ):
+            workflow(**given)
+    with pytest.raises(
+        UserError, match=r"test_graph_definitions.py:\d+: @step has no option cpus; did you mean num_cpus"
+    ):
+        step(cpus=2)  # type: ignore[call-overload]
+    assert step(libraries=["numpy"])(train).default.libraries == ("numpy",)  # type: ignore[call-overload]
+    for wrong in ("numpy", 3, [None]):
+        with pytest.raises(ConfigError, match=r"step train: libraries=.*: must be names of distributions"):
+            step(libraries=wrong)(train)  # type: ignore[call-overload]
+
+
+def test_a_library_that_is_not_installed_is_named() -> None:
+    for name in ("no-such-library", ""):
+        with pytest.raises(ConfigError, match=rf"libraries: '{name}' is not installed"):
+            Fingerprinter().of(train, (name,))

@@ -1,18 +1,21 @@
 """A Future is no value: what would go wrong without a word is refused, and its fields are edges."""
 
 import copy
+import io
+import json
 import operator
 import os
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from decimal import Decimal
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
 
 from infra.errors import ConfigError, UserError
-from workflows.graph import Future, StepOptions, edges_of, resolve_edges
+from workflows.graph import Future, StepOptions, edges_of, resolve_edges, running
 from workflows.values import encode
 
 
@@ -86,6 +89,8 @@ MISUSES: list[Callable[[Any], Any]] = [
     np.asarray,
     pickle.dumps,
     bytes,
+    lambda x: setattr(x, "lr", 0.1),
+    lambda x: delattr(x, "lr"),
 ]
 
 
@@ -95,6 +100,21 @@ def test_what_needs_the_value_says_so(misuse: Callable[[Any], Any]) -> None:
     for it, name in ((future, r"number\[0\]"), (future.size, r"Future\(number\[0\]\).size")):
         with pytest.raises(UserError, match=rf"^/.*test_graph_futures.py:\d+: .*{name}.*\.result\(\)"):
             misuse(it)
+
+
+MISUSED_TYPE = r"^/.*test_graph_futures.py:\d+: .*Future.*: write .result\(\) to wait"
+
+
+@pytest.mark.parametrize(
+    "refused", [json.dumps, "".join, Decimal, lambda x: x in "text", [1].__add__, io.StringIO().write]
+)
+def test_what_a_type_of_pythons_refuses_says_so_too(refused: Callable[[Any], Any]) -> None:
+    future: Any = Future(Given(), "number[0]", None)
+    given = [future] if refused == "".join else future
+    with pytest.raises(UserError, match=MISUSED_TYPE), running(cast(Any, Given())):
+        refused(given)
+    with pytest.raises(TypeError, match="unsupported operand"), running(cast(Any, Given())):
+        refused(operator.add(1, "a"))
 
 
 def test_context_managers_and_await_are_refused() -> None:

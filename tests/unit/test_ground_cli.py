@@ -142,6 +142,7 @@ def test_commands_and_examples(recua: Recua) -> None:
         (["--store", ""], "--store is empty: name a folder or s3://bucket/prefix"),
         (["--store", "s3:/bucket/runs"], "--store s3:/bucket/runs: a folder by that name would be made; write it as s3://"),
         (["--run", "a/b"], "run id 'a/b': use letters"),
+        (["--run", ""], "run id '': use letters"),
         (["--set", "dpo.port=70000"], "dpo.port: 70000 is no port"),
         (["--set", f"dpo.cache={2**62}"], "dpo.cache: needs 4194304.0 TiB of memory, this machine has"),
     ],
@@ -197,6 +198,10 @@ def test_unknown_command_option_and_missing_argument(recua: Recua) -> None:
         ),
         ("from workflows import stepp\n", "cannot import name 'stepp' from 'workflows'"),
         ("def f(:\n", ".py:1: invalid syntax"),
+        ("x = 1\nint('a b')\n", ".py:2: ValueError: invalid literal for int() with base 10: 'a b'\n"),
+        ("import json\njson.loads('{')\n", ".py:2: JSONDecodeError: "),
+        ("import sys\nsys.exit(0)\n", ".py:2: it called sys.exit(0) when it was imported: put that under "),
+        ("exit('bye')\n", ".py:1: it called sys.exit('bye') when it was imported"),
         ("x = 1\0\n", ".py:1: source code string cannot contain null bytes"),
         (
             "from workflows.llama3_pretrain import llama3_pretrain\n",
