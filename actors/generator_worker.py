@@ -12,6 +12,7 @@ import ray
 from cluster.workers.gather import gather
 from engines.base import Completion, Sampling, WeightUpdate
 from engines.config import GeneratorSettings
+from infra.telemetry import hide_secrets_in_logs
 
 ENGINE = "generator"
 
@@ -20,6 +21,7 @@ class GeneratorWorker:
     """A thin shell: the engine is built in the actor's process and lives as long as the actor."""
 
     def __init__(self, folder: str, settings: GeneratorSettings) -> None:
+        hide_secrets_in_logs()
         from engines.vllm.generator import VllmGenerator
 
         self._engine = VllmGenerator(Path(folder), settings, address=ray.util.get_node_ip_address())

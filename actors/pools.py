@@ -28,6 +28,7 @@ from actors.config import GeneratorPoolSettings, LearnerPoolSettings
 from cluster.workers.gather import gather
 from engines.config import GeneratorSettings
 from infra.errors import NodeLost
+from infra.telemetry import hide_secrets_in_logs
 
 if TYPE_CHECKING:  # they import torch, which takes seconds: the keeper and the driver need none
     from actors.generator_worker import Generators
@@ -57,6 +58,7 @@ class PoolKeeper:
     """Owns the members, hands them out one borrower at a time. A threaded actor: `borrow` may block."""
 
     def __init__(self, name: str, code: str, lease_s: float, orphan_s: float) -> None:
+        hide_secrets_in_logs()
         self._name, self._code, self._lease_s, self._orphan_s = name, code, lease_s, orphan_s
         self._pools = {"generators": _Pool(), "learners": _Pool()}
         self._free = threading.Condition()

@@ -42,6 +42,7 @@ from engines.elastic.torch_learner import TorchLearner
 from engines.snapshots import Peer, StoreSource
 from infra.errors import NodeLost, PeersUnreachable, RecuaError, ResourceError, StepError, StoreError
 from infra.storage import open_store
+from infra.telemetry import hide_secrets_in_logs
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class PretrainRank:
     """
 
     def __init__(self, name: str, group: str, ordered_at: float, job: PretrainJob, store: StoreAddress) -> None:
+        hide_secrets_in_logs()
         self.name, self.group = name, group
         settings = job.settings
         self.node = ray.get_runtime_context().get_node_id()

@@ -9,8 +9,8 @@ import logging
 import math
 import os
 import re
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -84,13 +84,6 @@ def shorten(text: str, most: int) -> str:
     return f"{head} [{len(text) - len(head) - len(tail):,} letters left out] {tail}"
 
 
-class RedactingFormatter(logging.Formatter):
-    """Formats as usual, traceback included, then removes secrets."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
-
-
 def take_any_text(stream: TextIO | None) -> None:
     """Let a stream write what its encoding lacks (a terminal that knows ASCII only) or nobody can encode (half a
     surrogate, of a file name that is no text) as escapes, where it would raise."""
@@ -98,17 +91,41 @@ def take_any_text(stream: TextIO | None) -> None:
         stream.reconfigure(errors="backslashreplace")
 
 
-def setup_logging(verbose: bool = False, stream: TextIO | None = None) -> None:
-    """One handler on the `recua` logger and on the root logger's warnings; calling it again replaces the handler."""
-    handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname).1s %(name)s: %(message)s", "%H:%M:%S"))
-    handler.set_name("recua")
-    root = logging.getLogger()
-    root.handlers = [old for old in root.handlers if old.get_name() != "recua"] + [handler]
-    root.setLevel(logging.WARNING)
-    level = logging.DEBUG if verbose else logging.INFO
-    for package in ("actors", "cluster", "data", "engines", "infra", "models", "serving", "workflows", "recua"):
-        logging.getLogger(package).setLevel(level)
+def hide_secrets_in_logs() -> None:
+    """Remove secrets from every log record of this process, whoever writes it and whatever handles it: from its text,
+    its traceback and its stack. Levels, handlers and formats stay as they are. Every process of ours calls it first."""
+    make = logging.getLogRecordFactory()
+    if not isinstance(make, _RedactedRecords):
+        logging.setLogRecordFactory(_RedactedRecords(make))
+
+
+@dataclass(frozen=True)
+class _RedactedRecords:
+    """Makes log records as `make` does, without secrets."""
+
+    make: Callable[..., logging.LogRecord]
+
+    def __call__(self, *given: Any, **named: Any) -> logging.LogRecord:
+        record = self.make(*given, **named)
+        if record.exc_info and record.exc_info[0] is not None:
+            record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+        if record.stack_info:
+            record.stack_info = redact(record.stack_info)
+        try:
+            _hide_in_message(record)
+        except (TypeError, ValueError, KeyError):  # arguments that do not fit their text: logging itself says so
+            record.msg, record.args = redact(f"{record.msg} {record.args}"), ()
+        return record
+
+
+def _hide_in_message(record: logging.LogRecord) -> None:
+    """Arguments stay apart where they can: the access log's formatter counts them."""
+    if (whole := record.getMessage()) == redact(whole):
+        return
+    if isinstance(record.args, tuple):
+        record.args = tuple(redact(value) if isinstance(value, str) else value for value in record.args)
+    if (whole := record.getMessage()) != (hidden := redact(whole)):
+        record.msg, record.args = hidden, ()
 
 
 def as_number(name: str, value: Any) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray import serve
 
+from infra.telemetry import hide_secrets_in_logs
 from serving.auth import TokenAuthority
 from serving.calls import Calls, Reply
 from serving.config import ServingSettings
@@ -38,6 +39,7 @@ class Replica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, model: ServedModel, settings: ServingSettings
     ) -> None:
+        hide_secrets_in_logs()
         if not (Path(model.folder) / "config.json").is_file():
             raise FileNotFoundError(f"{model.folder}: no model folder on this node; use a path that every node sees")
         self._arguments = engine_arguments(Path(model.folder), model.weight_version, settings)

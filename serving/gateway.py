@@ -23,6 +23,7 @@ from ray import serve
 from ray.serve._private.common import ReplicaState
 
 from infra.errors import ConfigError, ResourceError
+from infra.telemetry import hide_secrets_in_logs
 from serving.auth import TokenAuthority, TokenInterceptor
 from serving.calls import Reply
 from serving.config import ServingSettings
@@ -47,6 +48,7 @@ class Gateway:
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self, settings: ServingSettings, port: int, token_digests: tuple[str, ...]
     ) -> None:
+        hide_secrets_in_logs()
         self._settings = settings
         self._port = port
         self._token_digests = token_digests

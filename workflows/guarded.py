@@ -15,8 +15,9 @@ import click
 def guarded(command: Callable[[], Any]) -> int:
     """Run a command; every expected error becomes one clear line per problem on stderr, and the exit code."""
     from infra.errors import RecuaError
-    from infra.telemetry import take_any_text
+    from infra.telemetry import hide_secrets_in_logs, take_any_text
 
+    hide_secrets_in_logs()
     for stream in (sys.stdout, sys.stderr):
         take_any_text(stream)
     try:

@@ -16,6 +16,7 @@ from typing import Any
 from infra.errors import FencedError, NonDeterminismError, StoreError, UserError
 from infra.faults import FaultSchedule
 from infra.storage import Store, open_store
+from infra.telemetry import hide_secrets_in_logs
 from workflows.artifacts import ArtifactSource
 from workflows.config import RunSettings
 from workflows.events import Event
@@ -65,6 +66,7 @@ def run(
         StoreError: the store failed.
         KeyboardInterrupt: Ctrl-C; running steps are killed first, and the run can be resumed.
     """
+    hide_secrets_in_logs()
     settings = settings or RunSettings()
     store = open_store(settings.store)
     store.check()

@@ -21,6 +21,7 @@ from infra import faults
 from infra.errors import FencedError, SystemFault
 from infra.reaper import Reaper
 from infra.storage import Store, open_store
+from infra.telemetry import hide_secrets_in_logs
 from workflows.alarm import Alarm
 from workflows.artifacts import ArtifactSource
 from workflows.channel import Sender
@@ -46,6 +47,7 @@ def run_attempt(run: str, attempt: Payload) -> str:
     task: Payload = {**_parsed(run), "faults": {}, **attempt}
     outcome: dict[str, Any] = {"node": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
     clock = time.perf_counter()
+    hide_secrets_in_logs()
     try:
         store = _store(task["store"])
         scratch = Path(f"{tempfile.gettempdir()}/recua-{task['attempt_id']}")

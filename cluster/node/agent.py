@@ -33,6 +33,7 @@ from infra.errors import DataError, StoreError
 from infra.notices import NoticeSettings, NoticeWatch, sources
 from infra.processes import this_machine
 from infra.storage import open_store
+from infra.telemetry import hide_secrets_in_logs
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class NodeAgent:
     """A plain class; cluster.controller.fleet makes the actors. Its methods run in threads of their own."""
 
     def __init__(self, place: AgentPlace) -> None:
+        hide_secrets_in_logs()
         self.place = place
         inherit(place.folder, place.living, place.leader)
         host_memory.claim(place.folder, place.group, place.journal, place.accounts, place.leader)

@@ -7,8 +7,11 @@ group, not the worker, decides about restarts. Workers are ordinary owned actors
 import os
 import socket
 from dataclasses import dataclass
+from typing import Any, Self
 
 import ray
+
+from infra.telemetry import hide_secrets_in_logs
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ class Worker:
 
     seat: Seat | None = None
     _held_port: socket.socket | None = None
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Before any subclass begins, whose own class the process runs."""
+        hide_secrets_in_logs()
+        return super().__new__(cls)
 
     def describe(self) -> WorkerInfo:
         """Answers as soon as the process is up and the class is imported."""

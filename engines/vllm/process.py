@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines.base import Sampling, WeightUpdate
 from engines.config import GeneratorSettings
+from infra.telemetry import hide_secrets_in_logs
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -196,6 +197,7 @@ def _answer(connection: Connection, call: Any, reply: bool = True) -> Any:
 
 
 def main() -> None:
+    hide_secrets_in_logs()
     die_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     with Connection(int(sys.argv[1])) as connection:

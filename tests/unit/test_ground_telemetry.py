@@ -1,10 +1,17 @@
 """Secrets never reach a log; metrics survive a killed writer."""
 
+import asyncio
 import base64
+import contextlib
+import inspect
 import io
 import json
 import logging
 import random
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +19,7 @@ import numpy as np
 import pytest
 
 from infra.errors import DataError, UserError
-from infra.telemetry import MetricsWriter, as_number, metric_rows, read_metrics, redact, setup_logging, shorten
+from infra.telemetry import MetricsWriter, as_number, hide_secrets_in_logs, metric_rows, read_metrics, redact, shorten
 
 SECRETS = [
     ("Authorization: Bearer abcdef0123456789", "abcdef0123456789"),
@@ -76,23 +83,99 @@ def test_a_long_text_keeps_its_beginning_and_its_end_but_no_half_of_a_word() -> 
     assert len(shorten("x" * 20_000_000, 10_000)) < 10_100
 
 
-def test_log_lines_and_tracebacks_are_redacted() -> None:
-    stream = io.StringIO()
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+@pytest.fixture
+def plain_logs() -> Iterator[None]:
+    """Log records as Python makes them, before and after."""
+    logging.setLogRecordFactory(logging.LogRecord)
+    yield
+    logging.setLogRecordFactory(logging.LogRecord)
+
+
+def test_log_records_carry_no_secrets_whatever_handles_them(plain_logs: None) -> None:
+    hide_secrets_in_logs()
+    hide_secrets_in_logs()
+    stream, log = io.StringIO(), logging.getLogger("some.library")
+    handler = logging.StreamHandler(stream)  # a user's own, with a format of its own
+    log.addHandler(handler)
     try:
-        setup_logging(stream=stream)
-        setup_logging(stream=stream)
+        log.error("connecting to postgres://user:hunter2222@db/x", stack_info=True)
         try:
             raise RuntimeError("request failed: Authorization: Bearer abcdef0123456789")
         except RuntimeError:
-            logging.getLogger("infra.test").exception("with password=%s", "hunter2222")
-        logging.getLogger("some.library").info("quiet")
+            log.exception("with password=%s", "hunter2222")
+        log.error("%(what)s", {"what": "token=hunter2222"})
+        log.error("%d of them", "token=hunter2222")
     finally:
-        root.handlers, root.level = handlers, level
+        log.removeHandler(handler)
     text = stream.getvalue()
-    assert "Traceback" in text and text.count("with password=[redacted]") == 1
-    assert "abcdef0123456789" not in text and "hunter2222" not in text and "quiet" not in text
+    assert "Traceback" in text and "with password=[redacted]" in text and "postgres://user:[redacted]@db/x" in text
+    assert "abcdef0123456789" not in text and "hunter2222" not in text
+
+
+def test_log_records_keep_their_arguments_apart(plain_logs: None) -> None:
+    """A server's access log counts them."""
+    hide_secrets_in_logs()
+    given = ("GET", "/runs?token=hunter2222", 200)
+    record = logging.getLogger("access").makeRecord("access", 20, "f", 1, "%s %s %d", given, None)
+    assert record.args == ("GET", "/runs?token=[redacted]", 200)
+    assert record.getMessage() == "GET /runs?token=[redacted] 200"
+
+
+def _new(kind: type, *given: Any) -> None:
+    """Begin to make an object of a class, as far as that goes without what it needs."""
+    made = kind.__init__(object(), *given)  # type: ignore[misc]
+    if inspect.iscoroutine(made):
+        asyncio.run(made)
+
+
+def _starts() -> dict[str, Callable[[], Any]]:
+    from actors.generator_worker import GeneratorWorker
+    from actors.pools import PoolKeeper
+    from actors.pretrain_worker import PretrainRank
+    from cluster.node.agent import NodeAgent
+    from cluster.workers.seat import Worker
+    from engines.vllm import process
+    from serving.deployment import Replica
+    from serving.gateway import Gateway
+    from workflows import session, worker
+    from workflows.guarded import guarded
+    from workflows.service.actor import Host
+
+    nothing: Any = None
+    return {
+        "command": lambda: guarded(lambda: None),
+        "run": lambda: session.run(nothing, settings="none"),  # type: ignore[arg-type]
+        "step": lambda: worker.run_attempt("{}", {}),
+        "service": lambda: _new(Host, nothing),
+        "rank of a group": Worker,
+        "rank of pretraining": lambda: _new(PretrainRank, "w0", "g", 0.0, nothing, nothing),
+        "node agent": lambda: _new(NodeAgent, nothing),
+        "pools": lambda: _new(PoolKeeper, "p", "c", 1.0, None),
+        "generator": lambda: _new(GeneratorWorker, nothing, nothing),
+        "engine": process.main,
+        "replica": lambda: _new(Replica, nothing, nothing),
+        "gateway": lambda: _new(Gateway, nothing, 0, ()),
+    }
+
+
+def test_every_process_of_ours_hides_secrets_first(plain_logs: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["program"])
+    for name, begin in _starts().items():
+        logging.setLogRecordFactory(logging.LogRecord)
+        with contextlib.suppress(Exception):
+            begin()
+        record = logging.getLogger("x").makeRecord("x", 30, "f", 1, "password=hunter2222", (), None)
+        assert record.getMessage() == "password=[redacted]", name
+
+
+def test_a_command_warns_without_secrets() -> None:
+    code = """
+        import logging
+        from workflows.guarded import guarded
+        guarded(lambda: logging.getLogger("workflows.x").warning("no answer from s3://key:hunter2222@host"))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.stderr == "no answer from s3://key:[redacted]@host\n"
 
 
 def test_metrics_round_trip(tmp_path: Path) -> None:

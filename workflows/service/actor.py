@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import ConfigError
+from infra.telemetry import hide_secrets_in_logs
 
 NAME, NAMESPACE = "recua-service", "recua"
 BIND_PATIENCE_S = 30.0
@@ -43,6 +44,7 @@ class Host:
         from workflows.service.app import create_app
         from workflows.service.supervisor import Supervisor
 
+        hide_secrets_in_logs()
         store = open_store(config.store)
         store.check()
         listener = listen(config.host, config.port)
