@@ -1,7 +1,7 @@
 """A cluster twin: the controller's own code and policies against a simulated cluster, under published failure counts.
 
     python -m cluster.simulation --gpus 16384 --days 54 --failures llama3 --json
-    python -m cluster.simulation --failures rsc --plot sensitivity.svg
+    python -m cluster.simulation --failures rsc --plot sensitivity.html
     python -m cluster.simulation --failures trace.jsonl --gpus 512 --tensor-parallel 8 --pipeline-parallel 1
 
 No hardware is involved: `goodput`, `lost_steps`, `restarts`, `baseline_goodput` and `pause_at_98` are simulated, with
@@ -24,7 +24,6 @@ from cluster.simulation.failure_tables import DAY, TABLES, Fault, draw, observed
 from cluster.simulation.pauses import NCCL_SOURCE, RESTORE_SOURCE, load
 from cluster.simulation.restart_baseline import RestartBaseline, baseline_goodput
 from cluster.simulation.run import Simulation
-from cluster.simulation.sensitivity_plot import draw_svg
 from infra.errors import RecuaError, UserError
 
 PAUSES = Path(__file__).with_name("measured_pauses.json")
@@ -44,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--pauses", type=Path, default=PAUSES, help="measured pauses that the pause model is fitted to")
     made.add_argument("--quick", action="store_true", help="no sensitivity, no controller cost")
     made.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1), help="for the sensitivity")
-    made.add_argument("--plot", type=Path, metavar="FILE", help="write the sensitivity as SVG")
+    made.add_argument("--plot", type=Path, metavar="FILE", help="write the sensitivity as an HTML page")
     made.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return made
 
@@ -95,10 +94,12 @@ def simulate(given: argparse.Namespace) -> tuple[dict[str, Any], Outcome]:
         result["pause_at_98"] = None if found.pause_at_98 is None else round(found.pause_at_98, 2)
         result["sensitivity"] = [[round(pause, 2), round(value, 5)] for pause, value in found.points]
         if given.plot is not None:
+            from cluster.simulation.sensitivity_plot import write_plot  # plotly takes a second to load
+
             title = f"{given.gpus} GPUs, {days:g} days, failures: {given.failures}"
             own = (model.pause_s(given.gpus), outcome.account.goodput)
             notes = (source.split(";")[0], f"pause model {model.source}")
-            given.plot.write_text(draw_svg(found, own, result["baseline_goodput"], title, notes))
+            write_plot(given.plot, found, own, result["baseline_goodput"], title, notes)
             result["plot"] = str(given.plot)
         say("measuring the controller's own cost from 8 to 100,000 ranks ...")
         result["controller_cost"] = [cost.to_json() for cost in controller_cost.measure_sizes()]

@@ -13,7 +13,7 @@ from cluster.simulation.pauses import NCCL_PER_RANK_S, PHASES, fit, fixed, load
 from cluster.simulation.restart_baseline import RestartBaseline, baseline_goodput
 from cluster.simulation.run import Simulation
 from cluster.simulation.sensitivity import crossing, sweep
-from cluster.simulation.sensitivity_plot import draw_svg
+from cluster.simulation.sensitivity_plot import write_plot
 from infra.errors import DataError
 
 SMALL = SimulatedCluster(
@@ -153,7 +153,7 @@ def test_the_restart_baseline_by_hand() -> None:
     assert found == pytest.approx(useful * 64 / (8640 * 72))
 
 
-def test_the_crossing_of_098_and_the_plot() -> None:
+def test_the_crossing_of_098_and_the_plot(tmp_path: Path) -> None:
     assert crossing({0.0: 0.99, 10.0: 0.97}) == pytest.approx(5.0)
     assert crossing({0.0: 0.97}) is None and crossing({0.0: 0.99}) is None
     one = replace(SMALL, gpus=512, spare_nodes=0, days=0.05)
@@ -164,8 +164,11 @@ def test_the_crossing_of_098_and_the_plot() -> None:
         and abs(sensitivity.goodput_at(found.pause_at_98, one, [strike(1000.0, "node"), strike(3000.0, "node")]) - 0.98)
         < 2e-3
     )
-    svg = draw_svg(found, (5.0, 0.985), 0.9, "64 GPUs & more", ["note"])
-    assert svg.startswith("<svg") and "SIMULATED" in svg and "0.98 is lost at" in svg and "&amp; more" in svg
+    page = tmp_path / "sensitivity.html"
+    write_plot(page, found, (5.0, 0.985), 0.9, "64 GPUs <& more>", ["note"])
+    drawn = page.read_text().rpartition("Plotly.newPlot")[2]
+    assert "SIMULATED" in drawn and "0.98 is lost at" in drawn and "& more>" not in drawn
+    assert "pause model: 5.0 s, 0.9850" in drawn and "restart from storage: 0.9000" in drawn
 
 
 def test_the_controller_s_own_cost_is_measured_at_any_size() -> None:
