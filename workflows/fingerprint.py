@@ -8,11 +8,12 @@ package. Libraries count by their installed version. recua's platform (the graph
 count: it moves results, it does not make them.
 
 A data file of a step is a file that is there and that its code names: a text `"corpus.txt"` in it, or a path put
-together of such texts and `__file__`, is the way to it from the module's folder or from its package's root. A folder
-counts with all files in it where the code lists it, or names it in a statement with `__file__`. A link counts by what
-it leads to. No data file is what the same code writes (`open(..., "w")`, `write_text`, `save...`, `to_csv`, ...; see
-workflows.paths): a step is not run again because of its own product. Nor is what only a run can tell: absolute paths
-and names that are computed come in as inputs.
+together of such texts and `__file__`, is the way to it from the module's folder or from its package's root. A file of
+Python's that is named so (`[sys.executable, "tool.py"]`) counts as code, all of it. A folder counts with all files in
+it where the code lists it, or names it in a statement with `__file__`. A link counts by what it leads to. No data file
+is what the same code writes (`open(..., "w")`, `write_text`, `save...`, `to_csv`, ...; see workflows.paths): a step is
+not run again because of its own product. Nor is what only a run can tell: absolute paths and names that are computed
+come in as inputs.
 """
 
 import ast
@@ -88,6 +89,7 @@ class Fingerprinter:
                 self._readers[roots] = PathReader(SourceIndex(list(roots)))
             walk = _Walk(self._readers[roots])
             walk.reach(module, qualname.partition(".")[0])
+            walk.follow_scripts()
             self._done[name] = self._finish(walk, libraries)
         return self._done[name]
 
@@ -127,6 +129,7 @@ class _Walk:
         self._paths = paths
         self._named: dict[Path, Module] = {}
         self._listed: dict[Path, Module] = {}
+        self._scripts: dict[Path, Module] = {}
         self._written: set[Path] = set()
         self._filled: set[Path] = set()
         self._entered: set[str] = set()
@@ -226,6 +229,9 @@ class _Walk:
                     self._target(target, rest)
             elif head in module.bindings or module.star_imports:
                 self.reach(module.name, head)
+        for name in reading.named_modules:
+            if self._index.module(name) is not None:
+                self.whole(name)
         if reading.blind_imports:
             self._whole_package(module)
         for target in (each for targets in imports.values() for each in targets):
@@ -300,12 +306,27 @@ class _Walk:
 
     def _file(self, module: Module, path: Path, folders_too: bool) -> None:
         try:
-            if path.is_file() and path.suffix != ".py":
+            if path.is_file() and path.suffix == ".py" and path.resolve() != module.file:
+                self._scripts.setdefault(path.resolve(), module)
+            elif path.is_file() and path.suffix != ".py":
                 self._named[path] = module
             elif folders_too and path.is_dir():
                 self._listed |= dict.fromkeys(_files_in(path), module)
         except (OSError, ValueError):
             return
+
+    def follow_scripts(self) -> None:
+        """All of the files of Python's that the code names, to start or to read them, and does not write."""
+        followed: set[Path] = set()
+        while left := [file for file in self._scripts if file not in followed | self._written]:
+            followed.update(left)
+            for file in left:
+                name = module_of_file(file)[0]
+                found = self._index.module(name)
+                if found is not None and found.file == file:
+                    self.whole(name)
+                else:
+                    self._named[file] = self._scripts[file]
 
 
 def _files_in(folder: Path) -> Iterator[Path]:

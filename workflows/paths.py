@@ -99,6 +99,9 @@ class _Code:
         elif fields:
             self.parameters = frozenset(fields)
             self.bound |= {f"self.{name}": [ast.Name(name)] for name in fields}
+        for name, value in _constants(self.statement).items():
+            for owner in ("self", "cls"):
+                self.bound.setdefault(f"{owner}.{name}", [value])
         self.nodes = list(ast.walk(self.statement))
         for node in self.nodes:
             if isinstance(node, (*FUNCTIONS, ast.Lambda)) and node is not own:
@@ -110,11 +113,23 @@ class _Code:
             elif isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
                 self._bind(node.target, node.value)
             elif isinstance(node, (ast.For, ast.comprehension)):
-                self._bind(node.target, node.iter if isinstance(node.iter, (ast.List, ast.Tuple)) else _unknown())
+                self._bind_each(node.target, node.iter)
             elif isinstance(node, ast.AugAssign):
                 self._bind(node.target, _unknown())
             elif isinstance(node, ast.withitem) and node.optional_vars is not None:
                 self._bind(node.optional_vars, _unknown())
+
+    def _bind_each(self, target: ast.expr, items: ast.expr) -> None:
+        """A loop's name is bound to each of the items; of rows, each name to its column."""
+        rows = items.elts if isinstance(items, (ast.List, ast.Tuple)) else []
+        if not isinstance(target, (ast.Tuple, ast.List)):
+            self._bind(target, items if rows else _unknown())
+            return
+        width = len(target.elts)
+        alike = all(isinstance(row, (ast.Tuple, ast.List)) and len(row.elts) == width for row in rows)
+        for column, element in enumerate(target.elts):
+            cells = [row.elts[column] for row in rows if isinstance(row, (ast.Tuple, ast.List))] if alike else []
+            self._bind(element, ast.List(cells) if cells else _unknown())
 
     def _bind(self, target: ast.expr, value: ast.expr) -> None:
         if isinstance(target, (ast.Tuple, ast.List)):
@@ -143,6 +158,10 @@ class _Code:
             filled |= passed.filled
             listed.update(self._listed(call))
             read.update(self._globbed(call))
+        for given in (
+            each for node in self.nodes if isinstance(node, (ast.List, ast.Tuple)) for each in _outputs(node)
+        ):
+            written.update(self.value(given))
         read.update(self._joined())
         if isinstance(self.statement, ast.ClassDef):  # which of its methods are called, nobody knows
             written -= (used := self._used())
@@ -167,9 +186,9 @@ class _Code:
         keywords = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
         if name in OPENS:
             of_path = receiver is not None and bool(self.value(receiver) or self._folder(receiver))
-            rest = call.args if of_path else call.args[1:]
+            rest = call.args if of_path else call.args[2 if name == "memmap" else 1 :]
             mode = keywords.get("mode", rest[0] if rest else None)
-            if mode is not None and _writes(mode):
+            if mode is not None and self._writes(mode):
                 yield from [receiver] if of_path and receiver else [*call.args[:1], *_named(keywords, "file")]
             return
         if self._own(call) is not None:
@@ -190,6 +209,11 @@ class _Code:
             yield from call.args[:1]
         if name == "basicConfig":
             yield from _named(keywords, "filename")
+
+    def _writes(self, mode: ast.expr) -> bool:
+        """`"w"`, a name or a choice that may be that, or the flags of `os.open`."""
+        plain = any(WRITING_MODES & set(each) for each in self.value(mode) if not each.startswith("<"))
+        return plain or any(flag in ast.unparse(mode) for flag in ("os.O_WRONLY", "os.O_RDWR"))
 
     def _calls(self, name: str) -> int:
         return sum(isinstance(node, ast.Call) and _last_name(node.func) == name for node in self.nodes)
@@ -313,6 +337,10 @@ class _Code:
             case ast.JoinedStr(values=pieces):
                 whole = [piece.value if isinstance(piece, ast.FormattedValue) else piece for piece in pieces]
                 return self._folded(str.__add__, whole, depth)
+            case ast.IfExp(body=one, orelse=other) | ast.BoolOp(values=[one, other]):
+                return [*self.value(one, depth + 1), *self.value(other, depth + 1)]
+            case ast.NamedExpr(value=inner):
+                return self.value(inner, depth + 1)
             case ast.Call():
                 return self._called(node, depth)
         return []
@@ -367,6 +395,9 @@ class _Code:
     def _global(self, parts: list[str], depth: int) -> list[str]:
         """The value of a name at the top of this module or, imported, of another."""
         found = self._find(parts)
+        if found is None and len(parts) > 1 and (owner := self._find(parts[:-1])) is not None:
+            value = _constants(owner[1]).get(parts[-1])
+            return self.reader.code(*owner).value(value, depth + 1)
         if found is None or found[1] is self.statement:
             return []
         module, statement = found
@@ -413,6 +444,28 @@ def _fields(statement: ast.stmt) -> list[str]:
     return [each.target.id for each in body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)]
 
 
+def _constants(statement: ast.stmt) -> dict[str, ast.expr]:
+    """What a class has by name for all its instances, and the defaults of its fields."""
+    found: dict[str, ast.expr] = {}
+    for each in statement.body if isinstance(statement, ast.ClassDef) else []:
+        if isinstance(each, ast.Assign):
+            found |= {target.id: each.value for target in each.targets if isinstance(target, ast.Name)}
+        elif isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name) and each.value is not None:
+            found[each.target.id] = each.value
+    return found
+
+
+def _outputs(command: ast.List | ast.Tuple) -> Iterator[ast.expr]:
+    """What follows `-o`, `--output` and their like in a command's arguments, and the files that `tee` is given."""
+    words = [each.value if isinstance(each, ast.Constant) else None for each in command.elts]
+    for word, given in zip(words, command.elts[1:], strict=False):
+        flag = word if isinstance(word, str) else ""
+        if flag == "-o" or (flag.startswith("--") and flag[2:].startswith(MADE_KEYWORDS)):
+            yield given
+    if words[:1] == ["tee"]:
+        yield from command.elts[1:]
+
+
 def _parameters(function: Function | ast.Lambda) -> list[ast.arg]:
     return [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
 
@@ -421,13 +474,6 @@ def _changes_tables(node: ast.AST) -> bool:
     """Whether it is a text of SQL that does."""
     text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
     return text.lstrip().lower().startswith(SQL_WRITES)
-
-
-def _writes(mode: ast.expr) -> bool:
-    """`"w"`, or the flags of `os.open`."""
-    if isinstance(mode, ast.Constant):
-        return isinstance(mode.value, str) and bool(WRITING_MODES & set(mode.value))
-    return any(flag in ast.unparse(mode) for flag in ("os.O_WRONLY", "os.O_RDWR"))
 
 
 def _put_in(paths: Iterable[str], given: dict[str, list[str]]) -> frozenset[str]:

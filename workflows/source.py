@@ -5,9 +5,12 @@ site-packages; everything else counts as a library.
 """
 
 import ast
+import contextlib
 import importlib.util
+import itertools
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,12 +49,14 @@ class Module:
 @dataclass(frozen=True)
 class Reading:
     """One statement, stripped: its structure as text, the names that it reads with the attributes taken from them, its
-    string constants, what it imports, and the first arguments of its computed imports."""
+    string constants, what it imports, modules that it imports or starts by a plain name, and whether it imports some by
+    a computed one."""
 
     text: str
     chains: tuple[tuple[str, ...], ...]
     constants: tuple[str, ...]
     imports: dict[str, list[Import]]
+    named_modules: tuple[str, ...]
     blind_imports: bool
 
 
@@ -176,7 +181,22 @@ def _read(module: Module, statement: ast.stmt) -> Reading:
     dynamic = [node for node in nodes if isinstance(node, ast.Call) and _last_name(node.func) in DYNAMIC_IMPORT]
     blind = any(not node.args or not isinstance(node.args[0], ast.Constant) for node in dynamic)
     imports = local_imports(module, stripped)
-    return Reading(ast.dump(stripped), tuple(_chains(nodes)), tuple(dict.fromkeys(constants)), imports, blind)
+    named = [name for node in nodes for name in _named_modules(module, node)]
+    return Reading(
+        ast.dump(stripped), tuple(_chains(nodes)), tuple(dict.fromkeys(constants)), imports, tuple(named), blind
+    )
+
+
+def _named_modules(module: Module, node: ast.AST) -> Iterator[str]:
+    """Of `import_module("name")`, `import_module(".name", __package__)` and [python, "-m", "name"]."""
+    if isinstance(node, ast.Call) and _last_name(node.func) in DYNAMIC_IMPORT and node.args:
+        if isinstance(name := getattr(node.args[0], "value", None), str):
+            package = module.name if module.file.name == "__init__.py" else module.name.rpartition(".")[0]
+            with contextlib.suppress(ImportError):  # it goes beyond the package: no import that could work
+                yield importlib.util.resolve_name(name, package)
+    elif isinstance(node, (ast.List, ast.Tuple)):
+        words = [getattr(each, "value", None) for each in node.elts]
+        yield from (name for flag, name in itertools.pairwise(words) if flag == "-m" and isinstance(name, str))
 
 
 def _last_name(node: ast.expr) -> str:

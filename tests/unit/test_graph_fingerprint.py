@@ -345,6 +345,13 @@ def keep_here(name="out.json"):
     with (HERE / name).open("w") as out:
         out.write("x")
 
+class Names:
+    OUT = "out.json"
+    SOURCE = "in.txt"
+
+    def keep(self):
+        open(self.OUT, "w")
+
 class Book:
     def __init__(self, path):
         self.path = Path(path)
@@ -403,9 +410,21 @@ WRITES = [
     "keep(OUT, data='x')",
     "keep(data='x', path=HERE / 'out.json')",
     "[open(name, 'w') for name in ('out.json', 'other.json')]",
+    "open('out.json', 'w' if NAME else 'a')",
+    "mode = 'w'; open('out.json', mode)",
+    "(out := Path('out.json')).write_text('x')",
+    "open(Names.OUT, 'w')",
+    "Names().keep()",
+    "[Path(name).write_text(text) for name, text in [('out.json', 'x'), ('other.json', 'y')]]",
+    "import numpy; numpy.memmap('out.json', 'f4', 'w+', shape=(1,))",
+    "import subprocess; subprocess.run(['curl', '-o', 'out.json', 'http://localhost'])",
+    "import subprocess; subprocess.run(['tee', 'out.json'])",
     "n = json.loads(OUT.read_text()) if OUT.exists() else 0; OUT.write_text(json.dumps(n + 1))",
 ]
 READS = [
+    "mode = 'r'; open('in.txt', mode)",
+    "open(Names.SOURCE)",
+    "import subprocess; subprocess.run(['sort', 'in.txt', '-o', 'out.json'])",
     "open('in.txt').read()",
     "open('in.txt', 'rb').read()",
     "Path('in.txt').read_text()",
@@ -460,6 +479,39 @@ def test_what_a_step_reads_is_data_of_it(line: str, script: Callable[..., Any], 
     for file in files:
         file.write_text("two")
     assert fingerprint().code != first.code
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import subprocess, sys; subprocess.run([sys.executable, 'tool.py'])",
+        "import subprocess, sys; subprocess.run([sys.executable, str(HERE / 'tool.py')])",
+        "import subprocess, sys; subprocess.run([sys.executable, '-m', 'tool'])",
+        "import runpy; runpy.run_path('tool.py')",
+        "import importlib; importlib.import_module('tool').main()",
+        "exec(open('tool.py').read(), {})",
+    ],
+)
+def test_a_file_of_pythons_that_a_step_starts_or_reads_counts_with_what_it_uses(
+    line: str, script: Callable[..., Any], tmp_path: Path
+) -> None:
+    tool, used = tmp_path / "lone" / "tool.py", tmp_path / "lone" / "used.py"
+    tool.write_text("from used import f\ndef main(): print(f())\nif __name__ == '__main__': main()\n")
+    used.write_text("def f(): return 1\n")
+    fingerprint = script(f"{HEAD}def body():\n    {line}\n")
+    first = fingerprint()
+    used.write_text("def f(): return 2\n")
+    second = fingerprint()
+    tool.write_text("from used import f\ndef main(): print(-f())\nif __name__ == '__main__': main()\n")
+    assert len({first.code, second.code, fingerprint().code}) == 3
+
+
+def test_a_file_of_pythons_that_a_step_writes_is_its_product(script: Callable[..., Any], tmp_path: Path) -> None:
+    line = "Path('made.py').write_text('x = 1'); import subprocess, sys; subprocess.run([sys.executable, 'made.py'])"
+    fingerprint = script(f"{HEAD}def body():\n    {line}\n")
+    first = fingerprint()
+    (tmp_path / "lone" / "made.py").write_text("x = 1")
+    assert fingerprint().code == first.code
 
 
 def test_files_of_computed_names_in_a_folder_of_its_own_are_products(

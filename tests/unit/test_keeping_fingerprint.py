@@ -111,6 +111,9 @@ def lam():
 
 KEY = lambda x: thing(x) + 1
 
+def relative():
+    return importlib.import_module(".branch", __package__).chosen()
+
 def compreh():
     return [thing(i) for i in range(3)]
 """,
@@ -184,6 +187,7 @@ CASES = [
     ("lam", "ep/api/inner.py", "return x", "return -x"),
     ("lam", "ep/steps.py", "thing(x) + 1", "thing(x) + 2"),
     ("compreh", "ep/api/inner.py", "return x", "return -x"),
+    ("relative", "ep/branch.py", "return 1", "return 3"),
 ]
 UNRELATED = [
     ("defaulted", "ep/api/inner.py", "return x", "return -x"),
