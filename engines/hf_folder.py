@@ -31,6 +31,8 @@ COMPANIONS = (
 """Files of a model folder that travel with its weights as they are, beside licences and generation_config.json."""
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 """What those who pass a model on must pass on too."""
+ATTENTION = "sdpa"
+"""Which of transformers' attentions models are loaded with."""
 log = logging.getLogger(__name__)
 
 
@@ -66,9 +68,9 @@ def _from_pretrained(kind: str, folder: Path, dtype: torch.dtype) -> Any:
     try:
         with quiet_transformers():
             model, report = loader.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa", output_loading_info=True
+                folder, dtype=dtype, local_files_only=True, attn_implementation=ATTENTION, output_loading_info=True
             )
-    except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever the folder makes of it
         raise CheckpointError(f"{folder}: {one_line(error)}") from error
     if report["missing_keys"]:
         raise CheckpointError(f"{folder}: missing tensors: {', '.join(sorted(report['missing_keys'])[:5])}")
@@ -84,16 +86,19 @@ def _read_tensor(folder: Path, name: str) -> torch.Tensor | None:
 
 
 def refuse_parts(folder: Path) -> None:
-    """Raises CheckpointError where a folder holds less than a model: an adapter alone, or Git LFS's pointers."""
+    """Raises CheckpointError where a folder holds less than a model: an adapter alone, or pointers and links to
+    files that are not here."""
     if not (folder / "config.json").is_file():
         refuse_adapter(folder)
     for file in sorted(folder.iterdir()):
-        if file.is_file():
+        if not file.is_dir():
             refuse_pointer(file)
 
 
 def check_configs(folder: Path) -> Any:
-    """Whether transformers reads generation_config.json and config.json, and builds that model; returns its config.
+    """Whether transformers reads generation_config.json and config.json, and builds that model.
+
+    Returns the model, without memory for its weights.
 
     Raises:
         CheckpointError: names the file.
@@ -108,10 +113,9 @@ def check_configs(folder: Path) -> Any:
             raise CheckpointError(f"{folder / name}: transformers cannot use it: {one_line(error)}") from error
 
     def build() -> Any:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, attn_implementation=ATTENTION)
         with torch.device("meta"):
-            transformers.AutoModelForCausalLM.from_config(config)
-        return config
+            return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
 
     if (folder / "generation_config.json").is_file():
         read_object(folder / "generation_config.json")

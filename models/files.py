@@ -35,7 +35,13 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def refuse_pointer(file: Path) -> None:
-    """Raises CheckpointError where Git LFS left a pointer instead of the file; nothing where there is no file."""
+    """Raises CheckpointError where something else stands in a file's place: a pointer of Git LFS, or a link to nothing
+    (the Hub's cache is made of links). Nothing where there is no file."""
+    if file.is_symlink() and not file.exists():
+        raise CheckpointError(
+            f"{file} is a link to {os.readlink(file)}, which is not here: copy the folder with what its links lead to "
+            "(cp -L), or download it again"
+        )
     try:
         with file.open("rb") as stream:
             start = stream.read(len(LFS_POINTER))

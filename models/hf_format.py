@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import CheckpointError
-from models.files import read_object, refuse_adapter
+from models.files import read_object, refuse_adapter, refuse_pointer
 from models.llama import LlamaConfig, RopeScaling
 from models.tokenizer import Tokenizer
 
@@ -151,6 +151,7 @@ def read_tree(folder: str | Path) -> dict[str, Any]:
         CheckpointError: no such folder, no readable config.json, an adapter without its model, or quantized weights.
     """
     folder = Path(folder)
+    refuse_pointer(folder / "config.json")
     if not (folder / "config.json").is_file():
         refuse_adapter(folder)
         if not folder.is_dir():
@@ -209,7 +210,7 @@ def _rope_from_hf(tree: Mapping[str, Any], source: str) -> tuple[float, RopeScal
         raise CheckpointError(
             f"{source}: partial_rotary_factor is {rope['partial_rotary_factor']!r}; this network rotates whole heads"
         )
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":

@@ -71,14 +71,15 @@ def own_template(folder: Path) -> tuple[Path, str] | None:
     Raises:
         CheckpointError: it has several and none is the default.
     """
-    if (file := folder / "chat_template.jinja").is_file():
+    refuse_pointer(file := folder / "chat_template.jinja")
+    if file.is_file():
         return file, file.read_text(encoding="utf-8", errors="replace")
     for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
         template = read_object(file).get("chat_template") if file.is_file() else None
         if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
             named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
             if "default" not in named:
-                raise CheckpointError(f"{file}: chat_template names no default, only {', '.join(named)}")
+                raise CheckpointError(f"{file}: chat_template names no default, only {', '.join(named) or 'nothing'}")
             template = named["default"]
         if template:
             return file, str(template)
@@ -92,7 +93,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         CheckpointError: no tokenizer there, or its file is damaged.
     """
     folder = Path(folder)
-    for name in ("tokenizer.json", "tokenizer.model"):
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         refuse_pointer(folder / name)
     try:
         if (folder / "tokenizer.json").is_file():
@@ -101,8 +102,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             return _load_model_file(folder / "tokenizer.model")
         if (folder / "tokenizer_config.json").is_file():
             return _load_through_transformers(folder)
-    except CheckpointError:
-        raise
+    except CheckpointError as error:
+        raise error if str(folder) in str(error) else CheckpointError(f"{folder}: {error}") from None
     except Exception as error:  # each backend has its own exception types for a damaged file
         raise CheckpointError(f"tokenizer in {folder} cannot be read: {error}") from error
     raise CheckpointError(f"no tokenizer in {folder}: expected tokenizer.json or tokenizer.model")
@@ -178,4 +179,4 @@ def _load_through_transformers(folder: Path) -> Tokenizer:
 
 def _token_text(value: Any) -> str | None:
     """Configs write a token as its text or as {"content": text, ...}."""
-    return value["content"] if isinstance(value, dict) else value
+    return value.get("content") if isinstance(value, dict) else value

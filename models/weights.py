@@ -52,7 +52,6 @@ def tensor_index(folder: str | Path) -> dict[str, TensorEntry]:
     folder = Path(folder)
     entries: dict[str, TensorEntry] = {}
     for file in _weight_files(folder):
-        refuse_pointer(file)
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (not a dict)
@@ -70,12 +69,13 @@ def check(folder: str | Path, config: LlamaConfig) -> dict[str, TensorEntry]:
 
     Raises:
         CheckpointError: missing, unexpected or misshapen tensors, named (at most eight of each kind), or as
-            `check_plain`.
+            `check_dtypes` and `check_tied`.
     """
     expected = _expected_shapes(config)
     found: dict[str, TensorEntry] = {}
     unexpected: list[str] = []
     index = tensor_index(folder)
+    check_dtypes(folder, index)
     for name, entry in index.items():
         if name.endswith("rotary_emb.inv_freq"):  # old conversions stored this constant
             continue
@@ -98,27 +98,32 @@ def check(folder: str | Path, config: LlamaConfig) -> dict[str, TensorEntry]:
         if prefix := _wrapper(unexpected):
             text = f"every name starts with {prefix!r}, as if saved from a wrapped model: save the model inside it"
         raise CheckpointError(f"{folder}: the weights do not fit config.json: {text}")
-    check_plain(folder, index, config.tied)
+    check_tied(folder, index, {HEAD: EMBEDDING} if config.tied else {})
     return found
 
 
-def check_plain(folder: str | Path, index: Mapping[str, TensorEntry], tied: bool) -> None:
-    """Whether the tensors mean what a network of any architecture takes them for.
-
-    Raises:
-        CheckpointError: weights that are quantized, or a head of its own where config.json ties it to the embedding.
-    """
+def check_dtypes(folder: str | Path, index: Mapping[str, TensorEntry]) -> None:
+    """Whether weights are numbers that training starts from. Raises CheckpointError for quantized ones, named."""
     odd = [name for name, entry in index.items() if name.endswith("weight") and entry.dtype not in FLOATS]
     if odd:
         raise CheckpointError(
             f"{folder}: {some(odd)} is stored as {index[odd[0]].dtype}; training needs weights in float32, bfloat16 or "
             "float16: name a folder of the model before quantization"
         )
-    if tied and HEAD in index and EMBEDDING in index and not _equal(HEAD, EMBEDDING, index):
-        raise CheckpointError(
-            f"{folder}: config.json says tie_word_embeddings = true, but {HEAD} differs from {EMBEDDING}: set "
-            f"tie_word_embeddings to false to keep both, or remove {HEAD}"
-        )
+
+
+def check_tied(folder: str | Path, index: Mapping[str, TensorEntry], tied: Mapping[str, str]) -> None:
+    """Whether tensors that config.json makes one ({head: embedding}, as files name them) are equal in the files.
+
+    Raises:
+        CheckpointError: a head of its own, which would be lost in one runtime and kept in another.
+    """
+    for head, embedding in tied.items():
+        if head in index and embedding in index and not _equal(head, embedding, index):
+            raise CheckpointError(
+                f"{folder}: config.json says tie_word_embeddings = true, but {head} differs from {embedding}: set "
+                f"tie_word_embeddings to false to keep both, or remove {head}"
+            )
 
 
 def check_finite(folder: str | Path, index: Mapping[str, TensorEntry]) -> None:
@@ -169,8 +174,12 @@ def _stream(entries: Mapping[str, TensorEntry], dtype: torch.dtype | None) -> It
 def _weight_files(folder: Path) -> list[Path]:
     refuse_adapter(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    refuse_pointer(index)
+    refuse_pointer(single)
     if index.is_file():
         names = _shards(index)
+        for name in names:
+            refuse_pointer(folder / name)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(f"{folder}: {index.name} names files that are missing: {some(missing)}")
@@ -218,7 +227,10 @@ def _equal(one: str, other: str, index: Mapping[str, TensorEntry]) -> bool:
     if index[one].shape != index[other].shape:
         return False
     pairs = zip(_rows({one: index[one]}), _rows({other: index[other]}), strict=True)
-    return all(torch.equal(rows.float(), others.float()) for (_, rows), (_, others) in pairs)
+    return all(
+        torch.allclose(rows.double(), others.double(), rtol=0, atol=0, equal_nan=True)
+        for (_, rows), (_, others) in pairs
+    )
 
 
 def _wrapper(unexpected: Sequence[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_models_tokenizer import CORPUS, llama2_folder  # noqa: F401
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from engines.chat import ChatTokenizer, check_chat
 from engines.hf_folder import load_model, save_model
@@ -77,6 +78,18 @@ def index(folder: Path, **weight_map: Any) -> None:
     change(folder, "model.safetensors.index.json", weight_map=weight_map)
 
 
+def dangle(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    file.symlink_to("/cache/blob")
+
+
+def retoken(folder: Path, lost: str) -> None:
+    """Take a special token out of tokenizer.json."""
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    tree["added_tokens"] = [token for token in tree["added_tokens"] if token["content"] != lost]
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+
+
 def spoil(name: str, value: float) -> Callable[[Path], None]:
     def harm(folder: Path) -> None:
         def change(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -122,6 +135,31 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: retensor(f, lambda t: {**t, EMBEDDING: t[EMBEDDING].to(torch.float8_e4m3fn)}),
         "model.embed_tokens.weight is stored as F8_E4M3",
     ),
+    "FP8 weights and their scales": (
+        lambda f: retensor(f, lambda t: {**t, HEAD: t[HEAD].to(torch.float8_e4m3fn), f"{HEAD}_scale_inv": t[NORM]}),
+        "lm_head.weight is stored as F8_E4M3",
+    ),
+    "GPTQ": (
+        lambda f: retensor(f, lambda t: {**t, "model.layers.0.mlp.up_proj.qweight": t[HEAD].to(torch.int32)}),
+        "up_proj.qweight is stored as I32",
+    ),
+    "NaN in a tied head": (
+        lambda f: (
+            retensor(f, lambda t: {**t, **dict.fromkeys((EMBEDDING, HEAD), t[EMBEDDING] * float("nan"))}),
+            change(f, tie_word_embeddings=True),
+        ),
+        "NaN or infinity in lm_head.weight, model.embed_tokens.weight",
+    ),
+    "rope of no type": (rope(rope_type=None, factor=8.0), "rope type None is not supported"),
+    "attention that is told": (lambda f: change(f, output_attentions=True), "config.json: transformers cannot use it"),
+    "weights elsewhere": (
+        lambda f: dangle(f / "model.safetensors"),
+        "model.safetensors is a link to /cache/blob, which",
+    ),
+    "config elsewhere": (lambda f: dangle(f / "config.json"), "config.json is a link to /cache/blob, which is not"),
+    "template elsewhere": (lambda f: dangle(f / "chat_template.jinja"), "chat_template.jinja is a link to /cache"),
+    "template not pulled": (lambda f: (f / "chat_template.jinja").write_text(LFS), "jinja is a Git LFS pointer"),
+    "tokenizer without an end": (lambda f: retoken(f, "<|end_of_text|>"), "model: the tokenizer names no end-of-text"),
     "NaN": (spoil(NORM, float("nan")), "NaN or infinity in model.norm.weight"),
     "infinity": (spoil(EMBEDDING, float("-inf")), "NaN or infinity in model.embed_tokens.weight"),
     "compiled": (lambda f: retensor(f, lambda t: {f"_orig_mod.{k}": t[k] for k in t}), "starts with '_orig_mod.'"),
@@ -362,3 +400,87 @@ def test_a_tokenizer_that_reads_on_after_a_special_token_is_refused(
         check_chat(model)
     (model / "tokenizer.json").unlink()
     check_chat(model)
+
+
+SMALL = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 64, "vocab_size": 320, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": None, "tie_word_embeddings": False,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {},
+    "mixtral": {"num_local_experts": 2},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+}
+
+
+def family(kind: str, folder: Path) -> Path:
+    """A small untied model of another family, with a tokenizer that has a chat format."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **{**SMALL, **FAMILIES[kind]})
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    train_bpe(CORPUS, 300).save(folder)
+    return folder
+
+
+def cut(part: str) -> Callable[[Path], None]:
+    """The last row of each matrix of a layer is lost."""
+    return lambda f: retensor(f, lambda t: {k: v[:-1] if part in k and v.dim() == 2 else v for k, v in t.items()})
+
+
+def lose(part: str) -> Callable[[Path], None]:
+    return lambda f: retensor(f, lambda t: {k: v for k, v in t.items() if part not in k})
+
+
+def tie(folder: Path) -> None:
+    change(folder, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "named"),
+    [
+        ("mistral", lose("model.norm"), "do not fit config.json: missing: model.norm.weight"),
+        ("mistral", lose(HEAD), "do not fit config.json: missing: lm_head.weight"),
+        ("mistral", cut("layers.1.mlp.up"), "wrong shape: model.layers.1.mlp.up_proj.weight is [63, 32], config.json"),
+        ("mistral", tie, "tie_word_embeddings = true, but lm_head.weight differs from model.embed_tokens.weight"),
+        ("gpt2", lose("h.1.ln_2.bias"), "missing: transformer.h.1.ln_2.bias"),
+        ("gpt2", tie, "lm_head.weight differs from transformer.wte.weight"),
+        ("gpt_neox", tie, "embed_out.weight differs from gpt_neox.embed_in.weight"),
+        ("mixtral", cut("layers.1"), "do not fit config.json"),
+        ("mixtral", cut("layers.1.block_sparse_moe.experts.1"), "do not fit config.json"),
+        ("gptj", lambda f: None, "config.json: transformers cannot use it: GPTJForCausalLM does not support"),
+    ],
+)
+def test_weights_of_every_family_fit_its_network(
+    tmp_path: Path, kind: str, damage: Callable[[Path], None], named: str
+) -> None:
+    folder = family(kind, tmp_path / kind)
+    damage(folder)
+    with pytest.raises(CheckpointError) as refused:
+        check_start_model(folder)
+    assert named in str(refused.value) and str(folder) in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gpt2", "mixtral"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_models_of_other_families_are_started_from(tmp_path: Path, kind: str, tied: bool) -> None:
+    folder = family(kind, tmp_path / kind)
+    if tied:
+        tie(folder)
+        lose(HEAD)(folder)
+    if kind == "gpt2":  # as it was published, without what stands before the decoder's names
+        retensor(folder, lambda t: {name.removeprefix("transformer."): tensor for name, tensor in t.items()})
+    assert check_start_model(folder) == 64
+    assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
+    load_model(folder, "lm", torch.float32)
+
+
+def test_tensors_that_a_network_does_not_have_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = family("mistral", tmp_path / "mistral")
+    retensor(folder, lambda t: {**t, "vision.weight": torch.ones(3)})
+    check_start_model(folder)
+    assert "its network has no such tensors, they are left out: vision.weight" in caplog.text

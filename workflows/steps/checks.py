@@ -102,16 +102,18 @@ def check_start_model(folder: Path) -> int:
     far as all of it is attended to. Raises CheckpointError.
     """
     from engines.chat import check_chat
+    from engines.fitting import check_fits
     from engines.hf_folder import check_configs
     from models.hf_format import config_from_hf, read_tree
-    from models.weights import check, check_finite, check_plain, tensor_index
+    from models.weights import check, check_finite, tensor_index
 
     tree = read_tree(folder)
     index = tensor_index(folder)
     if tree.get("model_type") == "llama":
         check(folder, config_from_hf(tree, str(folder / "config.json")))
-    config = check_configs(folder).get_text_config(decoder=True)
-    check_plain(folder, index, bool(getattr(config, "tie_word_embeddings", False)))
+    model = check_configs(folder)
+    check_fits(folder, model, index)
+    config = model.config.get_text_config(decoder=True)
     ids, vocab_size = check_chat(folder), getattr(config, "vocab_size", 0)
     if vocab_size and ids > vocab_size:
         raise CheckpointError(f"{folder}: the tokenizer has {ids} ids, the model only {vocab_size}")

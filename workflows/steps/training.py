@@ -202,5 +202,6 @@ def import_model(folder: str, files: dict[str, str]) -> Artifact:
     source = Path(folder).expanduser()
     check_start_model(source)
     out = context().artifact("model")
-    shutil.copytree(source, out.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))  # as `files` does
+    hidden = shutil.ignore_patterns(".*")  # as `files` does
+    shutil.copytree(source, out.path, dirs_exist_ok=True, ignore=hidden, ignore_dangling_symlinks=True)
     return out.seal()
