@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,11 +10,11 @@ from test_torch_learner_parallel import (
     Layout,
     assert_same_run,
     build,
-    go_on,
+    load_halfway,
     on_ranks,
     pretrain_steps,
-    save_in_the_middle,
-    take_step,
+    resume,
+    snapshot_in_the_middle,
     train,
     train_layout,
 )
@@ -24,7 +23,7 @@ from actors.config import PretrainSettings
 from data.tokenized import write_shards
 from engines.base import Batch
 from engines.collectives.ranks import Ranks
-from engines.snapshots import FolderSource, SnapshotName, Snapshots, Sources
+from engines.snapshots import FolderSource, Sources
 from models.llama import LlamaConfig
 from models.parallelize import stage_layers, stage_of
 
@@ -109,35 +108,20 @@ def test_parallel_stages_take_rows_as_they_come(layout: Layout, tmp_path: Path) 
     assert on_ranks(pretrain_steps, layout, tmp_path) == pytest.approx(alone, rel=1e-4)
 
 
-def test_parallel_state_of_stages_goes_on_at_any_other_mesh(tmp_path: Path) -> None:
-    saved = on_ranks(save_in_the_middle, Layout(4, pipeline_parallel=2, tied=True), tmp_path)
+def test_parallel_snapshot_of_stages_resumes_on_any_other_mesh(tmp_path: Path) -> None:
+    taken = on_ranks(snapshot_in_the_middle, Layout(4, pipeline_parallel=2, tied=True), tmp_path)
     for other in (
         Layout(2, pipeline_parallel=2, tied=True, fsdp=False, micro_batches=2),
         Layout(4, tensor_parallel=2, tied=True),
         Layout(4, shard_over=2, tied=True),
     ):
-        assert_same_run(on_ranks(go_on, other, tmp_path), saved)
-
-
-def snapshot_in_the_middle(layout: Layout, ranks: Ranks, folder: Path) -> dict[str, Any]:
-    learner = build(layout, ranks)
-    learner.snapshots = Snapshots(folder / "shards", "run", 0, ranks.rank, ranks.world_size)
-    for step in range(2):
-        take_step(learner, step, 1)
-    learner.snapshots.settle()
-    learner.snapshots.close()
-    learner.snapshots = None
-    return train(learner, start=2)
+        assert_same_run(on_ranks(resume, other, tmp_path), taken)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_parallel_snapshot_of_stages_loads_in_one_process_and_not_without_a_stage(tied: bool, tmp_path: Path) -> None:
     expected = on_ranks(snapshot_in_the_middle, Layout(2, pipeline_parallel=2, fsdp=False, tied=tied), tmp_path)
-    sources = Sources([FolderSource(tmp_path / "shards")])
-    assert sources.snapshots()[0] == SnapshotName(0, 2)
-    learner = build(Layout(1, tied=tied), Ranks())
-    learner.load_snapshot(sources.reader(SnapshotName(0, 2)))
-    assert learner.step == 2
+    learner = load_halfway(build(Layout(1, tied=tied), Ranks()), tmp_path)
     assert_same_run(train(learner, start=2), expected)
     for shard in (tmp_path / "shards").glob("*rank-00001*"):
         shard.unlink()
