@@ -28,6 +28,7 @@ from actors.config import GeneratorPoolSettings, LearnerPoolSettings
 from cluster.workers.gather import gather
 from engines.config import GeneratorSettings
 from infra.errors import NodeLost
+from infra.ray_internals import has_ended
 from infra.telemetry import hide_secrets_in_logs
 
 if TYPE_CHECKING:  # they import torch, which takes seconds: the keeper and the driver need none
@@ -183,7 +184,7 @@ class PoolKeeper:
         if idle_s < self._orphan_s or now - pool.checked < ORPHAN_CHECK_S:
             return False
         pool.checked = now
-        return _is_dead(pool.job)
+        return has_ended(ray, pool.job)
 
 
 @dataclass(frozen=True)
@@ -272,13 +273,6 @@ class Pools:
 def _code() -> str:
     """The package that a job runs from (named by a hash of its content); empty outside of jobs."""
     return str(ray.get_runtime_context().runtime_env.get("working_dir") or "")
-
-
-def _is_dead(job: str) -> bool:
-    """Whether the driver of a job has ended; Ray's head knows within a second."""
-    from ray._private.state import jobs  # the public API asks the dashboard, which may not be there
-
-    return any(entry["JobID"] == job and entry["IsDead"] for entry in jobs())
 
 
 def _renew(keeper: Any, kind: str, borrower: str, pause_s: float, stop: threading.Event) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from infra.errors import ConfigError, SystemFault
+from infra.ray_internals import own_worker
 from infra.reaper import Guardian
 
 SERVERS = {"raylet": "raylet", "gcs_server": "GCS"}
@@ -216,7 +217,7 @@ class RayServers:
         self._guardian = Guardian()
         with self._guardian.guarding():
             connect(self._ray, "a local Ray", address="local", **self._options)
-        node = self._worker().node
+        node = own_worker(self._ray).node
         self._logs = node.get_logs_dir_path()
         pids = {ours: node.all_processes[name][0].process.pid for name, ours in SERVERS.items()}
         self._gcs = pids["GCS"]
@@ -226,7 +227,7 @@ class RayServers:
         """The GCS, where it lives, goes last: a driver that leaves without it waits for it, up to 15 s. What Ray would
         print here is what the run says in one line, with a page of Ray's own state twice."""
         assert self._guardian is not None
-        connected = self._worker()
+        connected = own_worker(self._ray)
         connected.threads_stopped.set()
         connected.gcs_error_subscriber.close()
         self._guardian.kill(spare=self._gcs)
@@ -240,9 +241,6 @@ class RayServers:
 
     def logs(self) -> str:
         return self._logs
-
-    def _worker(self) -> Any:
-        return self._ray._private.worker.global_worker
 
 
 def connect(ray: Any, where: str, **options: Any) -> None:

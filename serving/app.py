@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 import ray
 from ray import serve
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra.errors import ConfigError, RecuaError, ResourceError
+from infra.ray_internals import serve_controller
 from serving.auth import token_digests
 from serving.config import ServingSettings
 from serving.deployment import ServedModel, build_application
@@ -127,7 +127,7 @@ def _head_node() -> dict[str, Any]:
 def _http_port_of_running_serve(settings: ServingSettings) -> tuple[int, bool]:
     """(port, whether Serve runs already): a cluster has one HTTP proxy for all its applications."""
     try:
-        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        controller = serve_controller(ray)
     except ValueError:
         return settings.http_port, False
     port = int(_unwrapped(controller.get_http_config.remote()).port)

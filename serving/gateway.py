@@ -20,7 +20,6 @@ import ray
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from ray import serve
-from ray.serve._private.common import ReplicaState
 
 from infra.errors import ConfigError, ResourceError
 from infra.telemetry import hide_secrets_in_logs
@@ -251,7 +250,8 @@ class Gateway:
     def _look(self) -> None:
         application = serve.status().applications.get(self._settings.app_name)
         deployment = application.deployments.get(DEPLOYMENT_NAME) if application else None
-        self._running_replicas = deployment.replica_states.get(ReplicaState.RUNNING, 0) if deployment else 0
+        states = deployment.replica_states.items() if deployment else ()
+        self._running_replicas = sum(count for state, count in states if state == "RUNNING")
         if deployment is not None and self._handle is None:
             self._handle = serve.get_app_handle(self._settings.app_name)
 

@@ -28,8 +28,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from infra.processes import GONE, adopt_orphans, children, process_state
+from infra.ray_internals import end_after_this_task
 
-MOST_TASKS = 1 << 30
 """`max_calls` of our Ray tasks: never reached, unless a worker is given up."""
 ENDING_S = 5.0
 LEAVING_S = 1.0
@@ -76,11 +76,9 @@ class Isolation:
 
 
 def _give_up() -> None:
-    """Let Ray end this process once the task's result is sent. To its owner that is no failure, and it sends no other
-    task here."""
+    """Let Ray end this process once the task's result is sent."""
     if (ray := sys.modules.get("ray")) is not None:
-        runs = ray._private.worker.global_worker.function_actor_manager._num_task_executions
-        runs.update(dict.fromkeys(runs, MOST_TASKS - 1))
+        end_after_this_task(ray)
 
 
 def _end_children(before: set[int]) -> list[str]:

@@ -16,12 +16,12 @@ from infra.bundles import unplaceable
 from infra.errors import ResourceError, StoreError
 from infra.local_ray import LocalRay, RayServers, connect
 from infra.machine import require_ray_token
+from infra.ray_internals import MOST_TASKS, draining_nodes
 from infra.storage import Store
 from workflows.batches import bootstrap
 from workflows.config import RunSettings
 from workflows.gangs import GangAttempt, Gangs
 from workflows.graph import StepOptions
-from workflows.isolation import MOST_TASKS
 from workflows.names import import_roots
 
 NODES_AGE_S = 5.0
@@ -189,9 +189,7 @@ class Placement:
         named = re.search(r"node ID: ([0-9a-f]+)", str(error))
         if named is None:
             return False
-        from ray._private.state import state
-
-        if named.group(1) in state.get_draining_nodes():
+        if named.group(1) in draining_nodes(self._ray):
             return True
         reasons = [node.get("DeathReason") for node in self._ray.nodes() if node["NodeID"] == named.group(1)]
         return PREEMPTED in reasons

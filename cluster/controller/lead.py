@@ -36,9 +36,9 @@ from cluster.node.rank_watch import Beat, Sight
 from cluster.policies.decision import Decision
 from cluster.policies.hang import Beacon
 from cluster.policies.rollback import Rollback, leave_out
-from cluster.workers.ray_drain import draining_nodes
 from infra.errors import REACH_EACH_OTHER, NodeLost, PeersUnreachable, RecuaError, StepError, StoreError
 from infra.notices import Notice, in_words
+from infra.ray_internals import draining_nodes
 
 log = logging.getLogger(__name__)
 
@@ -509,7 +509,7 @@ class GroupController:
             self._tell(m.SnapshotFlushed(generation, step))
 
     def _hear_of_drains(self) -> None:
-        for node, deadline in draining_nodes().items():
+        for node, deadline in draining_nodes(ray).items():
             if node in self.fleet.agents:
                 self._drain(Notice(node, "ray-drain", deadline))
 

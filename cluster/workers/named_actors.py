@@ -5,6 +5,8 @@ from typing import Any
 
 import ray
 
+from infra.ray_internals import pending_actors
+
 NAMESPACE = "recua"
 
 
@@ -25,11 +27,9 @@ def end_workers(group: str) -> None:
 
 def end_pending(group: str) -> None:
     """End the group's actors that wait for resources: they would start long after its end, and nobody would come."""
-    from ray._private.state import state
-
-    for actor in state.actor_table(None, None, "PENDING_CREATION").values():
-        if str(actor["Name"]).startswith(f"{group}/"):
-            _end(actor["Name"])
+    for name in pending_actors(ray):
+        if name.startswith(f"{group}/"):
+            _end(name)
 
 
 def end_group(group: str, leader: int, timeout_s: float = 15.0) -> None:

@@ -24,6 +24,7 @@ from infra.config import parse_tree
 from infra.errors import RecuaError, RunBusy, StoreError, UserError
 from infra.machine import answers
 from infra.processes import process_start
+from infra.ray_internals import raylet_socket
 from infra.storage import open_store, write_text
 from workflows import launch, session
 from workflows.config import RunSettings
@@ -138,9 +139,8 @@ def own_raylet() -> Process | None:
     """The raylet that this process is connected to; None before it is."""
     import ray
 
-    node: Any = ray._private.worker.global_worker.node
-    name = getattr(node, "raylet_socket_name", None)
-    if not ray.is_initialized() or name is None:
+    name = raylet_socket(ray)
+    if name is None:
         return None
     wanted = f"--raylet_socket_name={name}".encode()
     for entry in Path("/proc").glob("[0-9]*"):
