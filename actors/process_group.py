@@ -5,11 +5,14 @@ import torch
 from cluster.workers.seat import Seat
 from engines.collectives.process_groups import ProcessGroups, Rendezvous, StoreAddress
 
+GENERATION = 0
+"""A pool that loses a rank is started anew, with new groups."""
+
 
 def process_groups(seat: Seat, device: torch.device, timeout_s: float) -> ProcessGroups:
     """The groups of a seat, still to be formed; rank 0 hosts their store, so they end with it."""
     return ProcessGroups(
-        seat.generation,
+        GENERATION,
         seat.rank,
         seat.world_size,
         Rendezvous(StoreAddress(seat.master_address, seat.master_port), hosts=seat.rank == 0, timeout_s=timeout_s),

@@ -1,22 +1,30 @@
 """Waiting for several actors at once."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import ray
 
 from cluster.workers.ray_errors import name_fault
+from infra.errors import StepTimeout
 
 
-def gather(references: Sequence[Any], what: str) -> list[Any]:
+def gather(references: Sequence[Any], what: str, timeout_s: float | None = None) -> list[Any]:
     """`ray.get` of all that raises as soon as the first of them fails; number i is called "`what` i" in the error.
 
     Raises:
         NodeLost, Preempted, OutOfMemory: an actor died. RecuaError: its own. StepError: any other error of its code.
+        StepTimeout: some had not answered after `timeout_s`.
     """
     pending = list(references)
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
     while pending:
-        done, pending = ray.wait(pending, num_returns=1)
+        remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+        done, pending = ray.wait(pending, num_returns=1, timeout=remaining)
+        if not done:
+            late = ", ".join(str(list(references).index(one)) for one in pending)
+            raise StepTimeout(f"{what} {late} did not answer within {timeout_s:g} s")
         try:
             ray.get(done)
         except Exception as error:

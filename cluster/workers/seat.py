@@ -1,7 +1,7 @@
 """What runs inside a worker process of a group: its seat in the group, and nothing about what it computes.
 
-A worker is born on standby (process up, imports done). `join` gives it a seat under one generation. The owner of the
-group, not the worker, decides about restarts. Workers are ordinary owned actors: Ray ends them when their owner dies.
+A worker is born on standby (process up, imports done). `join` gives it a seat. The owner of the group, not the worker,
+decides about restarts. Workers are ordinary owned actors: Ray ends them when their owner dies.
 """
 
 import os
@@ -16,18 +16,16 @@ from infra.telemetry import hide_secrets_in_logs
 
 @dataclass(frozen=True)
 class Seat:
-    """One worker's place in one generation of a group, e.g. rank 1 of 2, generation 3, on 10.0.0.5, rendezvous
-    10.0.0.4:38211.
+    """One worker's place in a group, e.g. rank 1 of 2 on 10.0.0.5, rendezvous 10.0.0.4:38211.
 
-    `local_rank` counts the group's workers on the same node; ranks of one node are contiguous. A later generation
-    has another rendezvous port, so that nothing of an older one can connect to it.
+    `local_rank` counts the group's workers on the same node; ranks of one node are contiguous. Another group has
+    another rendezvous port, so that nothing of an older one can connect to it.
     """
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
-    generation: int
     address: str
     master_address: str
     master_port: int

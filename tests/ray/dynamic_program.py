@@ -147,20 +147,23 @@ def changing(folder: str) -> Any:
 def together(folder: str) -> list[str]:
     """The group's id as the body and its children see it; the first attempt fails."""
     import ray
-
-    from cluster.workers.group import WorkerGroup
-    from cluster.workers.seat import Worker
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     def group_of_this_process() -> str:  # nested: it travels by value
         import ray
 
         return str(ray.get_runtime_context().get_placement_group_id())
 
+    class Rank:
+        def group(self) -> str:
+            return group_of_this_process()
+
     group = context().placement_group()
     child = ray.remote(group_of_this_process)
     seen = [group.id.hex(), *ray.get([child.remote(), child.remote()])]
-    with WorkerGroup(Worker, 2, placement=group, name=f"inside-{group.id.hex()}") as ranks:
-        seen += ray.get([each.__ray_call__.remote(lambda _: group_of_this_process()) for each in ranks.workers])
+    rank = ray.remote(Rank).options(num_cpus=1, scheduling_strategy=PlacementGroupSchedulingStrategy(group))
+    ranks = [rank.remote(), rank.remote()]
+    seen += ray.get([each.group.remote() for each in ranks])
     if trace(folder, "together") == 1:
         trace(folder, f"first {group.id.hex()}")
         raise ValueError("once")
