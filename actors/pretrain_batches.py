@@ -1,13 +1,13 @@
-"""The data of pretraining: a rank's micro-batches of any step, and the loss of one."""
+"""The data of pretraining: a rank's micro-batches of any step, those of the text held out, and the loss of one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from actors.config import PretrainSettings
 from actors.handover import local
 from actors.pretrain_job import PretrainJob
 from data.config import BatchSettings
@@ -23,102 +23,122 @@ SAMPLE_TOKENS = 512
 """As long as a sample needs to be to find a rank that computes wrongly."""
 
 
-def token_windows(job: PretrainJob) -> TokenWindows:
-    """What is trained on. Opens every shard: once a process, not once a generation. Raises DataError."""
-    return TokenWindows(local(job.tokens), job.settings.sequence_length)
+@dataclass(frozen=True)
+class Texts:
+    """Tokens of a job, open: what is trained on, and the text held out if there is one."""
+
+    trained: TokenWindows
+    held_out: TokenWindows | None
+
+
+def open_texts(job: PretrainJob) -> Texts:
+    """Opens every shard: once a process, not once a generation.
+
+    Raises:
+        DataError: tokens are missing or damaged, or are shorter than one row.
+    """
+    length = job.settings.sequence_length
+    trained = TokenWindows(local(job.tokens), length)
+    return Texts(trained, None if job.held_out is None else TokenWindows(local(job.held_out), length))
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """One rank's data of one step.
+
+    `micro_batches` are equally many on every rank; one that got no row holds a row without targets, so that all join
+    equal collectives.
+    """
+
+    micro_batches: list[Batch]
+    tokens: int
+    """Target tokens in the global batch."""
+    window: int
+    """Of the data order, that the step takes."""
+    weight: float
+    """How much more than the average replica this one computes: 1 if it is not more."""
 
 
 class BatchLoader:
     """This rank's tensors of any step: a function of the step, the seed, the windows left out, and the replicas.
 
     Args:
-        windows: the job's tokens, where they are open already.
+        texts: the job's tokens, if they are open already.
     """
 
     def __init__(
-        self, job: PretrainJob, ranks: Ranks, skipped: tuple[int, ...] = (), windows: TokenWindows | None = None
+        self, job: PretrainJob, ranks: Ranks, skipped: tuple[int, ...] = (), texts: Texts | None = None
     ) -> None:
         settings = job.settings
-        self._windows = windows or token_windows(job)
+        self._texts = texts or open_texts(job)
         batch = BatchSettings(size=settings.batch_size, growth=settings.batch_growth)
-        self._loader = DataLoader({"tokens": self._windows}, batch, job.seed, skipped=skipped)
+        self._data = DataLoader({"tokens": self._texts.trained}, batch, job.seed, skipped=skipped)
         self._settings, self._ranks = settings, ranks
+
+    def micro_batches(self, step: int) -> StepBatches:
+        """What this rank trains on in `step`."""
+        order, ranks = self._data.ids, self._ranks
+        pieces = order.micro_batches(step, ranks.data_rank, ranks.data_size, self._settings.micro_batch_size)
+        rows = sum(len(piece) for piece in pieces)
+        return StepBatches(
+            micro_batches=[self._fetch(piece) for piece in pieces],
+            tokens=self.tokens(step),
+            window=order.window(step),
+            weight=max(1.0, rows * ranks.data_size / order.batch_size(step)),
+        )
+
+    def held_out(self, step: int) -> list[Batch]:
+        """This rank's part of the text held out, in equally many micro-batches on every rank; empty if its loss is not
+        measured after so many steps. The same rows every time, whatever the replicas."""
+        every, windows = self._settings.validate_every, self._texts.held_out
+        due = step == self._settings.steps or (every > 0 and step % every == 0)
+        if windows is None or not due:
+            return []
+        ranks, size, rows = self._ranks, self._settings.micro_batch_size, self._held_out_rows()
+        first, last = (rows * (ranks.data_rank + place) // ranks.data_size for place in (0, 1))
+        own = [windows[row] for row in range(first, last)]
+        pieces = [own[start : start + size] for start in range(0, -(-rows // ranks.data_size), size)]
+        return [self._tensors(piece, windows) for piece in pieces]
 
     def tokens(self, step: int) -> int:
         """Target tokens in the global batch of a step."""
-        return self._loader.ids.batch_size(step) * self._settings.sequence_length
+        return self._data.ids.batch_size(step) * self._settings.sequence_length
 
-    def window(self, step: int) -> int:
-        """Of the data order, that a step takes."""
-        return self._loader.ids.window(step)
-
-    def weight(self, step: int) -> float:
-        """How much more than the average replica this one has to compute in a step: 1 where it is not more."""
-        ids, replicas = self._loader.ids, self._ranks.data_size
-        first, end = ids.share_range(step, self._ranks.data_rank, replicas)
-        return max(1.0, (end - first) * replicas / ids.batch_size(step))
-
-    def micro_batches(self, step: int) -> tuple[list[Batch], int]:
-        """(micro-batches, target tokens in the whole global batch).
-
-        Equally many on every rank; one that got no row holds a row without targets, so that all join equal collectives.
-        """
-        size, ranks = self._settings.micro_batch_size, self._ranks
-        pieces = self._loader.ids.micro_batches(step, ranks.data_rank, ranks.data_size, size)
-        return [self._tensors(piece) for piece in pieces], self.tokens(step)
+    def held_out_tokens(self) -> int:
+        """Target tokens in the text held out, over all replicas."""
+        return self._held_out_rows() * self._settings.sequence_length
 
     def sample(self, step: int, replica: int) -> Batch:
         """The beginning of the first row of a replica's batch: the same on all of them."""
-        first, _ = self._loader.ids.share_range(step, replica, self._ranks.data_size)
-        batch = self._tensors(self._loader.ids.batch(step)[first : first + 1])
+        first, _ = self._data.ids.share_range(step, replica, self._ranks.data_size)
+        batch = self._fetch(self._data.ids.batch(step)[first : first + 1])
         return {name: tensor[:, :SAMPLE_TOKENS] for name, tensor in batch.items() if tensor.dim() > 1}
 
-    def _tensors(self, ids: SampleIds) -> Batch:
-        batch = tensors(self._loader.fetch(ids), self._windows, self._settings, self._ranks)
+    def _held_out_rows(self) -> int:
+        assert self._texts.held_out is not None, "the job has no text held out"
+        return min(len(self._texts.held_out), self._settings.validation_rows)
+
+    def _fetch(self, ids: SampleIds) -> Batch:
+        batch = self._tensors(self._data.fetch(ids), self._texts.trained)
         return {**batch, "samples": torch.tensor(ids.checksum())}
 
-
-class HeldOut:
-    """The loss on text that is never trained on: the same rows every time, whatever the replicas.
-
-    Raises:
-        DataError: the text is shorter than one row.
-    """
-
-    def __init__(self, job: PretrainJob, learner: TorchLearner) -> None:
-        assert job.held_out is not None
-        self._settings, self._learner = job.settings, learner
-        self._windows = TokenWindows(local(job.held_out), job.settings.sequence_length)
-        self.rows = min(len(self._windows), job.settings.validation_rows)
-
-    def due(self, steps: int) -> bool:
-        """Whether it is measured after so many steps."""
-        every = self._settings.validate_every
-        return steps == self._settings.steps or (every > 0 and steps % every == 0)
-
-    def loss(self) -> float:
-        """(collective) Mean -log p(target) in nats per token."""
-        ranks, size = self._learner.ranks, self._settings.micro_batch_size
-        first, last = (self.rows * (ranks.data_rank + place) // ranks.data_size for place in (0, 1))
-        own = [self._windows[row] for row in range(first, last)]
-        most = -(-self.rows // ranks.data_size)
-        pieces = [own[start : start + size] for start in range(0, most, size)]  # equally many on every rank
-        batches = [tensors(piece, self._windows, self._settings, ranks) for piece in pieces]
-        summed = next_token_loss(self.rows * self._settings.sequence_length)
-        found = self._learner.evaluate(batches, lambda module, batch: summed(module, batch)[1]["loss"])
-        parts: list[Any] = ranks.gather(float(sum(found)))
-        return sum(parts) / (ranks.world_size // ranks.data_size)
+    def _tensors(self, rows: list[np.ndarray], windows: TokenWindows) -> Batch:
+        """Windows of T + 1 tokens as a micro-batch [B, T]; no windows are one row without targets."""
+        stacked = np.stack(rows or [windows[0]])  # [B, T + 1]
+        inputs, targets = stacked[:, :-1], stacked[:, 1:] if rows else np.full_like(stacked[:, 1:], NO_TARGET)
+        arrays = {"input_ids": inputs, "targets": targets}
+        if self._settings.within_documents:
+            segments, positions = document_segments(inputs, windows.index["end_id"])
+            arrays |= {"segment_ids": segments, "position_ids": positions}
+        return {name: torch.from_numpy(np.ascontiguousarray(a)).to(self._ranks.device) for name, a in arrays.items()}
 
 
-def tensors(rows: list[np.ndarray], windows: TokenWindows, settings: PretrainSettings, ranks: Ranks) -> Batch:
-    """Windows of T + 1 tokens as a micro-batch [B, T]; no windows are one row without targets."""
-    stacked = np.stack(rows or [windows[0]])  # [B, T + 1]
-    inputs, targets = stacked[:, :-1], stacked[:, 1:] if rows else np.full_like(stacked[:, 1:], NO_TARGET)
-    arrays = {"input_ids": inputs, "targets": targets}
-    if settings.within_documents:
-        segments, positions = document_segments(inputs, windows.index["end_id"])
-        arrays |= {"segment_ids": segments, "position_ids": positions}
-    return {name: torch.from_numpy(np.ascontiguousarray(a)).to(ranks.device) for name, a in arrays.items()}
+def mean_loss(learner: TorchLearner, micro_batches: Sequence[Batch], tokens: int) -> float:
+    """(collective) Mean -log p(target) in nats per token, over the `tokens` targets that all replicas have together."""
+    summed = next_token_loss(tokens)
+    found = learner.evaluate(micro_batches, lambda module, batch: summed(module, batch)[1]["loss"])
+    parts: list[Any] = learner.ranks.gather(float(sum(found)))
+    return sum(parts) / (learner.ranks.world_size // learner.ranks.data_size)
 
 
 def next_token_loss(tokens: int, tick: Callable[[], None] | None = None) -> LossFn:

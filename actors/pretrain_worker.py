@@ -24,7 +24,7 @@ import torch
 from actors.burning_in import BurningIn
 from actors.doubts import Doubts
 from actors.handover import hand_over
-from actors.pretrain_batches import BatchLoader, HeldOut, next_token_loss, token_windows
+from actors.pretrain_batches import BatchLoader, Texts, mean_loss, next_token_loss, open_texts
 from actors.pretrain_job import Order, PretrainJob, recipe_of
 from actors.pretrain_points import FaultPoints
 from actors.proving import Prover
@@ -34,7 +34,6 @@ from cluster.goodput.stopwatch import Stopwatch
 from cluster.node.beacons import SUFFIX, BeaconWriter
 from cluster.node.host_memory import BEACONS, end_when_unwatched, group_folder, node_root
 from cluster.node.wire_speed import SinkAddress
-from data.tokenized import TokenWindows
 from engines.collectives.join_signs import JoinSigns
 from engines.collectives.process_groups import Rendezvous, StoreAddress
 from engines.elastic.learner import ElasticLearner
@@ -85,7 +84,7 @@ class PretrainRank:
         self._words: queue.SimpleQueue[Order | Aborted | None] = queue.SimpleQueue()
         self._stop_generation = -1
         self._failure: Exception | None = None
-        self._windows: TokenWindows | None = None
+        self._texts: Texts | None = None
         torch.set_num_threads(settings.threads)
         self._snapshot_store = open_store(job.snapshot_store)
         self.elastic = ElasticLearner(
@@ -202,15 +201,14 @@ class PretrainRank:
         self.points.reach("join", order.rank, order.generation)
         learner = self._join(order)
         self.beacon.stir("fetch")
-        self._windows = self._windows or token_windows(self.job)
-        loader = BatchLoader(self.job, learner.ranks, order.skipped, self._windows)
+        self._texts = self._texts or open_texts(self.job)
+        loader = BatchLoader(self.job, learner.ranks, order.skipped, self._texts)
         gpu, crowding = learner.ranks.device.type == "cuda", self.job.settings.elastic.straggler_crowding
         own, own_s = OwnTime(crowding, beside=gpu), 0.0
         prover = Prover(self.beacon, self.elastic, self.job.settings.elastic, self.job.settings.steps)
-        held_out = HeldOut(self.job, learner) if self.job.held_out is not None else None
         if learner.last_step:
             self.beacon.enter("wait")
-            self._say(learner, order, loader.tokens(learner.step - 1), held_out)
+            self._say(learner, order, loader, loader.tokens(learner.step - 1))
         self.beacon.set(state="joined", phase="wait", ticks=0, start=learner.step, step=learner.step, own_s=own_s)
         steps = self.job.settings.steps
         while learner.step < steps:
@@ -219,18 +217,20 @@ class PretrainRank:
             self.ledger.enter("data_wait")
             self.points.reach("data", order.rank, step)
             own.begin()
-            micro_batches, tokens = loader.micro_batches(step)
+            data = loader.micro_batches(step)
             own.fetched()
             self.points.count_step(order.rank, order.generation)
             self.beacon.enter("collective")
             learner.ranks.stop_asked = self._stop_generation >= order.generation
-            ask = self.points.in_answer(next_token_loss(tokens, self.beacon.tick), order.rank, order.generation, step)
+            ask = self.points.in_answer(
+                next_token_loss(data.tokens, self.beacon.tick), order.rank, order.generation, step
+            )
             with self.ledger.step(learner.ranks.waits, again=step < order.high_step):
-                self.elastic.train_step(micro_batches, self.points.in_loss(ask, order.rank, step, loader.window(step)))
+                self.elastic.train_step(data.micro_batches, self.points.in_loss(ask, order.rank, step, data.window))
             self._doubts.saw(learner.losses, learner.step)
-            own_s += own.end(self.ledger.waited_s) / loader.weight(step)
-            rate = round(tokens / (time.perf_counter() - started), 1)
-            self._say(learner, order, tokens, held_out, tokens_per_s=rate)
+            own_s += own.end(self.ledger.waited_s) / data.weight
+            rate = round(data.tokens / (time.perf_counter() - started), 1)
+            self._say(learner, order, loader, data.tokens, tokens_per_s=rate)
             self.beacon.set(step=learner.step, phase="wait", own_s=own_s)
             prover.leave()
             if (replica := prover.wants_replay(learner.step)) is not None:
@@ -283,13 +283,13 @@ class PretrainRank:
 
         threading.Thread(target=write, name="refused", daemon=True).start()
 
-    def _say(self, learner: TorchLearner, order: Order, tokens: int, held_out: HeldOut | None, **more: Any) -> None:
+    def _say(self, learner: TorchLearner, order: Order, loader: BatchLoader, tokens: int, **more: Any) -> None:
         """(collective) Leave the outcome of the last step where the node agent reads it."""
         step = learner.step - 1
-        if held_out is not None and held_out.due(learner.step):
+        if held_out := loader.held_out(learner.step):
             assert self.elastic.groups is not None
             with self.elastic.groups.naming_lost_peers():
-                more["held_out_loss"] = held_out.loss()
+                more["held_out_loss"] = mean_loss(learner, held_out, loader.held_out_tokens())
         row = {"step": step, "steps": self.job.settings.steps, **learner.last_step, "tokens": tokens, **more}
         self.beacon.say(step, {**row, "time": round(time.time(), 4), "generation": order.generation})
 

@@ -32,7 +32,6 @@ class Loader:
 
     def __init__(self, mixture: Mixture, batch: BatchSettings, skipped: Iterable[int] = ()) -> None:
         self.mixture = mixture
-        self._settings = batch
         self._phases = _phases(batch)
         self._skipped = tuple(sorted(set(skipped)))
         if self._skipped and self._skipped[0] < 0:
@@ -48,10 +47,6 @@ class Loader:
                 break
             window += 1
         return window
-
-    def skipping(self, windows: Iterable[int]) -> "Loader":
-        """The same stream with more windows dropped."""
-        return Loader(self.mixture, self._settings, (*self._skipped, *windows))
 
     def batch_size(self, step: int) -> int:
         """Samples in the global batch of a step."""

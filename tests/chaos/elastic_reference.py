@@ -100,9 +100,9 @@ def _train(order: dict[str, Any], settings: PretrainSettings, rank: int, end: Co
     loader = BatchLoader(job, learner.ranks, tuple(order["skipped"]))
     while learner.step < settings.steps:
         step = learner.step
-        micro_batches, tokens = loader.micro_batches(step)
-        elastic.train_step(micro_batches, next_token_loss(tokens))
-        rows.append({"step": step, **learner.last_step, "tokens": tokens})
+        data = loader.micro_batches(step)
+        elastic.train_step(data.micro_batches, next_token_loss(data.tokens))
+        rows.append({"step": step, **learner.last_step, "tokens": data.tokens})
     if rank == 0:
         out.mkdir(exist_ok=True)
         (folder / ROWS).write_text(json.dumps(rows))

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -263,8 +264,8 @@ def pretrain_steps(layout: Layout, ranks: Ranks, folder: Path) -> list[float]:
     batches = BatchLoader(pretrain_job(folder, micro_batch_size=2, within_documents=layout.tied), ranks)
     curve = []  # loss, gradient norm, loss, ...
     for step in range(STEPS):
-        micro_batches, tokens = batches.micro_batches(step)
-        output = learner.train_step(micro_batches, next_token_loss(tokens))
+        data = batches.micro_batches(step)
+        output = learner.train_step(data.micro_batches, next_token_loss(data.tokens))
         curve += [ranks.sum(output.metrics)["loss"], output.grad_norm]
     return curve
 
@@ -285,6 +286,34 @@ def test_ranks_that_do_not_divide_the_batch_train_the_same(layout: Layout, tmp_p
     alone = pretrain_steps(dataclasses.replace(layout, world_size=1), Ranks(), tmp_path)
     assert on_ranks(pretrain_steps, layout, tmp_path) == pytest.approx(alone, rel=1e-4)
     loader = BatchLoader(pretrain_job(tmp_path, micro_batch_size=5), Ranks())
-    (batch,), tokens = loader.micro_batches(0)
-    assert tokens == batch["targets"].numel() == 5 * TOKENS
+    data = loader.micro_batches(0)
+    (batch,) = data.micro_batches
+    assert data.tokens == batch["targets"].numel() == 5 * TOKENS
     assert torch.equal(batch["input_ids"][:, 1:], batch["targets"][:, :-1])
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 8])
+def test_the_text_held_out_is_the_same_for_any_number_of_replicas(replicas: int, tmp_path: Path) -> None:
+    write_shards((str(10**30 + 7**k) for k in range(12)), Digits(), tmp_path / "tokens")
+    job = pretrain_job(tmp_path, micro_batch_size=2)
+    settings = job.settings.model_copy(update={"validate_every": 3, "validation_rows": 7})
+    job = dataclasses.replace(job, settings=settings, held_out=tmp_path / "tokens")
+    seats: list[Any] = [
+        SimpleNamespace(data_rank=rank, data_size=replicas, device=torch.device("cpu")) for rank in range(replicas)
+    ]
+    loaders = [BatchLoader(job, seat) for seat in seats]
+    assert [step for step in range(1, 9) if loaders[0].held_out(step)] == [3, 6, 8]  # 8 is the last step
+    parts = [loader.held_out(3) for loader in loaders]
+    assert len({len(part) for part in parts}) == 1, "collectives are not equally many"
+    targets = torch.cat([batch["targets"] for part in parts for batch in part])
+    expected = torch.cat([batch["targets"] for batch in BatchLoader(job, Ranks()).held_out(3)])
+    assert torch.equal(targets[targets[:, 0] >= 0], expected) and loaders[0].held_out_tokens() == expected.numel()
+
+
+def test_a_replica_with_more_rows_than_the_average_says_so(tmp_path: Path) -> None:
+    write_shards((str(10**30 + 7**k) for k in range(12)), Digits(), tmp_path / "tokens")
+    job = pretrain_job(tmp_path, micro_batch_size=2)
+    seats: list[Any] = [SimpleNamespace(data_rank=rank, data_size=3, device=torch.device("cpu")) for rank in range(3)]
+    taken = [BatchLoader(job, seat, skipped=(1,)).micro_batches(1) for seat in seats]  # 5 rows: 1, 2 and 2
+    assert [round(each.weight, 3) for each in taken] == [1.0, 1.2, 1.2]
+    assert {(each.window, each.tokens, len(each.micro_batches)) for each in taken} == {(2, 5 * TOKENS, 1)}
