@@ -16,26 +16,19 @@ import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from infra.errors import UserError
-from infra.faults import FaultSchedule
 from workflows.artifacts import ArtifactSource
 from workflows.batches import BYTES, ENDED, HANDED_BACK, SLOW_S, TASKS_PER_CPU, Pace, may_share
+from workflows.call import Batch, Call, Record, RunContext, call_record
 from workflows.channel import Listener
-from workflows.config import RunSettings
-from workflows.events import Event
-from workflows.fanout import Fanout
-from workflows.graph import Step, StepOptions
-from workflows.journal import Heartbeat, Journal, fenced
+from workflows.journal import fenced
 from workflows.loop import Loop
 from workflows.outcome import of_ray_error, rebuild
 from workflows.placement import NODES_AGE_S, Placement
 from workflows.takeover import StoppedDrivers
 
-Record = dict[str, Any]
-ClusterCheck = Callable[[list[dict[str, float]]], None]
 LONGEST_PAUSE_S = 30.0
 GANG_PATIENCE_S = 2.0
 TIMEOUT_GRACE_S = 15.0
@@ -44,88 +37,35 @@ CROWD = 32
 """With so many attempts in flight a few milliseconds of waiting cost no time: Ray has work for longer than that."""
 
 
-@dataclass(slots=True, weakref_slot=True, eq=False)
-class Call:
-    """One call of one step, from its making to its end. A map is one too: it has a `fanout`, makes its `children` when
-    its list is there, and ends when they have; `of`: how many items the map has that this call belongs to.
+@dataclass(frozen=True)
+class AttemptEvents:
+    """What attempts tell the executor, on the loop's thread, and the one thing that they ask."""
 
-    `upstream`: the calls of `needs`, until their results are taken. `waiting`: how many of them have not ended.
-    `awaited`: how many threads wait for its end. `handed_back`: its attempt was not begun by the task that had it."""
-
-    id: str
-    step: Step[..., Any]
-    options: StepOptions
-    arguments: Any
-    needs: tuple[str, ...]
-    upstream: dict[str, "Call"]
-    fanout: Fanout | None = None
-    children: list["Call"] | None = None
-    of: int | None = None
-    waiting: int = 0
-    dependents: list["Call"] = field(default_factory=list)
-    inputs: str = ""
-    key: str = ""
-    code: str = ""
-    attempt: int = 0
-    attempt_id: str = ""
-    started: float | None = None
-    handed_back: bool = False
-    user_failures: int = 0
-    system_failures: int = 0
-    result: Any = None
-    error: BaseException | None = None
-    ended: bool = False
-    seen: bool = False
-    awaited: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Batch:
-    """One Ray task and the calls that share it: mostly one call, so that all of it is that call's."""
-
-    number: int
-    calls: list[Call]
-    reference: Any = None
-
-
-def call_record(kind: str, call: Call) -> Record:
-    """How every journal record of a call begins. `needs`: the calls whose results it takes, where there are any."""
-    record: Record = {"type": kind, "call": call.id, "step": call.step.name}
-    return {**record, "needs": list(call.needs)} if call.needs else record
+    note: Callable[[Record], None]
+    """Write a record into the journal."""
+    on_result: Callable[[Call, Record], None]
+    """A body ended well; its place is held until `Attempts.settled(call)`."""
+    on_failure: Callable[[Call, BaseException], None]
+    """A call failed for good."""
+    on_error: Callable[[BaseException], None]
+    """The run cannot continue."""
+    lease_until: Callable[[], float]
+    """Wall-clock time up to which no other driver can have taken over."""
 
 
 class Attempts:
-    """`on_result(call, outcome)`: a body ended well; its place is held until `settled(call)`. `on_failure(call,
-    error)`: it failed for good. `on_error(error)`: the run cannot go on."""
+    """The attempts of one run."""
 
-    def __init__(
-        self,
-        journal: Journal,
-        settings: RunSettings,
-        faults: FaultSchedule,
-        heartbeat: Heartbeat,
-        loop: Loop,
-        note: Callable[[Record], None],
-        emit: Callable[[Event], None],
-        on_result: Callable[[Call, Record], None],
-        on_failure: Callable[[Call, BaseException], None],
-        on_error: Callable[[BaseException], None],
-    ) -> None:
-        self._journal = journal
-        self._settings = settings
-        self._faults = faults
-        self._heartbeat = heartbeat
+    def __init__(self, run: RunContext, loop: Loop, told: AttemptEvents) -> None:
+        journal, settings = run.journal, run.settings
+        self._run = run
         self._loop = loop
-        self._note = note
-        self._emit = emit
-        self._on_result = on_result
-        self._on_failure = on_failure
-        self._on_error = on_error
+        self._told = told
         lost, back = (functools.partial(loop.post, work) for work in (self._on_ray_lost, self._on_ray_back))
-        self._placement = Placement(settings, journal.store, lost, back, on_error)
+        self._placement = Placement(settings, journal.store, lost, back, told.on_error)
         self._source = ArtifactSource(journal.store.url, settings.cache)
         self._listener: Listener | None = None
-        self._cluster_checks: list[ClusterCheck] = []
+        self._cluster_checks = run.cluster_checks
         self._no_node = False
         self._earlier = {call: len(starts) for call, starts in journal.state.starts.items()}
         self._ready: deque[Call] = deque()
@@ -136,11 +76,6 @@ class Attempts:
         self._unsettled: set[str] = set()
         self._stopped = False
         self._changed = threading.Condition()
-
-    def on_cluster(self, check: ClusterCheck) -> None:
-        """Call `check(nodes)` once, before the first attempt: each node's resources by Ray's names. Not where an
-        autoscaler may bring other nodes."""
-        self._cluster_checks.append(check)
 
     def crowded(self) -> bool:
         """Whether so much is in flight that a few milliseconds of waiting cost no time."""
@@ -184,22 +119,22 @@ class Attempts:
 
     def _connect(self) -> None:
         host = self._placement.start()
-        self._listener = Listener(host, functools.partial(self._loop.post, self._on_message), self._on_error)
+        self._listener = Listener(host, functools.partial(self._loop.post, self._on_message), self._told.on_error)
         run = {
-            "run": self._journal.run_id,
-            "lease_slot": self._journal.lease_slot,
+            "run": self._run.journal.run_id,
+            "lease_slot": self._run.journal.lease_slot,
             "store": self._source.store_url,
             "cache": self._source.cache,
             "channel": self._listener.address,
             "driver_pid": os.getpid(),
-            "nodes_come": self._settings.wait_for_nodes,
+            "nodes_come": self._run.settings.wait_for_nodes,
         }
         self._placement.prepare(json.dumps(run))
-        replaced = self._journal.state.replaced
+        replaced = self._run.journal.state.replaced
         if replaced and not self._placement.is_local:
             killed = functools.partial(self._loop.post, self._on_killed)
             drivers = StoppedDrivers(replaced, self._placement.everywhere, killed)
-            self._loop.later(self._journal.ttl_s, self._free_workers, drivers, frozenset())
+            self._loop.later(self._run.journal.ttl_s, self._free_workers, drivers, frozenset())
 
     def _pump_soon(self) -> None:
         """After what is in the inbox now: calls that are ready together can share a task."""
@@ -211,7 +146,7 @@ class Attempts:
         self._pump_comes = False
         if not self._ready or self._placement.is_lost() or not self._has_node():
             return
-        most = self._settings.max_in_flight
+        most = self._run.settings.max_in_flight
         while self._ready and len(self._running) + len(self._unsettled) < most and not self._stopped:
             call = self._ready.popleft()
             try:
@@ -221,7 +156,7 @@ class Attempts:
                     lost = {"kind": "system", "type": "NodeLost", "message": str(error), "traceback": ""}
                     self._on_attempt_failed(call, lost)
                 else:
-                    self._on_failure(call, error)
+                    self._told.on_failure(call, error)
             else:
                 self._start(call, missing)
 
@@ -231,12 +166,11 @@ class Attempts:
         if not nodes:
             if not self._no_node:
                 self._no_node = True
-                message = "the Ray cluster has no live node: steps wait until one joins it"
-                self._emit(Event("warning", data={"message": message}))
+                self._run.warn("the Ray cluster has no live node: steps wait until one joins it")
                 self._loop.later(NODES_AGE_S, self._look_for_node)
             return False
-        checks, self._cluster_checks = self._cluster_checks, []
-        if not self._settings.wait_for_nodes:
+        checks, self._cluster_checks = self._cluster_checks, ()
+        if not self._run.settings.wait_for_nodes:
             for check in checks:
                 check(nodes)
         return True
@@ -252,7 +186,7 @@ class Attempts:
         """The Ray that this run started is gone, and what ran on it. Another one is being started."""
         gone = [call for call, batch in list(self._running.values()) if self._let_go(call, batch)]
         if not self._stopped:
-            self._emit(Event("warning", data={"message": message}))
+            self._run.warn(message)
         for call in gone:
             self._on_attempt_failed(call, RAY_LOST, blamed=self._may_not_repeat)
 
@@ -279,18 +213,18 @@ class Attempts:
         batch.reference = self._placement.submit(call.id, call.step.short_name, call.options, text, done)
         self._running.update({each.id: (each, batch) for each in batch.calls})
         if missing is not None:
-            self._tell("pending", call, message=f"waits for nodes: it {missing}")
+            self._run.tell("pending", call, message=f"waits for nodes: it {missing}")
         elif call.options.gang is not None:
             self._loop.later(GANG_PATIENCE_S, self._on_no_gang_yet, weakref.ref(call), call.attempt_id)
 
     def _together(self, call: Call) -> int:
         """How many calls may share a task with this one, itself included: every CPU is to have several tasks. None
         where nothing may be repeated: each has to run again when their worker dies."""
-        if not self._is_first(call) or not may_share(call.options) or not self._settings.system_retries:
+        if not self._is_first(call) or not may_share(call.options) or not self._run.settings.system_retries:
             return 1
         crowd, places = len(self._ready) + len(self._running), len(self._running) + len(self._unsettled)
         tasks = TASKS_PER_CPU * max(1, self._placement.at_once(call.options))
-        return min(self._pace.together(call.step.name), crowd // tasks, self._settings.max_in_flight - places)
+        return min(self._pace.together(call.step.name), crowd // tasks, self._run.settings.max_in_flight - places)
 
     def _alike(self, call: Call, other: Call) -> bool:
         return other.step.name == call.step.name and other.options == call.options and self._is_first(other)
@@ -298,7 +232,7 @@ class Attempts:
     @property
     def _may_not_repeat(self) -> bool:
         """A Ray that is gone is nobody's fault, but where nothing may be repeated it ends the run."""
-        return not self._settings.system_retries
+        return not self._run.settings.system_retries
 
     def _is_first(self, call: Call) -> bool:
         return call.attempt == 0 and call.id not in self._earlier
@@ -309,7 +243,7 @@ class Attempts:
             call.attempt = max(call.attempt, self._earlier.pop(call.id, 0)) + 1
             call.attempt_id, call.started = uuid.uuid4().hex, None
             start = {"attempt": call.attempt, "attempt_id": call.attempt_id, "time": time.time()}
-            self._note({**call_record("start", call), **start})
+            self._told.note({**call_record("start", call), **start})
         call.handed_back = False
         payload = {
             "call": call.id,
@@ -318,9 +252,9 @@ class Attempts:
             "attempt": call.attempt,
             "attempt_id": call.attempt_id,
             "timeout": call.options.timeout,
-            "lease_until": self._heartbeat.valid_until(),
+            "lease_until": self._told.lease_until(),
         }
-        due = {point: self._faults.take(point) for point in ("executor.body", "artifact.upload")}
+        due = {point: self._run.faults.take(point) for point in ("executor.body", "artifact.upload")}
         if any(due.values()):
             payload["faults"] = {point: action for point, action in due.items() if action}
         return json.dumps(payload)
@@ -335,19 +269,19 @@ class Attempts:
                 self._on_slow_batch(call, message.get("outcome"))
         elif kind == "started":
             call.started = time.monotonic()
-            self._tell("started", call, node=message["node"], pid=message["pid"], attempt=call.attempt)
+            self._run.tell("started", call, node=message["node"], pid=message["pid"], attempt=call.attempt)
             if call.options.timeout is not None:
                 overdue = call.options.timeout + TIMEOUT_GRACE_S
                 self._loop.later(overdue, self._on_overdue, weakref.ref(call), call.attempt_id)
         elif kind in ("progress", "log"):
             data = {key: value for key, value in message.items() if key not in ("kind", "call", "attempt_id")}
-            self._tell(kind, call, **data)
+            self._run.tell(kind, call, **data)
 
     def _on_no_gang_yet(self, waiting: "weakref.ref[Call]", attempt_id: str) -> None:
         """All of a gang's bundles must be free at once, which may take long: say so."""
         call = waiting()
         if call is not None and call.attempt_id == attempt_id and call.id in self._running and call.started is None:
-            self._tell("pending", call, message=f"waiting for resources: {call.options.whole_gang()}")
+            self._run.tell("pending", call, message=f"waiting for resources: {call.options.whole_gang()}")
 
     def _free_workers(self, before: StoppedDrivers, waiting: frozenset[str]) -> None:
         """Where an attempt of those that were `waiting` a while ago still is, drivers before this one may hold what it
@@ -355,11 +289,10 @@ class Attempts:
         now = frozenset(call.attempt_id for call, _ in self._running.values() if call.started is None)
         if now & waiting:
             before.kill()
-        self._loop.later(self._journal.ttl_s, self._free_workers, before, now)
+        self._loop.later(self._run.journal.ttl_s, self._free_workers, before, now)
 
     def _on_killed(self, pid: int) -> None:
-        message = f"process {pid}, a stopped driver of this run, held workers of the cluster: it was killed"
-        self._emit(Event("warning", data={"message": message}))
+        self._run.warn(f"process {pid}, a stopped driver of this run, held workers of the cluster: it was killed")
 
     def _on_overdue(self, late: "weakref.ref[Call]", attempt_id: str) -> None:
         """The reaper beside the worker should have killed it by now; the whole node may be stuck."""
@@ -407,11 +340,11 @@ class Attempts:
     def _on_outcome(self, call: Call, outcome: Record) -> None:
         self._pace.saw(call.step.name, outcome["seconds"])
         if "warning" in outcome:
-            self._tell("warning", call, message=outcome["warning"])
+            self._run.tell("warning", call, message=outcome["warning"])
         if outcome["ok"]:
-            self._faults.reach("executor.before-commit")
+            self._run.faults.reach("executor.before-commit")
             self._unsettled.add(call.id)
-            self._on_result(call, outcome)
+            self._told.on_result(call, outcome)
         else:
             self._on_attempt_failed(call, outcome["error"])
 
@@ -429,29 +362,28 @@ class Attempts:
 
     def _on_attempt_failed(self, call: Call, record: Record, blamed: bool = True) -> None:
         if record["type"] == "FencedError":
-            self._on_error(fenced(self._journal.run_id))
+            self._told.on_error(fenced(self._run.journal.run_id))
             return
         if self._placement.is_lost():  # whatever it died of, its Ray had gone under it
             record, blamed = RAY_LOST, self._may_not_repeat
-        system = record["kind"] == "system"
+        system, settings = record["kind"] == "system", self._run.settings
         if system:
-            if call.started is not None and time.monotonic() - call.started > self._settings.retry_window_s:
+            if call.started is not None and time.monotonic() - call.started > settings.retry_window_s:
                 call.system_failures = 0  # weeks of training may lose more processes than a step that always crashes
             call.system_failures += blamed
-            final = call.system_failures > self._settings.system_retries
+            final = call.system_failures > settings.system_retries
         else:
             call.user_failures += 1
             final = record["kind"] == "refused" or call.user_failures > call.options.retries
         attempt = {"attempt": call.attempt, "attempt_id": call.attempt_id}
         facts = {"error": record, "final": final, "time": time.time()}
-        self._note({"type": "attempt-failed", "call": call.id, "step": call.step.name, **attempt, **facts})
+        self._told.note({"type": "attempt-failed", "call": call.id, "step": call.step.name, **attempt, **facts})
         if final:
-            self._on_failure(call, rebuild(call.id, record))
+            self._told.on_failure(call, rebuild(call.id, record))
             return
         failures = call.system_failures if system else call.user_failures
-        pause = min(LONGEST_PAUSE_S, self._settings.backoff_s * 2.0 ** min(failures - 1, 64)) * random.uniform(0.5, 1.0)
-        self._tell("retry", call, error=record["message"], error_type=record["type"], seconds=pause)
+        pause = min(LONGEST_PAUSE_S, self._run.settings.backoff_s * 2.0 ** min(failures - 1, 64)) * random.uniform(
+            0.5, 1.0
+        )
+        self._run.tell("retry", call, error=record["message"], error_type=record["type"], seconds=pause)
         self._loop.later(pause, self.enqueue, call)
-
-    def _tell(self, kind: str, call: Call, **data: Any) -> None:
-        self._emit(Event(kind, call.id, call.step.short_name, data))

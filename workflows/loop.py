@@ -11,8 +11,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 Work = tuple[Callable[..., None], tuple[Any, ...]]
 
 
@@ -34,6 +36,19 @@ class Loop:
     def post(self, work: Callable[..., None], *arguments: Any) -> None:
         """Do `work(*arguments)` on the loop's thread, soon. From any thread."""
         self._inbox.put((work, arguments))
+
+    def ask(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Do `work(*arguments)` on the loop's thread, and return or raise what it does. From any other thread."""
+        answer: Future[T] = Future()
+
+        def work_and_answer() -> None:
+            try:
+                answer.set_result(work(*arguments))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        self.post(work_and_answer)
+        return answer.result()
 
     def later(self, seconds: float, work: Callable[..., None], *arguments: Any) -> None:
         """Do it in so many seconds. From the loop's thread only."""

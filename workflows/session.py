@@ -18,15 +18,18 @@ from infra.faults import FaultSchedule
 from infra.storage import Store, open_store
 from infra.telemetry import hide_secrets_in_logs
 from workflows.artifacts import ArtifactSource
+from workflows.call import ClusterCheck, RunContext
 from workflows.config import RunSettings
 from workflows.events import Event
-from workflows.executor import Cancelled, ClusterCheck, Executor, failure_record
+from workflows.executor import Cancelled
 from workflows.graph import Workflow, running
 from workflows.history import Recorder
 from workflows.identities import IDENTITY
 from workflows.journal import Journal, fenced, read_journal, removed, removed_key
 from workflows.known import Known
+from workflows.outcome import describe
 from workflows.runs import RUN_ID
+from workflows.runtime import WorkflowRuntime
 from workflows.values import canonical, decode, differences, earlier_identity, encode, identity, named_arguments
 
 FORMAT = 1
@@ -81,15 +84,14 @@ def run(
         emit = _emitter([*observers, recorder])
         faults = FaultSchedule.parse(settings.faults) if settings.faults else FaultSchedule.from_environment()
         known = Known(store, journal.state.commits, metadata["reuse"], tuple(metadata["rerun"]), _warner(emit))
-        executor = Executor(journal, known, settings, faults, emit)
+        context = RunContext(journal, settings, faults, emit, tuple(on_cluster))
+        runtime = WorkflowRuntime(context, known)
         for hook in on_end:
-            executor.on_end(hook)
-        for check in on_cluster:
-            executor.on_cluster(check)
+            runtime.on_end(hook)
         data = {"run_id": run_id, "workflow": workflow.name, "store": store.url, "resumed": len(known.commits)}
         emit(Event("run-started", data=data))
         with _on_term(_interrupt if term_cancels else _leave):
-            tree = _drive(executor, workflow, args, kwargs, emit, recorder)
+            tree = _drive(runtime, workflow, args, kwargs, emit, recorder)
     return RunResult(run_id, store.url, decode(tree, source), False)
 
 
@@ -199,7 +201,7 @@ def check_same_recipe(metadata: Record, workflow: Workflow[..., Any], arguments:
 
 
 def _drive(
-    executor: Executor,
+    runtime: WorkflowRuntime,
     workflow: Workflow[..., Any],
     args: Sequence[Any],
     kwargs: Record,
@@ -211,8 +213,8 @@ def _drive(
     end: Record | None = None
     status = "failed"
     try:
-        with running(executor):
-            tree = executor.finish(workflow.fn(*args, **kwargs))
+        with running(runtime):
+            tree = runtime.finish(workflow.fn(*args, **kwargs))
         recorder.flush()  # whoever sees the end sees all metrics
         status, end = "finished", {"result": tree}
         return tree
@@ -226,23 +228,31 @@ def _drive(
         status = "fenced"
         raise
     except BaseException as error:
-        if executor.journal.is_lost():  # whatever a driver that slept for long stumbles over first
+        if runtime.is_lost():  # whatever a driver that slept for long stumbles over first
             status = "fenced"
-            raise fenced(executor.run_id) from error
-        if error is not executor.fatal or not isinstance(error, StoreError):  # the store's trouble ends no run
-            end = {"error": failure_record(error)}
+            raise fenced(runtime.run_id) from error
+        if error is not runtime.fatal or not isinstance(error, StoreError):  # the store's trouble ends no run
+            end = {"error": _failure_record(error)}
         raise
     finally:
         with _uninterrupted():
             if end is not None:
                 end = {"type": "end", "status": status, "time": time.time(), **end}
             try:
-                executor.close(end)
+                runtime.close(end)
             except StoreError as error:
                 status = "fenced" if isinstance(error, FencedError) else "failed"
                 raise
             finally:
                 emit(Event("run-ended", data={"status": status, "seconds": time.monotonic() - began}))
+
+
+def _failure_record(error: BaseException) -> Record:
+    """What an `end` record says of the error that ended a run."""
+    record = describe(error)
+    if trace := getattr(error, "user_traceback", ""):
+        record["traceback"] = trace
+    return record
 
 
 def _interrupt(number: int, frame: Any) -> None:

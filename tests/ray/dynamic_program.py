@@ -15,7 +15,7 @@ from typing import Any
 
 from infra.errors import RecuaError
 from workflows import session
-from workflows.attempts import Call
+from workflows.call import Call
 from workflows.config import RunSettings
 from workflows.graph import Future, Gang, _Scope, context, on_end, run_id, step, workflow
 from workflows.steps.checks import close_pools
