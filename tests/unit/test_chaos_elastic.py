@@ -281,10 +281,10 @@ def test_chaos_a_rollback_is_known_to_whoever_leads_next(tmp_path: Path) -> None
     first = leader(tmp_path, [], heard)
     rows = [outcome(0), outcome(1), outcome(2, committed=False)]
     for row in rows:
-        first._row(dict(row))
+        first.row(dict(row))
     assert first.journal.history.rollbacks == 0
     second = leader(tmp_path, rows, heard)
-    second._row(outcome(3, committed=False))
+    second.row(outcome(3, committed=False))
     assert ("rolled-back", 0) in heard, "whoever hears of it must have taken back its rows before it is journaled"
     history = GroupJournal(open_store(tmp_path), "g").history
     assert second.core.book.flushed == {1}, "storage may be all that is left of older states: it is asked before"
@@ -302,7 +302,7 @@ def test_chaos_a_rollback_that_falls_due_while_ranks_re_form_is_made_as_soon_as_
     core = controller.core
     core.phase, core.generation = "forming", 2
     for row in [outcome(0), outcome(1), outcome(2, committed=False), outcome(3, committed=False)]:
-        controller._row(dict(row))
+        controller.row(dict(row))
     assert controller.journal.history.rollbacks == 0 and controller.outcomes.next == 4
     core.phase = "running"
     core.joins[2] = 4
@@ -414,7 +414,7 @@ def test_chaos_a_rank_that_stands_still_in_a_recovery_is_seen(pulse_age: float, 
     controller._join(Join(2, core.blocks, Restore(3, "memory"), time.monotonic() + 60))
     records = [Record(os.getpid(), state="joining", generation=2, rank=rank, world_size=2) for rank in (0, 1)]
     sights = (Sight("w0", True, records[0]), Sight("w1", True, records[1], pulse_age=pulse_age))
-    controller._hear_beat(Beat("n0", 1, sights=sights), time.monotonic())
+    controller.hearing._hear_beat(Beat("n0", 1, sights=sights), time.monotonic())
     assert ("detected" in [kind for kind, _ in heard]) == seen
     assert ("w1" in core.roster.node_of) != seen and core.phase == ("aborting" if seen else "forming")
 
@@ -423,7 +423,10 @@ def test_chaos_a_rank_that_hangs_on_its_way_into_a_generation_is_named(tmp_path:
     """Not those that wait for it; and not one that only lacks a processor, however long."""
     heard: list[Any] = []
     controller = leader(tmp_path, [], [])
-    controller.listener, controller.joining = Listener(event=heard.append), JoinBoard(ElasticSettings(join_stall_s=10))
+    controller.listener, controller.hearing.joining = (
+        Listener(event=heard.append),
+        JoinBoard(ElasticSettings(join_stall_s=10)),
+    )
     core = controller.core
     core.generation, core.phase, core.blocks = 2, "forming", (("w0",), ("w1",), ("w2",))
     for worker in ("w0", "w1", "w2"):
@@ -442,8 +445,8 @@ def test_chaos_a_rank_that_hangs_on_its_way_into_a_generation_is_named(tmp_path:
         ages = (at - 1.0, w1, at)
         starved = (0.0, starved_s, 0.0)
         sights = tuple(Sight(f"w{rank}", True, records[rank], ages[rank], starved_s=starved[rank]) for rank in range(3))
-        controller._hear_beat(Beat("n0", 1, sights=sights), time.monotonic())
-        controller._judge()
+        controller.hearing._hear_beat(Beat("n0", 1, sights=sights), time.monotonic())
+        controller.hearing.judge()
 
     for second in range(0, 60, 5):
         see(second, 0.0)  # a large shard, piece by piece
@@ -463,11 +466,11 @@ def test_chaos_a_large_state_may_take_its_time_to_load_while_it_comes(tmp_path: 
     core.generation, core.phase, core.blocks, core._deadline = 2, "forming", (("w0",),), 1060.0
     core.roster.place("w0", "n0")
     core.roster.joined.add("w0")
-    controller.joining.begin(2, 1)
+    controller.hearing.joining.begin(2, 1)
     for at in range(1000, 1300, 20):
         record = Record(os.getpid(), state="joining", generation=2, world_size=1, phase="fetch", entered_at=float(at))
-        moved = controller.joining.saw((Sight("w0", True, record),))
-        assert moved and not controller.joining.saw((Sight("w0", True, record),))
+        moved = controller.hearing.joining.saw((Sight("w0", True, record),))
+        assert moved and not controller.hearing.joining.saw((Sight("w0", True, record),))
         core.handle(JoinMoved(2), float(at))
         core.handle(Tick(), at + 19.0)
         assert core.phase == "forming", at
@@ -487,7 +490,7 @@ def test_chaos_a_worker_that_fails_while_it_warms_up_ends_the_run_with_its_error
     controller.fleet.node_of["w7"] = "n0"
     for at in (0.0, 0.5, 2.0):
         assert controller._error is None
-        controller._hear_beat(Beat("n0", 1, sights=(failed,)), at)
+        controller.hearing._hear_beat(Beat("n0", 1, sights=(failed,)), at)
     assert str(controller._error) == "w7: no such device"
 
 
@@ -506,8 +509,8 @@ def test_chaos_a_replacement_that_fails_while_it_warms_up_is_ordered_again(
     controller.fleet.node_of["w7"] = "n0"
     failed = Sight("w7", True, Record(os.getpid(), state="failed"))
     for at in (0.0, 2.0, 4.0):
-        controller._sights["w7"] = failed
-        controller._settle(at)
+        controller.hearing._sights["w7"] = failed
+        controller.hearing._settle(at)
     assert controller._error is None and core.phase == "running" and "w7" not in core.roster.ordered
     assert [kind for kind, _ in heard].count("detected") == 1
 
@@ -537,16 +540,16 @@ def test_chaos_a_hang_on_the_way_to_a_boundary_is_no_matter_of_the_boundary_s_ti
         core.roster.place(worker, "n0")
         core.roster.joined.add(worker)
         controller.fleet.node_of[worker] = "n0"
-    controller.board.begin(1, now)
+    controller.hearing.board.begin(1, now)
     for state in ("joined", "boundary"):
         first = Record(os.getpid(), state=state, generation=1, rank=0, world_size=2, step=3, phase="data", ticks=9)
         second = Record(os.getpid(), state="joined", generation=1, rank=1, world_size=2, step=3, phase="data", ticks=8)
-        controller._hear_beat(Beat("n0", 1, sights=(Sight("w0", True, first), Sight("w1", True, second))), now)
-    assert set(controller.board.beacons) == {1}
-    controller._judge()
+        controller.hearing._hear_beat(Beat("n0", 1, sights=(Sight("w0", True, first), Sight("w1", True, second))), now)
+    assert set(controller.hearing.board.beacons) == {1}
+    controller.hearing.judge()
     assert "detected" not in [kind for kind, _ in heard]
-    controller.board._moved_at = now - 500
-    controller._judge()
+    controller.hearing.board._moved_at = now - 500
+    controller.hearing.judge()
     assert "detected" in [kind for kind, _ in heard]
     assert "w1" not in core.roster.node_of and "w0" in core.roster.node_of and core.phase == "forming"
 
@@ -640,12 +643,12 @@ def test_a_lost_node_that_beats_again_is_taken_back_and_its_given_up_rank_is_end
     killed: list[Any] = []
     controller = pair(tmp_path, heard)
     monkeypatch.setattr(controller.fleet, "kill", lambda workers, reason: killed.extend(workers) or [])
-    controller._lose_node("n1", "no beat for 2.5 s")
+    controller.hearing._lose_node("n1", "no beat for 2.5 s")
     assert controller.core.phase in ("aborting", "forming") and "n1" in controller.fleet._lost
-    controller._hear(AgentLost("n1", True, "its link is cut"))
+    controller.hearing.hear(AgentLost("n1", True, "its link is cut"))
     assert "n1" in controller.fleet._lost and "n1" not in controller.fleet.agents, "it did not come back yet"
     stray = Sight("w1", True, Record(os.getpid(), state="aborted", generation=1, rank=1, world_size=2))
-    controller._hear_beat(Beat("n1", 5, sights=(stray,)), time.monotonic())
+    controller.hearing._hear_beat(Beat("n1", 5, sights=(stray,)), time.monotonic())
     assert killed == ["w1", "c0w0"], "and who was ordered while that node was to be avoided is ordered again"
     assert "n1" not in controller.fleet._lost
     assert "n1" not in controller.core._dead_nodes and not controller.core.roster.unfit
@@ -664,7 +667,7 @@ def test_ranks_that_find_no_way_to_each_other_are_told_of_once_and_without_blame
     for at in (0.0, 1.0):
         for rank, node in enumerate(("n0", "n1")):
             record = Record(os.getpid(), state="aborted", generation=1, rank=rank, world_size=2, phase="apart")
-            controller._hear_beat(Beat(node, 1, sights=(Sight(f"w{rank}", True, record),)), at)
+            controller.hearing._hear_beat(Beat(node, 1, sights=(Sight(f"w{rank}", True, record),)), at)
     said = [event["what"] for event in heard if event["event"] == "detected"]
     assert len(said) == 1 and "10.0.0.1 to 10.0.0.2: no answer" in said[0] and "GLOO_SOCKET_IFNAME" in said[0]
     assert core.roster.aside.keys() == {"n1"} and not core.roster.unfit and not core._node_faults
@@ -681,6 +684,6 @@ def test_a_node_that_never_answers_is_named_with_both_addresses(
     monkeypatch.setattr(fleet, "address", lambda node: "10.0.0.2")
     monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.1")
     for _ in range(2):
-        controller._name_unanswered()
+        controller.hearing._name_unanswered()
     (said,) = [event["what"] for event in heard]
     assert said.startswith("node n1 at 10.0.0.2 has not answered the controller at 10.0.0.1 for 60 s. Nodes must reach")

@@ -300,7 +300,7 @@ def test_spot_controller_drains_a_node_once_and_again_when_it_goes_sooner(tmp_pa
     )
     soon = time.time() + 100
     for deadline in (math.inf, math.inf, soon, soon, soon + 30, soon - 50):
-        controller._hear(Beat("n0", 1, notice=Notice("n0", "some-notice", deadline)))
+        controller.hearing.hear(Beat("n0", 1, notice=Notice("n0", "some-notice", deadline)))
     drains = [event for event in told if event.get("notice") == "some-notice"]
     assert drains[0]["what"].split(" (")[0] == "node n0 may go at any time"
     assert len(drains) == 3
