@@ -19,10 +19,10 @@ from cluster.controller.held_shards import HeldShards
 from cluster.controller.join_board import JoinBoard
 from cluster.core import messages as m
 from cluster.core.beat_board import BeatBoard
-from cluster.core.state_machine import ENDED, Controller
+from cluster.core.state_machine import ENDED, StateMachine
 from cluster.guard.guard import Finding, Guard
 from cluster.node.rank_watch import Beat, Sight
-from cluster.policies.hang import Beacon
+from cluster.policies.hang import RankProgress
 from infra.errors import REACH_EACH_OTHER, PeersUnreachable
 from infra.notices import Notice, in_words
 from infra.ray_internals import draining_nodes
@@ -81,7 +81,7 @@ class Hearing:
     """
 
     def __init__(
-        self, lead: Lead, fleet: Fleet, core: Controller, settings: ElasticSettings, guard: Guard, replicated: bool
+        self, lead: Lead, fleet: Fleet, core: StateMachine, settings: ElasticSettings, guard: Guard, replicated: bool
     ) -> None:
         self._lead, self.fleet, self.core, self._settings, self._guard = lead, fleet, core, settings, guard
         self.board, self.joining, self.faults = BeatBoard(settings), JoinBoard(settings), FaultTimes()
@@ -203,9 +203,9 @@ class Hearing:
 
     def _lose(self, node: str, lost: Sequence[Sight]) -> None:
         for sight in lost:
-            seat = self.core.seat(sight.worker)
-            if seat.state != "gone":
-                rank = f"rank {seat.rank}, " if seat.rank is not None else ""
+            known = self.core.worker(sight.worker)
+            if known.state != "gone":
+                rank = f"rank {known.rank}, " if known.rank is not None else ""
                 text = f"{sight.worker} ({rank}pid {sight.record.pid}) died in {sight.record.phase}"
                 self._detected(m.WorkersLost([sight.worker], text), text, worker=sight.worker, node=node)
         names = [sight.worker for sight in lost]
@@ -235,7 +235,8 @@ class Hearing:
         """A node that was given up beats again: its link was cut. Its workers' places were given up too."""
         self._away.discard(beat.node)
         self.fleet.regain_node(beat.node)
-        strays = {sight.worker for sight in beat.sights if sight.alive and self.core.seat(sight.worker).state == "gone"}
+        living = [sight.worker for sight in beat.sights if sight.alive]
+        strays = {name for name in living if self.core.worker(name).state == "gone"}
         if strays:
             self._lead.kill(strays, "its node was out of reach, and its place was given up")
         self._lead.say("detected", what=f"node {beat.node[:12]} is back: it was only out of reach", node=beat.node)
@@ -287,7 +288,8 @@ class Hearing:
                 forming = core.phase not in ("running", "stopping")
                 patient = forming and sight.pulse_age < FORMING_FACTOR * self._settings.pulse_timeout_s
                 age = 0.0 if patient else sight.pulse_age
-                beacons.append(Beacon(record.rank, record.step, phase, record.ticks, now - sight.phase_age, now - age))
+                place = record.rank, record.step, phase, record.ticks
+                beacons.append(RankProgress(*place, now - sight.phase_age, now - age))
             elif record.generation == core.generation and record.state == "boundary":
                 self.board.beacons.pop(record.rank, None)  # it waits for nobody: whoever hangs is among the others
         stopped = self.board.beat(beat.node, core.generation, beacons, now)
@@ -305,9 +307,9 @@ class Hearing:
             state, mine = sight.record.state, sight.record.generation == core.generation
             if not sight.alive or name in self.dismissed:
                 continue
-            if state == "standby" and core.phase != "adopting" and core.seat(name).state in ("spawned", "gone"):
+            if state == "standby" and core.phase != "adopting" and core.worker(name).state in ("spawned", "gone"):
                 ready[name] = self.fleet.node_of[name]
-            elif state == "failed" and core.seat(name).state != "gone":
+            elif state == "failed" and core.worker(name).state != "gone":
                 self._left(name, sight, now, ERROR_GRACE_S)
             elif core.phase == "aborting" and name in core.roster.joined and state in OUT:
                 out.append(name)  # of an older generation too, where a controller died between two
@@ -361,7 +363,7 @@ class Hearing:
             except ray.exceptions.RayError:
                 return  # it has died since: that will be heard
             going_on = core.reformed or core.roster.alive
-            if core.seat(name).state == "spawned" and going_on:  # another takes its place
+            if core.worker(name).state == "spawned" and going_on:  # another takes its place
                 refused = m.WorkersRefused([name], str(failure))
                 self._detected(refused, f"{name} did not warm up: {failure}", worker=name)
                 self.dismissed.add(name)

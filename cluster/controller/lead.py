@@ -18,13 +18,13 @@ from cluster.controller.fleet import Fleet
 from cluster.controller.hearing import Hearing
 from cluster.core import messages as m
 from cluster.core.history import GroupJournal, Superseded
-from cluster.core.state_machine import ENDED, Controller
+from cluster.core.state_machine import ENDED, StateMachine
 from cluster.goodput.accounts import Pause
 from cluster.goodput.group_account import watch_group
 from cluster.goodput.writer import AccountWriter
 from cluster.guard.guard import Finding, Guard
 from cluster.guard.loss_judge import LossJudge
-from cluster.guard.step_rows import Outcomes
+from cluster.guard.step_rows import StepRows
 from cluster.policies.decision import Decision
 from cluster.policies.rollback import Rollback, leave_out
 from infra.errors import NodeLost, RecuaError, StepError, StoreError
@@ -87,13 +87,13 @@ class GroupController:
         number = history.controllers
         known = replace(history, joins=joins)
         valid = {step for generation, step in stored if known.on_trajectory(generation, step)}
-        self.core = Controller(settings, prefix=f"c{number}w", stored=valid, joins=joins, adopting=number > 0)
+        self.core = StateMachine(settings, prefix=f"c{number}w", stored=valid, joins=joins, adopting=number > 0)
         self.core.book.verified = history.verified
         journal.note(controllers=number + 1)
         self.watch = watch_group(fleet.accounts, self.core)
         floor = max((one for one, step in history.joins.items() if step <= len(rows)), default=0)
-        self.outcomes = Outcomes(rows, floor, 4 * settings.spike_window)
-        self.judge = LossJudge(settings, self.core, journal, self.outcomes, lambda: self._stored)
+        self.rows = StepRows(rows, floor, 4 * settings.spike_window)
+        self.judge = LossJudge(settings, self.core, journal, self.rows, lambda: self._stored)
         guard = Guard(settings, self.core, journal, self.judge.saved)
         self.hearing = Hearing(self, fleet, self.core, settings, guard, task.replicated)
         self._account = AccountWriter(fleet.accounts)
@@ -162,7 +162,7 @@ class GroupController:
             first = self.core.blocks[0][0]
             if self.core.roster.node_of.get(first) != node:
                 return 1 << 60, 0
-        return self.outcomes.next, self.outcomes.floor
+        return self.rows.next, self.rows.floor
 
     def _look_around(self) -> None:
         now = time.monotonic()
@@ -173,7 +173,7 @@ class GroupController:
             self._see_stored()
             self.hearing.look_around()
             if self.core.phase == "running":
-                self.outcomes.give_up_before(self.core.joins.get(self.core.generation, 0), now)
+                self.rows.give_up_before(self.core.joins.get(self.core.generation, 0), now)
         self._show_stacks()
         self._account.write(self.watch)
 
@@ -197,7 +197,7 @@ class GroupController:
         """Order new workers, but not while the living ones re-form or take their first step: starting a process takes
         seconds of computing, which would be taken from them."""
         busy = self.core.phase in ("aborting", "forming")
-        if self.core.phase == "running" and self.outcomes.next <= self._formed_row:
+        if self.core.phase == "running" and self.rows.next <= self._formed_row:
             busy = time.monotonic() - self._formed_at < FIRST_STEP_S
         if self._to_spawn and not busy:
             for command in self._to_spawn:
@@ -236,7 +236,7 @@ class GroupController:
 
     def row(self, row: dict[str, Any]) -> None:
         """One step's outcome, in order, each once."""
-        taken = self.outcomes.take(row)
+        taken = self.rows.take(row)
         if taken is not None:
             self.listener.row(taken)
             self.judge.doubt()
@@ -268,7 +268,7 @@ class GroupController:
             joins = {**history.joins, self.core.generation + 1: verdict.to_step}  # also for whoever leads by then
             verified = min(history.verified, verdict.to_step)
             self.journal.note(skipped=skipped, rollbacks=history.rollbacks + 1, joins=joins, verified=verified)
-            self.outcomes.back_to(verdict.to_step, self.core.generation + 1)
+            self.rows.back_to(verdict.to_step, self.core.generation + 1)
             self.judge.doubt()
             self.tell(m.RollBack(self.core.generation, verdict.to_step, verdict.decision, guilty))
 
@@ -324,7 +324,7 @@ class GroupController:
             step = self._newest_stored(command.restore.step)
             command = replace(command, restore=replace(command.restore, step=step))
         self.hearing.forming(command)
-        high = max(self.core.high_step, self.outcomes.next)
+        high = max(self.core.high_step, self.rows.next)
         orders = self.task.orders(command, self.fleet, self.journal.history, high)
         for worker, order in orders.items():
             self.fleet.tell(worker, "join", order)
@@ -345,7 +345,7 @@ class GroupController:
 
     def _started(self, pause: Pause | None) -> None:
         core = self.core
-        self._formed_at, self._formed_row = time.monotonic(), max(self.outcomes.next, core.step)
+        self._formed_at, self._formed_row = time.monotonic(), max(self.rows.next, core.step)
         members = [worker for block in core.blocks for worker in block]
         pids = self.hearing.pids(members)
         event = {"generation": core.generation, "ranks": len(members), "pids": pids, "step": core.step}

@@ -9,7 +9,7 @@ from statistics import median
 
 from cluster.config import ElasticSettings
 from cluster.policies.decision import Decision
-from cluster.policies.hang import Beacon, Suspects, decide_hang, stall_limit_s, stopped, suspects
+from cluster.policies.hang import RankProgress, Suspects, decide_hang, stall_limit_s, stopped, suspects
 
 REMEMBERED_STEPS = 32
 DOUBT = 5.0
@@ -24,7 +24,7 @@ class BeatBoard:
         self._last_beat: OrderedDict[str, float] = OrderedDict()
         self._deaf: set[str] = set()
         self.generation = 0
-        self.beacons: dict[int, Beacon] = {}
+        self.beacons: dict[int, RankProgress] = {}
         self.step_times: deque[float] = deque(maxlen=REMEMBERED_STEPS)
         self.newest_step = -1
         self._collectives = 0
@@ -35,7 +35,7 @@ class BeatBoard:
         self.generation, self.beacons = generation, {}
         self.newest_step, self._collectives, self._moved_at = -1, 0, now
 
-    def beat(self, node: str, generation: int, beacons: Iterable[Beacon], now: float) -> tuple[int, ...]:
+    def beat(self, node: str, generation: int, beacons: Iterable[RankProgress], now: float) -> tuple[int, ...]:
         """One node agent's word; beacons of another generation are ignored. Returns ranks there that stand still."""
         self._deaf.discard(node)
         self._last_beat[node] = now

@@ -198,7 +198,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Tick:
-    """Time has passed; due at `Controller.next_deadline`."""
+    """Time has passed; due at `StateMachine.next_deadline`."""
 
 
 Event = (
@@ -293,7 +293,7 @@ Commands = list[Command]
 
 
 @dataclass(frozen=True)
-class Seat:
+class WorkerState:
     """Where a worker is in its life: spawned, standby, joined (with generation and rank), aborted, or gone."""
 
     state: str

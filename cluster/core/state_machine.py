@@ -39,7 +39,7 @@ QUIET_PRIOR_S = 3600.0
 """Guess of the mean time between re-formings that counts like one observation."""
 
 
-class Controller:
+class StateMachine:
     """The state of one run's group. Read its attributes freely; change them only through `handle`.
 
     Args:
@@ -128,17 +128,17 @@ class Controller:
             times += [leave_by(view, self.settings) for view in views]
         return min(times, default=None)
 
-    def seat(self, worker: str) -> m.Seat:
+    def worker(self, worker: str) -> m.WorkerState:
         """Where a worker is in its life."""
         node = self.roster.node_of.get(worker)
         for state, group in (("spawned", self.roster.ordered), ("standby", self.roster.standby)):
             if worker in group:
-                return m.Seat(state, node=node)
+                return m.WorkerState(state, node=node)
         if worker in self.roster.aborted:
-            return m.Seat("aborted", self.generation, node=node)
+            return m.WorkerState("aborted", self.generation, node=node)
         if worker in self.roster.joined:
-            return m.Seat("joined", self.generation, list(chain.from_iterable(self.blocks)).index(worker), node)
-        return m.Seat("gone")
+            return m.WorkerState("joined", self.generation, list(chain.from_iterable(self.blocks)).index(worker), node)
+        return m.WorkerState("gone")
 
     @property
     def quiet_s(self) -> float:

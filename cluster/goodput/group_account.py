@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from cluster.core import messages as m
-from cluster.core.state_machine import ENDED, Controller
+from cluster.core.state_machine import ENDED, StateMachine
 from cluster.goodput.accounts import GroupAccount, NodeLife, Pause, read_group
 from cluster.policies.decision import Decision
 from infra.errors import DataError, StoreError
@@ -23,7 +23,7 @@ class GroupWatch:
             Where the group had ended, nothing was asked for until now; its nodes are lost until they are heard of.
     """
 
-    def __init__(self, group: str, core: Controller, now: float, before: GroupAccount | None = None) -> None:
+    def __init__(self, group: str, core: StateMachine, now: float, before: GroupAccount | None = None) -> None:
         asked = core.settings.max_workers + core.settings.spares
         self._core = core
         self._group, self._started = group, now if before is None else before.started
@@ -92,7 +92,7 @@ class GroupWatch:
         return pause
 
 
-def watch_group(accounts: tuple[str, str, str] | None, core: Controller) -> GroupWatch:
+def watch_group(accounts: tuple[str, str, str] | None, core: StateMachine) -> GroupWatch:
     """Of a real group, which goes on with what earlier controllers wrote; `accounts` is (store URL, run id, group)."""
     now = time.time()
     if accounts is None:

@@ -16,7 +16,7 @@ PEERS = 2
 
 
 @dataclass(frozen=True)
-class Answer:
+class AdmissionAnswer:
     """`decision.action`: accept, quarantine, measure (the machine where `again`, and the way to `peer`) or wait."""
 
     decision: Decision
@@ -33,7 +33,7 @@ class _Asked:
     peers: tuple[str, ...] = ()
 
 
-WAIT = Answer(Decision("wait", "it measures", "none"))
+WAIT = AdmissionAnswer(Decision("wait", "it measures", "none"))
 
 
 class Admission:
@@ -54,10 +54,10 @@ class Admission:
         self._sinks.pop(node, None)
         self._fitness.forget(workers)
 
-    def ask(self, worker: str, node: str, note: Mapping[str, Any] | None, now: float) -> Answer:
+    def ask(self, worker: str, node: str, note: Mapping[str, Any] | None, now: float) -> AdmissionAnswer:
         """A worker on standby, and what its beacon says that it measured; None: its kind measures nothing."""
         if note is None:
-            return Answer(Decision("accept", f"{worker} measures nothing", "none"))
+            return AdmissionAnswer(Decision("accept", f"{worker} measures nothing", "none"))
         asked = self._asked.get(worker, _Asked(0, now))
         silent = asked.number == note["number"]
         if silent and now - asked.at < PATIENCE_S:
@@ -74,14 +74,16 @@ class Admission:
         decision = self._fitness.judge(worker, node, note)
         if decision.action != "again" or silent:
             self._asked.pop(worker, None)
-            return Answer(Decision("accept", decision.reason, decision.key) if decision.action == "again" else decision)
+            if decision.action == "again":
+                decision = Decision("accept", decision.reason, decision.key)
+            return AdmissionAnswer(decision)
         again = Decision("measure", decision.reason, decision.key)
         return self._measure(worker, note, now, next(iter([*fresh, *others]), None), again, again=True)
 
     def _measure(
         self, worker: str, note: Mapping[str, Any], now: float, peer: str | None, why: Decision, again: bool = False
-    ) -> Answer:
+    ) -> AdmissionAnswer:
         asked = self._asked.get(worker, _Asked(0, now)).peers
         peers = asked if peer is None or peer in asked else (*asked, peer)
         self._asked[worker] = _Asked(note["number"], now, peers)
-        return Answer(why, again=again, peer=None if peer is None else self._sinks[peer])
+        return AdmissionAnswer(why, again=again, peer=None if peer is None else self._sinks[peer])

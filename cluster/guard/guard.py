@@ -12,7 +12,7 @@ from typing import Any
 from cluster.config import ElasticSettings
 from cluster.core import messages as m
 from cluster.core.history import GroupJournal
-from cluster.core.state_machine import Controller
+from cluster.core.state_machine import StateMachine
 from cluster.guard.admission import Admission
 from cluster.guard.prediction import NodeTrend, decide_drain_ahead
 from cluster.guard.proofs import Proof, Proofs
@@ -46,7 +46,7 @@ class Guard:
     def __init__(
         self,
         settings: ElasticSettings,
-        core: Controller,
+        core: StateMachine,
         journal: GroupJournal,
         saved: Callable[[], Sequence[SavedState]],
     ) -> None:

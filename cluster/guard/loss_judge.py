@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from cluster.config import ElasticSettings
 from cluster.core.history import GroupJournal
-from cluster.core.state_machine import Controller
-from cluster.guard.step_rows import Outcomes
+from cluster.core.state_machine import StateMachine
+from cluster.guard.step_rows import StepRows
 from cluster.policies.rollback import Rollback, SavedState, doubt_of, judge_step, sure_doubt
 
 
@@ -31,20 +31,20 @@ class LossJudge:
     """Of one group.
 
     Args:
-        outcomes: of the steps that are known; an earlier controller's last ones are looked at once more.
+        rows: outcomes of the steps that are known; an earlier controller's last ones are looked at once more.
         stored: (generation, step) of the snapshots that are whole in storage.
     """
 
     def __init__(
         self,
         settings: ElasticSettings,
-        core: Controller,
+        core: StateMachine,
         journal: GroupJournal,
-        outcomes: Outcomes,
+        rows: StepRows,
         stored: Callable[[], Collection[tuple[int, int]]],
     ) -> None:
         self._settings, self._core, self._journal = settings, core, journal
-        self._outcomes, self._stored = outcomes, stored
+        self._rows, self._stored = rows, stored
         self.due: Due | None = None
         """A rollback that waits."""
         self._look_back()
@@ -52,26 +52,26 @@ class LossJudge:
 
     def doubt(self) -> None:
         """Tell the core what may have to be undone, now that the outcomes of the steps so far are known."""
-        following = self._outcomes.next
-        doubt = doubt_of(self._outcomes.losses, following - 1, self._settings)
+        following = self._rows.next
+        doubt = doubt_of(self._rows.losses, following - 1, self._settings)
         first = following if doubt is None else doubt.first
         self._core.book.doubtful = first if self.due is None else min(first, self.due.first)
 
     def verdict(self, step: int, losses: Sequence[float] | None = None) -> Rollback:
         """On the losses up to `step`; those that are known unless others are given."""
         history = self._journal.history
-        losses = self._outcomes.losses if losses is None else losses
+        losses = self._rows.losses if losses is None else losses
         return judge_step(losses, step, self.saved(), history.skipped, history.rollbacks, self._settings)
 
     def saved(self) -> list[SavedState]:
         """The states that can be gone back to."""
-        core, outcomes = self._core, self._outcomes
+        core, rows = self._core, self._rows
         book, generation = core.book, core.generation
         whole = {step for step, snapshot in book.snapshots.items() if snapshot.whole}
         steps = {0} | whole | (book.flushed & {step for _, step in self._stored()})
-        if outcomes.generation == generation and generation in core.joins:
+        if rows.generation == generation and generation in core.joins:
             before = int(book.doubtful) - int(book.doubtful) % self._settings.snapshot_every
-            if core.joins[generation] <= before < outcomes.next:
+            if core.joins[generation] <= before < rows.next:
                 steps.add(before)  # with the outcome of a step come all copies of the state before it
         verified = self._journal.history.verified
         return [SavedState(step, step <= verified) for step in sorted(steps)]
@@ -90,7 +90,7 @@ class LossJudge:
 
     def _look_back(self) -> None:
         """A rollback that an earlier controller had not come to falls due again."""
-        losses, last = self._outcomes.losses, self._outcomes.next - 1
+        losses, last = self._rows.losses, self._rows.next - 1
         doubt = sure_doubt(losses, last, self._settings)
         if doubt is not None:
             self.due = Due(doubt.last, doubt.first, losses[: len(losses) - (last - doubt.last)])

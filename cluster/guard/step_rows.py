@@ -12,7 +12,7 @@ ROWS_LATE_S = 3.0
 """How long the outcomes of steps before the present generation are waited for."""
 
 
-class Outcomes:
+class StepRows:
     """Args:
     known: outcomes from earlier; that of the next step is wanted first. floor: the oldest generation that may tell
         of it. remembered: losses that are kept.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cluster.config import ElasticSettings
-from cluster.core.state_machine import Controller
+from cluster.core.state_machine import StateMachine
 from cluster.policies.decision import Decision
 from cluster.policies.straggler import SlowRank, decide_straggler, slow_ranks
 
@@ -44,7 +44,7 @@ class StragglerWatch:
             self._times[rank] += [(own_s - last_s) / steps] * min(steps, self._settings.straggler_window)
             self._last[rank] = (step, own_s)
 
-    def judge(self, core: Controller) -> Iterator[Straggler]:
+    def judge(self, core: StateMachine) -> Iterator[Straggler]:
         """At the end of a window: the slow ranks of every pipeline stage, whose work is the same; each decision about a
         worker is told once."""
         settings = self._settings
@@ -73,7 +73,7 @@ class StragglerWatch:
                 yield Straggler(worker, one, decision, unfit)
 
 
-def _affordable(core: Controller, slow: SlowRank, alone: str | None, node: str) -> bool:
+def _affordable(core: StateMachine, slow: SlowRank, alone: str | None, node: str) -> bool:
     """Whether a spare is ready for every rank that would go, or the slowness of all costs more than the blocks would.
 
     alone: the only one to go; None: all that are on `node`.

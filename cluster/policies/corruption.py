@@ -30,7 +30,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Replay:
+class ReplayPlan:
     """At `step`, rank `checker` computes micro-batch 0 of rank `checked` again, from the same state."""
 
     step: int
@@ -44,7 +44,7 @@ def is_due(step: int, settings: ElasticSettings) -> bool:
     return step > 0 and step % every == 0 and step % settings.verify_every < every
 
 
-def plan_replay(step: int, nodes: Sequence[str], seed: int = 0) -> Replay | None:
+def plan_replay(step: int, nodes: Sequence[str], seed: int = 0) -> ReplayPlan | None:
     """Who checks whom at `step`: the same on every rank, without a word between them; everyone's turn comes.
 
     `nodes[r]` is the node of rank r; the checker sits on another one. None: there is only one node.
@@ -52,7 +52,7 @@ def plan_replay(step: int, nodes: Sequence[str], seed: int = 0) -> Replay | None
     dice = random.Random(f"replay {seed} {step}")
     checked = dice.randrange(len(nodes))
     others = [rank for rank, node in enumerate(nodes) if node != nodes[checked]]
-    return Replay(step, checked, dice.choice(others)) if others else None
+    return ReplayPlan(step, checked, dice.choice(others)) if others else None
 
 
 def judge_digests(step: int, groups: Sequence[Mapping[int, str]], settings: ElasticSettings) -> Verdict:

@@ -18,10 +18,10 @@ ELSEWHERE = "fetch"
 
 
 @dataclass(frozen=True)
-class Beacon:
+class RankProgress:
     """What one rank last wrote into shared memory, as its node agent reads it.
 
-    Example: rank 3 computes in step 120 after 411 collectives: Beacon(3, 120, "compute", 411, 5000.2, 5003.1).
+    Example: rank 3 computes in step 120 after 411 collectives: RankProgress(3, 120, "compute", 411, 5000.2, 5003.1).
     """
 
     rank: int
@@ -63,12 +63,12 @@ class Suspects:
     sign: str
 
 
-def stopped(beacons: Iterable[Beacon], now: float, settings: ElasticSettings) -> tuple[int, ...]:
+def stopped(beacons: Iterable[RankProgress], now: float, settings: ElasticSettings) -> tuple[int, ...]:
     """Ranks whose process stands still, known before anything else stalls."""
     return tuple(sorted(b.rank for b in beacons if now - b.pulse_at > settings.pulse_timeout_s))
 
 
-def suspects(beacons: Iterable[Beacon], now: float, settings: ElasticSettings) -> Suspects:
+def suspects(beacons: Iterable[RankProgress], now: float, settings: ElasticSettings) -> Suspects:
     """Whom to blame for a hang, the strongest sign first.
 
     1. Its pulse stands still. 2. It is outside a collective while others wait in one. 3. It has entered fewer

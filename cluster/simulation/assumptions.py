@@ -63,7 +63,7 @@ class SimulatedCluster:
 
 
 @dataclass
-class Outcome:
+class SimulatedRun:
     """One simulated run."""
 
     account: Goodput

@@ -12,8 +12,8 @@ from typing import Any
 from cluster.config import ElasticSettings
 from cluster.core import messages as m
 from cluster.core.beat_board import BeatBoard
-from cluster.core.state_machine import Controller
-from cluster.policies.hang import Beacon
+from cluster.core.state_machine import StateMachine
+from cluster.policies.hang import RankProgress
 from cluster.policies.snapshot import place_replicas
 
 SIZES = (8, 64, 512, 4096, 16384, 100_000)
@@ -57,7 +57,7 @@ class _Fleet:
     def __init__(self, ranks: int) -> None:
         self.per_node = min(GPUS_PER_NODE, ranks // 2)  # a snapshot needs another node to survive one
         self.settings = ElasticSettings(min_workers=1, max_workers=ranks, spares=self.per_node)
-        self.core = Controller(self.settings)
+        self.core = StateMachine(self.settings)
         self.now, self.nodes, self.step = 0.0, 0, 0
         self.ranks = ranks
         self._spawned: list[str] = []
@@ -124,7 +124,8 @@ class _Fleet:
         for round_ in range(1, rounds + 1):
             for node in range(nodes):
                 ranks = range(node * self.per_node, (node + 1) * self.per_node)
-                beacons = [Beacon(rank, round_, "compute", round_, float(round_), float(round_)) for rank in ranks]
+                at = float(round_)
+                beacons = [RankProgress(rank, round_, "compute", round_, at, at) for rank in ranks]
                 board.beat(f"n{node}", 1, beacons, float(round_))
             board.silent_nodes(float(round_))
             board.judge(float(round_))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.simulation import controller_cost, sensitivity
-from cluster.simulation.assumptions import Outcome, SimulatedCluster
+from cluster.simulation.assumptions import SimulatedCluster, SimulatedRun
 from cluster.simulation.failure_tables import DAY, TABLES, Fault, draw, observed_counts, read_spot_trace
 from cluster.simulation.pauses import NCCL_SOURCE, RESTORE_SOURCE, load
 from cluster.simulation.restart_baseline import RestartBaseline, baseline_goodput
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def simulate(given: argparse.Namespace) -> tuple[dict[str, Any], Outcome]:
+def simulate(given: argparse.Namespace) -> tuple[dict[str, Any], SimulatedRun]:
     """The result as JSON, and the simulated run behind it.
 
     Raises:

@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Sequence
 
 from cluster.core import messages as m
-from cluster.core.state_machine import ENDED, Controller
+from cluster.core.state_machine import ENDED, StateMachine
 from cluster.goodput.buckets import BUCKETS, Goodput, Ledger
 from cluster.goodput.group_account import GroupWatch
 from cluster.policies.decision import Decision, key
 from cluster.policies.hang import stall_limit_s
 from cluster.policies.snapshot import place_replicas
-from cluster.simulation.assumptions import Outcome, SimulatedCluster
+from cluster.simulation.assumptions import SimulatedCluster, SimulatedRun
 from cluster.simulation.failure_tables import DAY, Fault
 
 
@@ -30,7 +30,7 @@ class Simulation:
 
     def __init__(self, cluster: SimulatedCluster, faults: Sequence[Fault]) -> None:
         self.cluster, self.settings = cluster, cluster.elastic()
-        self.core = Controller(self.settings)
+        self.core = StateMachine(self.settings)
         self.watch = GroupWatch("simulated", self.core, 0.0)
         self.end = cluster.days * DAY
         self.now = 0.0
@@ -59,7 +59,7 @@ class Simulation:
         for fault in faults:
             self._at(fault.time, lambda fault=fault: self._strike(fault))  # type: ignore[misc]
 
-    def run(self, progress: Callable[[float], None] = lambda days: None) -> Outcome:
+    def run(self, progress: Callable[[float], None] = lambda days: None) -> SimulatedRun:
         """To the end of the simulated time; `progress` gets the simulated days."""
         self._tell(m.Tick())
         while self._heap and self.core.phase not in ENDED:
@@ -73,7 +73,7 @@ class Simulation:
         self._stop(self.end, useful=True)
         wanted = self.settings.max_workers + self.settings.spares
         account = Goodput(Ledger(self._lived, self._seconds), wanted, self.end)
-        return Outcome(
+        return SimulatedRun(
             account, self._highest, self.lost_steps, self.rolled_back_steps, max(0, self.core.generation - 1),
             self.storage_restores, self.core.phase, self.handled, self.core_s, self.pauses, tuple(self.watch.pauses),
         )  # fmt: skip

@@ -2,12 +2,12 @@
 
 from cluster.config import ElasticSettings
 from cluster.core import messages as m
-from cluster.core.state_machine import Controller
+from cluster.core.state_machine import StateMachine
 
 
-def running(settings: ElasticSettings, nodes: list[str]) -> Controller:
+def running(settings: ElasticSettings, nodes: list[str]) -> StateMachine:
     """A group whose worker wN is on nodes[N]; what is beyond `max_workers` are spares."""
-    core = Controller(settings)
+    core = StateMachine(settings)
     core.handle(m.Tick(), 0)
     workers = [f"w{rank}" for rank in range(len(nodes))]
     core.handle(m.WorkersReady(dict(zip(workers, nodes, strict=True))), 1)

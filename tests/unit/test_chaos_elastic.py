@@ -28,10 +28,10 @@ from cluster.controller.lead import GroupController, Listener
 from cluster.core.beat_board import BeatBoard
 from cluster.core.history import GroupJournal
 from cluster.core.messages import Join, Joined, JoinMoved, SnapshotFlushed, Spawn, Tick, WorkersReady
-from cluster.core.state_machine import Controller
+from cluster.core.state_machine import StateMachine
 from cluster.node.beacons import Record
 from cluster.node.rank_watch import Beat, Sight
-from cluster.policies.hang import Beacon
+from cluster.policies.hang import RankProgress
 from cluster.policies.rollback import DataWindow
 from cluster.policies.snapshot import Restore
 from data.mixture import Mixture, Source
@@ -303,13 +303,13 @@ def test_chaos_a_rollback_that_falls_due_while_ranks_re_form_is_made_as_soon_as_
     core.phase, core.generation = "forming", 2
     for row in [outcome(0), outcome(1), outcome(2, committed=False), outcome(3, committed=False)]:
         controller.row(dict(row))
-    assert controller.journal.history.rollbacks == 0 and controller.outcomes.next == 4
+    assert controller.journal.history.rollbacks == 0 and controller.rows.next == 4
     core.phase = "running"
     core.joins[2] = 4
     controller._roll_back_now()
     history = GroupJournal(open_store(tmp_path), "g").history
     assert (history.rollbacks, history.skipped, history.joins[3]) == (1, (DataWindow(2, 3),), 1)
-    assert controller.outcomes.next == 1 and [kind for kind, _ in heard].count("rolled-back") == 1
+    assert controller.rows.next == 1 and [kind for kind, _ in heard].count("rolled-back") == 1
     controller._roll_back_now()
     assert controller.journal.history.rollbacks == 1
 
@@ -391,7 +391,7 @@ def test_chaos_storage_is_looked_at_again_before_ranks_are_sent_there(tmp_path: 
 
 
 def test_chaos_a_newer_state_than_asked_for_counts_as_it_is() -> None:
-    core = Controller(ElasticSettings(max_workers=1, min_workers=1, start_timeout_s=1))
+    core = StateMachine(ElasticSettings(max_workers=1, min_workers=1, start_timeout_s=1))
     (spawn,) = core.handle(Tick(), 0.0)
     assert isinstance(spawn, Spawn)
     core.handle(WorkersReady({spawn.workers[0]: "n0"}), 1.0)
@@ -523,7 +523,7 @@ def test_chaos_a_rollback_that_an_earlier_controller_did_not_come_to_falls_due_a
     controller._roll_back_now()
     history = GroupJournal(open_store(tmp_path), "g").history
     assert (history.rollbacks, history.skipped, history.joins[2]) == (1, (DataWindow(2, 3),), 1)
-    assert controller.outcomes.next == 1 and controller.judge.due is None
+    assert controller.rows.next == 1 and controller.judge.due is None
     again = leader(tmp_path, rows[:1], heard)
     again._roll_back_now()
     assert again.journal.history.rollbacks == 1
@@ -555,7 +555,7 @@ def test_chaos_a_hang_on_the_way_to_a_boundary_is_no_matter_of_the_boundary_s_ti
 
 
 def test_chaos_what_an_older_generation_flushed_counts_as_far_as_later_ones_went_on_from_it() -> None:
-    core = Controller(ElasticSettings(), joins={1: 0, 2: 9})
+    core = StateMachine(ElasticSettings(), joins={1: 0, 2: 9})
     core.phase = "running"
     for step in (8, 16):
         core.handle(SnapshotFlushed(1, step), 0.0)
@@ -568,12 +568,13 @@ def test_chaos_a_node_whose_agent_starts_again_is_not_silent() -> None:
     board.begin(1, 0.0)
     for second in range(8):
         for node, rank in (("n0", 0), ("n1", 1)):
-            board.beat(node, 1, [Beacon(rank, second, "collective", second, 1.0 * second, 1.0 * second)], 1.0 * second)
+            at = float(second)
+            board.beat(node, 1, [RankProgress(rank, second, "collective", second, at, at)], at)
     board.deafen("n1")
     for second in range(8, 40):
-        board.beat("n0", 1, [Beacon(0, 7, "collective", 7, 7.0, 1.0 * second)], 1.0 * second)
+        board.beat("n0", 1, [RankProgress(0, 7, "collective", 7, 7.0, 1.0 * second)], 1.0 * second)
         assert board.silent_nodes(1.0 * second) == [] and board.judge(1.0 * second)[1] is None
-    board.beat("n1", 1, [Beacon(1, 7, "data", 7, 7.0, 40.0)], 40.0)
+    board.beat("n1", 1, [RankProgress(1, 7, "data", 7, 7.0, 40.0)], 40.0)
     assert board.judge(41.0)[1] is None
     assert set(board.silent_nodes(50.0)) == {"n0", "n1"}
     assert board.judge(50.0)[1] is not None, "judged again from when it was heard"

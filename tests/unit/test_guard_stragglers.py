@@ -5,7 +5,7 @@ import time
 
 from cluster.config import ElasticSettings
 from cluster.core import messages as m
-from cluster.core.state_machine import Controller
+from cluster.core.state_machine import StateMachine
 from cluster.goodput.own_time import OwnTime
 from cluster.guard.stragglers import Straggler, StragglerWatch
 from tests.unit.guard_groups import running
@@ -13,7 +13,7 @@ from tests.unit.guard_groups import running
 SETTINGS = ElasticSettings(max_workers=4, spares=1, straggler_window=4, straggler_evict_after=2)
 
 
-def window(watch: StragglerWatch, core: Controller, first: int, own: list[float]) -> list[Straggler]:
+def window(watch: StragglerWatch, core: StateMachine, first: int, own: list[float]) -> list[Straggler]:
     """Four steps from `first` on, in which rank r computes own[r] seconds each."""
     for step in range(first, first + 5):
         for rank, seconds in enumerate(own):

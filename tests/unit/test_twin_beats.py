@@ -4,7 +4,7 @@ import pytest
 
 from cluster.config import ElasticSettings
 from cluster.core.beat_board import BeatBoard
-from cluster.policies.hang import Beacon
+from cluster.policies.hang import RankProgress
 
 
 @pytest.fixture
@@ -14,8 +14,8 @@ def board() -> BeatBoard:
     return made
 
 
-def beacon(rank: int, step: int, now: float, phase: str = "collective", collectives: int = 0) -> Beacon:
-    return Beacon(rank, step, phase, collectives, now, now)
+def beacon(rank: int, step: int, now: float, phase: str = "collective", collectives: int = 0) -> RankProgress:
+    return RankProgress(rank, step, phase, collectives, now, now)
 
 
 def test_a_silent_node_is_named_once_until_it_beats_again(board: BeatBoard) -> None:
@@ -39,14 +39,14 @@ def test_a_hang_is_five_of_the_run_s_own_steps_without_a_step_or_a_collective(bo
     stuck = [beacon(0, 3, 3.0, collectives=4), beacon(1, 3, 3.0, "compute", 3)]
     board.beat("n0", 1, stuck, 4.0)
     assert board.judge(8.9)[0].action == "wait"
-    board.beat("n0", 1, [Beacon(b.rank, b.step, b.phase, b.collectives, b.entered_at, 9.2) for b in stuck], 9.2)
+    board.beat("n0", 1, [RankProgress(b.rank, b.step, b.phase, b.collectives, b.entered_at, 9.2) for b in stuck], 9.2)
     decision, suspects = board.judge(9.2)
     assert decision.action == "hang" and decision.key == "elastic.hang_factor"
     assert suspects is not None and suspects.ranks == (1,) and "busy" in suspects.sign
 
 
 def test_a_stopped_process_is_seen_at_once_and_beacons_of_another_generation_are_not(board: BeatBoard) -> None:
-    old = Beacon(2, 5, "compute", 1, 0.0, 0.0)
+    old = RankProgress(2, 5, "compute", 1, 0.0, 0.0)
     assert board.beat("n0", 1, [old, beacon(3, 5, 1.5)], 1.5) == (2,)
     assert board.beat("n0", 0, [old], 1.6) == ()
     board.begin(2, 2.0)

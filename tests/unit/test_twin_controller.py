@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.config import ElasticSettings
 from cluster.core import messages as m
-from cluster.core.state_machine import ENDED, Controller
+from cluster.core.state_machine import ENDED, StateMachine
 from cluster.policies.decision import Decision
 from cluster.policies.snapshot import Restore, place_replicas
 
@@ -38,7 +38,7 @@ class World:
 
     elastic: ElasticSettings
     per_node: int
-    core: Controller = field(init=False)
+    core: StateMachine = field(init=False)
     now: float = 0.0
     nodes: set[str] = field(default_factory=set)
     apart: set[frozenset[str]] = field(default_factory=set)
@@ -60,7 +60,7 @@ class World:
     reports: list[Decision] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.core = Controller(self.elastic)
+        self.core = StateMachine(self.elastic)
 
     # ---- what the core is told, and what it says
 
@@ -295,7 +295,7 @@ class World:
         self.old.clear()
         self.pending = [e for e in self.pending if isinstance(e, m.Joined | m.AbortAcked | m.BoundaryReached)]
         prefix = f"c{self.controllers}-"
-        self.core = Controller(self.elastic, prefix=prefix, joins=self.core.joins, adopting=True)
+        self.core = StateMachine(self.elastic, prefix=prefix, joins=self.core.joins, adopting=True)
         self.tell(m.Tick())
 
     # ---- what must hold, always
@@ -479,7 +479,7 @@ def test_a_stopped_rank_is_killed_when_it_does_not_acknowledge(world: World) -> 
     world.processes[stuck].stopped = True
     world.kill_worker(0)
     world.settle()
-    assert world.core.seat(stuck).state == "gone" and stuck not in world.processes
+    assert world.core.worker(stuck).state == "gone" and stuck not in world.processes
     assert [d.key for d in world.reports if d.action == "kill"] == ["elastic.abort_timeout_s"]
 
 

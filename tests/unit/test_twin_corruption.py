@@ -6,7 +6,7 @@ import pytest
 
 from cluster.config import ElasticSettings
 from cluster.core import messages as m
-from cluster.core.state_machine import Controller
+from cluster.core.state_machine import StateMachine
 from cluster.policies.corruption import is_due, judge_digests, plan_replay
 from cluster.policies.rollback import SavedState, after_corruption
 from cluster.policies.straggler import decide_straggler, slow_ranks
@@ -47,7 +47,7 @@ def test_replays_go_to_another_node_the_same_for_everyone_and_reach_every_rank()
 def test_a_wrong_rank_is_found_by_replay_and_a_third_and_the_run_goes_back_to_verified_state_without_it() -> None:
     """Rank 2 of four computes wrongly; shards are all different, so only a replay can tell."""
     elastic = ElasticSettings(min_workers=1, max_workers=4, spares=0)
-    core = Controller(elastic)
+    core = StateMachine(elastic)
     core.handle(m.Tick(), 0)
     workers = [f"w{rank}" for rank in range(4)]
     core.handle(m.WorkersReady({worker: f"n{worker}" for worker in workers}), 1)

@@ -9,7 +9,7 @@ import pytest
 from cluster.config import ElasticSettings
 from cluster.policies.drain import DrainView, decide_drain, leave_by
 from cluster.policies.failure import AdoptionView, FailureView, decide_adoption, decide_failure
-from cluster.policies.hang import Beacon, Joining, decide_hang, decide_join, stall_limit_s, suspects
+from cluster.policies.hang import Joining, RankProgress, decide_hang, decide_join, stall_limit_s, suspects
 from cluster.policies.layout import mend
 from cluster.policies.network import aside_s, stand_aside
 from cluster.policies.quarantine import BurnIn, decide_burn_in, decide_history, decide_prediction
@@ -120,8 +120,8 @@ def test_growth_must_pay(view: GrowthView, action: str, name: str) -> None:
     assert (decision.action, decision.key) == (action, f"elastic.{name}")
 
 
-def beacon(rank: int, phase: str = "collective", collectives: int = 10, pulse_at: float = 100.0) -> Beacon:
-    return Beacon(rank, 5, phase, collectives, 90.0, pulse_at)
+def beacon(rank: int, phase: str = "collective", collectives: int = 10, pulse_at: float = 100.0) -> RankProgress:
+    return RankProgress(rank, 5, phase, collectives, 90.0, pulse_at)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def beacon(rank: int, phase: str = "collective", collectives: int = 10, pulse_at
         ([beacon(0), beacon(1)], (), "all wait in the same collective"),
     ],
 )
-def test_suspects_of_a_hang(beacons: list[Beacon], ranks: tuple[int, ...], sign: str) -> None:
+def test_suspects_of_a_hang(beacons: list[RankProgress], ranks: tuple[int, ...], sign: str) -> None:
     found = suspects(beacons, 100.5, ElasticSettings())
     assert (found.ranks, found.sign) == (ranks, sign)
 

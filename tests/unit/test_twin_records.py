@@ -7,7 +7,7 @@ import pytest
 
 from cluster.config import ElasticSettings
 from cluster.core import messages as m
-from cluster.core.state_machine import Controller
+from cluster.core.state_machine import StateMachine
 from cluster.goodput.accounts import (
     GroupAccount,
     NodeAccount,
@@ -78,7 +78,7 @@ def test_records_come_back_and_a_running_group_is_accounted_as_far_as_it_has_wri
 
 def test_the_watch_reads_pauses_and_lost_steps_off_the_controller() -> None:
     """A rank dies in step 9 when snapshot 8 is the newest: one step lost; the start is a pause of its own."""
-    core = Controller(ElasticSettings(min_workers=1, max_workers=2))
+    core = StateMachine(ElasticSettings(min_workers=1, max_workers=2))
     watch = GroupWatch("pretrain", core, 0.0)
     pauses = []
 
@@ -101,7 +101,7 @@ def test_the_watch_reads_pauses_and_lost_steps_off_the_controller() -> None:
     assert lost.action == "shrink" and "n1 died" in lost.reason and lost.key == "elastic.min_workers"
     told = watch.account(30)
     assert told.nodes == {"n0": NodeLife(5, None, 1), "n1": NodeLife(5, 22, 1)} and not told.ended
-    again = GroupWatch("pretrain", Controller(ElasticSettings(max_workers=2), adopting=True), 40.0, told)
+    again = GroupWatch("pretrain", StateMachine(ElasticSettings(max_workers=2), adopting=True), 40.0, told)
     assert again.account(41).pauses == told.pauses and again.account(41).started == 0
     assert again.account(41).nodes["n0"].lost == 30, "as long as nobody has heard of it"
     again.saw(m.Inventory([m.Found("w0", "n0", "joined")]), [], 42.0)
@@ -110,7 +110,7 @@ def test_the_watch_reads_pauses_and_lost_steps_off_the_controller() -> None:
 
 def test_a_group_that_ended_and_goes_on_later_asked_for_nothing_in_between() -> None:
     """2 ranks from 100 to 110 and 4 to 120, as it ended; 2 again from 1000 on, of which one lives to 1010."""
-    core = Controller(ElasticSettings(min_workers=1, max_workers=2))
+    core = StateMachine(ElasticSettings(min_workers=1, max_workers=2))
     watch = GroupWatch("pretrain", core, 1000.0, group(n0=NodeLife(100, None, 2)))
     report = account(watch.account(1010.0), [NodeAccount("n0", (rank("w0", 120, gone=True), rank("w1", 1010)))])
     assert report.goodput.capacity * report.goodput.wall_s == pytest.approx(2 * 10 + 4 * 10 + 2 * 10)
