@@ -3,7 +3,7 @@
 from cluster.config import ElasticSettings
 from cluster.guard.proofs import Proof, judge
 from cluster.node.beacons import BeaconWriter
-from cluster.policies.corruption import is_due, plan_replay
+from cluster.policies.corruption import is_due, replica_to_check
 from engines.base import Batch, LossFn
 from engines.elastic.learner import ElasticLearner
 from engines.elastic.replay import processor_kind, replay
@@ -29,8 +29,7 @@ class Prover:
         there to compare with. The same on every rank, without a word between them; everyone's turn comes."""
         if not (is_due(step, self._settings) or step == self._last):
             return None
-        plan = plan_replay(step, [f"replica {replica}" for replica in range(self._ranks.data_size)])
-        return None if plan is None else plan.checked
+        return replica_to_check(step, self._ranks.data_size)
 
     def prove(self, sample: Batch, loss_fn: LossFn) -> None:
         """(collective) Replay `sample` from the state as it is now. The proof is left once that state is sealed."""

@@ -67,7 +67,7 @@ class Proofs:
 
 def judge(step: int, told: Mapping[int, Proof], settings: ElasticSettings) -> Verdict:
     """What the proofs of all ranks say together."""
-    return judge_digests(step, list(groups(told, settings.block)), settings)
+    return judge_digests(step, list(groups(told, settings.block)))
 
 
 def groups(told: Mapping[int, Proof], block: int) -> Iterator[dict[int, str]]:

@@ -1,7 +1,7 @@
 """Silent corruption: who computes wrongly, found where ranks must agree and by replay where they need not.
 
 1. Ranks that hold the same shard of the state after step k must hold the same bits: their digests are compared.
-2. Ranks that share nothing are checked by replay: a rank on another node computes a sampled micro-batch of theirs.
+2. Ranks that share nothing are checked by replay: all of them compute a sampled micro-batch of one of theirs.
 Two that disagree are told apart by a third that computes the same; the minority is guilty. Without a majority nobody is
 named, all go back to the last verified state, and the same step is computed again: whoever said at first what all say
 then was right (`in_hindsight`). Rolling back is up to `cluster.policies.rollback.after_corruption`, taking the guilty
@@ -29,33 +29,19 @@ class Verdict:
     undecided: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class ReplayPlan:
-    """At `step`, rank `checker` computes micro-batch 0 of rank `checked` again, from the same state."""
-
-    step: int
-    checked: int
-    checker: int
-
-
 def is_due(step: int, settings: ElasticSettings) -> bool:
     """Whether the state after `step` steps is verified: the first snapshot at or after every multiple."""
     every = settings.snapshot_every
     return step > 0 and step % every == 0 and step % settings.verify_every < every
 
 
-def plan_replay(step: int, nodes: Sequence[str], seed: int = 0) -> ReplayPlan | None:
-    """Who checks whom at `step`: the same on every rank, without a word between them; everyone's turn comes.
-
-    `nodes[r]` is the node of rank r; the checker sits on another one. None: there is only one node.
-    """
-    dice = random.Random(f"replay {seed} {step}")
-    checked = dice.randrange(len(nodes))
-    others = [rank for rank, node in enumerate(nodes) if node != nodes[checked]]
-    return ReplayPlan(step, checked, dice.choice(others)) if others else None
+def replica_to_check(step: int, replicas: int) -> int | None:
+    """Whose micro-batch all replicas compute again at `step`: the same on every rank, without a word between them;
+    every replica's turn comes. None: there is nobody to compare with."""
+    return random.Random(f"replay 0 {step}").randrange(replicas) if replicas > 1 else None
 
 
-def judge_digests(step: int, groups: Sequence[Mapping[int, str]], settings: ElasticSettings) -> Verdict:
+def judge_digests(step: int, groups: Sequence[Mapping[int, str]]) -> Verdict:
     """One mapping {rank: digest} per set of ranks that must agree (holders of a shard, or a replay and its origin)."""
     guilty: list[int] = []
     undecided: list[int] = []
