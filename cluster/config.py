@@ -21,7 +21,7 @@ class ElasticSettings(Settings):
     """How a worker group shrinks, grows, recovers and gives up. Seconds everywhere."""
 
     min_workers: int = Field(default=1, ge=1)
-    """Fewest ranks that go on training; below it the run waits for capacity. A whole number of blocks."""
+    """Training continues with so many ranks or more; below it the run waits for capacity. A whole number of blocks."""
     max_workers: int = Field(default=2, ge=1)
     """Ranks of the full group. A whole number of blocks."""
     spares: int = Field(default=0, ge=0)

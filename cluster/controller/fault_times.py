@@ -26,7 +26,7 @@ class FaultTimes:
             self._see(sight, said)
 
     def age_s(self, event: m.Event, now: float) -> float:
-        """Seconds since the fault that `event` tells of began; 0 where that is not known, or it tells of none."""
+        """Seconds since the fault that `event` tells of began; 0 if that is not known, or it tells of none."""
         moments: list[float] = []
         if isinstance(event, m.NodesLost):
             moments = [self._beats[node] for node in event.nodes if node in self._beats]

@@ -98,11 +98,11 @@ class Fleet:
     Args:
         group: its name, unique in the cluster.
         agent_class: cluster.node.agent.NodeAgent or a subclass.
-        orphan_s: how long agents and workers go on without a controller.
+        orphan_s: how long agents and workers live without a controller.
         accounts: (store URL, run id, group) for the goodput records.
         journal: the group's file, see cluster.node.host_memory.Owner.
         leader: number of the controller that this is the fleet of; later ones have higher numbers.
-        ask_standing: knows whether the run of `accounts` goes on.
+        ask_standing: knows whether the run of `accounts` still runs.
         nodes_come: nodes that are not there yet may be added to the cluster by itself.
     """
 

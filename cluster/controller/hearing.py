@@ -146,7 +146,7 @@ class Hearing:
         self.fleet.open_agents()
         self.fleet.look_for_lost()
         self._name_unanswered()
-        self._answer_enquiry()  # where no node is left nobody answers
+        self._answer_enquiry()  # if no node is left, nobody answers
 
     def enquire(self) -> None:
         """The core asks for all that lives: it is told when every node has been heard."""
@@ -266,7 +266,7 @@ class Hearing:
                 self._drain(Notice(node, "ray-drain", deadline))
 
     def _drain(self, notice: Notice) -> None:
-        """A node goes: told once, and again where it goes sooner than it said."""
+        """A node goes: told once, and again if it goes sooner than it said."""
         at = time.monotonic() + max(0.0, notice.deadline - time.time())
         known = self._draining.get(notice.node)
         if known is None or at < known - SOONER_S:
@@ -291,7 +291,7 @@ class Hearing:
                 place = record.rank, record.step, phase, record.ticks
                 beacons.append(RankProgress(*place, now - sight.phase_age, now - age))
             elif record.generation == core.generation and record.state == "boundary":
-                self.board.beacons.pop(record.rank, None)  # it waits for nobody: whoever hangs is among the others
+                self.board.beacons.pop(record.rank, None)  # it waits for nobody: a rank that hangs is among the others
         stopped = self.board.beat(beat.node, core.generation, beacons, now)
         if stopped and core.phase in ("forming", "running", "stopping"):
             self._suspect(stopped, "its process stands still (stopped, or its interpreter is locked)")
@@ -312,7 +312,7 @@ class Hearing:
             elif state == "failed" and core.worker(name).state != "gone":
                 self._left(name, sight, now, ERROR_GRACE_S)
             elif core.phase == "aborting" and name in core.roster.joined and state in OUT:
-                out.append(name)  # of an older generation too, where a controller died between two
+                out.append(name)  # of an older generation too, if a controller died between two
             elif mine and name in core.roster.joined:
                 if state in ("joined", "finished"):
                     joined.append((name, sight.record.start))

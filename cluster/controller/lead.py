@@ -111,7 +111,7 @@ class GroupController:
 
         Raises:
             StepError, UserError: what a rank raised by itself.
-            SystemFault: the group cannot go on; the message has the decision and its setting.
+            SystemFault: the group cannot continue; the message has the decision and its setting.
             ResourceError: `min_workers` can never be there.
             Superseded: a later controller leads.
             SystemExit, StoreError: Ray ends this process, or the store fails; the group stays for the next controller.
@@ -265,7 +265,7 @@ class GroupController:
             window = verdict.skip
             skipped = history.skipped if window is None else leave_out(history.skipped, window)
             self.say("rolled-back", step=step, to_step=verdict.to_step, decision=str(verdict.decision))
-            joins = {**history.joins, self.core.generation + 1: verdict.to_step}  # also for whoever leads by then
+            joins = {**history.joins, self.core.generation + 1: verdict.to_step}  # for a later controller too
             verified = min(history.verified, verdict.to_step)
             self.journal.note(skipped=skipped, rollbacks=history.rollbacks + 1, joins=joins, verified=verified)
             self.rows.back_to(verdict.to_step, self.core.generation + 1)
@@ -337,7 +337,7 @@ class GroupController:
         return max(stored, default=default)
 
     def _note_join(self, step: int) -> None:
-        """This generation goes on from `step`: what older ones had verified after it will be computed again."""
+        """This generation resumes from `step`: what older ones had verified after it will be computed again."""
         history = self.journal.history
         joins = {**history.joins, self.core.generation: step}
         self.core.book.verified = min(history.verified, step)

@@ -55,7 +55,7 @@ class BeatBoard:
         return stopped(beacons, now, self._settings)
 
     def excuse(self, seconds: float, now: float) -> None:
-        """So long a rank could not go on because its machine had no processor for it: that is no hang."""
+        """A rank stood still for so long because its machine had no processor for it: that is no hang."""
         self._moved_at = min(now, self._moved_at + seconds)
 
     def deafen(self, node: str) -> None:

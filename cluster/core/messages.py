@@ -1,4 +1,4 @@
-"""What the controller core hears and says. Workers are named by the core ("w17"); nodes by whoever reports them.
+"""What the controller core hears and says. Workers are named by the core ("w17"); nodes by those who report them.
 
 Messages about a generation carry it, and the core drops those of another one. Batches are welcome: one node agent
 acknowledges for all its workers in one message.
@@ -83,7 +83,7 @@ class AbortAcked:
 
 @dataclass(frozen=True)
 class Joined:
-    """Workers have formed their groups and hold the restored state: that of `step`, where damaged copies made them take
+    """Workers have formed their groups and hold the restored state: that of `step`, if damaged copies made them take
     an earlier one than they were told, or storage had a newer one by then (None: as told)."""
 
     generation: int
@@ -220,7 +220,7 @@ class Spawn:
 
 @dataclass(frozen=True)
 class Abort:
-    """Leave the collectives of this generation and of any older one; whoever has not by `deadline` will be killed."""
+    """Leave the collectives of this generation and of any older one; who has not by `deadline` is killed."""
 
     generation: int
     workers: frozenset[str]
@@ -245,7 +245,7 @@ class Dismiss:
 
 @dataclass(frozen=True)
 class Join:
-    """Form process groups under this generation, load `restore`, go on training.
+    """Form process groups under this generation, load `restore`, train on.
 
     Rank r is worker r of the concatenated `blocks`. Everyone loads the same step, survivors included.
     """

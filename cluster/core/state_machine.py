@@ -1,6 +1,6 @@
 """The elastic controller as a pure state machine: events in, commands out, no clock, no threads, no ray.
 
-Who waits for whom: the core waits for nobody. Whoever drives it (the controller over Ray, or the simulator) calls
+Who waits for whom: the core waits for nobody. Its driver (the controller over Ray, or the simulator) calls
 `handle(event, now)` for everything that happens and at `next_deadline`, and carries the commands out.
 
     starting --> forming --> running --> stopping --> forming ...      planned: growth, drain, eviction
@@ -208,7 +208,7 @@ class StateMachine:
             self.roster.draining.pop(node, None)
 
     def _peers_apart(self, event: m.PeersApart, now: float) -> None:
-        """Those that reach each other go on without the others, whom nobody blames; they are tried again later."""
+        """Those that reach each other train on without the others, whom nobody blames; they are tried again later."""
         if event.generation != self.generation or self.phase != "forming":
             return
         roster, members = self.roster, chain.from_iterable(self.blocks)
@@ -265,7 +265,7 @@ class StateMachine:
             self._take_out(node, verdict.reason)
 
     def _can_spare(self, node: str, why: str) -> bool:
-        """Whether enough ranks are left without a node; says so where not."""
+        """Whether enough ranks are left without a node; says so if not."""
         spared = self.roster.usable_outside(node) + len(self.roster.ordered) >= self.settings.min_workers
         if not spared:
             text = f"{why}, but without it fewer than {self.settings.min_workers} ranks are left"
@@ -286,7 +286,7 @@ class StateMachine:
     # ---- a generation ends
 
     def _fault(self, reason: str, now: float, *, counted: bool = True) -> None:
-        """The active generation cannot go on: everyone out of the collectives, then re-form."""
+        """The active generation cannot continue: everyone out of the collectives, then re-form."""
         if self.phase == "running":
             self._pause(now)
         self.faults_without_progress += counted
@@ -334,7 +334,7 @@ class StateMachine:
         self._advance(now)
 
     def _advance(self, now: float) -> None:
-        """Go on if nothing is awaited any more."""
+        """Re-form if nothing is awaited any more."""
         if self._awaiting:
             return
         if self.phase == "aborting" or (self.phase == "stopping" and self._boundary in self._restorable()):
@@ -551,7 +551,7 @@ class StateMachine:
             text = f"{self.reason}: {self.roster.alive} ranks after {settings.capacity_wait_s:g} s of waiting"
             text += f", {settings.min_workers} needed"
             self._end(False, Decision("fail", text, key("capacity_wait_s")))
-        elif self.phase == "adopting":  # whoever has not answered may still train: never form a group beside it
+        elif self.phase == "adopting":  # a worker that has not answered may still train: never form a group beside it
             self._deadline = now + settings.adopt_timeout_s
             self._out.append(m.Enquire())
 
@@ -606,7 +606,7 @@ class StateMachine:
                 self._adopt(now)
 
     def _adopt(self, now: float) -> None:
-        """Take over living workers: go on untouched if the newest generation is whole, else abort and re-form."""
+        """Take over living workers: untouched if the newest generation is whole, else abort and re-form."""
         roster, takeover = self.roster, read_inventory(self._found, self.generation, self.settings)
         for one in self._found:
             roster.place(one.worker, one.node)

@@ -228,7 +228,7 @@ def read_node(store: Store, run_id: str, group: str, node: str) -> NodeAccount |
 
 
 def read_run(store: Store, run_id: str) -> list[GroupReport]:
-    """The reports of a run's elastic groups; empty where it had none (or none that wrote anything).
+    """The reports of a run's elastic groups; empty if it had none (or none that wrote anything).
 
     Raises:
         DataError: a record is damaged, or of another format.

@@ -19,8 +19,9 @@ class GroupWatch:
     """Call `saw` after every `handle` of the core; `account` is what to write.
 
     Args:
-        group: its name in the store, e.g. "pretrain". before: the account that an earlier controller left: it goes on.
-            Where the group had ended, nothing was asked for until now; its nodes are lost until they are heard of.
+        group: its name in the store, e.g. "pretrain".
+        before: the account that an earlier controller left, which this one continues. If the group had ended, nothing
+            was asked for until now; its nodes are lost until they are heard of.
     """
 
     def __init__(self, group: str, core: StateMachine, now: float, before: GroupAccount | None = None) -> None:
@@ -93,7 +94,7 @@ class GroupWatch:
 
 
 def watch_group(accounts: tuple[str, str, str] | None, core: StateMachine) -> GroupWatch:
-    """Of a real group, which goes on with what earlier controllers wrote; `accounts` is (store URL, run id, group)."""
+    """Of a real group, continuing what earlier controllers wrote; `accounts` is (store URL, run id, group)."""
     now = time.time()
     if accounts is None:
         return GroupWatch("group", core, now)

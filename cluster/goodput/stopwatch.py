@@ -1,4 +1,4 @@
-"""A rank's account of its own time, kept where it outlives the rank: in memory that its node agent shares.
+"""A rank's account of its own time, kept in memory that its node agent shares and that outlives the rank.
 
 Who waits for whom: nobody. The rank's training thread writes; the node agent reads at any time, also when the rank has
 been killed in the middle of a write: two copies are written in turn, and the number that says which one counts comes
@@ -103,7 +103,7 @@ class Stopwatch:
             self.reattribute(bucket, "re_forming", end - max(start, heard))
 
     def reattribute(self, source: str, target: str, seconds: float) -> None:
-        """Move measured seconds, e.g. what was waited for others within a step. Nothing where they are negative."""
+        """Move measured seconds, e.g. what was waited for others within a step. Negative ones move nothing."""
         self._close()
         origin, place = _index(source), _index(target)
         moved = max(0.0, min(seconds, self._seconds[origin]))
@@ -162,7 +162,7 @@ def read_account(
 
 
 def last_sign(memory: memoryview | bytearray | bytes) -> float:
-    """When the rank that wrote into `memory` last changed its bucket, on its clock; 0 where it never wrote."""
+    """When the rank that wrote into `memory` last changed its bucket, on its clock; 0 if it never wrote."""
     (written,) = WRITTEN.unpack_from(memory, 0)
     since: float = COPY.unpack_from(memory, WRITTEN.size + written % 2 * COPY.size)[1]
     return since

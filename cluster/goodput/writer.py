@@ -38,7 +38,7 @@ class AccountWriter:
         self._thread.shutdown()
 
     def leave(self) -> None:
-        """Another controller goes on with it."""
+        """Another controller continues the account."""
         self._thread.shutdown(wait=False)
 
     def _write(self, watch: GroupWatch, ended: bool) -> None:

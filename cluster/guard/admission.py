@@ -17,7 +17,7 @@ PEERS = 2
 
 @dataclass(frozen=True)
 class AdmissionAnswer:
-    """`decision.action`: accept, quarantine, measure (the machine where `again`, and the way to `peer`) or wait."""
+    """`decision.action`: accept, quarantine, measure (the machine if `again`, and the way to `peer`) or wait."""
 
     decision: Decision
     again: bool = False

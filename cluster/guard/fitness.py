@@ -1,7 +1,7 @@
 """Which new workers may join: what they measured of their machines, against the rest of the group.
 
 A wrong answer is final. A slow one is not: a machine that many processes share is slow at times, so speed is judged
-only where the worker had its processor to itself, against the median of at least `FLEET` other nodes of the same kind,
+only if the worker had its processor to itself, against the median of at least `FLEET` other nodes of the same kind,
 and after `ATTEMPTS` measurements, of which the best counts. What is no comparison is no reason.
 """
 

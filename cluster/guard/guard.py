@@ -129,7 +129,7 @@ class Guard:
         return Finding(said=(("detected", facts),), back=back, step=step - 1, guilty=guilty)
 
     def _named_later(self, step: int, told: Mapping[int, Proof]) -> Finding:
-        """The state after `step` steps is right. Where ranks had disagreed about it, whoever was wrong then goes."""
+        """The state after `step` steps is right. If ranks had disagreed about it, the one that was wrong then goes."""
         verified = "verified", {"step": step, "ranks": len(told)}
         corruptions = self._journal.history.corruptions
         last = corruptions[-1] if corruptions else {}

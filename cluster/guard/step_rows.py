@@ -22,7 +22,7 @@ class StepRows:
         self.next, self.floor = len(known), floor
         """The step that is wanted next, and the oldest generation that may tell of it."""
         self.losses = [judged_loss(row) for row in known[-remembered:]]
-        """Of the steps before `next`, oldest first; NaN where the update was not applied."""
+        """Of the steps before `next`, oldest first; NaN if the update was not applied."""
         self.generation = -1
         """Which told of the last step."""
         self._remembered = remembered

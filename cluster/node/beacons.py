@@ -193,7 +193,7 @@ class BeaconReader:
         return self._memory[ACCOUNT_AT : ACCOUNT_AT + MEMORY_BYTES]
 
     def read(self) -> Record:
-        """The newest record; read again where the writer has overtaken."""
+        """The newest record; read again if the writer has overtaken it."""
         while True:
             (written,) = WORD.unpack_from(self._memory, WRITTEN_AT)
             numbers = RECORD.unpack_from(self._memory, RECORDS_AT + written % 2 * RECORD.size)

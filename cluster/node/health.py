@@ -171,7 +171,7 @@ class Readers:
 
 
 def default_readers(root: Path = Path("/")) -> list[Reader]:
-    """Linux's, whose /sys and /proc lie below `root`, and nvidia-ml's where pynvml and a driver are there."""
+    """Linux's, whose /sys and /proc lie below `root`, and nvidia-ml's if pynvml and a driver are there."""
     sys, proc = root / "sys", root / "proc"
     readers: list[Reader] = [
         EdacReader(sys / "devices/system/edac/mc"),

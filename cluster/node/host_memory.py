@@ -4,8 +4,8 @@
         owner.json     which run's it is, see Owner
         pulse          touched by the node's agent as long as it lives
 
-No process owns these files: a run that lost all its processes goes on from them without a lost step. So they are needed
-as long as their run may go on, and what a crash left of ended runs is found here: by every node agent when it starts,
+No process owns these files: a run that lost all its processes resumes from them without a lost step. So they are needed
+as long as their run may resume, and what a crash left of ended runs is found here: by every node agent when it starts,
 and by `recua gc`. Nothing goes that a living process uses, or whose run may still be resumed, or of which that cannot
 be told.
 """
@@ -30,22 +30,22 @@ SHARED = Path("/dev/shm")
 OWNER, PULSE, BEACONS = "owner.json", "pulse", "beacons"
 FORMAT = 1
 PULSE_FRESH_S = 60.0
-"""So long after its agent's last touch a folder counts as used, whoever sees which processes."""
+"""A folder counts as used for so long after its agent's last touch, even if none of its processes can be seen."""
 NAMELESS_S = 3600.0
 """So long must nothing have happened in a folder that names no owner."""
 ORPHANED = 3
 """Exit status of a worker that nobody watches any more."""
 
 Standing = Literal["open", "stopped", "over"]
-"""Of a run: it goes on (or its driver is lost), it has ended and can be resumed, it is finished or removed."""
+"""Of a run: it runs (or its driver is lost), it has ended and can be resumed, it is finished or removed."""
 AskStanding = Callable[[str, str], Standing]
-"""(store URL, run id) -> standing. Raises StoreError where that cannot be told."""
+"""(store URL, run id) -> standing. Raises StoreError if that cannot be told."""
 
 
 @dataclass(frozen=True)
 class Owner:
     """`journal`: the group's file in its state folder, which goes when the run needs nothing of it any more; empty
-    where this machine never saw it. `device`: the file system that it was on. `leader`: the controller's number."""
+    if this machine never saw it. `device`: the file system that it was on. `leader`: the controller's number."""
 
     group: str
     journal: str = ""
@@ -95,7 +95,7 @@ def claim(
 
 
 def owner_of(folder: Path) -> Owner | None:
-    """None where it names none that this version can read."""
+    """None if it names none that this version can read."""
     try:
         tree = json.loads((folder / OWNER).read_text())
         if tree.pop("format") != FORMAT:
@@ -112,7 +112,7 @@ def agent_lives(owner: Owner) -> bool:
 
 def touch(folder: Path) -> None:
     """The node's agent lives."""
-    with contextlib.suppress(OSError):  # a full or vanished memory is seen by whoever writes more than this
+    with contextlib.suppress(OSError):  # who writes more than this will see that the memory is full or gone
         (folder / PULSE).touch()
 
 
@@ -172,7 +172,7 @@ def free(found: list[Held], shared: Path = SHARED) -> None:
 
 
 def _folders(shared: Path, pattern: str) -> list[Path]:
-    """Looked for again where one goes just then: the search ends there (Python 3.11)."""
+    """Searched again if a folder vanishes meanwhile: in Python 3.11 that ends the search."""
     for _ in range(10):
         with contextlib.suppress(OSError):
             return sorted(shared.glob(pattern))
@@ -229,7 +229,7 @@ def _is_mine(folder: Path) -> bool:
 
 
 def _touched(folder: Path) -> float:
-    """Seconds since the epoch; 0 where nobody ever did."""
+    """Seconds since the epoch; 0 if nobody ever did."""
     try:
         return (folder / PULSE).stat().st_mtime
     except OSError:

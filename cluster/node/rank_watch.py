@@ -37,7 +37,7 @@ Shard = tuple[int, int, int, int]
 """(generation, step, rank, world size) of a sealed shard in this node's memory."""
 SCAN_PERIOD_S = 0.05
 PROGRESS_PERIOD_S = 0.1
-"""Ranks that only go on as usual wake a waiting caller this often at most."""
+"""Ordinary progress wakes a waiting caller this often at most."""
 ROWS_A_BEAT = 4096
 KEPT_ROWS = 1 << 20
 """Steps' outcomes that are kept while nobody asks for them (about 300 bytes each)."""
@@ -59,7 +59,7 @@ class Sight:
     starved_s: float = 0.0
     """How long its training thread has waited for a processor so far."""
     out_s: float = 0.0
-    """How long ago it died, was stopped or locked up; 0 where nothing of that."""
+    """How long ago it died, was stopped or locked up; 0 if none of that."""
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """See cluster.node.beacons.NOTES."""
 
@@ -76,7 +76,7 @@ class Beat:
     notice: Notice | None = None
     """That the node will go."""
     sent_at: float = 0.0
-    """Seconds since the epoch; 0 where that is not told."""
+    """Seconds since the epoch; 0 if that is not told."""
     health: Reading = field(default_factory=Reading)
     sink: SinkAddress | None = None
     """Where it takes bytes from who measures the way to it."""
@@ -105,7 +105,7 @@ class _Watched:
 
     @property
     def still_since(self) -> float | None:
-        """When it was stopped, or its interpreter locked; None for one that goes on, or went on until it died."""
+        """When it was stopped, or its interpreter locked; None for one that runs, or ran until it died."""
         if self.stopped_since is not None:
             return self.stopped_since
         return self.looked_at - self.still_s if self.still_s > STILL_S else None
@@ -317,7 +317,7 @@ class NodeWatch:
 
 
 def read_stacks(pid: int) -> str:
-    """What every thread of a process does, also of a stopped one; says so where that cannot be known."""
+    """What every thread of a process does, also of a stopped one; says so if that cannot be known."""
     tool = shutil.which("py-spy") or str(Path(sys.executable).with_name("py-spy"))
     try:
         found = subprocess.run(

@@ -1,11 +1,11 @@
-"""Silent corruption: who computes wrongly, found where ranks must agree and by replay where they need not.
+"""Silent corruption: who computes wrongly, found by comparing ranks that must agree, and by replay.
 
 1. Ranks that hold the same shard of the state after step k must hold the same bits: their digests are compared.
 2. Ranks that share nothing are checked by replay: all of them compute a sampled micro-batch of one of theirs.
 Two that disagree are told apart by a third that computes the same; the minority is guilty. Without a majority nobody is
-named, all go back to the last verified state, and the same step is computed again: whoever said at first what all say
-then was right (`in_hindsight`). Rolling back is up to `cluster.policies.rollback.after_corruption`, taking the guilty
-node out to the controller (`RollBack.guilty`).
+named, all go back to the last verified state, and the same step is computed again: a rank that said at first what all
+say then was right (`in_hindsight`). Rolling back is up to `cluster.policies.rollback.after_corruption`, taking the
+guilty node out to the controller (`RollBack.guilty`).
 """
 
 import random
@@ -67,7 +67,7 @@ def judge_digests(step: int, groups: Sequence[Mapping[int, str]]) -> Verdict:
 
 def in_hindsight(first: Mapping[int, object], again: Mapping[int, object]) -> tuple[int, ...]:
     """Ranks of a disagreement without a majority that were wrong: {rank: what it said} `first`, and what all said of
-    the same step, computed `again` from a verified state, when they agreed. Nobody where none had said that then: what
+    the same step, computed `again` from a verified state, when they agreed. Nobody if none had said that then: what
     one had got wrong was in the others' state too, or this platform does not compute the same bits twice.
     """
     if not first.keys() <= again.keys():

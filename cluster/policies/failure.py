@@ -70,7 +70,7 @@ class AdoptionView:
 
 
 def decide_adoption(view: AdoptionView, settings: ElasticSettings) -> Decision:
-    """adopt (training goes on untouched), re-form (some are missing) or start (nobody is there)."""
+    """adopt (training continues untouched), re-form (some are missing) or start (nobody is there)."""
     if view.present == 0:
         return Decision("start", "controller restarted: no living worker of this run", key("adopt_timeout_s"))
     found = f"controller restarted: {view.present} of {view.world_size} ranks of generation {view.generation} answered"

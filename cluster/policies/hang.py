@@ -108,7 +108,7 @@ def decide_join(ranks: Iterable[Joining], settings: ElasticSettings) -> tuple[De
 
     Blamed is who gets on with nothing in work of its own, or has not come out of a meeting that all the others have
     left: while at least one waits for it, and no more than half of the ranks are like that (what holds up most of them
-    is nothing of theirs). All else is left to `join_timeout_s`: whoever then does not leave is killed.
+    is nothing of theirs). All else is left to `join_timeout_s`: a rank that then does not leave is killed.
     """
     ranks, limit = list(ranks), settings.join_stall_s
     still = [rank for rank in ranks if rank.still_s > limit]

@@ -16,7 +16,7 @@ from cluster.policies.decision import Decision, key
 MAD_TO_SIGMA = 1.4826
 """A normal distribution's standard deviation over its median absolute deviation."""
 LOOKED_BACK = 32
-"""Steps that may follow before whoever leads a group says that it goes back."""
+"""Steps that may follow before the group's controller says that it goes back."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def spike_score(losses: Sequence[float], window: int) -> float:
 
 
 def judged_loss(row: Mapping[str, Any]) -> float:
-    """Of a step's outcome: NaN where the update was not applied, because the gradient was not finite."""
+    """Of a step's outcome: NaN if the update was not applied, because the gradient was not finite."""
     return float(row["loss"]) if row["committed"] else math.nan
 
 

@@ -46,7 +46,7 @@ class Snapshot:
     on: dict[str, set[int]] = field(default_factory=dict)
     """Node -> shards whose checksummed copy it holds."""
     copies: Counter[int] = field(default_factory=Counter)
-    """Shard -> living copies; 0 where the last one went."""
+    """Shard -> living copies; 0 once the last one is gone."""
     lost: set[int] = field(default_factory=set)
     """Shards that were acknowledged once and have no copy left."""
 
@@ -143,7 +143,7 @@ def choose(book: SnapshotBook, newest_trusted: int | None = None) -> tuple[Resto
     """The newest restorable step, and why. None: nothing is left although training had progressed.
 
     A snapshot counts if every shard was acknowledged by a node that still lives; shards without a living copy are
-    allowed where storage has the same step. `newest_trusted` excludes later steps (a rollback).
+    allowed if storage has the same step. `newest_trusted` excludes later steps (a rollback).
     """
     why: list[str] = []
     best_stored = max((s for s in book.flushed if newest_trusted is None or s <= newest_trusted), default=None)

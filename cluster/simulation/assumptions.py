@@ -44,7 +44,7 @@ class SimulatedCluster:
         return {field.name: getattr(self, field.name) for field in fields(self)} | {"pause": pause}
 
     def elastic(self) -> ElasticSettings:
-        """The settings that the real controller would run with; half the group is the least that goes on."""
+        """The settings that the real controller would run with; half the group is the least that trains on."""
         block = self.tensor_parallel * self.pipeline_parallel
         blocks = self.gpus // block
         longest = 10 * (self.pause.pause_s(self.gpus) + 10)

@@ -27,7 +27,7 @@ class ControllerCost:
 
     ranks: int
     recovery_s: float
-    """All that the core computes from a lost node until training goes on, over all messages of that recovery."""
+    """All that the core computes from a lost node until training resumes, over all messages of that recovery."""
     decision_s: float
     """The longest single answer in it (the pause grows by about this much)."""
     snapshot_s: float

@@ -1,4 +1,4 @@
-"""The detached actors of a group, found by their names whoever made them: GROUP/WORKER and GROUP/agent/NODE."""
+"""The detached actors of a group, found by their names by any controller: GROUP/WORKER and GROUP/agent/NODE."""
 
 import contextlib
 from typing import Any
