@@ -5,7 +5,7 @@ acknowledges for all its workers in one message.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cluster.policies.decision import Decision
 from cluster.policies.layout import Block
@@ -294,9 +294,7 @@ Commands = list[Command]
 
 @dataclass(frozen=True)
 class WorkerState:
-    """Where a worker is in its life: spawned, standby, joined (with generation and rank), aborted, or gone."""
+    """Where a worker is in its life: spawned, standby, joined (with its rank), aborted, or gone."""
 
     state: str
-    generation: int | None = None
     rank: int | None = None
-    node: str | None = field(default=None, compare=False)

@@ -130,15 +130,11 @@ class StateMachine:
 
     def worker(self, worker: str) -> m.WorkerState:
         """Where a worker is in its life."""
-        node = self.roster.node_of.get(worker)
-        for state, group in (("spawned", self.roster.ordered), ("standby", self.roster.standby)):
-            if worker in group:
-                return m.WorkerState(state, node=node)
-        if worker in self.roster.aborted:
-            return m.WorkerState("aborted", self.generation, node=node)
-        if worker in self.roster.joined:
-            return m.WorkerState("joined", self.generation, list(chain.from_iterable(self.blocks)).index(worker), node)
-        return m.WorkerState("gone")
+        roster = self.roster
+        if worker in roster.joined:
+            return m.WorkerState("joined", list(chain.from_iterable(self.blocks)).index(worker))
+        groups = {"spawned": roster.ordered, "standby": roster.standby, "aborted": roster.aborted}
+        return m.WorkerState(next((state for state, group in groups.items() if worker in group), "gone"))
 
     @property
     def quiet_s(self) -> float:
