@@ -50,6 +50,8 @@ def find_files(source: str | Path) -> list[Path]:
     try:
         if os.path.isfile(text):
             return [Path(text)]
+        if any("**" in part and part != "**" for part in Path(text).parts):
+            raise DataError(f"{source}: ** stands alone between slashes: write **/*.jsonl for files at any depth")
         found = _below(text) if os.path.isdir(text) else _matching(text)
         files = sorted(path for path in found if _is_regular(path))
     except OSError as error:
@@ -57,8 +59,24 @@ def find_files(source: str | Path) -> list[Path]:
     if not files and not os.path.isdir(text):
         if found:
             raise DataError(f"{source}: only folders match; add /**/*.jsonl to read what lies below them")
-        raise DataError(f"{source}: no {'file matches this pattern' if glob.has_magic(text) else 'such file'}")
+        raise DataError(f"{source}: no {_nothing_there(text)}")
     return files
+
+
+def _nothing_there(text: str) -> str:
+    """In words, with what may be meant."""
+    if text.startswith("file://"):
+        return "such file; write the path alone, without file://"
+    if "://" in text:
+        return f"such file; a URL is not read: download it, or write {DATASETS}NAME for a dataset of the Hub"
+    if "[" in text:
+        return "file matches this pattern; [abc] is one letter of those, write [[] where a name has a bracket"
+    if "{" in text:
+        return "such file; braces are no pattern here: name the files one by one"
+    if glob.has_magic(text):
+        return "file matches this pattern"
+    relative = not text.startswith((".", "/")) and not kind_of(Path(text))[0]
+    return f"such file; write {DATASETS}{text} for a dataset of the Hub" if relative else "such file"
 
 
 def resolve_files(source: str | Path) -> list[Path]:

@@ -24,14 +24,27 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 from data.files import DATASETS, is_saved_dataset, kind_of, parse_dataset, resolve_files
 from data.shapes import Row, Shape, check_row
 from infra.errors import DataError
+from infra.files import LFS_POINTER
 from infra.storage import appear
 
 _BOM = b"\xef\xbb\xbf"
+_BEGINNINGS = {
+    LFS_POINTER: "a Git LFS pointer, the file itself is not here: run `git lfs pull` there",
+    b"\xff\xfe": "not UTF-8 but UTF-16: save it as UTF-8",
+    b"\xfe\xff": "not UTF-8 but UTF-16: save it as UTF-8",
+    b"\x1f\x8b": "compressed with gzip: its name must end in .gz",
+    b"BZh": "compressed with bzip2: its name must end in .bz2",
+    b"\xfd7zXZ": "compressed with xz: its name must end in .xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: its name must end in .zst",
+    b"PAR1": "parquet: its name must end in .parquet",
+    b"PK\x03\x04": "a zip archive: unpack it",
+}
+"""What a file of rows does not begin with: its parser would complain of each line, and not of what is wrong."""
 _SHOWN_PROBLEMS = 5
 
 log = logging.getLogger(__name__)
@@ -153,21 +166,30 @@ def _file_rows(path: Path) -> Iterator[tuple[str, object]]:
         yield from _parquet_rows(path)
         return
     try:
+        if compression:
+            with open(path, "rb") as stored:
+                _refuse_beginning(path, stored.read(len(LFS_POINTER)), (LFS_POINTER,))
         with _opened(path, compression) as file:
+            _refuse_beginning(path, file.peek(len(LFS_POINTER)), _BEGINNINGS)
             yield from _json_rows(path, file) if layout == ".json" else _lines(path, file)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         why = getattr(error, "strerror", None) or f"damaged or cut off: {error}"
         raise DataError(f"{path}: {why}") from None
 
 
-def _opened(path: Path, compression: str) -> BinaryIO:
+def _refuse_beginning(path: Path, start: bytes, beginnings: Iterable[bytes]) -> None:
+    if found := next((beginning for beginning in beginnings if start.startswith(beginning)), None):
+        raise DataError(f"{path} is {_BEGINNINGS[found]}")
+
+
+def _opened(path: Path, compression: str) -> io.BufferedReader:
     """A file's content, decompressed."""
     if compression == ".zst":
         import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     opens: dict[str, Any] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return cast(BinaryIO, opens[compression](path, "rb"))
+    return cast(io.BufferedReader, opens[compression](path, "rb"))
 
 
 def _lines(path: Path, file: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
@@ -212,6 +234,8 @@ def _parsed(row: object) -> object:
         raise ValueError(_invalid(error)) from None
     except RecursionError:
         raise ValueError("not usable JSON: nested too deeply") from None
+    except ValueError:
+        raise ValueError("not usable JSON: a number has thousands of digits") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -220,12 +244,14 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
     number = 0
     try:
+        with open(path, "rb") as stored:
+            _refuse_beginning(path, stored.read(len(LFS_POINTER)), (LFS_POINTER,))
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}:{number}", row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:  # also text that is no UTF-8
         raise DataError(f"{path}:{number + 1}: not readable as parquet: {error}") from None
 
 

@@ -6,12 +6,14 @@
     text         {"text"}                                      pretraining
 
 A message is {"role", "content"[, "weight"]}: an assistant turn of weight 0 is read and not trained on, 1 is the same as
-none. All keep an optional "task_type"; other columns are left out. Every checker raises ValueError with what is wrong,
-without the place: `data.formats` knows the file and line.
+none. Other programs' words for that, and calls of tools beside the content, are refused: leaving them out would train
+on what nobody wrote. All keep an optional "task_type"; other columns are left out. Every checker raises ValueError with
+what is wrong, without the place: `data.formats` knows the file and line.
 """
 
-import math
+import sys
 from collections.abc import Callable
+from textwrap import shorten
 from typing import Any, Literal
 
 Row = dict[str, Any]
@@ -19,6 +21,13 @@ Message = dict[str, Any]
 Shape = Literal["messages", "preference", "prompt", "text"]
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
+UNTRAINED = ("loss", "loss_weight", "train", "train_on_turn", "trainable")
+"""How other programs say of a turn whether it is trained on."""
+CALLS = ("tool_calls", "function_call")
+"""Parts of a turn that no chat format here renders."""
+_LARGEST = sys.float_info.max
+_SHOWN = 200
+"""Letters of a row, at most, in a message."""
 
 
 def check_row(row: object, shape: Shape) -> Row:
@@ -91,8 +100,8 @@ def _preference_row(row: Row) -> Row:
     checked: Row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     margin = row.get("margin")
     if margin is not None:
-        if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-            raise ValueError(f'"margin" must be a finite number, found {margin!r}')
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= _LARGEST:
+            raise ValueError(f'"margin" must be a finite number, found {_shown(margin)}')
         checked["margin"] = float(margin)
     return checked
 
@@ -138,11 +147,15 @@ def _message(message: object, name: str) -> Message:
         raise ValueError(f"{name} must be an object, found {_named(message)}")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise ValueError(f"{name} has role {role!r}; known: {', '.join(ROLES)}")
+        raise ValueError(f"{name} has role {_shown(role)}; known: {', '.join(ROLES)}")
     checked = {"role": role, "content": _string(content, f'{name} "content"')}
     weight = message.get("weight")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise ValueError(f"{name} has weight {weight!r}; known: 1 (train on it) and 0 (do not)")
+        raise ValueError(f"{name} has weight {_shown(weight)}; known: 1 (train on it) and 0 (do not)")
+    if untrained := next((key for key in UNTRAINED if message.get(key) in (False, 0) and weight is None), None):
+        raise ValueError(f'{name} has "{untrained}": {_shown(message[untrained])}; write "weight": 0 to leave it out')
+    if call := next((key for key in CALLS if message.get(key)), None):
+        raise ValueError(f'{name} has "{call}", which no chat format here renders: write the call into its "content"')
     return {**checked, "weight": 0} if weight == 0 and role == "assistant" else checked
 
 
@@ -160,9 +173,15 @@ def _string(value: object, name: str) -> str:
 
 def _required(row: Row, key: str) -> Any:
     if row.get(key) is None:
-        found = "it is null" if key in row else f"found: {', '.join(sorted(map(str, row))) or 'nothing'}"
+        names = shorten(", ".join(sorted(map(str, row))), _SHOWN, placeholder=" ...")
+        found = "it is null" if key in row else f"found: {names or 'nothing'}"
         raise ValueError(f'"{key}" is missing ({found})')
     return row[key]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _named(value: object) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 CHUNK = 1 << 20
 SETTLED_NS = 2 * 10**9
 TEMPORARY_PREFIX = ".tmp-"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the small text begins that Git keeps in place of a large file."""
 Moved = Callable[[], None]
 """Told that a large transfer gets on."""
 

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import CheckpointError
-
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""How the small text begins that Git keeps in place of a large file."""
+from infra.files import LFS_POINTER
 
 
 def read_object(file: Path) -> dict[str, Any]:

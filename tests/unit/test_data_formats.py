@@ -8,6 +8,8 @@ import lzma
 import os
 import re
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from data.files import once, resolve_files
@@ -17,6 +19,7 @@ from infra.errors import DataError
 USER = {"role": "user", "content": "2+2?"}
 FOUR = {"role": "assistant", "content": "4"}
 FIVE = {"role": "assistant", "content": "5"}
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"
 CHAT = {"messages": [USER, FOUR], "task_type": "reasoning/addition"}
 
 
@@ -91,11 +94,23 @@ def test_all_preference_spellings_mean_the_same(tmp_path, row):
             json.dumps({"prompt": "a", "chosen": "b", "rejected": [{**FIVE, "weight": 0}]}).encode(),
             '"rejected" has a turn of weight 0',
         ),
+        ("text", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "a number has thousands of digits"),
+        ("text", json.dumps({f"column {n}": n for n in range(500)}).encode(), " ...)"),
+        ("messages", json.dumps({"messages": [{"role": "x" * 10_000, "content": "a"}]}).encode(), "xxx...; known"),
+        *(
+            ("messages", json.dumps({"messages": [USER, {**FOUR, key: value}]}).encode(), f'has "{key}"')
+            for key, value in (("train", False), ("loss", 0), ("loss_weight", 0.0), ("tool_calls", [{"id": 1}]))
+        ),
         ("text", b'{"text": null}', '"text" is missing (it is null)'),
         ("preference", b'{"prompt": "a", "chosen": "b"}', '"rejected" is missing'),
         ("preference", b'{"prompt": "a", "chosen": "b", "rejected": "b"}', "are equal"),
         ("preference", b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": "x"}', "finite number, found 'x'"),
         ("preference", b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}', "finite number, found nan"),
+        (
+            "preference",
+            b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": ' + b"9" * 400 + b"}",
+            "finite number, found 999",
+        ),
         ("preference", b'{"chosen": "b", "rejected": "c"}', "share no first messages"),
         ("prompt", json.dumps({"prompt": [USER, FOUR]}).encode(), "nothing to answer"),
     ],
@@ -257,6 +272,37 @@ def test_a_list_of_objects_is_read_and_its_mistakes_are_named(tmp_path):
         validate(tmp_path, "text")
 
 
+FOREIGN = {
+    "LFS's pointer": (".jsonl", POINTER, "a Git LFS pointer, the file itself is not here"),
+    "LFS's pointer, a list": (".json", POINTER, "a Git LFS pointer"),
+    "LFS's pointer, compressed": (".jsonl.zst", POINTER, "a Git LFS pointer"),
+    "LFS's pointer, parquet": (".parquet", POINTER, "a Git LFS pointer"),
+    "UTF-16": (".jsonl", '{"text": "a"}\n'.encode("utf-16"), "not UTF-8 but UTF-16"),
+    "UTF-16, a list": (".json.gz", gzip.compress('[{"text": "a"}]'.encode("utf-16")), "not UTF-8 but UTF-16"),
+    "gzip": (".jsonl", gzip.compress(b'{"text": "a"}'), "compressed with gzip: its name must end in .gz"),
+    "parquet": (".json", b"PAR1", "parquet: its name must end in .parquet"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_that_is_something_else_is_named_as_that_in_one_line(tmp_path, name):
+    suffix, content, problem = FOREIGN[name]
+    (tmp_path / f"a{suffix}").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        validate(tmp_path, "text")
+    assert str(caught.value).startswith(f"{tmp_path}/a{suffix} is {problem}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_values_that_parquet_holds_and_python_does_not_are_named(tmp_path):
+    moment = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    bad_text = pyarrow.array([b"\xff\xfe"]).view(pyarrow.string())
+    for columns in ({"text": ["a"], "at": moment}, {"text": bad_text}):
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+        with pytest.raises(DataError, match=r"a\.parquet:1: not readable as parquet: "):
+            validate(tmp_path, "text")
+
+
 def test_what_a_folder_holds_beside_training_files_is_named(tmp_path, caplog):
     write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     (tmp_path / "sub.jsonl").mkdir()  # a folder named like a file
@@ -311,7 +357,12 @@ def test_sources_that_mean_nothing_are_named(tmp_path, monkeypatch):
         (f"{tmp_path}/*.jsonl", "no file matches this pattern"),
         (f"{tmp_path}/*", "only folders match"),
         (f"{tmp_path}/none/**/*.jsonl", "no file matches this pattern"),
-        ("s3://bucket/a.jsonl", "s3://bucket/a.jsonl: no such file"),
+        ("s3://bucket/a.jsonl", "s3://bucket/a.jsonl: no such file; a URL is not read"),
+        (f"file://{tmp_path}/d/a.jsonl", "without file://"),
+        ("tatsu-lab/alpaca", "tatsu-lab/alpaca: no such file; write datasets:tatsu-lab/alpaca"),
+        ("d/{a,b}.jsonl", "braces are no pattern here"),
+        ("run[1]/*.jsonl", "write [[] where a name has a bracket"),
+        ("d/**.jsonl", "** stands alone between slashes: write **/*.jsonl"),
     ]:
         with pytest.raises(DataError, match=re.escape(problem)):
             validate(source, "text")
