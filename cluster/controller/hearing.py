@@ -384,7 +384,7 @@ class Hearing:
             return  # it has died since: that will be heard
         if not isinstance(failure, PeersUnreachable):
             return  # of a generation before
-        members = [worker for block in self.core.blocks for worker in block]
+        members = self.core.members
         ways = [(members[rank], members[other]) for rank, other in failure.ways]
         self._lead.say("detected", what=str(failure))
         self._lead.tell(m.PeersApart(self.core.generation, ways, str(failure)))
@@ -409,8 +409,7 @@ class Hearing:
         self._lead.tell(m.Inventory(found, last=True))
 
     def _suspect(self, ranks: Sequence[int], why: str, stalled_s: float = 0.0) -> None:
-        core = self.core
-        members = [worker for block in core.blocks for worker in block]
+        core, members = self.core, self.core.members
         guilty = [members[rank] for rank in ranks if rank < len(members) and members[rank] in core.roster.joined]
         if guilty or not ranks:
             who = ", ".join(f"{name} (rank {members.index(name)})" for name in guilty) or "nobody in particular"

@@ -346,7 +346,7 @@ class GroupController:
     def _started(self, pause: Pause | None) -> None:
         core = self.core
         self._formed_at, self._formed_row = time.monotonic(), max(self.rows.next, core.step)
-        members = [worker for block in core.blocks for worker in block]
+        members = core.members
         pids = self.hearing.pids(members)
         event = {"generation": core.generation, "ranks": len(members), "pids": pids, "step": core.step}
         if pause is not None:

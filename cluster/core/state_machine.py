@@ -128,11 +128,16 @@ class StateMachine:
             times += [leave_by(view, self.settings) for view in views]
         return min(times, default=None)
 
+    @property
+    def members(self) -> list[str]:
+        """Workers of the active generation: rank r is number r."""
+        return list(chain.from_iterable(self.blocks))
+
     def worker(self, worker: str) -> m.WorkerState:
         """Where a worker is in its life."""
         roster = self.roster
         if worker in roster.joined:
-            return m.WorkerState("joined", list(chain.from_iterable(self.blocks)).index(worker))
+            return m.WorkerState("joined", self.members.index(worker))
         groups = {"spawned": roster.ordered, "standby": roster.standby, "aborted": roster.aborted}
         return m.WorkerState(next((state for state, group in groups.items() if worker in group), "gone"))
 
@@ -207,7 +212,7 @@ class StateMachine:
         """Those that reach each other train on without the others, whom nobody blames; they are tried again later."""
         if event.generation != self.generation or self.phase != "forming":
             return
-        roster, members = self.roster, chain.from_iterable(self.blocks)
+        roster, members = self.roster, self.members
         nodes = list(dict.fromkeys(roster.node_of[worker] for worker in members if worker in roster.node_of))
         ways = [(roster.node_of.get(one, ""), roster.node_of.get(other, "")) for one, other in event.ways]
         out = stand_aside([way for way in ways if way[0] in nodes and way[1] in nodes], nodes)
@@ -350,7 +355,7 @@ class StateMachine:
             self._out.append(m.Dismiss(gone, why))
         roster.standby |= roster.aborted
         roster.aborted = set()
-        members, pool = set(chain.from_iterable(self.blocks)), roster.within_reach()
+        members, pool = set(self.members), roster.within_reach()
         gone_members = members - pool
         damaged = sum(not gone_members.isdisjoint(block) for block in self.blocks) if gone_members else 0
         blocks = mend(self.blocks, gone_members, pool - members, roster.node_of, settings.block, settings.max_blocks)
@@ -390,7 +395,7 @@ class StateMachine:
         self.phase, self.blocks, self._back_to, self._formed = "forming", blocks, None, False
         self.book.truncate(restore.step)
         self.step = self.joins[self.generation] = restore.step
-        roster.joined = set(chain.from_iterable(blocks))
+        roster.joined = set(self.members)
         roster.standby -= roster.joined
         self._awaiting = set(roster.joined)
         self._deadline = now + self.settings.join_timeout_s

@@ -115,7 +115,7 @@ class Guard:
             self._journal.note(verified=step)
             self._core.book.verified = step
             return self._named_later(step, told)
-        members = [worker for block in self._core.blocks for worker in block]
+        members = self._core.members
         guilty = tuple(members[rank] for rank in verdict.guilty)
         back = after_corruption(step - 1, verdict.guilty, self._saved(), history.rollbacks, self._settings)
         nodes = [self._core.roster.node_of[worker] for worker in guilty]

@@ -47,8 +47,7 @@ class StragglerWatch:
     def judge(self, core: StateMachine) -> Iterator[Straggler]:
         """At the end of a window: the slow ranks of every pipeline stage, whose work is the same; each decision about a
         worker is told once."""
-        settings = self._settings
-        members = [worker for block in core.blocks for worker in block]
+        settings, members = self._settings, core.members
         if len(self._times) < len(members) or min(map(len, self._times.values())) < settings.straggler_window:
             return
         slow: list[SlowRank] = []

@@ -110,7 +110,7 @@ class _Fleet:
         return sum(spent), max(spent)
 
     def snapshot(self) -> float:
-        nodes = [self.core.roster.node_of[worker] for block in self.core.blocks for worker in block]
+        nodes = [self.core.roster.node_of[worker] for worker in self.core.members]
         placed = place_replicas(nodes, self.settings.snapshot_replicas)
         generation = self.core.generation
         words = [m.SnapshotHeld(generation, self.step, self.ranks, {node: held}) for node, held in placed.items()]

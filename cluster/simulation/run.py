@@ -171,7 +171,7 @@ class Simulation:
         self._tell(m.WorkersReady(dict.fromkeys(workers, node)))
 
     def _join(self, command: m.Join) -> None:
-        members = [worker for block in command.blocks for worker in block]
+        members = list(command.ranks())
         self._members, self._mode = len(members), "re_forming"
         undone = self._committed - command.restore.step
         if undone > 0:
@@ -243,9 +243,9 @@ class Simulation:
     def _acknowledge(self, newest: int) -> None:
         """The words of the node agents that are due by now: progress, the newest snapshot, the last flush."""
         core = self.core
-        generation, blocks = core.generation, core.blocks
+        generation = core.generation
         if self._placed[0] != generation or not self._placed[1]:
-            nodes = [self._processes.get(worker, "gone") for block in blocks for worker in block]
+            nodes = [self._processes.get(worker, "gone") for worker in core.members]
             self._placed = (generation, place_replicas(nodes, self.settings.snapshot_replicas))
         held = self._placed[1]
         self._tell(m.Progress(generation, newest, self._last_step_s))
