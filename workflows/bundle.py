@@ -177,12 +177,12 @@ def verify(bundle: Path) -> tuple[str, dict[str, Record]]:
         raise UserError(f"{bundle} has format {version}, this recua reads {FORMAT}")
     for key in sorted(found.keys() | checksums.keys()):
         if found.get(key) != checksums.get(key):
-            raise UserError(f"{bundle} is damaged: {key} is not what its checksum says")
+            raise UserError(f"{bundle} is damaged: {key!r} is not what its checksum says")
         *folders, _ = parts = key.split("/")
         inside_a_file = not found.keys().isdisjoint(itertools.accumulate(folders, "{}/{}".format))
         placed = re.match(rf"runs/{re.escape(run_id)}/|{SHARED}", key)
         if not placed or inside_a_file or {"..", ".", ""} & set(parts):
-            raise UserError(f"{bundle} is damaged: {key} has no place in a store")
+            raise UserError(f"{bundle} is damaged: {key!r} has no place in a store")
     if f"runs/{run_id}/run.json" not in checksums:
         raise UserError(f"{bundle} is damaged: it lacks the run's metadata")
     return run_id, checksums

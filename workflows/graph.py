@@ -398,13 +398,15 @@ def running(runtime: Runtime) -> Iterator[None]:
     """Route the calls made in this block to `runtime`.
 
     Raises:
-        UserError: a Future was given to something that takes values only.
+        UserError: a Future was given to something that takes values only, or calls have no end.
     """
     token = _scope.set(_Scope(runtime))
     try:
         yield
     except TypeError as error:
         raise (told_of_type(error) or error) from error.__cause__
+    except RecursionError as error:
+        raise UserError(f"{users_line(error)}: {error}: a workflow that calls itself needs an end; or loop") from None
     finally:
         _scope.reset(token)
 

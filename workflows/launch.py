@@ -262,14 +262,11 @@ def resume(store: Store, run_id: str, settings: RunSettings, reports: Path) -> P
     Raises:
         UserError: no such run, or its workflow can no longer be imported.
     """
-    import json
-
     from workflows.artifacts import ArtifactSource
-    from workflows.runs import load_run
+    from workflows.runs import load_metadata
     from workflows.values import decode
 
-    load_run(store, run_id)
-    metadata = json.loads(store.get(f"runs/{run_id}/run.json") or b"{}")
+    metadata = load_metadata(store, run_id)
     _import_from(Path.cwd(), None, behind="%2Epy:" in metadata["workflow"])
     workflow = load_name(metadata["workflow"])
     if not isinstance(workflow, Workflow):

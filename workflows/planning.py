@@ -4,7 +4,6 @@ Calls are looked up exactly as the executor would. Where the workflow waits for 
 walk ends: what comes after that depends on it.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from workflows.fanout import fan_out
 from workflows.graph import Step, StepOptions, Workflow, edges_of, resolve_edges, running
 from workflows.journal import read_journal
 from workflows.known import Known
+from workflows.runs import find_metadata
 from workflows.session import check_same_recipe, chosen_run
 from workflows.taken import PathTaken
 from workflows.values import artifact_records, decode, encode
@@ -67,8 +67,8 @@ def plan(workflow: Workflow[..., Any], *args: Any, settings: RunSettings | None 
     store.check()
     tree = encode({"args": list(args), "kwargs": kwargs}, "the recipe")
     run_id = chosen_run(store, workflow, tree, settings)
-    if (raw := store.get(f"runs/{run_id}/run.json")) is not None:
-        check_same_recipe(json.loads(raw), workflow, tree)
+    if (metadata := find_metadata(store, run_id)) is not None:
+        check_same_recipe(metadata, workflow, tree)
     state = read_journal(store, run_id)
     warnings: list[str] = []
     reuse = settings.reuse and not settings.new

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from infra.errors import UserError, nearest
+from infra.errors import StoreError, UserError, nearest
 from infra.storage import Store
 from workflows.journal import JournalState, Record, cancel_key, driver_is_gone, lease_key, read_journal
 from workflows.status import COUNTED, Counts, read_status
@@ -47,8 +47,8 @@ class StepView:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run in a list. `counts`: calls that are committed, reused, running, failed, waiting. `driver`: who works on
-    it, or did last."""
+    """One run in a list. `status`: as RunView's, or "damaged": what is kept of it cannot be read. `counts`: calls that
+    are committed, reused, running, failed, waiting. `driver`: who works on it, or did last."""
 
     run_id: str
     workflow: str
@@ -93,7 +93,9 @@ def _summary(store: Store, run_id: str) -> RunSummary | None:
     raw = store.get(f"runs/{run_id}/run.json")
     if raw is None:
         return None
-    metadata = json.loads(raw)
+    metadata = _parsed(raw)
+    if metadata is None:
+        return RunSummary(run_id, "", "damaged", 0.0, None, dict.fromkeys(COUNTED, 0), "")
     status = read_status(store, run_id)
     if status is None:
         state = read_journal(store, run_id)
@@ -141,11 +143,38 @@ def load_metadata(store: Store, run_id: str) -> Record:
 
     Raises:
         UserError: there is no such run; the nearest name is in the message.
+        StoreError: it is damaged.
     """
-    raw = store.get(f"runs/{run_id}/run.json") if run_id and "/" not in run_id else None
+    metadata = find_metadata(store, run_id) if run_id and "/" not in run_id else None
+    if metadata is None:
+        others = (each for each in store.folders("runs") if each != run_id)
+        raise UserError(f"no run {run_id!r} in {store.url}{nearest(run_id, others)}")
+    return metadata
+
+
+def find_metadata(store: Store, run_id: str) -> Record | None:
+    """`load_metadata`; None where there is no such run.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    raw = store.get(f"runs/{run_id}/run.json")
     if raw is None:
-        raise UserError(f"no run {run_id!r} in {store.url}{nearest(run_id, store.folders('runs'))}")
-    metadata: Record = json.loads(raw)
+        return None
+    metadata = _parsed(raw)
+    if metadata is None:
+        raise StoreError(f"--store {store.url}: runs/{run_id}/run.json is damaged: restore it, or remove runs/{run_id}")
+    return metadata
+
+
+def _parsed(raw: bytes) -> Record | None:
+    """The metadata in a run.json; None where that holds something else."""
+    try:
+        metadata: Record = json.loads(raw)
+        assert isinstance(metadata["created"], (int, float)) and isinstance(metadata["workflow"], str)
+        assert "recipe" in metadata
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
+        return None
     return metadata
 
 

@@ -28,7 +28,7 @@ from workflows.identities import IDENTITY
 from workflows.journal import Journal, fenced, read_journal, removed, removed_key
 from workflows.known import Known
 from workflows.outcome import describe
-from workflows.runs import RUN_ID
+from workflows.runs import RUN_ID, find_metadata
 from workflows.runtime import WorkflowRuntime
 from workflows.values import canonical, decode, differences, earlier_identity, encode, identity, named_arguments
 
@@ -127,7 +127,7 @@ def find_run(store: Store, workflow: Workflow[..., Any], arguments: Any, fresh: 
     """The newest run id of this workflow and recipe, or the next one where `fresh`."""
     name = plain_name(workflow.short_name)
     base, earlier = (f"{name}-{made(workflow, arguments)}" for made in (recipe_hash, _earlier_hash))
-    if earlier != base and (raw := store.get(f"runs/{earlier}/run.json")) and "identity" not in json.loads(raw):
+    if earlier != base and (begun := find_metadata(store, earlier)) and "identity" not in begun:
         base = earlier  # a run that an earlier version began goes on under its name
     taken, gone = [0], [0]
     for names, numbers in ((store.folders("runs"), taken), (removed_runs(store), gone)):
@@ -175,10 +175,9 @@ def open_run(
         return run_id, mine
     if fresh:
         raise UserError(f"run {run_id} exists already: --new and --rerun start a run, give another --run or none")
-    raw = store.get(f"runs/{run_id}/run.json")
-    if raw is None:
+    theirs = find_metadata(store, run_id)
+    if theirs is None:
         raise StoreError(f"--store {store.url}: run {run_id} has vanished")
-    theirs: Record = json.loads(raw)
     check_same_recipe(theirs, workflow, tree)
     return run_id, theirs
 
@@ -188,7 +187,7 @@ def check_same_recipe(metadata: Record, workflow: Workflow[..., Any], arguments:
     known = [recipe_hash(workflow, arguments)]
     if "identity" not in metadata:
         known.append(_earlier_hash(workflow, arguments))
-    if metadata["recipe_hash"] in known:
+    if metadata.get("recipe_hash") in known:
         return
     if metadata["workflow"] != workflow.name:
         changes = f"workflow {metadata['workflow']}, now {workflow.name}"

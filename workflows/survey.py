@@ -9,7 +9,7 @@ from typing import Any
 from infra.errors import StoreError
 from infra.storage import Store
 from workflows.journal import JournalState, read_journal, removed_key
-from workflows.runs import run_status
+from workflows.runs import find_metadata, run_status
 from workflows.values import artifact_records
 
 THREADS = 8
@@ -91,14 +91,9 @@ def read_run(store: Store, run_id: str) -> StoredRun:
         StoreError: its run.json or its journal is damaged.
     """
     removed = store.exists(removed_key(run_id))
-    raw = store.get(f"runs/{run_id}/run.json")
-    if raw is None or removed:
+    metadata = find_metadata(store, run_id)
+    if metadata is None or removed:
         return StoredRun(run_id, None, JournalState(), "removed" if removed else "no run", removed)
-    try:
-        metadata = json.loads(raw)
-        assert isinstance(metadata["created"], (int, float)) and "workflow" in metadata
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise StoreError(f"--store {store.url}: runs/{run_id}/run.json is damaged") from None
     state = read_journal(store, run_id)
     status = run_status(store, run_id, state)
     return StoredRun(run_id, metadata, state, status, removed, _submission(store, run_id))

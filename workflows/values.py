@@ -197,7 +197,7 @@ def _decoded(tag: str, tree: dict[str, Any], source: ArtifactSource | None) -> A
         case "$tuple":
             return tuple(decode(item, source) for item in held)
         case "$dict":
-            return {decode(key, source): decode(item, source) for key, item in held}
+            return _dict_of([(decode(key, source), decode(item, source)) for key, item in held])
         case "$float":
             return float(held)
         case "$text":
@@ -218,6 +218,13 @@ def _decoded(tag: str, tree: dict[str, Any], source: ArtifactSource | None) -> A
             factory = kinds.load_name(tree["factory"]) if "factory" in tree else None
             return kinds.restore_derived(held, list(inner.items()) if isinstance(inner, dict) else inner, factory)
     raise UserError(f"a stored value has a {tag}, which this version of recua does not know: use a newer one")
+
+
+def _dict_of(items: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    try:
+        return dict(items)
+    except TypeError as error:  # a key was a Future, and its result is a list
+        raise UserError(f"a dict's key came to be what cannot be one ({error}): take the Future's .result()") from None
 
 
 def field_of(tree: Any, field: str | None, where: str) -> Any:

@@ -21,7 +21,7 @@ from workflows.journal import JournalState, read_journal
 from workflows.known import code_key, content_key, index_key
 from workflows.marks import read_marks
 from workflows.names import load_name
-from workflows.runs import StepView
+from workflows.runs import StepView, find_metadata
 from workflows.values import artifact_records, differences, named_arguments
 
 Record = dict[str, Any]
@@ -77,7 +77,7 @@ class Reasons:
         self._store = store
         self._run_id = run_id
         self._load = load
-        self._metadata = json.loads(store.get(f"runs/{run_id}/run.json") or b"{}")
+        self._metadata = find_metadata(store, run_id) or {}
         self._state = read_journal(store, run_id)
         self._others: dict[str, JournalState] = {}
         self._fingerprinter = Fingerprinter()

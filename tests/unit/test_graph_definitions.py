@@ -218,3 +218,14 @@ def test_a_library_that_is_not_installed_is_named() -> None:
     for name in ("no-such-library", ""):
         with pytest.raises(ConfigError, match=rf"libraries: '{name}' is not installed"):
             Fingerprinter().of(train, (name,))
+
+
+@workflow
+def endless() -> Any:
+    return endless()
+
+
+def test_a_workflow_that_calls_itself_without_end_is_told_of() -> None:
+    message = r"test_graph_definitions.py:\d+: maximum recursion depth .*: a workflow that calls itself needs an end"
+    with pytest.raises(UserError, match=message), graph.running(Runtime()):  # type: ignore[arg-type]
+        endless.fn()

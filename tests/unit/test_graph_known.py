@@ -140,7 +140,13 @@ def test_a_run_of_an_older_version_is_found_under_its_name(tmp_path: Path) -> No
     store = FolderStore(tmp_path)
     tree = encode({"args": [{2: "b", 1: "a"}], "kwargs": {}})
     older = f"flow-{session._earlier_hash(flow, tree)}"
-    metadata = {"run_id": older, "workflow": flow.name, "recipe": tree, "recipe_hash": older.removeprefix("flow-")}
+    metadata = {
+        "run_id": older,
+        "created": 1.0,
+        "workflow": flow.name,
+        "recipe": tree,
+        "recipe_hash": older.removeprefix("flow-"),
+    }
     assert session.find_run(store, flow, tree, fresh=False) != older
     store.put(f"runs/{older}/run.json", json.dumps({**metadata, "identity": 2}).encode())
     assert session.find_run(store, flow, tree, fresh=False) != older

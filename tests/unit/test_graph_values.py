@@ -25,7 +25,7 @@ from infra.faults import FaultSchedule
 from infra.storage import FolderStore, open_store
 from workflows import graph
 from workflows.artifacts import Artifact, ArtifactSource
-from workflows.graph import Step, StepOptions, parse_memory, step, workflow
+from workflows.graph import Step, StepOptions, parse_memory, resolve_edges, step, workflow
 from workflows.known import Known, inputs_digest, shown_arguments
 from workflows.values import canonical, decode, differences, digest, earlier_identity, encode, identity, one_line
 
@@ -564,3 +564,9 @@ def test_differences_of_every_kind() -> None:
         "1 1, now not there",
         "and 7 more",
     ]
+
+
+def test_a_key_that_came_to_be_a_list_is_told_of() -> None:
+    tree = resolve_edges({"$dict": [[{"$edge": "f[0]", "field": None}, 1]]}, lambda _: encode([1]))
+    with pytest.raises(UserError, match=r"a dict's key came to be what cannot be one \(unhashable type: 'list'\)"):
+        decode(tree)

@@ -164,7 +164,7 @@ def flip(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip, r"weights\.bin is not what its checksum says"),
+        (flip, r"weights\.bin' is not what its checksum says"),
         (lambda data: data[: len(data) // 2], "is no bundle of recua|is damaged|is cut off"),
         (lambda data: b"something else", "is no bundle of recua"),
         (lambda data: data.replace(b'{"format":1,"run"', b'{"format":9,"run"'), "has format 9, this recua reads 1"),
@@ -237,7 +237,7 @@ NO_BUNDLES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "a file in a file": (
         lambda path: bundle_of(path, {"runs/r/run.json": b"{}", "runs/r/run.json/a": b""}),
-        r"runs/r/run\.json/a has no place in a store",
+        r"'runs/r/run\.json/a' has no place in a store",
     ),
     "a long name": (
         lambda path: bundle_of(path, {"runs/r/run.json": b"{}", "runs/r/" + "x" * 256: b""}),

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+from infra.errors import StoreError, UserError
 from infra.storage import FolderStore, Store
 from workflows.journal import Heartbeat, Journal, read_journal, slot_key
-from workflows.runs import list_runs, load_run
+from workflows.runs import list_runs, load_metadata, load_run
 from workflows.status import Counts, StatusFile, read_status, status_key
+from workflows.survey import read_run
+from workflows.why import Reasons
 
 
 @pytest.fixture
@@ -142,3 +145,22 @@ def test_two_hundred_runs_are_listed_quickly(store: FolderStore) -> None:
         store.put(slot_key(f"r{number}", 1), b"never read", durable=False)
     runs = list_runs(store)
     assert len(runs) == 200 and runs[0].run_id == "r199" and runs[0].done == 10_000
+
+
+@pytest.mark.parametrize(
+    "kept", [b"", b"[]", b"null", b"{}", b"\xff", b'{"workflow": 3, "created": 1, "recipe": {}}', b"[" * 10**5]
+)
+def test_a_run_whose_metadata_is_damaged_is_named_and_hides_no_other(store: FolderStore, kept: bytes) -> None:
+    make_run(store, "good")
+    store.put("runs/bad/run.json", kept)
+    assert {run.run_id: run.status for run in list_runs(store)} == {"good": "running", "bad": "damaged"}
+    for read in (load_run, load_metadata, read_run, Reasons):
+        with pytest.raises(StoreError, match=r"runs/bad/run.json is damaged: restore it, or remove runs/bad$"):
+            read(store, "bad")
+    assert load_run(store, "good").workflow == "m:w"
+
+
+def test_what_is_left_of_a_run_is_not_suggested_for_it(store: FolderStore) -> None:
+    store.put("runs/gone/status.json", b"{}")
+    with pytest.raises(UserError, match=r"^no run 'gone' in .*; known: none$"):
+        load_run(store, "gone")
