@@ -4,27 +4,26 @@ Only SHA-256 digests leave the process that read the tokens, so neither Ray's me
 Every comparison runs in constant time over all accepted digests.
 """
 
-import hashlib
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import grpc
 
 from infra.errors import ConfigError
+from infra.tokens import digest, read_tokens
 from serving.config import ServingSettings
 
 HEALTH_SERVICE = "/grpc.health.v1.Health/"
 
 
 def token_digests(settings: ServingSettings) -> tuple[str, ...]:
-    """Digests of the accepted tokens; empty = open endpoint. Raises as `read_tokens`."""
-    return tuple(_digest(token) for token in read_tokens(settings))
+    """Digests of the accepted tokens; empty = open endpoint. Raises as `accepted_tokens`."""
+    return tuple(digest(token) for token in accepted_tokens(settings))
 
 
-def read_tokens(settings: ServingSettings) -> list[str]:
+def accepted_tokens(settings: ServingSettings) -> list[str]:
     """The accepted tokens, from the file and the variable that the settings name. For clients of the own endpoint.
 
     Raises:
@@ -32,24 +31,13 @@ def read_tokens(settings: ServingSettings) -> list[str]:
     """
     tokens: list[str] = []
     if settings.auth_token_file:
-        try:
-            lines = Path(settings.auth_token_file).expanduser().read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"serving.auth_token_file: cannot read {settings.auth_token_file}: {error}") from None
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not found:
-            raise ConfigError(f"serving.auth_token_file: {settings.auth_token_file} holds no token")
-        tokens += found
+        tokens += read_tokens(settings.auth_token_file, "serving.auth_token_file")
     if settings.auth_token_env:
         token = os.environ.get(settings.auth_token_env, "").strip()
         if not token:
             raise ConfigError(f"serving.auth_token_env: the variable {settings.auth_token_env} is not set")
         tokens.append(token)
     return tokens
-
-
-def _digest(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
 
 
 class TokenAuthority:
@@ -63,10 +51,10 @@ class TokenAuthority:
         if not self._digests:
             return True
         scheme, _, token = (authorization or "").partition(" ")
-        presented = _digest(token.strip())
+        presented = digest(token.strip())
         known = False
-        for digest in self._digests:
-            known |= secrets.compare_digest(presented, digest)
+        for accepted in self._digests:
+            known |= secrets.compare_digest(presented, accepted)
         return known and scheme.lower() == "bearer"
 
 

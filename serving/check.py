@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from serving.app import Endpoint
-from serving.auth import read_tokens
+from serving.auth import accepted_tokens
 from serving.client import RecuaClient
 from serving.config import ServingSettings
 from serving.openai import WEIGHT_VERSION_HEADER
@@ -61,13 +61,13 @@ def compare(
 
 def open_client(endpoint: Endpoint, settings: ServingSettings) -> RecuaClient:
     """A gRPC client with the token and the authority that `settings` name."""
-    tokens = read_tokens(settings)
+    tokens = accepted_tokens(settings)
     authority = Path(settings.tls_cert_file).expanduser().read_bytes() if settings.tls_cert_file else None
     return RecuaClient(endpoint.grpc_address, tokens[0] if tokens else None, TIMEOUT_S, authority)
 
 
 def _open_http(endpoint: Endpoint, settings: ServingSettings) -> httpx.Client:
-    tokens = read_tokens(settings)
+    tokens = accepted_tokens(settings)
     headers = {"authorization": f"Bearer {tokens[0]}"} if tokens else {}
     verify = ssl.create_default_context(cafile=settings.tls_cert_file) if settings.tls_cert_file else True
     return httpx.Client(base_url=endpoint.http_url, headers=headers, verify=verify, timeout=TIMEOUT_S, trust_env=False)

@@ -449,9 +449,10 @@ def chat(
     temperature: float | None,
 ) -> None:
     """Talk to a served model over gRPC at ADDRESS [default: 127.0.0.1:50051]. /new forgets, /exit ends."""
+    from infra.tokens import read_tokens
     from serving.console import chat_loop
 
-    token = None if token_file is None else _read(token_file, "--token-file").decode("utf-8-sig").split("\n")[0].strip()
+    token = None if token_file is None else read_tokens(token_file, "--token-file")[0]
     authority = None if tls_ca is None else _read(tls_ca, "--tls-ca")
     chat_loop(address, token, authority, system, max_tokens, temperature, say=_say)
 

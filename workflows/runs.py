@@ -225,13 +225,24 @@ def cancel_run(store: Store, run_id: str, wait_s: float = 30.0) -> str:
         UserError: there is no such run.
     """
     deadline = time.monotonic() + wait_s
-    while (view := load_run(store, run_id)).status == "running":
-        state = read_journal(store, run_id)
-        store.put_if_absent(cancel_key(run_id, state.lease_slot), b"")
-        if time.monotonic() > deadline:
-            break
+    while (status := ask_to_stop(store, run_id)) == "running" and time.monotonic() < deadline:
         time.sleep(0.2)
-    return view.status
+    return status
+
+
+def ask_to_stop(store: Store, run_id: str) -> str:
+    """Ask the run's driver to cancel it, and let no service resume it; the run's status before that.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    load_metadata(store, run_id)
+    store.delete(active_key(run_id))
+    state = read_journal(store, run_id)
+    status = run_status(store, run_id, state)
+    if status == "running":
+        store.put_if_absent(cancel_key(run_id, state.lease_slot), b"")
+    return status
 
 
 def artifacts_of(step: StepView) -> list[Record]:

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 
 from infra.errors import ConfigError, StoreError, UserError
 from infra.storage import Store, open_store
+from infra.tokens import digest
 from workflows.events import Event
 from workflows.history import Recorder
 from workflows.journal import Journal
@@ -84,7 +85,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def client(store: Store) -> TestClient:
-    app = create_app(store, Refusing(), [places.digest(TOKEN)], ["recua.example"])
+    app = create_app(store, Refusing(), [digest(TOKEN)], ["recua.example"])
     headers = {"Authorization": f"Bearer {TOKEN}"}
     return TestClient(app, base_url="http://127.0.0.1:8266", headers=headers, raise_server_exceptions=False)
 
@@ -128,7 +129,7 @@ def test_service_openapi_names_every_route_with_its_answer(client: TestClient) -
 
 
 def test_service_wants_a_token_for_all_but_health_and_page(store: Store) -> None:
-    app = create_app(store, Refusing(), [places.digest("other"), places.digest(TOKEN)])
+    app = create_app(store, Refusing(), [digest("other"), digest(TOKEN)])
     client = TestClient(app, base_url="http://localhost")
     assert client.get("/healthz").json() == {"status": "ok", "token_required": True}
     paths = [path for path in client.get("/openapi.json").json()["paths"] if path.startswith("/api/v1")]
@@ -221,7 +222,7 @@ def test_service_passes_answers_on_to_waiting_calls(client: TestClient, store: S
 
 
 def test_service_page_is_served_without_a_token(store: Store) -> None:
-    client = TestClient(create_app(store, Refusing(), [places.digest(TOKEN)]), base_url="http://localhost")
+    client = TestClient(create_app(store, Refusing(), [digest(TOKEN)]), base_url="http://localhost")
     assert client.get("/assets/../app.py").status_code == 404
     for file in PAGE.glob("*"):
         assert client.get(f"/assets/{file.name}").content == file.read_bytes()
@@ -238,14 +239,14 @@ def test_service_token_is_made_once_and_private(home: Path, monkeypatch: pytest.
     file = home / ".recua" / "token"
     assert len(token) >= 40 and stat.S_IMODE(os.stat(file).st_mode) == 0o600 and file.read_text() == token + "\n"
     assert places.make_token(None) == token == places.read_token(None)
-    assert token not in places.digest(token) and len(places.digest(token)) == 64
+    assert token not in digest(token) and len(digest(token)) == 64
     monkeypatch.setenv("RECUA_TOKEN", "from the environment")
     assert places.make_token(None) == "from the environment"
     (tmp_path / "t").write_text(" in a file \n")
     assert places.read_token(str(tmp_path / "t")) == "in a file"
-    for name, text in (("none", "No such file"), ("empty", "is empty")):
+    for name, text in (("none", "No such file"), ("empty", "holds no token")):
         (tmp_path / "empty").write_text("\n")
-        with pytest.raises(ConfigError, match=f"--token-file .*{text}"):
+        with pytest.raises(ConfigError, match=f"--token-file: .*{text}"):
             places.read_token(str(tmp_path / name))
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from infra.config import validate
 from infra.errors import CheckpointError, ConfigError, ResourceError
-from serving.auth import TokenAuthority, read_tokens, token_digests
+from serving.auth import TokenAuthority, accepted_tokens, token_digests
 from serving.client import RecuaClient
 from serving.config import ServingEngineSettings, ServingSettings
 from serving.errors import RequestError
@@ -68,7 +68,7 @@ def test_tokens_from_file_and_environment(tmp_path: Path, monkeypatch: pytest.Mo
     file.write_text("# team\nalpha\n\n  beta \n")
     monkeypatch.setenv("SERVING_TOKEN_FOR_TEST", "gamma")
     settings = ServingSettings(auth_token_file=str(file), auth_token_env="SERVING_TOKEN_FOR_TEST")
-    assert read_tokens(settings) == ["alpha", "beta", "gamma"]
+    assert accepted_tokens(settings) == ["alpha", "beta", "gamma"]
     digests = token_digests(settings)
     assert not any(token in digest for token in ("alpha", "beta", "gamma") for digest in digests)
     authority = TokenAuthority(digests)
@@ -80,12 +80,12 @@ def test_tokens_from_file_and_environment(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_token_settings_that_protect_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"serving\.auth_token_file: cannot read"):
-        read_tokens(ServingSettings(auth_token_file=str(tmp_path / "none")))
+        accepted_tokens(ServingSettings(auth_token_file=str(tmp_path / "none")))
     (tmp_path / "empty").write_text("# nothing\n")
     with pytest.raises(ConfigError, match="holds no token"):
-        read_tokens(ServingSettings(auth_token_file=str(tmp_path / "empty")))
+        accepted_tokens(ServingSettings(auth_token_file=str(tmp_path / "empty")))
     with pytest.raises(ConfigError, match=r"serving\.auth_token_env"):
-        read_tokens(ServingSettings(auth_token_env="SERVING_TOKEN_THAT_IS_NOT_SET"))
+        accepted_tokens(ServingSettings(auth_token_env="SERVING_TOKEN_THAT_IS_NOT_SET"))
 
 
 async def _inner(scope: Any, receive: Any, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:

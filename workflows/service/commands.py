@@ -143,7 +143,6 @@ def cancel(store: Any, run_id: str) -> str:
 
     load_metadata(store, run_id)
     served = places.known_store() == store.url and records.active_after(store, run_id) is not None
-    records.deactivate(store, run_id)
     status = cancel_run(store, run_id)
     deadline = time.monotonic() + CANCEL_WAIT_S
     while served and status in ("interrupted", "submitted") and time.monotonic() < deadline:

@@ -5,15 +5,15 @@
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import secrets
 from pathlib import Path
 from typing import Any
 
-from infra.errors import ConfigError, UserError
+from infra.errors import UserError
 from infra.storage import appear, write_text
+from infra.tokens import read_tokens
 
 Record = dict[str, Any]
 
@@ -70,13 +70,7 @@ def read_token(token_file: str | Path | None) -> str | None:
         ConfigError: the named file cannot be read or is empty.
     """
     if token_file is not None:
-        try:
-            token = Path(token_file).expanduser().read_text(encoding="utf-8-sig").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--token-file {token_file}: {getattr(error, 'strerror', None) or error}") from None
-        if not token:
-            raise ConfigError(f"--token-file {token_file}: the file is empty")
-        return token
+        return read_tokens(token_file, "--token-file")[0]
     if token := os.environ.get("RECUA_TOKEN", "").strip():
         return token
     with contextlib.suppress(OSError, UnicodeDecodeError):
@@ -99,8 +93,3 @@ def write_secret(file: Path, text: str) -> None:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as stream:
             stream.write(text)
-
-
-def digest(token: str) -> str:
-    """All that the service knows of a token."""
-    return hashlib.sha256(token.encode()).hexdigest()

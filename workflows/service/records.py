@@ -12,8 +12,7 @@ from typing import Any
 
 from infra.errors import UserError
 from infra.storage import Store
-from workflows.journal import cancel_key, read_journal
-from workflows.runs import active_key, run_status
+from workflows.runs import active_key
 
 FORMAT = 1
 Record = dict[str, Any]
@@ -59,19 +58,3 @@ def active_after(store: Store, run_id: str) -> int | None:
     """The journal slot after which the run is to end, None where it is not active."""
     raw = store.get(active_key(run_id))
     return None if raw is None else int(json.loads(raw)["after"])
-
-
-def ask_to_stop(store: Store, run_id: str) -> str:
-    """No service goes on with the run, and its driver is told to cancel it; the status before that.
-
-    Raises:
-        UserError: there is no such run.
-    """
-    if not store.exists(f"runs/{run_id}/run.json"):
-        raise UserError(f"no run {run_id!r} in {store.url}")
-    deactivate(store, run_id)
-    state = read_journal(store, run_id)
-    status = run_status(store, run_id, state)
-    if status == "running":
-        store.put_if_absent(cancel_key(run_id, state.lease_slot), b"")
-    return status

@@ -21,7 +21,7 @@ from infra.processes import this_machine
 from infra.storage import Store
 from infra.telemetry import redact
 from workflows.journal import Journal, JournalState, driver_is_gone, lease_key, read_journal
-from workflows.runs import run_status
+from workflows.runs import ask_to_stop, run_status
 from workflows.service import packages, processes, records
 from workflows.service.logs import DriverLog
 from workflows.service.models import Submission
@@ -153,7 +153,7 @@ class Supervisor:
             return status
 
     def cancel(self, run_id: str) -> str:
-        status = records.ask_to_stop(self.store, run_id)
+        status = ask_to_stop(self.store, run_id)
         with self._lock:
             if (driven := self._runs.get(run_id)) is not None:
                 driven.withdrawn = True
@@ -301,7 +301,7 @@ class Supervisor:
                 driven.beat, driven.beat_at = (lease_key(driven.run_id, state.lease_slot), None), time.monotonic()
                 driven.ttl_s = state.lease["ttl_s"]
         if driven.withdrawn and driven.beat[0]:
-            records.ask_to_stop(self.store, driven.run_id)
+            ask_to_stop(self.store, driven.run_id)
         elif driven.withdrawn:
             process.kill()  # it was only starting
         if driven.beat[0] and self._still_for(driven, driven.beat[0]) > SILENT_LEASES * driven.ttl_s:

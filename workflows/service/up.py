@@ -11,7 +11,9 @@ from typing import Any
 from infra.errors import ConfigError, RecuaError, SystemFault
 from infra.machine import answers, require_port, require_ray
 from infra.storage import default_store, open_store
-from workflows.service import actor, head, places, records
+from infra.tokens import digest
+from workflows.runs import ask_to_stop
+from workflows.service import actor, head, places
 from workflows.service.client import Client
 from workflows.service.places import Record
 
@@ -103,7 +105,7 @@ def _cancel_all(ray: Any, service: Any, say: Say) -> None:
     store, runs = open_store(described["store"]), described["active"]
     for run_id in runs:
         say(f"cancelling {run_id}")
-        records.ask_to_stop(store, run_id)
+        ask_to_stop(store, run_id)
     deadline = time.monotonic() + CANCEL_TIMEOUT_S
     while runs and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -158,7 +160,7 @@ def _service(ray: Any, options: UpOptions, store: str, token: str | None) -> tup
     service = actor.find(ray)
     started = service is None
     if service is None:
-        digests = () if token is None else (places.digest(token),)
+        digests = () if token is None else (digest(token),)
         config = actor.HostConfig(store, options.host, options.port, digests, options.hosts, DRIVERS)
         service = actor.start(ray, config)
     try:
