@@ -131,7 +131,7 @@ class Hearing:
             self._lose_node(node, f"no beat for {self._settings.node_timeout_s:g} s")
         if self._out_since:
             self._settle(now)
-        if self.core.phase == "running" or (self.core.phase == "stopping" and self.board.beacons):
+        if self.core.phase == "running" or (self.core.phase == "stopping" and self.board.ranks):
             decision, whom = self.board.judge(now)
             if whom is not None:
                 self._suspect(whom.ranks, f"{decision.reason}: {whom.sign}", self.board.stalled_s(now))
@@ -280,7 +280,7 @@ class Hearing:
     def _on_board(self, beat: Beat, now: float) -> None:
         """Beacons of the present generation; a stopped process is a fault before anything else stalls."""
         core = self.core
-        beacons = []
+        ranks = []
         for sight in beat.sights:
             record = sight.record
             if sight.alive and record.generation == core.generation and record.state in ("joining", "joined"):
@@ -289,14 +289,14 @@ class Hearing:
                 patient = forming and sight.pulse_age < FORMING_FACTOR * self._settings.pulse_timeout_s
                 age = 0.0 if patient else sight.pulse_age
                 place = record.rank, record.step, phase, record.ticks
-                beacons.append(RankProgress(*place, now - sight.phase_age, now - age))
+                ranks.append(RankProgress(*place, now - sight.phase_age, now - age))
             elif record.generation == core.generation and record.state == "boundary":
-                self.board.beacons.pop(record.rank, None)  # it waits for nobody: a rank that hangs is among the others
-        stopped = self.board.beat(beat.node, core.generation, beacons, now)
+                self.board.ranks.pop(record.rank, None)  # it waits for nobody: a rank that hangs is among the others
+        stopped = self.board.beat(beat.node, core.generation, ranks, now)
         if stopped and core.phase in ("forming", "running", "stopping"):
             self._suspect(stopped, "its process stands still (stopped, or its interpreter is locked)")
-        if core.phase in ("running", "stopping") and beacons:
-            step = min(beacon.step for beacon in beacons)
+        if core.phase in ("running", "stopping") and ranks:
+            step = min(one.step for one in ranks)
             if step > core.step:
                 self._lead.tell(m.Progress(core.generation, step, self.board.step_s))
 

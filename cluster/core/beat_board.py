@@ -24,35 +24,35 @@ class BeatBoard:
         self._last_beat: OrderedDict[str, float] = OrderedDict()
         self._deaf: set[str] = set()
         self.generation = 0
-        self.beacons: dict[int, RankProgress] = {}
+        self.ranks: dict[int, RankProgress] = {}
         self.step_times: deque[float] = deque(maxlen=REMEMBERED_STEPS)
         self.newest_step = -1
         self._collectives = 0
         self._moved_at = self._stepped_at = 0.0
 
     def begin(self, generation: int, now: float) -> None:
-        """A generation runs: older beacons are void, the run's step times stay."""
-        self.generation, self.beacons = generation, {}
+        """A generation runs: what older ones did is void, the run's step times stay."""
+        self.generation, self.ranks = generation, {}
         self.newest_step, self._collectives, self._moved_at = -1, 0, now
 
-    def beat(self, node: str, generation: int, beacons: Iterable[RankProgress], now: float) -> tuple[int, ...]:
-        """One node agent's word; beacons of another generation are ignored. Returns ranks there that stand still."""
+    def beat(self, node: str, generation: int, ranks: Iterable[RankProgress], now: float) -> tuple[int, ...]:
+        """One node agent's word; ranks of another generation are ignored. Returns ranks there that stand still."""
         self._deaf.discard(node)
         self._last_beat[node] = now
         self._last_beat.move_to_end(node)
         if generation != self.generation:
             return ()
-        beacons = tuple(beacons)
-        for beacon in beacons:
-            self.beacons[beacon.rank] = beacon
-            if beacon.step > self.newest_step:
+        ranks = tuple(ranks)
+        for one in ranks:
+            self.ranks[one.rank] = one
+            if one.step > self.newest_step:
                 if self.newest_step >= 0:
-                    steps = beacon.step - self.newest_step
+                    steps = one.step - self.newest_step
                     self.step_times.append((now - self._stepped_at) / steps)
-                self.newest_step, self._stepped_at, self._moved_at = beacon.step, now, now
-            if beacon.collectives > self._collectives:
-                self._collectives, self._moved_at = beacon.collectives, now
-        return stopped(beacons, now, self._settings)
+                self.newest_step, self._stepped_at, self._moved_at = one.step, now, now
+            if one.collectives > self._collectives:
+                self._collectives, self._moved_at = one.collectives, now
+        return stopped(ranks, now, self._settings)
 
     def excuse(self, seconds: float, now: float) -> None:
         """A rank stood still for so long because its machine had no processor for it: that is no hang."""
@@ -89,14 +89,14 @@ class BeatBoard:
         return silent
 
     def judge(self, now: float) -> tuple[Decision, Suspects | None]:
-        """hang or wait; for a hang also whom to suspect. The beacons are read only when nothing has moved for long."""
+        """hang or wait; for a hang also whom to suspect. Ranks are looked at only when nothing has moved for long."""
         if self._deaf:
             self._moved_at = now
         stalled = self.stalled_s(now)
         decision = decide_hang(stalled, self.step_times, self._settings)
         if decision.action != "hang":
             return decision, None
-        whom = suspects(self.beacons.values(), now, self._settings)
+        whom = suspects(self.ranks.values(), now, self._settings)
         if not whom.ranks and stalled < DOUBT * stall_limit_s(self.step_times, self._settings):
             return Decision("wait", f"{decision.reason}, but {whom.sign}", decision.key), None
         return decision, whom

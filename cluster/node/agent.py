@@ -1,4 +1,4 @@
-"""One Ray actor per node: a NodeWatch that the controller can call, and the node's part of the accounts.
+"""One Ray actor per node: a RankWatch that the controller can call, and the node's part of the accounts.
 
 Who waits for whom: the controller keeps one `listen` open per agent; an agent waits for nobody. While nobody listens
 the ranks train on, and the agent keeps the outcomes of their steps for the next controller. It asks whether the run
@@ -27,7 +27,7 @@ from cluster.node import host_memory
 from cluster.node.exporter import Exporter, export_account
 from cluster.node.health_watch import HealthWatch
 from cluster.node.host_memory import AskStanding, Standing
-from cluster.node.rank_watch import Beat, NodeWatch
+from cluster.node.rank_watch import Beat, RankWatch
 from cluster.node.wire_speed import Sink
 from infra.errors import DataError, StoreError
 from infra.notices import NoticeSettings, NoticeWatch, sources
@@ -77,7 +77,7 @@ class NodeAgent:
         inherit(place.folder, place.living, place.leader)
         host_memory.claim(place.folder, place.group, place.journal, place.accounts, place.leader)
         self._store = None if place.accounts is None else open_store(place.accounts[0])
-        self._watch = NodeWatch(place.node, place.folder, before=self._before())
+        self._watch = RankWatch(place.node, place.folder, before=self._before())
         self._notices = NoticeWatch(sources(place.node, place.notices))
         self._health = HealthWatch(place.health)
         self._sink = Sink(get_node_ip_address())
@@ -89,7 +89,7 @@ class NodeAgent:
         threading.Thread(target=self._keep, name="keeper", daemon=True).start()
 
     def listen(self, after: int, timeout_s: float, first_row: int = 0, row_floor: int = 0, leader: int = 0) -> Beat:
-        """See NodeWatch.wait.
+        """See RankWatch.wait.
 
         Raises:
             Superseded: a controller with a higher number than `leader` has listened.

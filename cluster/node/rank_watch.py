@@ -123,7 +123,7 @@ class _Watched:
             self._exit = None
 
 
-class NodeWatch:
+class RankWatch:
     """See the module's docstring.
 
     Args:
@@ -145,7 +145,7 @@ class NodeWatch:
         self._poll = select.poll()
         self._ended = False
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="node-watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
         self._thread.start()
 
     def wait(self, after: int, timeout_s: float, first_row: int = 0, row_floor: int = 0) -> Beat:

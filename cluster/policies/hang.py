@@ -63,26 +63,26 @@ class Suspects:
     sign: str
 
 
-def stopped(beacons: Iterable[RankProgress], now: float, settings: ElasticSettings) -> tuple[int, ...]:
+def stopped(ranks: Iterable[RankProgress], now: float, settings: ElasticSettings) -> tuple[int, ...]:
     """Ranks whose process stands still, known before anything else stalls."""
-    return tuple(sorted(b.rank for b in beacons if now - b.pulse_at > settings.pulse_timeout_s))
+    return tuple(sorted(one.rank for one in ranks if now - one.pulse_at > settings.pulse_timeout_s))
 
 
-def suspects(beacons: Iterable[RankProgress], now: float, settings: ElasticSettings) -> Suspects:
+def suspects(ranks: Iterable[RankProgress], now: float, settings: ElasticSettings) -> Suspects:
     """Whom to blame for a hang, the strongest sign first.
 
     1. Its pulse stands still. 2. It is outside a collective while others wait in one. 3. It has entered fewer
     collectives than the others (a deadlock by mismatched order). 4. Everyone waits in the same one: the fabric.
     """
-    beacons = list(beacons)
-    still = stopped(beacons, now, settings)
+    ranks = list(ranks)
+    still = stopped(ranks, now, settings)
     if still:
         return Suspects(still, "pulse stands still")
-    outside = tuple(sorted(b.rank for b in beacons if b.phase not in WAITING_PHASES))
+    outside = tuple(sorted(one.rank for one in ranks if one.phase not in WAITING_PHASES))
     if outside:
         return Suspects(outside, "busy while the others wait")
-    newest = max((b.collectives for b in beacons), default=0)
-    behind = tuple(sorted(b.rank for b in beacons if b.collectives < newest))
+    newest = max((one.collectives for one in ranks), default=0)
+    behind = tuple(sorted(one.rank for one in ranks if one.collectives < newest))
     if behind:
         return Suspects(behind, "behind in collectives")
     return Suspects((), "all wait in the same collective")

@@ -545,7 +545,7 @@ def test_chaos_a_hang_on_the_way_to_a_boundary_is_no_matter_of_the_boundary_s_ti
         first = Record(os.getpid(), state=state, generation=1, rank=0, world_size=2, step=3, phase="data", ticks=9)
         second = Record(os.getpid(), state="joined", generation=1, rank=1, world_size=2, step=3, phase="data", ticks=8)
         controller.hearing._hear_beat(Beat("n0", 1, sights=(Sight("w0", True, first), Sight("w1", True, second))), now)
-    assert set(controller.hearing.board.beacons) == {1}
+    assert set(controller.hearing.board.ranks) == {1}
     controller.hearing.judge()
     assert "detected" not in [kind for kind, _ in heard]
     controller.hearing.board._moved_at = now - 500

@@ -17,7 +17,7 @@ from cluster.node import host_memory
 from cluster.node.agent import AgentPlace, NodeAgent, inherit
 from cluster.node.beacons import ROWS, BeaconReader, BeaconWriter
 from cluster.node.host_memory import Standing, claim, free, survey
-from cluster.node.rank_watch import NodeWatch
+from cluster.node.rank_watch import RankWatch
 from infra.errors import StoreError
 from infra.processes import process_start
 from infra.storage import open_store, write_text
@@ -117,7 +117,7 @@ def test_detached_rank_ends_when_its_agent_died_too(shared: Path, start: Any) ->
 def test_detached_rows_of_steps_that_nobody_asked_for_are_kept_beyond_the_beacon(shared: Path) -> None:
     folder = host_memory.group_folder("n0", "g", shared)
     writer = BeaconWriter(folder / "beacons" / "w0.beacon")
-    watch = NodeWatch("n0", folder)
+    watch = RankWatch("n0", folder)
     last = 3 * ROWS
     for step in range(10, last):
         writer.say(step, {"step": step, "generation": 1 if step < 100 else 2})

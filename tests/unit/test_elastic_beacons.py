@@ -17,7 +17,7 @@ import pytest
 
 from cluster.goodput.stopwatch import Stopwatch
 from cluster.node.beacons import BeaconReader, BeaconWriter
-from cluster.node.rank_watch import SHARD, Beat, NodeWatch, Sight
+from cluster.node.rank_watch import SHARD, Beat, RankWatch, Sight
 from engines.snapshots import ShardName
 
 DEADLINE = 60.0
@@ -79,7 +79,7 @@ def start(folder: Path) -> Iterator[Callable[..., Any]]:
         process.join()
 
 
-def until(watch: NodeWatch, seen: Callable[[dict[str, Sight]], bool]) -> tuple[Beat, dict[str, Sight]]:
+def until(watch: RankWatch, seen: Callable[[dict[str, Sight]], bool]) -> tuple[Beat, dict[str, Sight]]:
     """The first beat after which `seen` holds."""
     number, deadline = 0, time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
@@ -95,7 +95,7 @@ def joined(*names: str) -> Callable[[dict[str, Sight]], bool]:
 
 
 def test_elastic_death_is_seen_at_once_and_its_last_word_stays(folder: Path, start: Any, record_property: Any) -> None:
-    watch = NodeWatch("n0", folder)
+    watch = RankWatch("n0", folder)
     start("w0", stays)
     victim = start("w1", stays)
     until(watch, lambda sights: joined("w0", "w1")(sights) and sights["w1"].record.phase == "data")
@@ -115,7 +115,7 @@ def test_elastic_death_is_seen_at_once_and_its_last_word_stays(folder: Path, sta
 
 
 def test_elastic_death_is_seen_before_the_kernel_is_done_with_the_process(folder: Path, start: Any) -> None:
-    watch = NodeWatch("n0", folder)
+    watch = RankWatch("n0", folder)
     start("w0", stays)
     victim = start("w1", ends_slowly)
     until(watch, lambda sights: joined("w0", "w1")(sights) and sights["w1"].record.phase == "data")
@@ -127,7 +127,7 @@ def test_elastic_death_is_seen_before_the_kernel_is_done_with_the_process(folder
 
 
 def test_elastic_stopped_process_is_told_from_a_living_one(folder: Path, start: Any) -> None:
-    watch = NodeWatch("n0", folder)
+    watch = RankWatch("n0", folder)
     start("w0", stays)
     victim = start("w1", stays)
     until(watch, joined("w0", "w1"))
@@ -140,7 +140,7 @@ def test_elastic_stopped_process_is_told_from_a_living_one(folder: Path, start: 
 
 
 def test_elastic_pulse_of_a_locked_interpreter_stands_still(folder: Path, start: Any) -> None:
-    watch = NodeWatch("n0", folder)
+    watch = RankWatch("n0", folder)
     start("w0", locks_the_interpreter)
     _, sights = until(watch, lambda sights: "w0" in sights and sights["w0"].pulse_age > 1.0)
     assert sights["w0"].alive and sights["w0"].pulse_age != float("inf")
@@ -148,7 +148,7 @@ def test_elastic_pulse_of_a_locked_interpreter_stands_still(folder: Path, start:
 
 
 def test_elastic_stacks_of_a_hung_rank_are_kept_before_it_is_killed(folder: Path, start: Any) -> None:
-    watch = NodeWatch("n0", folder)
+    watch = RankWatch("n0", folder)
     process = start("w0", waits_for_what_never_comes)
     until(watch, lambda sights: "w0" in sights and sights["w0"].record.phase == "data")
     stacks = watch.kill(["w0", "unknown"])
@@ -164,12 +164,12 @@ def test_elastic_stacks_of_a_hung_rank_are_kept_before_it_is_killed(folder: Path
 def test_elastic_agent_that_starts_later_finds_living_and_dead(folder: Path, start: Any) -> None:
     start("w0", stays)
     victim = start("w1", stays)
-    first = NodeWatch("n0", folder)
+    first = RankWatch("n0", folder)
     until(first, joined("w0", "w1"))
     first.close()
     victim.kill()
     victim.join(DEADLINE)
-    second = NodeWatch("n0", folder)
+    second = RankWatch("n0", folder)
     _, sights = until(second, lambda sights: len(sights) == 2)
     assert sights["w0"].alive and not sights["w1"].alive
     second.close()
@@ -186,7 +186,7 @@ def test_elastic_rows_come_in_order_without_gaps_and_of_the_present(folder: Path
     assert list(reader.rows(6, 0)) == []
     with pytest.raises(ValueError, match="at most"):
         writer.say(8, {"text": "x" * 1000})
-    watch = NodeWatch("n0", folder)
+    watch = RankWatch("n0", folder)
     beat = watch.wait(0, DEADLINE, first_row=4)
     assert [row["step"] for row in beat.rows] == [4, 5]
     watch.close()
@@ -220,6 +220,6 @@ def test_elastic_shards_are_named_as_the_snapshots_name_them(folder: Path) -> No
     folder.mkdir()
     (folder / str(name)).touch()
     (folder / f"{name}.writing").touch()
-    watch = NodeWatch("n0", folder)
+    watch = RankWatch("n0", folder)
     assert watch.shards() == [(3, 42, 1, 4)]
     watch.close()

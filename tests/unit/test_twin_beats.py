@@ -50,4 +50,4 @@ def test_a_stopped_process_is_seen_at_once_and_beacons_of_another_generation_are
     assert board.beat("n0", 1, [old, beacon(3, 5, 1.5)], 1.5) == (2,)
     assert board.beat("n0", 0, [old], 1.6) == ()
     board.begin(2, 2.0)
-    assert board.beacons == {} and board.newest_step == -1
+    assert board.ranks == {} and board.newest_step == -1
