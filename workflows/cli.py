@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a step (or the platform or the store) failed, 2 something 
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,25 @@ def restarts_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """What `run_options` gives, by the names of its parameters."""
+
+    recipe: str | None
+    overrides: tuple[str, ...]
+    store: str | None
+    run_id: str | None
+    only_plan: bool
+    new: bool
+    rerun: tuple[str, ...]
+    address: str | None
+    local_ray_restarts: int | None
+    reports: str
+    detach: bool
+    service: str | None
+    token_file: str | None
+
+
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What `recua run` and a workflow file run as a script have in common."""
     options: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
@@ -126,12 +146,10 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @main_group.command(epilog=RUN_EXAMPLES)
 @click.argument("file", metavar="WORKFLOW_FILE", type=click.Path(path_type=Path))
 @run_options
-def run(
-    file: Path, recipe: str | None, overrides: tuple[str, ...], only_plan: bool, reports: str, **given: Any
-) -> None:
+def run(file: Path, **given: Any) -> None:
     """Run the workflow in WORKFLOW_FILE, or go on with it, or show its result where it has finished. Of several in one
     file, WORKFLOW_FILE:NAME is one."""
-    _run(file, recipe, overrides, only_plan, reports, **given)
+    _run(file, RunOptions(**given))
 
 
 @main_group.command()
@@ -484,7 +502,7 @@ def run_script(file: str) -> None:
     command = click.Command(
         path.name,
         params=run.params[1:],
-        callback=lambda **given: _run(path, **given),
+        callback=lambda **given: _run(path, RunOptions(**given)),
         help=f"The same as `recua run {path}`.",
         epilog=RUN_EXAMPLES,
         context_settings=main_group.context_settings,
@@ -492,33 +510,20 @@ def run_script(file: str) -> None:
     sys.exit(guarded(lambda: command(prog_name=path.name, standalone_mode=False)))
 
 
-def _run(
-    file: Path,
-    recipe: str | None,
-    overrides: tuple[str, ...],
-    only_plan: bool,
-    reports: str,
-    store: str | None,
-    run_id: str | None,
-    new: bool,
-    rerun: tuple[str, ...],
-    address: str | None,
-    local_ray_restarts: int | None,
-    detach: bool,
-    service: str | None,
-    token_file: str | None,
-) -> None:
+def _run(file: Path, given: RunOptions) -> None:
     from workflows import launch
 
-    if detach and not only_plan:
-        options = {"store": store, "run_id": run_id, "new": new, "rerun": list(rerun)}
-        service_commands.detach(file, recipe, overrides, service, token_file, **options)
+    which: dict[str, Any] = {"store": given.store, "run_id": given.run_id, "new": given.new}
+    if given.detach and not given.only_plan:
+        which["rerun"] = list(given.rerun)
+        service_commands.detach(file, given.recipe, given.overrides, given.service, given.token_file, **which)
         return
-    folder = _folder(reports, "--reports")
-    given = {"store": store, "run_id": run_id, "new": new, "rerun": rerun, "ray_address": address}
-    settings = _settings(**given, local_ray_restarts=local_ray_restarts)
-    prepared = launch.prepare(file, recipe, overrides)
-    if only_plan:
+    folder = _folder(given.reports, "--reports")
+    settings = _settings(
+        **which, rerun=given.rerun, ray_address=given.address, local_ray_restarts=given.local_ray_restarts
+    )
+    prepared = launch.prepare(file, given.recipe, given.overrides)
+    if given.only_plan:
         from workflows.listing import show_plan
         from workflows.planning import plan
 

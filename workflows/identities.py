@@ -19,25 +19,15 @@ LARGE = 64 << 10
 REMEMBERED = 4
 
 
-def inputs_digest(arguments: Any) -> str:
-    """What a call's encoded {"args", "kwargs"} are, by value."""
-    return Identities().digest(arguments)
-
-
-def shown_arguments(arguments: Any) -> Any:
-    """The inputs as the journal keeps them for people; None where they are large even so."""
-    return Identities().shown(arguments)
-
-
 class Identities:
-    """The same for the calls of one run. Any thread may ask."""
+    """The inputs of a run's calls. Any thread may ask."""
 
     def __init__(self) -> None:
         self._large: OrderedDict[int, _Argument] = OrderedDict()
         self._lock = threading.Lock()
 
     def digest(self, arguments: Any) -> str:
-        """As `inputs_digest`."""
+        """What a call's encoded {"args", "kwargs"} are, by value."""
         texts = [self._argument(item).text for item in arguments["args"]]
         named = {name: self._argument(item).text for name, item in arguments["kwargs"].items()}
         return _joined_digest(texts, named)
@@ -49,7 +39,7 @@ class Identities:
         return _joined_digest(texts, named)
 
     def shown(self, arguments: Any) -> Any:
-        """As `shown_arguments`."""
+        """The inputs as the journal keeps them for people; None if they are large even so."""
         args = [self._argument(item).shown for item in arguments["args"][:21]]
         if len(arguments["args"]) > 20:
             args = brief(identity(arguments["args"]))

@@ -24,13 +24,11 @@ from infra.storage import Store
 from workflows.artifacts import Artifact, read_manifest
 from workflows.fingerprint import Fingerprint, Fingerprinter
 from workflows.graph import Step, StepOptions
-from workflows.identities import IDENTITY, Identities, inputs_digest, shown_arguments
+from workflows.identities import IDENTITY, Identities
 from workflows.indexer import Indexer
 from workflows.journal import read_journal
 from workflows.marks import KnownMarks
 from workflows.values import artifact_records, canonical, differences, named_arguments
-
-__all__ = ["Known", "ReuseIndex", "code_key", "content_key", "index_key", "inputs_digest", "shown_arguments"]
 
 FORMAT = 1
 INDEX_PAUSE_S = 0.02
@@ -113,7 +111,7 @@ class Known:
         return "identity" not in record and recorded == self._identities.earlier_digest(arguments)
 
     def shown_arguments(self, arguments: Any) -> Any:
-        """As identities.shown_arguments."""
+        """As `Identities.shown`."""
         return self._identities.shown(arguments)
 
     def forget(self, call_id: str) -> None:

@@ -6,7 +6,7 @@ walk ends: what comes after that depends on it.
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,9 @@ class PlannedCall:
     memory: int | None
     timeout: float | None
     needs: tuple[str, ...]
-    seconds: float | None
-    reused_from: str | None
     gang: str = ""
+    seconds: float | None = None
+    reused_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,26 +117,26 @@ class Planner:
             record = self._look_up(call_id, step, options, tree)
         if record is not None:
             self._results[call_id] = record["result"]
-        origin = None if record is None else record.get("run") or record.get("reused_from")
         pending = "would wait" if isinstance(step, Wait) else "would run"
         status = pending if record is None else "committed" if call_id in self._known.commits else "reusable"
-        resources = (options.num_cpus, options.num_gpus, options.memory, options.timeout)
-        seconds = None if record is None else record["seconds"]
-        gang = "" if options.gang is None else str(options.whole_gang())
-        self.calls.append(PlannedCall(call_id, step.name, status, *resources, needs, seconds, origin, gang))
+        planned = _planned(call_id, step, status, options, needs)
+        if record is not None:
+            origin = record.get("run") or record.get("reused_from")
+            planned = replace(planned, seconds=record["seconds"], reused_from=origin)
+        self.calls.append(planned)
 
     def map(self, call_id: str, step: Step[..., Any], options: StepOptions, items: Any, arguments: Any) -> None:
         fanout = fan_out(self, call_id, items, arguments)
         if any(need not in self._results for need in fanout.waits_for):
-            nothing = (options.num_cpus, options.num_gpus, options.memory, options.timeout)
             needs = tuple(dict.fromkeys([*fanout.waits_for, *fanout.shared]))
-            self.calls.append(PlannedCall(call_id, step.name, "known at run time", *nothing, needs, None, None))
+            self.calls.append(_planned(call_id, step, "known at run time", options, needs))
             return
         known = resolve_edges(fanout.items, self._results.__getitem__) if fanout.waits_for else fanout.items
         children = fanout.children(call_id, step.short_name, known)
         self._path.check_map(call_id, len(children))
         status = f"{len(children)} calls"
-        self.calls.append(PlannedCall(call_id, step.name, status, 0, 0, None, None, fanout.waits_for, None, None))
+        nothing = StepOptions(num_cpus=0)
+        self.calls.append(_planned(call_id, step, status, nothing, fanout.waits_for))
         for child in children:
             self._plan(child.call_id, step, options, child.arguments, child.needs)
         if all(child.call_id in self._results for child in children):
@@ -165,6 +165,22 @@ class Planner:
         if record is None and self._known.may_reuse(call_id, step, options):
             record = self._known.find(step, options, arguments, self._known.key(step, options, arguments))
         return record
+
+
+def _planned(
+    call_id: str, step: Step[..., Any], status: str, options: StepOptions, needs: tuple[str, ...]
+) -> PlannedCall:
+    return PlannedCall(
+        call_id,
+        step.name,
+        status,
+        num_cpus=options.num_cpus,
+        num_gpus=options.num_gpus,
+        memory=options.memory,
+        timeout=options.timeout,
+        needs=needs,
+        gang="" if options.gang is None else str(options.whole_gang()),
+    )
 
 
 def _free(path: Path) -> int:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from workflows.names import canonical_module, module_of_file
 
-Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 KNOWN_DECORATORS = {
     "abstractmethod", "cache", "cached_property", "classmethod", "contextmanager", "dataclass", "lru_cache", "overload",
     "override", "property", "remote", "staticmethod", "step", "total_ordering", "workflow", "wraps",

@@ -23,7 +23,7 @@ PROGRESS_PERIOD_S = 0.2
 _step: ContextVar["StepContext"] = ContextVar("recua_step")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StepContext:
     """One attempt of one call. `scratch_path` is a local folder that is made when `scratch` is first asked for."""
 
@@ -31,7 +31,6 @@ class StepContext:
     call_id: str
     attempt: int
     attempt_id: str
-    store_url: str
     scratch_path: Path
     store: Store
     source: ArtifactSource
@@ -43,6 +42,11 @@ class StepContext:
     """Whether `state_url` was asked for: the driver removes what is there after the commit."""
     _last_progress: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def store_url(self) -> str:
+        """Where the run is kept."""
+        return self.source.store_url
 
     @property
     def scratch(self) -> Path:

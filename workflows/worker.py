@@ -102,17 +102,16 @@ def _body(task: Payload, store: Store, scratch: Path, said: list[str]) -> dict[s
 
     source = ArtifactSource(task["store"], task["cache"])
     step_context = StepContext(
-        task["run"],
-        task["call"],
-        task["attempt"],
-        task["attempt_id"],
-        task["store"],
-        scratch,
-        store,
-        source,
-        tell,
-        functools.partial(_fault, task, "artifact.upload"),
-        bool(task.get("nodes_come")),
+        run_id=task["run"],
+        call_id=task["call"],
+        attempt=task["attempt"],
+        attempt_id=task["attempt_id"],
+        scratch_path=scratch,
+        store=store,
+        source=source,
+        send=tell,
+        on_file=functools.partial(_fault, task, "artifact.upload"),
+        nodes_come=bool(task.get("nodes_come")),
     )
     _check_lease(task, store, sender)
     alarm.set(show)

@@ -4,6 +4,7 @@ import gc
 import math
 import re
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 
 from infra.bundles import unplaceable
 from infra.errors import ConfigError, UserError
+from infra.storage import open_store
 from workflows import planning
+from workflows.artifacts import ArtifactSource
 from workflows.config import RunSettings
 from workflows.gangs import Gang
 from workflows.graph import StepOptions, running, step, workflow
@@ -225,15 +228,30 @@ def test_dynamic_names_and_ordinals_never_meet() -> None:
             doubled.options(name="x").map([1])
 
 
+def context_of(tmp_path: Path, send: Callable[[dict[str, Any]], None] = print) -> StepContext:
+    store, source = open_store(tmp_path), ArtifactSource(str(tmp_path), "")
+    return StepContext(
+        run_id="r",
+        call_id="doubled[0]",
+        attempt=1,
+        attempt_id="a",
+        scratch_path=tmp_path,
+        store=store,
+        source=source,
+        send=send,
+        on_file=print,
+    )
+
+
 def test_dynamic_a_body_without_a_gang_has_no_group(tmp_path: Path) -> None:
-    context = StepContext("r", "doubled[0]", 1, "a", "", tmp_path, None, None, print, print)  # type: ignore[arg-type]
+    context = context_of(tmp_path)
     with pytest.raises(UserError, match=r"doubled\[0\] has no placement group: ask for one with @step\(gang=...\)"):
         context.placement_group()
 
 
 def test_dynamic_progress_takes_numbers_of_other_libraries_and_refuses_what_is_none(tmp_path: Path) -> None:
     sent: list[Any] = []
-    told = StepContext("r", "a[0]", 1, "a", "", tmp_path, None, None, sent.append, print)  # type: ignore[arg-type]
+    told = context_of(tmp_path, sent.append)
     told.progress(np.int64(10), np.int32(10), loss=np.float32(0.5), kl=math.nan)
     assert sent[-1]["done"] == sent[-1]["total"] == 10 and sent[-1]["metrics"]["loss"] == 0.5
     assert all(type(value) is float for value in [sent[-1]["done"], sent[-1]["total"], *sent[-1]["metrics"].values()])

@@ -237,7 +237,15 @@ def test_a_name_that_cannot_be_a_folder_is_refused(name: str, tmp_path: Path) ->
     store = open_store(tmp_path / "store")
     source = ArtifactSource(store.url, str(tmp_path / "cache"))
     step = StepContext(
-        "r", "f[0]", 1, "1", store.url, tmp_path, store, source, send=lambda event: None, on_file=lambda: None
+        run_id="r",
+        call_id="f[0]",
+        attempt=1,
+        attempt_id="1",
+        scratch_path=tmp_path,
+        store=store,
+        source=source,
+        send=lambda event: None,
+        on_file=lambda: None,
     )
     with pytest.raises(UserError, match=r"artifact name|a file name at most 255"):
         step.artifact(name)

@@ -14,7 +14,7 @@ from workflows import identities, session
 from workflows.artifacts import Artifact
 from workflows.fanout import fan_out
 from workflows.graph import EACH, Future, edges_of, resolve_edges, step, workflow
-from workflows.identities import Identities, inputs_digest, shown_arguments
+from workflows.identities import Identities
 from workflows.journal import Journal
 from workflows.known import Known, content_key, index_key
 from workflows.values import canonical, digest, earlier_identity, encode, identity
@@ -173,7 +173,7 @@ def test_a_commit_of_an_older_version_is_resumed(tmp_path: Path) -> None:
     assert knows.committed("deploy[0]", deploy, deploy.default, arguments(model(0.5))) is record
     with pytest.raises(NonDeterminismError):
         knows.committed("deploy[0]", deploy, deploy.default, {"args": [model(0.5), 1], "kwargs": {}})
-    new = {**record, "inputs": inputs_digest(arguments(model(0.5)))}
+    new = {**record, "inputs": Identities().digest(arguments(model(0.5)))}
     with pytest.raises(NonDeterminismError):
         known(store, {"deploy[0]": new}).committed("deploy[0]", deploy, deploy.default, arguments(model(0.9)))
 
@@ -190,8 +190,8 @@ GIVEN: list[dict[str, Any]] = [
 def test_digests_from_parts_are_those_of_the_whole(given: Any) -> None:
     together = Identities()
     for _ in range(2):
-        assert together.digest(given) == inputs_digest(given) == digest(given)
-        assert together.shown(given) == shown_arguments(given)
+        assert together.digest(given) == Identities().digest(given) == digest(given)
+        assert together.shown(given) == Identities().shown(given)
     earlier = hashlib.sha256(canonical(earlier_identity(given))).hexdigest()
     assert together.earlier_digest(given) == earlier
 

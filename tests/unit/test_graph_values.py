@@ -26,7 +26,8 @@ from infra.storage import FolderStore, open_store
 from workflows import graph
 from workflows.artifacts import Artifact, ArtifactSource
 from workflows.graph import Step, StepOptions, parse_memory, resolve_edges, step, workflow
-from workflows.known import Known, inputs_digest, shown_arguments
+from workflows.identities import Identities
+from workflows.known import Known
 from workflows.values import canonical, decode, differences, digest, earlier_identity, encode, identity, one_line
 
 T = TypeVar("T")
@@ -541,7 +542,7 @@ def test_changed_inputs_are_named_with_both_values(tmp_path: Path) -> None:
         )
 
     before = arguments(0.5, 1, "a")
-    record = {"step": learn.name, "inputs": inputs_digest(before), "arguments": shown_arguments(before)}
+    record = {"step": learn.name, "inputs": Identities().digest(before), "arguments": Identities().shown(before)}
     known.commits["learn[0]"] = record
     with pytest.raises(NonDeterminismError) as changed:
         known.committed("learn[0]", learn, learn.default, arguments(0.25, 2, "a"))

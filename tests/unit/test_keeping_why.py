@@ -12,8 +12,9 @@ import pytest
 from infra.storage import FolderStore
 from workflows import cli
 from workflows.graph import Step, StepOptions
+from workflows.identities import Identities
 from workflows.journal import Journal
-from workflows.known import Known, index_key, inputs_digest, shown_arguments
+from workflows.known import Known, index_key
 from workflows.names import load_name
 from workflows.runs import find_steps, load_run
 from workflows.why import Reasons, Why
@@ -72,8 +73,8 @@ class Bench:
         key, code = known.key(step, StepOptions(), arguments), known.fingerprint(step, StepOptions()).code
         self._clock += 10
         record = {"type": "commit", "call": call, "step": step.name, "key": key, "code": code, "result": result}
-        record |= {"libraries": known.libraries_of(code), "inputs": inputs_digest(arguments), "seconds": 1.0}
-        record |= {"arguments": shown_arguments(arguments), "started": self._clock - 1, "ended": self._clock}
+        record |= {"libraries": known.libraries_of(code), "inputs": Identities().digest(arguments), "seconds": 1.0}
+        record |= {"arguments": Identities().shown(arguments), "started": self._clock - 1, "ended": self._clock}
         entry = {"format": 1, "run": run_id, "key": key, "result": result}
         self.store.put(index_key(key), json.dumps(entry).encode())
         return {**record, "node": "", "attempt": 1, "attempt_id": call, **more}
