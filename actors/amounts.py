@@ -5,12 +5,17 @@ each stage of what there is. Imports no torch.
 import logging
 
 from actors.config import PpoSettings, RewardSettings
+from engines.config import LearnerSettings
 from infra.errors import ConfigError, DataError, UserError
 
 log = logging.getLogger(__name__)
 
 FEWEST_PAIRS = 2
 """Preference pairs that a reward model needs: one to learn from and one to be measured on."""
+
+
+MOST_SAMPLES = 10**8
+"""Samples of one stage whose order fits memory."""
 
 
 def sample_count(count: int, epochs: float) -> int:
@@ -22,8 +27,13 @@ def require_steps(section: str, epochs: float, count: int, what: str) -> None:
     """Refuse passes over `count` samples (`what` names them) that make no optimizer step.
 
     Raises:
-        ConfigError: `section`.epochs is too small.
+        ConfigError: `section`.epochs is too small, or so large that the order of its samples fits no memory.
     """
+    if sample_count(count, epochs) > MOST_SAMPLES:
+        raise ConfigError(
+            f"{section}.epochs = {epochs:g} of {count} {what} are {count * epochs:g} samples, at most {MOST_SAMPLES:g} "
+            "can be planned: lower it"
+        )
     if sample_count(count, epochs) < 1:
         raise ConfigError(
             f"{section}.epochs = {epochs:g} of {count} {what} makes no optimizer step: raise it above {0.5 / count:g}, "
@@ -67,6 +77,15 @@ def require_rollouts(settings: PpoSettings) -> None:
         log.warning(
             "ppo.critic_warmup_steps = %d leaves no step of ppo.steps = %d to the policy: it stays as it is",
             settings.critic_warmup_steps, settings.steps,
+        )  # fmt: skip
+
+
+def tell_long_warmup(setting: str, optimizer: LearnerSettings, steps: int) -> None:
+    """Log where a stage's steps (`steps` at most) end before its learning rate has reached its peak."""
+    if optimizer.warmup_steps > steps:
+        log.warning(
+            "%s.warmup_steps = %d is above the %d optimizer steps that there are at most: the learning rate never "
+            "reaches its peak", setting, optimizer.warmup_steps, steps,
         )  # fmt: skip
 
 

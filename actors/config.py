@@ -254,11 +254,20 @@ class DpoSettings(Settings):
     loss: Literal["dpo", "ipo", "cdpo"] = "dpo"
     """Which preference loss."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """cDPO's flip probability."""
+    """cDPO's flip probability, for `loss = "cdpo"` only."""
     nll_weight: float = Field(default=0.2, ge=0)
     """Weight of the negative log-likelihood of the chosen answer (Llama 3: 0.2)."""
     mask_format_tokens: bool = True
     """Leave header and terminator tokens out of the preference term (Llama 3)."""
+
+    @model_validator(mode="after")
+    def _smoothing_is_used(self) -> "DpoSettings":
+        if self.label_smoothing and self.loss != "cdpo":
+            raise ValueError(
+                f'label_smoothing {self.label_smoothing:g} is not read by loss "{self.loss}": set loss = "cdpo", or '
+                "leave it out"
+            )
+        return self
 
 
 class PpoSettings(Settings):
@@ -300,6 +309,11 @@ class PpoSettings(Settings):
     """Weight of the task's own checker beside the whitened reward-model score, where a task has one."""
     reward_weight: float = Field(default=0.2, ge=0)
     """Weight of the reward models' score where a checker exists too; without a checker the score counts whole."""
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the whole stage."""
+        return -(-self.batch_size * self.answers // self.mini_batch_size) * self.epochs * self.steps
 
 
 class EvalSettings(Settings):

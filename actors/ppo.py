@@ -56,9 +56,9 @@ def optimise_policy(
     require_rollouts(settings)
     if not problems:
         raise DataError("no prompt for PPO: raise problems.prompts")
-    updates = -(-settings.batch_size * settings.answers // settings.mini_batch_size) * settings.epochs * settings.steps
-    learners.open(POLICY, models.policy, settings.policy.model_copy(update={"total_steps": updates}))
-    learners.open(CRITIC, models.critic, settings.critic.model_copy(update={"total_steps": updates}), head="scalar")
+    whole = {"total_steps": settings.updates}
+    learners.open(POLICY, models.policy, settings.policy.model_copy(update=whole))
+    learners.open(CRITIC, models.critic, settings.critic.model_copy(update=whole), head="scalar")
     learners.open(REFERENCE, models.policy)
     prompts = epoch_batches(
         len(problems), settings.batch_size, settings.steps * settings.batch_size / len(problems), seed

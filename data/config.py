@@ -11,7 +11,7 @@ from infra.config import Settings
 class TaskSettings(Settings):
     """Made tasks with checkable answers. The sizes decide how hard each kind is for a small model."""
 
-    kinds: dict[str, Annotated[float, Field(ge=0)]] = Field(
+    kinds: dict[str, Annotated[float, Field(ge=0, le=1e9)]] = Field(
         default={
             "reasoning/addition": 4.0,
             "reasoning/subtraction": 2.0,
@@ -61,6 +61,13 @@ class TaskSettings(Settings):
         if not any(kinds.values()):
             raise ValueError("no kind has a positive weight")
         return kinds
+
+    @field_validator("letters_alphabet")
+    @classmethod
+    def _letters(cls, alphabet: str) -> str:
+        if len(set(alphabet)) < 2 or not alphabet.isalpha():
+            raise ValueError(f"{alphabet!r} must be two different letters or more, and nothing else")
+        return alphabet
 
 
 class CleaningSettings(Settings):

@@ -277,6 +277,8 @@ def _explain(problem: Any, schema: type[Settings]) -> str:
         return f"{name or 'recipe'}: {str(problem['msg']).removeprefix('Value error, ')}"
     given = problem.get("input")
     quotes = "; write it in quotes" if problem["type"] == "string_type" and not isinstance(given, (list, dict)) else ""
+    if problem["type"] in ("tuple_type", "list_type") and isinstance(given, str):
+        quotes = f"; write a list: [{json.dumps(given)}]"
     shown = json.dumps(given, default=str)
     if len(shown) > 80:
         shown = shown[:77] + "..."

@@ -155,7 +155,9 @@ def read_tree(folder: str | Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         refuse_adapter(folder)
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder, so that config.json is missing")
+            hub = len(folder.parts) == 2 and not folder.is_absolute()
+            fetch = f"; a model of the Hub is downloaded first: hf download {folder} --local-dir FOLDER" if hub else ""
+            raise CheckpointError(f"{folder}: no such folder, so that config.json is missing{fetch}")
         raise CheckpointError(f"no model in {folder}: config.json is missing (was the folder written to its end?)")
     tree = read_object(folder / "config.json")
     for key in ("quantization_config", "compression_config"):

@@ -3,7 +3,7 @@
 Imports neither torch nor ray, so that a mistake in a recipe is reported in well under a second.
 """
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -28,15 +28,17 @@ if TYPE_CHECKING:
     from models.llama import LlamaConfig
 
 LONGEST_STAGE_NAME = 200
+Name = Annotated[str, Field(min_length=1)]
+"""Of a folder or a preset: nothing would mean the folder that the run was started in."""
 
 
 class ModelSettings(Settings):
     """The network: a preset by name, or sizes; or an HF folder to start from, which skips pretraining."""
 
-    init_from: str | None = None
+    init_from: Name | None = None
     """An HF folder with weights and tokenizer. Pretraining is skipped. Chats are rendered in Llama 3's or Llama 2's
     format, whichever its tokenizer has the tokens of: the folder has that chat template, or none."""
-    preset: str | None = None
+    preset: Name | None = None
     """A size by name, e.g. "llama3-8b" (see `models.presets`); the sizes below are then ignored."""
     dim: int = Field(default=128, ge=8)
     """Width of the residual stream."""
@@ -111,7 +113,7 @@ class ProblemSettings(Settings):
 class TokenizerSettings(Settings):
     """The tokenizer: trained on the corpus, or taken from a folder."""
 
-    folder: str | None = None
+    folder: Name | None = None
     """A tokenizer folder (HF tokenizer.json, Llama 3 tiktoken or SentencePiece model) to use as it is."""
     vocab_size: int = Field(default=512, ge=288)
     """Tokens of the BPE that is trained when no folder is given."""

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.amounts import held_out_pairs, require_rollouts, require_steps, sample_count
+from actors.amounts import held_out_pairs, require_rollouts, require_steps, sample_count, tell_long_warmup
 from actors.batches import epoch_batches
 from actors.config import DpoSettings, PpoSettings, RewardSettings, SftSettings
 from actors.conversation import Answer
@@ -16,6 +16,7 @@ from actors.ppo import PpoModels, optimise_policy
 from actors.reward_model import train_reward_model
 from actors.sft import fine_tune
 from data.tasks import Problem
+from engines.config import LearnerSettings
 from infra.errors import ConfigError, DataError, UserError
 
 SIDE = {"ids": [1, 2, 3], "mask": [0, 1, 1], "length": 3}
@@ -153,3 +154,19 @@ def test_a_policy_that_only_waits_for_its_critic_is_told_of(caplog: pytest.LogCa
     assert not caplog.messages
     require_rollouts(PpoSettings(steps=2, critic_warmup_steps=2))
     assert "ppo.critic_warmup_steps = 2 leaves no step of ppo.steps = 2 to the policy" in caplog.text
+
+
+def test_a_warmup_longer_than_its_stage_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    tell_long_warmup("sft.optimizer", LearnerSettings(warmup_steps=10), 10)
+    assert not caplog.messages
+    tell_long_warmup("sft.optimizer", LearnerSettings(warmup_steps=11), 10)
+    assert "sft.optimizer.warmup_steps = 11 is above the 10 optimizer steps that there are at most" in caplog.text
+    assert PpoSettings(batch_size=5, answers=2, mini_batch_size=4, epochs=2, steps=3).updates == 3 * 2 * 3
+
+
+def test_more_samples_than_can_be_planned_are_refused() -> None:
+    require_steps("sft", 1e6, 100, "examples")
+    with pytest.raises(
+        ConfigError, match=r"sft\.epochs = 1e\+06 of 101 examples are 1\.01e\+08 samples, at most 1e\+08"
+    ):
+        require_steps("sft", 1e6, 101, "examples")

@@ -1,8 +1,9 @@
 """Before a run starts: can every stage learn anything from what there is at most? Later only less can turn up."""
 
+import math
 from typing import TYPE_CHECKING
 
-from actors.amounts import held_out_pairs, require_rollouts, require_steps
+from actors.amounts import held_out_pairs, require_rollouts, require_steps, sample_count, tell_long_warmup
 from data.config import CorpusSettings
 from infra.errors import ConfigError, DataError
 from workflows.recipe import PretrainRecipe, Recipe
@@ -32,7 +33,8 @@ def check_amounts(recipe: Recipe, corpus: "Summary", instructions: "Summary") ->
             "are 0, and problems.instruction_files names none"
         )
     require_steps("sft", recipe.sft.epochs, examples, "examples")
-    held_out_pairs(recipe.reward, min(recipe.preferences.prompts, problems.prompts))
+    pairs = min(recipe.preferences.prompts, problems.prompts)
+    held_out_pairs(recipe.reward, pairs)
     held_out_pairs(recipe.reward, min(recipe.preferences.safety_prompts, problems.safety_prompts))
     kept = min(recipe.rejection.prompts, problems.prompts + problems.safety_prompts)
     require_steps(
@@ -40,6 +42,16 @@ def check_amounts(recipe: Recipe, corpus: "Summary", instructions: "Summary") ->
     )
     require_steps("dpo", recipe.dpo.epochs, kept, "pairs (one for each prompt of rejection.prompts)")
     require_rollouts(recipe.ppo)
+    for section, stage, samples in (
+        ("sft", recipe.sft, examples),
+        ("reward", recipe.reward, pairs),
+        ("rejection_sft", recipe.rejection_sft, kept),
+        ("dpo", recipe.dpo, kept),
+    ):
+        steps = math.ceil(sample_count(samples, stage.epochs) / stage.batch_size)
+        tell_long_warmup(f"{section}.optimizer", stage.optimizer, steps)
+    tell_long_warmup("ppo.policy", recipe.ppo.policy, recipe.ppo.updates)
+    tell_long_warmup("ppo.critic", recipe.ppo.critic, recipe.ppo.updates)
 
 
 def require_held_out_problems(recipe: Recipe) -> None:
@@ -78,7 +90,8 @@ def check_pretraining_amounts(recipe: PretrainRecipe, corpora: "dict[str, Summar
 
 def _require_window(section: str, length: int, where: str, settings: CorpusSettings, files: "Summary") -> None:
     """Whether the text can fill one row: no tokenizer makes more tokens than bytes."""
-    most = files.text_bytes + MARKS * files.rows + settings.stdlib_bytes * 5 // 4  # with the marks
+    library = settings.stdlib_bytes if settings.stdlib_parts else 0
+    most = files.text_bytes + MARKS * files.rows + library * 5 // 4  # with the marks
     if most < length + 1:
         raise DataError(
             f"{section}.sequence_length = {length}: {where}.files and {where}.stdlib_bytes give {most} tokens at most, "
