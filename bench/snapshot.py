@@ -38,7 +38,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from actors.pretrain_batches import next_token_loss
+from actors.pretrain.batches import next_token_loss
 from engines.collectives.ranks import Ranks
 from engines.config import LearnerSettings
 from engines.elastic.torch_learner import LlamaConfig, TorchLearner, build

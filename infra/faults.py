@@ -7,7 +7,7 @@ time it comes by that point; hit `*` is every time. It comes as an argument, or 
 Points of the graph: `executor.body` (inside a step's body), `artifact.upload` (between two files of an artifact),
 `executor.before-commit` (a body has ended, its commit is not written), `executor.after-commit` (the commit is
 written, nobody has been told), `executor.between-steps` (the workflow asks for its next step). Points of pretraining
-are in `actors.pretrain_points`.
+are in `actors.pretrain.fault_points`.
 
 Actions on the process: `kill` (SIGKILL), `stop` (SIGSTOP), `interrupt` (SIGINT). On the thread that comes by: `fault`
 (raise SystemFault), `error` (raise RuntimeError), `slow` (compute `SLOW_S` longer), `spin` (an endless loop in Python),

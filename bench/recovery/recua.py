@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from actors.pretrain import in_words
+from actors.pretrain.lead import in_words
 from bench.recovery.course import Course
 from bench.recovery.job import BATCH, CLIP, LEARNING_RATE, MODEL, RANKS, THREADS, TOKENS
 
@@ -54,7 +54,7 @@ class Ear:
 def measure(case: str, folder: Path, kills: int) -> tuple[Course, dict[str, Any]]:
     """One run under fire, in `folder` (see `job.prepare`), and the controller's own pauses and lost steps."""
     from actors.config import PretrainSettings
-    from actors.pretrain import pretrain
+    from actors.pretrain.lead import pretrain
     from cluster.core.history import GroupJournal
     from engines.config import LearnerSettings
     from infra.storage import open_store

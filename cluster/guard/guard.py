@@ -26,8 +26,8 @@ from cluster.policies.rollback import Rollback, SavedState, after_corruption
 
 @dataclass(frozen=True)
 class Finding:
-    """`said` is for people: (kind, facts), see actors.pretrain; `event` for the core; `back`: training has gone wrong
-    after step `step`, and `guilty` workers are to be replaced."""
+    """`said` is for people: (kind, facts), see actors.pretrain.lead; `event` for the core; `back`: training has gone
+    wrong after step `step`, and `guilty` workers are to be replaced."""
 
     said: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     event: m.Event | None = None

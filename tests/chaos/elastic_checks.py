@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from actors.step_log import read_steps
+from actors.pretrain.step_log import read_steps
 from cluster.node.beacons import SUFFIX
 from cluster.workers.named_actors import NAMESPACE
 from data.config import BatchSettings

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from actors.config import PretrainSettings
-from actors.pretrain import pretrain
+from actors.pretrain.lead import pretrain
 from infra.errors import RecuaError
 from models.llama import LlamaConfig
 

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from actors.config import PretrainSettings
-from actors.pretrain_batches import BatchLoader, next_token_loss
-from actors.pretrain_job import PretrainJob, recipe_of
+from actors.pretrain.batches import BatchLoader, next_token_loss
+from actors.pretrain.job import PretrainJob, recipe_of
 from engines.collectives.process_groups import Rendezvous, host_store
 from engines.elastic.learner import ElasticLearner
 from models.llama import LlamaConfig

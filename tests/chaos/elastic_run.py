@@ -1,7 +1,7 @@
 """One run of the elastic campaign: drivers are started until one has finished, while faults come by the schedule.
 
 Faults from outside are due when the rank that their point belongs to stands still there: the file that says so appears
-in the state folder (see `actors.pretrain_points`).
+in the state folder (see `actors.pretrain.fault_points`).
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Which faults hit a pretraining, and when: a function of the seed, without Ray or torch.
 
-A fault waits at a named point (see `actors.pretrain_points`) of one rank. Kinds of the process itself happen right
-there. For the others the rank stands still there for a moment, and the campaign does the rest from outside: it kills
-nodes, drivers and agents, flips bits, drains, disturbs the store.
+A fault waits at a named point (see `actors.pretrain.fault_points`) of one rank. Kinds of the process itself happen
+right there. For the others the rank stands still there for a moment, and the campaign does the rest from outside: it
+kills nodes, drivers and agents, flips bits, drains, disturbs the store.
 
 Faults are dealt like cards: each of the cells (kind x phase) once to the `HANDS` runs of a deck, then again. So any
 stretch of seeds has about as many of each.

@@ -20,7 +20,7 @@ import ray
 from click.testing import CliRunner
 from ray.cluster_utils import Cluster
 
-from actors.step_log import read_steps
+from actors.pretrain.step_log import read_steps
 from cluster.core.history import KEY
 from cluster.node.beacons import BeaconReader, Record
 from cluster.node.host_memory import BEACONS, OWNER, PULSE_FRESH_S, node_root

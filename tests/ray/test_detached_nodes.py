@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from actors.config import PretrainSettings
-from actors.pretrain import pretrain
+from actors.pretrain.lead import pretrain
 from cluster.core.history import GroupJournal
 from cluster.node.host_memory import OWNER, group_folder, living_workers, node_root
 from cluster.workers.named_actors import NAMESPACE

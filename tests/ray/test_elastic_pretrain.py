@@ -16,8 +16,8 @@ import ray
 import torch
 
 from actors.config import PretrainSettings
-from actors.handover import Folder
-from actors.pretrain import PretrainResult, pretrain
+from actors.pretrain.handover import Folder
+from actors.pretrain.lead import PretrainResult, pretrain
 from cluster.controller.fleet import AGENT_STARTS, AgentLost, Fleet, WorkerKind
 from cluster.core.history import GroupJournal
 from cluster.goodput.accounts import GroupReport, read_run

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from actors.pretrain_batches import NO_TARGET, next_token_loss
+from actors.pretrain.batches import NO_TARGET, next_token_loss
 from data.config import BatchSettings
 from data.loader import Loader
 from data.mixture import Mixture, Source

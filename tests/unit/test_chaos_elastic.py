@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from actors.pretrain import fell_short, in_words
-from actors.pretrain_batches import next_token_loss
-from actors.pretrain_job import ReplicaPlace
-from actors.pretrain_points import FaultPoints
-from actors.pretrain_task import PretrainTask
-from actors.step_log import StepLog, read_steps
+from actors.pretrain.batches import next_token_loss
+from actors.pretrain.fault_points import FaultPoints
+from actors.pretrain.job import ReplicaPlace
+from actors.pretrain.lead import fell_short, in_words
+from actors.pretrain.step_log import StepLog, read_steps
+from actors.pretrain.task import PretrainTask
 from cluster.config import ElasticSettings
 from cluster.controller.fleet import AgentLost, Fleet, WorkerKind
 from cluster.controller.join_board import JoinBoard
@@ -327,7 +327,7 @@ def test_chaos_undone_rows_are_taken_back_at_once(tmp_path: Path) -> None:
 
 def test_chaos_an_agent_that_was_replaced_is_asked_again_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its predecessor's replica server is gone: shards sent there would have no replica."""
-    monkeypatch.setattr("actors.pretrain_task.ray.get", lambda reference, timeout: reference)
+    monkeypatch.setattr("actors.pretrain.task.ray.get", lambda reference, timeout: reference)
 
     class Agent:
         def __init__(self, port: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.doubts import Doubts
+from actors.pretrain.loss_doubts import Doubts
 from cluster.config import ElasticSettings
 from cluster.policies.rollback import Doubt, SavedState, doubt_of, judge_step
 from cluster.policies.snapshot import SnapshotBook, choose

@@ -131,7 +131,7 @@ def _new(kind: type, *given: Any) -> None:
 def _starts() -> dict[str, Callable[[], Any]]:
     from actors.generator_worker import GeneratorWorker
     from actors.pools import PoolKeeper
-    from actors.pretrain_worker import PretrainRank
+    from actors.pretrain.rank import PretrainRank
     from cluster.node.agent import NodeAgent
     from cluster.workers.seat import Worker
     from engines.vllm import process

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actors.rank_time import Aborted, RankTime
+from actors.pretrain.rank_time import Aborted, RankTime
 from cluster.controller.fault_times import FaultTimes
 from cluster.core import messages as m
 from cluster.goodput.accounts import (

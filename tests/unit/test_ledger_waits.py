@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from elastic_group import MODEL, SETTINGS, micro_batch, quick_start
 
-from actors.pretrain_batches import next_token_loss
-from actors.rank_time import Aborted, RankTime
+from actors.pretrain.batches import next_token_loss
+from actors.pretrain.rank_time import Aborted, RankTime
 from cluster.goodput.stopwatch import Stopwatch
 from engines.collectives.process_groups import ProcessGroups, Rendezvous, StoreAddress, host_store
 from engines.collectives.ranks import Ranks

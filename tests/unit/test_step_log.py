@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from actors import step_log
-from actors.step_log import CHUNK, StepLog, read_steps
+from actors.pretrain import step_log
+from actors.pretrain.step_log import CHUNK, StepLog, read_steps
 from infra.errors import StoreError
 from infra.storage import FolderStore, Store, open_store
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from actors.config import PretrainSettings
-from actors.pretrain_batches import BatchLoader, next_token_loss
-from actors.pretrain_job import PretrainJob
+from actors.pretrain.batches import BatchLoader, next_token_loss
+from actors.pretrain.job import PretrainJob
 from algorithms.logprobs import token_logprobs
 from algorithms.sft import sft_loss
 from data.tokenized import write_shards

@@ -55,8 +55,8 @@ def pretrain(
 ) -> Trained:  # fmt: skip
     """Next-token training on an elastic group of ranks: a fault costs at most one step. From scratch, or from the model
     folder `base`, whose config then holds but for `changes`."""
-    from actors.pretrain import in_words
-    from actors.pretrain import pretrain as run_pretrain
+    from actors.pretrain.lead import in_words
+    from actors.pretrain.lead import pretrain as run_pretrain
     from data.tokenized import token_count
     from models.hf_format import read_config
     from models.tokenizer import load_tokenizer

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actors.config import PretrainSettings
-from actors.handover import Folder, local
+from actors.pretrain.handover import Folder, local
 from engines.collectives.process_groups import StoreAddress
 from engines.config import SnapshotSettings
 from engines.elastic.learner import Recipe
@@ -13,14 +13,14 @@ from engines.elastic.torch_learner import LlamaConfig
 
 @dataclass(frozen=True)
 class PretrainJob:
-    """What every rank is told at its birth; see `actors.pretrain.pretrain`."""
+    """What every rank is told at its birth; see `actors.pretrain.lead.pretrain`."""
 
     tokens: Folder
     tokenizer: Folder
     model: LlamaConfig
     settings: PretrainSettings
     out: Path | None
-    """Where the model goes; None: into the state's store (`actors.handover`)."""
+    """Where the model goes; None: into the state's store (`actors.pretrain.handover`)."""
     state: str
     seed: int
     faults: str = ""

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from actors.pretrain_job import Order, ReplicaPlace
+from actors.pretrain.job import Order, ReplicaPlace
 from cluster.config import ElasticSettings
 from cluster.controller.fleet import Fleet
 from cluster.core.history import GroupHistory

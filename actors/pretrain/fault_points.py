@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from actors.flips import answered_wrongly, flip_weight
+from actors.pretrain.bit_flips import answered_wrongly, flip_weight
 from engines.base import Batch, LossFn
 from engines.elastic.learner import ElasticLearner
 from infra.faults import FaultSchedule

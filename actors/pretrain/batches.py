@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from actors.handover import local
-from actors.pretrain_job import PretrainJob
+from actors.pretrain.handover import local
+from actors.pretrain.job import PretrainJob
 from data.config import BatchSettings
 from data.loader import DataLoader
 from data.mixture import SampleIds

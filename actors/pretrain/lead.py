@@ -19,11 +19,11 @@ from typing import Any
 import ray
 
 from actors.config import PretrainSettings
-from actors.handover import Folder, take_over
-from actors.pretrain_job import PretrainJob
-from actors.pretrain_task import PretrainAgent, PretrainTask
-from actors.pretrain_worker import PretrainRank
-from actors.step_log import StepLog
+from actors.pretrain.handover import Folder, take_over
+from actors.pretrain.job import PretrainJob
+from actors.pretrain.rank import PretrainRank
+from actors.pretrain.step_log import StepLog
+from actors.pretrain.task import PretrainAgent, PretrainTask
 from cluster.controller.fleet import Fleet, WorkerKind
 from cluster.controller.lead import GroupController, Listener
 from cluster.controller.metrics import metered

@@ -3,7 +3,7 @@
 Who waits for whom: the training thread waits for the controller's word (`join`), and then for its peers in collectives.
 The actor's methods only leave words and return at once, except `abort`, which wakes the training thread wherever it
 waits. What comes of it all is in the beacon, for whoever leads the group then. Where tests break it is said in
-`actors.pretrain_points`.
+`actors.pretrain.fault_points`.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ import psutil
 import ray
 import torch
 
-from actors.burning_in import BurningIn
-from actors.doubts import Doubts
-from actors.handover import hand_over
-from actors.pretrain_batches import BatchLoader, Texts, mean_loss, next_token_loss, open_texts
-from actors.pretrain_job import Order, PretrainJob, recipe_of
-from actors.pretrain_points import FaultPoints
-from actors.proving import Prover
-from actors.rank_time import Aborted, RankTime
+from actors.pretrain.batches import BatchLoader, Texts, mean_loss, next_token_loss, open_texts
+from actors.pretrain.burn_in import BurningIn
+from actors.pretrain.fault_points import FaultPoints
+from actors.pretrain.handover import hand_over
+from actors.pretrain.job import Order, PretrainJob, recipe_of
+from actors.pretrain.loss_doubts import Doubts
+from actors.pretrain.proofs import Prover
+from actors.pretrain.rank_time import Aborted, RankTime
 from cluster.goodput.own_time import OwnTime
 from cluster.goodput.stopwatch import Stopwatch
 from cluster.node.beacons import SUFFIX, BeaconWriter
