@@ -13,6 +13,7 @@ import re
 import time
 from base64 import b64encode
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ Json = dict[str, Any]
 PAGE = Path(__file__).parent / "service" / "page"
 MOST_DETAILS = 200
 """So many steps are told of in full, failed ones first; the others are in the graph, the table and the timeline."""
+READERS = 8
+"""Threads that read the store, which may be far away."""
 LOG_BYTES = 32 << 10
 """So much of the end of each log."""
 IMPORT = re.compile(r'^import \{ (.+) \} from "\./(\w+)\.js";$', re.MULTILINE)
@@ -89,19 +92,22 @@ def _stored(store: Store, run_id: str) -> Json:
     cache = views.RunCache()
     steps = views.steps(cache, store, run_id)
     first = sorted(steps["steps"], key=lambda row: row["status"] != "failed")[:MOST_DETAILS]
-    details = {row["id"]: views.step(cache, store, run_id, row["id"]) for row in first}
-    logs = [_log(cache, store, run_id, "")]
-    for call, detail in details.items():
-        logs += [_log(cache, store, run_id, call, attempt["id"]) for attempt in reversed(detail["tries"])]
-        if not detail["tries"]:  # a reused call has the log of the run that made it
-            logs.append(_log(cache, store, run_id, call))
+    with ThreadPoolExecutor(READERS) as pool:
+        told = list(pool.map(lambda row: _in_full(cache, store, run_id, row["id"]), first))
     return {
         "run": views.run(cache, store, run_id),
         "steps": steps,
-        "step": details,
-        "log": logs,
+        "step": {detail["id"]: detail for detail, _ in told},
+        "log": [_log(cache, store, run_id, ""), *(log for _, logs in told for log in logs)],
         "metrics": views.metrics(cache, store, run_id),
     }
+
+
+def _in_full(cache: views.RunCache, store: Store, run_id: str, call: str) -> tuple[Json, list[Json]]:
+    """One step, and the logs of its attempts, the last one first. A reused one has the log of the run that made it."""
+    detail = views.step(cache, store, run_id, call)
+    attempts = [attempt["id"] for attempt in reversed(detail["tries"])] or [""]
+    return detail, [_log(cache, store, run_id, call, attempt) for attempt in attempts]
 
 
 def _log(cache: views.RunCache, store: Store, run_id: str, call: str, attempt: str = "") -> Json:

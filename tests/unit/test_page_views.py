@@ -338,6 +338,14 @@ def test_curves_of_results_and_of_the_history(store: Store, cache: views.RunCach
     assert views.metrics(cache, store, "r", "b")["curves"] == []
 
 
+def test_curves_of_several_stages_in_one_file_stay_apart(store: Store, cache: views.RunCache) -> None:
+    rows = [{"stage": stage, "step": 1, "loss": value} for stage, value in (("warm-up", 2.0), ("main", 1.0))]
+    store.put("somewhere/m/data/metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+    stores.open_run(store, "r").append([commit("a", result=artifact("m", "metrics"))])
+    curves = views.metrics(cache, store, "r")["curves"]
+    assert {curve["name"]: curve["y"] for curve in curves} == {"warm-up loss": [2.0], "main loss": [1.0]}
+
+
 def test_a_thinned_curve_keeps_its_ends_and_its_peaks() -> None:
     points: list[tuple[float, float]] = [
         (x, 100.0 if x == 4321 else -50.0 if x == 77 else x % 7) for x in range(10_000)

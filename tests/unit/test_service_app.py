@@ -107,6 +107,8 @@ def test_service_answers_have_the_shapes_of_the_schema(client: TestClient) -> No
     metrics = models.Metrics.model_validate(client.get("/api/v1/runs/r/metrics").json())
     assert [event["metrics"] for event in metrics.events] == [{"loss": 0.5}]
     assert client.get("/api/v1/runs/r/metrics", params={"after": metrics.version}).json()["events"] == []
+    results = models.Results.model_validate(client.get("/api/v1/runs/r/results").json())
+    assert results.endpoints == [] and results.sections == []
     assert models.Service.model_validate(client.get("/api/v1/service").json()).active == ["r"]
 
 
