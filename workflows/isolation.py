@@ -9,7 +9,9 @@ Not seen: threads that go on, and what was changed inside modules. Random number
 bodies that do not seed them must not draw what an earlier one drew.
 """
 
+import builtins
 import contextlib
+import faulthandler
 import gc
 import locale
 import logging
@@ -20,10 +22,11 @@ import resource
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import warnings
-from _signal import getsignal  # fifty times faster than signal.getsignal, which looks for members of an enum
+from _signal import getsignal, pthread_sigmask  # fifty times faster than in signal, which looks for members of an enum
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -35,7 +38,12 @@ ENDING_S = 5.0
 LEAVING_S = 1.0
 """A process that its body told to end, and did not wait for, may take so long."""
 NAMELESS_S = 0.5
-LIMITS = [getattr(resource, f"RLIMIT_{name}") for name in ("AS", "CPU", "FSIZE", "NOFILE")]
+THREADS_S = 0.1
+"""A thread that is at its end when the body returns may take so long."""
+LIMIT_NAMES = ("AS", "CPU", "DATA", "FSIZE", "NOFILE", "NPROC", "STACK")
+LIMITS = [getattr(resource, f"RLIMIT_{name}") for name in LIMIT_NAMES]
+ENVIRONMENT = os.environ
+TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 
 
 class Part(NamedTuple):
@@ -57,20 +65,22 @@ class Isolation:
     def around_body(self, said: list[str]) -> Iterator[None]:
         """What the next body would have met, and people should know of, is added to `said`."""
         before, left_before = [(part, _read(part)) for part in PARTS], set(children())
+        threads_before = set(threading.enumerate())
         modules, threads = len(sys.modules), os.environ.get("OMP_NUM_THREADS", "")
         torch = _torch()
         try:
             with warnings.catch_warnings():
                 yield
         finally:
+            _end_helpers()
             ended = _end_children(left_before)
             before.append((Part("torch's settings", _torch, _put_torch_back), torch or _fresh_torch(threads)))
-            changed = [(part, was) for part, was in before if _read(part) != was and not isinstance(was, OSError)]
+            changed = [(part, was) for part, was in before if _read(part) != was and not isinstance(was, Exception)]
             stuck = [part.name for part, was in changed if not _put_back(part, was)]
-            _forget_seeds()
+            _start_anew()
             said += [f"process {process} outlived its step and was ended" for process in ended]
             said += [f"what it did to {name} cannot be undone: its worker process is given up" for name in stuck]
-            if ended or stuck or (changed and len(sys.modules) != modules):
+            if ended or stuck or (changed and len(sys.modules) != modules) or _threads_left(threads_before):
                 self.given_up = True
                 _give_up()
 
@@ -79,6 +89,25 @@ def _give_up() -> None:
     """Let Ray end this process once the task's result is sent."""
     if (ray := sys.modules.get("ray")) is not None:
         end_after_this_task(ray)
+
+
+def _end_helpers() -> None:
+    """Processes that multiprocessing starts for itself, and starts again when it needs them. (The tracker takes back
+    what a body has left in shared memory.)"""
+    for module, helper in (("resource_tracker", "_resource_tracker"), ("forkserver", "_forkserver")):
+        if (loaded := sys.modules.get(f"multiprocessing.{module}")) is not None:
+            with contextlib.suppress(Exception):
+                getattr(loaded, helper)._stop()
+
+
+def _threads_left(before: set[threading.Thread]) -> bool:
+    """Whether Python threads of the body still run."""
+    deadline = time.monotonic() + THREADS_S
+    while new := [each for each in set(threading.enumerate()) - before if not isinstance(each, threading._DummyThread)]:
+        if time.monotonic() > deadline:
+            return True
+        new[0].join(THREADS_S / 10)
+    return False
 
 
 def _end_children(before: set[int]) -> list[str]:
@@ -114,7 +143,7 @@ def _command(pid: int) -> str:
 def _read(part: Part) -> Any:
     try:
         return part.read()
-    except OSError as error:  # the working folder is gone
+    except Exception as error:  # the working folder is gone; the body put anything in the place of what is read
         return error
 
 
@@ -134,13 +163,16 @@ def _umask() -> int:
     return mask
 
 
-def _environment() -> dict[bytes, bytes]:
-    """Not decoded, which would take longer than all the rest."""
-    kept: dict[bytes, bytes] = vars(os.environ)["_data"]
-    return kept.copy()
+def _environment() -> tuple[bool, dict[bytes, bytes], Any]:
+    """Whether it is Python's own object, and what that holds: not decoded, which would take longer than all the rest.
+    And the time zone, which the C library keeps."""
+    kept: dict[bytes, bytes] = vars(ENVIRONMENT)["_data"]
+    return os.environ is ENVIRONMENT, kept.copy(), time.tzname
 
 
-def _put_environment_back(was: dict[bytes, bytes]) -> None:
+def _put_environment_back(before: tuple[bool, dict[bytes, bytes], Any]) -> None:
+    os.environ = ENVIRONMENT  # noqa: B003  # a body may have put a dict there
+    was = before[1]
     for name in os.environb.keys() - was.keys():
         del os.environb[name]
     for name, value in was.items():
@@ -166,31 +198,82 @@ def _put_limits_back(was: list[tuple[int, int]]) -> None:
 
 def _logging() -> tuple[Any, ...]:
     root = logging.getLogger()
-    return root.level, list(root.handlers), root.disabled, root.manager.disable
+    classes = (logging.getLoggerClass(), logging.getLogRecordFactory(), logging.raiseExceptions)
+    return root.level, root.disabled, root.manager.disable, list(root.handlers), list(root.filters), *classes
 
 
 def _put_logging_back(was: tuple[Any, ...]) -> None:
     root = logging.getLogger()
     root.setLevel(was[0])
-    root.handlers[:], root.disabled, root.manager.disable = was[1:]
+    root.disabled, root.manager.disable, root.handlers[:], root.filters[:] = was[1:5]
+    logging.setLoggerClass(was[5])
+    logging.setLogRecordFactory(was[6])
+    logging.raiseExceptions = was[7]
+
+
+SWITCHES: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
+    (sys.getrecursionlimit, sys.setrecursionlimit),
+    (sys.getswitchinterval, sys.setswitchinterval),
+    (sys.get_int_max_str_digits, sys.set_int_max_str_digits),
+    (sys.gettrace, sys.settrace),
+    (sys.getprofile, sys.setprofile),
+    (threading.gettrace, threading.settrace),
+    (threading.getprofile, threading.setprofile),
+    (threading.stack_size, threading.stack_size),
+    (gc.isenabled, lambda was: gc.enable() if was else gc.disable()),
+    (gc.get_threshold, lambda was: gc.set_threshold(*was)),
+    (socket.getdefaulttimeout, socket.setdefaulttimeout),
+]
+"""Of the interpreter: how each is read and set."""
+ATTRIBUTES: list[tuple[Any, str]] = [
+    *((sys, name) for name in ("displayhook", "excepthook", "unraisablehook", "breakpointhook", "stdin")),
+    *((sys, name) for name in ("argv", "path", "meta_path", "path_hooks", "dont_write_bytecode", "pycache_prefix")),
+    (threading, "excepthook"),
+    (tempfile, "tempdir"),
+]
 
 
 def _interpreter() -> tuple[Any, ...]:
-    settings = (sys.getrecursionlimit(), gc.isenabled(), socket.getdefaulttimeout(), list(sys.argv), list(sys.path))
-    return (*settings, sys.excepthook, threading.excepthook, sys.stdin)
+    attributes = [getattr(module, name) for module, name in ATTRIBUTES]
+    kept = [list(value) if isinstance(value, list) else value for value in attributes]
+    return [read() for read, _ in SWITCHES], kept, vars(builtins).copy()
 
 
 def _put_interpreter_back(was: tuple[Any, ...]) -> None:
-    sys.setrecursionlimit(was[0])
-    (gc.enable if was[1] else gc.disable)()
-    socket.setdefaulttimeout(was[2])
-    sys.argv[:], sys.path[:], sys.excepthook, threading.excepthook, sys.stdin = was[3:]
+    switches, attributes, names = was
+    for (_, put), value in zip(SWITCHES, switches, strict=True):
+        put(value)
+    for (module, name), value in zip(ATTRIBUTES, attributes, strict=True):
+        if isinstance(value, list) and isinstance(getattr(module, name, None), list):
+            getattr(module, name)[:] = value
+        else:
+            setattr(module, name, value)
+    there = vars(builtins)
+    there.update(names)
+    for name in there.keys() - names.keys():
+        del there[name]
+
+
+def _put_user_back(was: tuple[Any, ...]) -> None:
+    os.setresuid(*was[0])
+    os.setresgid(*was[1])
+    os.setgroups(was[2])
 
 
 PARTS = [
-    Part("the timer", lambda: signal.getitimer(signal.ITIMER_REAL)[0] > 0, lambda _: signal.alarm(0)),
+    Part(
+        "the timers",
+        lambda: [signal.getitimer(timer)[0] > 0 for timer in TIMERS],
+        lambda _: [signal.setitimer(timer, 0) for timer in TIMERS],
+    ),
+    Part(
+        "the signal mask",
+        lambda: pthread_sigmask(signal.SIG_BLOCK, ()),
+        lambda was: pthread_sigmask(signal.SIG_SETMASK, was),
+    ),
     Part("the signal handlers", _handlers, _put_handlers_back),
     Part("the resource limits", lambda: [resource.getrlimit(number) for number in LIMITS], _put_limits_back),
+    Part("the root folder", lambda: os.stat("/")[1:3], lambda was: None),
     Part("the working folder", os.getcwd, os.chdir),
     Part("the umask", _umask, os.umask),
     Part("the environment", _environment, _put_environment_back),
@@ -199,7 +282,7 @@ PARTS = [
         "the priority", lambda: os.getpriority(os.PRIO_PROCESS, 0), lambda was: os.setpriority(os.PRIO_PROCESS, 0, was)
     ),
     Part("the CPUs", lambda: os.sched_getaffinity(0), lambda was: os.sched_setaffinity(0, was)),
-    Part("the user", os.getresuid, lambda was: os.setresuid(*was)),
+    Part("the user", lambda: (os.getresuid(), os.getresgid(), os.getgroups()), _put_user_back),
     Part("logging", _logging, _put_logging_back),
     Part(
         "the start method",
@@ -219,7 +302,15 @@ def _torch() -> tuple[Any, ...] | None:
         return None
     choices = (torch.get_default_dtype(), torch.empty(0).device, torch.get_float32_matmul_precision())
     modes = (torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled())
-    return (*choices, *modes, torch.get_num_threads(), torch.get_num_interop_threads())
+    cudnn = torch.backends.cudnn
+    more = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.is_anomaly_enabled())
+    flags = (*more, cudnn.benchmark, cudnn.deterministic, _has_group(torch))
+    return (*choices, *modes, *flags, torch.get_num_threads(), torch.get_num_interop_threads())
+
+
+def _has_group(torch: Any) -> bool:
+    """Whether there is a default process group: a second one is refused."""
+    return bool(torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 def _fresh_torch(threads: str) -> tuple[Any, ...] | None:
@@ -227,7 +318,7 @@ def _fresh_torch(threads: str) -> tuple[Any, ...] | None:
     if (now := _torch()) is None:
         return None
     torch = sys.modules["torch"]
-    fresh = (torch.float32, torch.device("cpu"), "highest", True, False)
+    fresh = (torch.float32, torch.device("cpu"), "highest", True, *[False] * 7)
     return (*fresh, int(threads) if threads.isdigit() and int(threads) else now[-2], now[-1])
 
 
@@ -238,10 +329,20 @@ def _put_torch_back(was: tuple[Any, ...]) -> None:
     torch.set_float32_matmul_precision(was[2])
     torch.set_grad_enabled(was[3])
     torch.use_deterministic_algorithms(was[4])
-    torch.set_num_threads(was[5])
+    torch.set_autocast_enabled("cpu", was[5])
+    torch.set_autocast_enabled("cuda", was[6])
+    torch.autograd.set_detect_anomaly(was[7])
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = was[8:10]
+    if _has_group(torch) and not was[10]:
+        torch.distributed.destroy_process_group()
+    torch.set_num_threads(was[11])
 
 
-def _forget_seeds() -> None:
+def _start_anew() -> None:
+    """Random numbers, asyncio's loop of this thread (after `asyncio.run` there is none), and no traceback to come."""
+    faulthandler.cancel_dump_traceback_later()
+    if (events := sys.modules.get("asyncio.events")) is not None:
+        events.set_event_loop_policy(None)
     random.seed(int.from_bytes(os.urandom(16)))
     if (numbers := sys.modules.get("numpy.random")) is not None and hasattr(numbers, "seed"):
         numbers.seed(int.from_bytes(os.urandom(4)))

@@ -1,6 +1,9 @@
 """Steps for the tests of one task's batch."""
 
+import asyncio
+import builtins
 import decimal
+import gc
 import locale
 import logging
 import multiprocessing
@@ -11,8 +14,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import warnings
+from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +49,10 @@ def gated(gate: str) -> str:
 @step
 def change_process(folder: str) -> float:
     """What a body may do to its process, and what can be put back; the folder is gone afterwards."""
+    asyncio.run(asyncio.sleep(0))
+    block = shared_memory.SharedMemory(create=True, size=8)
+    block.close()
+    block.unlink()
     Path(folder).mkdir()
     os.chdir(folder)
     Path(folder).rmdir()
@@ -61,6 +71,16 @@ def change_process(folder: str) -> float:
     multiprocessing.set_start_method("spawn")
     socket.setdefaulttimeout(0.01)
     sys.setrecursionlimit(321)
+    sys.set_int_max_str_digits(0)
+    sys.settrace(lambda *_: None)
+    sys.unraisablehook = sys.displayhook = print
+    gc.set_threshold(1)
+    threading.stack_size(1 << 20)
+    tempfile.tempdir = folder
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    signal.setitimer(signal.ITIMER_PROF, 3600)
+    builtins.left = builtins.ascii = None  # type: ignore[attr-defined]
+    logging.getLogger().addFilter(lambda _: False)
     sys.path.insert(0, "/left")
     sys.argv.append("--left")
     np.seterr(all="raise")
@@ -71,13 +91,19 @@ def change_process(folder: str) -> float:
     sys.stderr = None
     random.seed(1)
     np.random.seed(1)
-    return random.random() + float(np.random.random())
+    drawn = random.random() + float(np.random.random())
+    os.environ = {}  # type: ignore[assignment]  # noqa: B003
+    sys.meta_path.insert(0, None)  # type: ignore[arg-type]
+    return drawn
 
 
 @step
 def process_state(_: int) -> dict[str, Any]:
     print("still heard")
     print("too", file=sys.stderr)
+    loop = asyncio.get_event_loop()
+    closed = loop.is_closed()
+    loop.close()
     return {
         "folder": os.getcwd(),
         "umask": os.umask(0o077),
@@ -97,6 +123,18 @@ def process_state(_: int) -> dict[str, Any]:
         "arguments": list(sys.argv),
         "numpy": np.geterr(),
         "precision": decimal.getcontext().prec,
+        "digits": sys.get_int_max_str_digits(),
+        "trace": str(sys.gettrace()),
+        "finders": str(sys.meta_path),
+        "hooks": [str(sys.unraisablehook), str(sys.displayhook)],
+        "collector": gc.get_threshold(),
+        "stack": threading.stack_size(),
+        "temporary": tempfile.gettempdir(),
+        "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+        "profile timer": signal.getitimer(signal.ITIMER_PROF)[0],
+        "names": [hasattr(builtins, "left"), str(ascii)],
+        "filters": len(logging.getLogger().filters),
+        "loop closed": closed,
     }
 
 
@@ -112,6 +150,37 @@ def first_torch(_: int) -> str:
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     return str(torch.ones(1).dtype)
+
+
+@step
+def leave_thread(x: int) -> int:
+    """It goes on printing."""
+
+    def talk() -> None:
+        while True:
+            print("from before")
+            time.sleep(0.001)
+
+    threading.Thread(target=talk, daemon=True).start()
+    return x
+
+
+@step
+def change_torch(_: int) -> None:
+    import torch
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.backends.cudnn.benchmark = True
+    torch.autograd.set_detect_anomaly(True)
+    torch.autocast("cpu").__enter__()
+
+
+@step
+def torch_state(_: int) -> list[bool]:
+    import torch
+
+    modes = [torch.backends.cudnn.benchmark, torch.is_anomaly_enabled(), torch.is_autocast_enabled("cpu")]
+    return [*modes, torch.distributed.is_initialized()]
 
 
 @step

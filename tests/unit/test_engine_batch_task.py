@@ -70,7 +70,11 @@ def batch(number: int, calls: list[tuple[str, Any]]) -> str:
 def results(process: "subprocess.Popen[str]") -> list[Any]:
     """What the task returned: each call's result, None where it was handed back."""
     assert process.stdout is not None
-    return [outcome and outcome["result"] for outcome in json.loads(process.stdout.readline())]
+    outcomes = json.loads(process.stdout.readline())
+    assert all(outcome is None or outcome["ok"] for outcome in outcomes), [
+        each and each.get("error") for each in outcomes
+    ]
+    return [outcome and outcome["result"] for outcome in outcomes]
 
 
 def news(told: "queue.Queue[Any]", number: int) -> dict[str, Any]:
@@ -129,6 +133,18 @@ def test_engine_a_worker_whose_body_imported_and_changed_something_is_given_up(t
     """Nobody knows which of the two set what torch is like now."""
     with task(tmp_path, [("first_torch", 0), ("plain", 1)]) as (process, _):
         assert results(process) == ["torch.float64", None]
+
+
+def test_engine_what_a_body_does_to_torch_does_not_meet_the_next_one(tmp_path: Path) -> None:
+    calls = [("torch_state", 0), ("change_torch", 0), ("torch_state", 1)]
+    with task(tmp_path, *([call] for call in calls)) as (process, _):
+        assert [results(process)[0] for _ in calls] == [[False] * 4, None, [False] * 4]
+
+
+def test_engine_a_worker_whose_body_left_a_thread_is_given_up(tmp_path: Path) -> None:
+    """It would print into the next one's log."""
+    with task(tmp_path, [("leave_thread", 0), ("plain", 1)]) as (process, _):
+        assert results(process) == [0, None]
 
 
 def test_engine_a_worker_is_given_up_where_something_cannot_be_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
