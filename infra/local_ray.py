@@ -4,6 +4,10 @@ A Ray of one machine is gone with its raylet or with its GCS, and Ray ends a ray
 agent died. The driver owns this Ray, so that costs no more than the time of another start. Left alone, a Ray without
 raylet has no node, and one without GCS never answers and ends the driver's process after a minute (Ray 2.60).
 
+A server that is stopped (SIGSTOP) lives and does nothing: Ray says that a stopped raylet's node is gone only to callers
+that ask it for something, which the driver of a long step does not, and a call to a stopped GCS does not return. One
+that stays stopped counts as dead.
+
 The module `ray` is an argument: nothing in `infra` imports it.
 
 Who waits for whom. One thread starts Ray, waits for the end of one of its servers, takes down what is left and starts
@@ -11,6 +15,7 @@ another; a local Ray's processes die with the thread that started them. It waits
 server until `on_back` nobody may call Ray (`is_lost()`): a call to a GCS that is gone does not return.
 """
 
+import contextlib
 import logging
 import os
 import select
@@ -21,9 +26,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from infra.errors import ConfigError, SystemFault
+from infra.processes import process_state
 from infra.ray_internals import own_worker
 from infra.reaper import Guardian
 
+LOOK_S, STOPPED_S = 1.0, 15.0
+"""How often it is looked at whether a server is stopped, and how long one may be. Only time in which this process ran
+counts: Ctrl-Z stops both."""
 SERVERS = {"raylet": "raylet", "gcs_server": "GCS"}
 """The servers that a Ray cannot live without: Ray's name and ours."""
 
@@ -65,7 +74,9 @@ class LocalRay:
         on_lost: Callable[[str], None],
         on_back: Callable[[], None],
         on_error: Callable[[BaseException], None],
+        stopped_s: float = STOPPED_S,
     ) -> None:
+        self._stopped_s = stopped_s
         self._servers = servers
         self._most = restarts
         self._window_s = window_s
@@ -78,6 +89,7 @@ class LocalRay:
         self._since = 0.0
         self._count = 0
         self._ends: dict[int, str] = {}
+        self._pids: dict[str, int] = {}
         self._lock = threading.Lock()
         self._lost = False
         self._condemned = ""
@@ -148,13 +160,16 @@ class LocalRay:
         self._since = time.monotonic()
         with self._lock:
             self._ends = {os.pidfd_open(pid): name for name, pid in servers.items()}
+            self._pids = servers
             self._count += 1
             self._lost = False
 
     def _wait(self) -> str:
         """Until it dies, and why; "" where it is to be stopped."""
+        look_s = min(LOOK_S, self._stopped_s)
+        stopped_s = dict.fromkeys(self._pids, 0.0)
         while True:
-            ended = _ended([*self._ends, self._wake], None)
+            ended = _ended([*self._ends, self._wake], int(1000 * look_s))
             if self._wake in ended:
                 os.eventfd_read(self._wake)
             if self._closing:
@@ -163,6 +178,10 @@ class LocalRay:
                 return f"its {self._ends[number]} {_how_it_ended(number)}"
             if self._condemned:
                 return self._condemned
+            for name, pid in self._pids.items():
+                stopped_s[name] = stopped_s[name] + look_s if process_state(pid) == "T" else 0.0
+                if stopped_s[name] > self._stopped_s:
+                    return f"its {name} has been stopped for {self._stopped_s:g} s"
 
     def _replace(self, reason: str) -> None:
         """Start another one. Where the run is ending (Ctrl-C may reach Ray's processes too), or this was too often,
@@ -224,9 +243,11 @@ class RayServers:
         return pids
 
     def kill(self) -> None:
-        """The GCS, where it lives, goes last: a driver that leaves without it waits for it, up to 15 s. What Ray would
-        print here is what the run says in one line, with a page of Ray's own state twice."""
+        """The GCS, if it lives, goes last, and must not be stopped: a driver that leaves without it waits for it, up to
+        15 s. What Ray would print here is what the run says in one line, with a page of Ray's own state twice."""
         assert self._guardian is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._gcs, signal.SIGCONT)
         connected = own_worker(self._ray)
         connected.threads_stopped.set()
         connected.gcs_error_subscriber.close()

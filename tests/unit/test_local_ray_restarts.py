@@ -1,6 +1,7 @@
 """A local Ray that dies is started again, as often as its setting allows: with processes that stand for Ray's."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -60,12 +61,14 @@ class Stand:
 class Watched:
     """A LocalRay, and what it said."""
 
-    def __init__(self, servers: Stand, restarts: int = 3, window_s: float = 600.0) -> None:
+    def __init__(self, servers: Stand, restarts: int = 3, window_s: float = 600.0, stopped_s: float = 15.0) -> None:
         self.lost: list[str] = []
         self.errors: list[BaseException] = []
         self.back = threading.Semaphore(0)
         self.failed = threading.Event()
-        self.ray = LocalRay(servers, restarts, window_s, *OWNER, self.lost.append, self.back.release, self._on_error)
+        self.ray = LocalRay(
+            servers, restarts, window_s, *OWNER, self.lost.append, self.back.release, self._on_error, stopped_s
+        )
 
     def wait_until_back(self) -> None:
         assert self.back.acquire(timeout=DEADLINE_S)
@@ -124,6 +127,15 @@ def test_a_server_that_ends_is_a_dead_one_too(watch: Watch, servers: Stand) -> N
     servers.started[0]["raylet"].communicate(b"3\n")
     watched.wait_until_back()
     assert "(its raylet ended)" in watched.lost[0] or "(its raylet ended with exit code 3)" in watched.lost[0]
+
+
+@pytest.mark.parametrize("server", ["raylet", "GCS"])
+def test_a_server_that_stays_stopped_is_a_dead_one(watch: Watch, servers: Stand, server: str) -> None:
+    watched = watch(stopped_s=0.05)
+    servers.started[0][server].send_signal(signal.SIGSTOP)
+    watched.wait_until_back()
+    assert f"(its {server} has been stopped for 0.05 s); another one is started" in watched.lost[0]
+    assert all(process.poll() is not None for process in servers.started[0].values())
 
 
 def test_one_that_is_condemned_is_lost_though_its_servers_run(watch: Watch) -> None:
