@@ -361,7 +361,7 @@ class Attempts:
             self._on_attempt_failed(call, record, blamed=len(lost) == 1)
 
     def _on_attempt_failed(self, call: Call, record: Record, blamed: bool = True) -> None:
-        if record["type"] == "FencedError":
+        if record["type"] == "FencedError" and record["kind"] == "system":  # not a class of the user's with this name
             self._told.on_error(fenced(self._run.journal.run_id))
             return
         if self._placement.is_lost():  # whatever it died of, its Ray had gone under it

@@ -39,7 +39,7 @@ def _message(error: BaseException) -> str:
         return f"the body called sys.exit({'' if error.code is None else error.code}); a step ends by returning"
     try:
         return str(error)
-    except Exception as failure:
+    except BaseException as failure:
         return f"it cannot say what it is about: {type(failure).__name__} in its __str__"
 
 
