@@ -270,8 +270,7 @@ class Heartbeat:
         try:
             while not self._stop.wait(journal.ttl_s / 5):
                 number += 1
-                if latest_lease(journal.store, journal.run_id) != journal.lease_slot:
-                    raise fenced(journal.run_id)
+                check_lease(journal.store, journal.run_id, journal.lease_slot)
                 self._beat(number)
                 if not told and journal.store.exists(cancel_key(journal.run_id, journal.lease_slot)):
                     told = True
@@ -284,6 +283,20 @@ def latest_lease(store: Store, run_id: str) -> int:
     """The slot of the newest lease that has a heartbeat."""
     keys = list(store.list(f"runs/{run_id}/lease"))
     return max((int(key.rsplit("/", 1)[-1].removesuffix(".json")) for key in keys), default=0)
+
+
+def check_lease(store: Store, run_id: str, slot: int) -> None:
+    """Of the driver whose lease is in this slot, which has a heartbeat: is the run its?
+
+    Raises:
+        FencedError: another driver has taken over.
+        StoreError: what it wrote is gone.
+    """
+    newest = latest_lease(store, run_id)
+    if newest > slot:
+        raise fenced(run_id)
+    if newest < slot:
+        raise StoreError(f"--store {store.url}: run {run_id} has vanished from it while it ran: removed, or unmounted?")
 
 
 def cancel_key(run_id: str, lease_slot: int) -> str:

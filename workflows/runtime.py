@@ -85,10 +85,12 @@ class WorkflowRuntime:
             StoreError, FencedError: the run is finished but for its `end`, which could not be written: running it again
                 writes it. After any other end there is another error to raise already.
         """
-        failure = self._executor.stop(end)
-        if end is not None and failure is None:
-            self._call_hooks()
-        self._executor.leave()
+        try:
+            failure = self._executor.stop(end)
+            if end is not None and failure is None:
+                self._call_hooks()
+        finally:  # whatever failed: a lease that is kept alive, or a Ray that runs on, would hold up the next driver
+            self._executor.leave()
         if failure is not None and end is not None and end["status"] == "finished":
             raise failure
 

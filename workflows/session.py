@@ -5,11 +5,12 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +90,8 @@ def run(
         for hook in on_end:
             runtime.on_end(hook)
         data = {"run_id": run_id, "workflow": workflow.name, "store": store.url, "resumed": len(known.commits)}
-        emit(Event("run-started", data=data))
         with _on_term(_interrupt if term_cancels else _leave):
-            tree = _drive(runtime, workflow, args, kwargs, emit, recorder)
+            tree = _drive(runtime, workflow, args, kwargs, Event("run-started", data=data), emit, recorder)
     return RunResult(run_id, store.url, decode(tree, source), False)
 
 
@@ -204,6 +204,7 @@ def _drive(
     workflow: Workflow[..., Any],
     args: Sequence[Any],
     kwargs: Record,
+    started: Event,
     emit: Observer,
     recorder: Recorder,
 ) -> Any:
@@ -212,6 +213,7 @@ def _drive(
     end: Record | None = None
     status = "failed"
     try:
+        emit(started)
         with running(runtime):
             tree = runtime.finish(workflow.fn(*args, **kwargs))
         recorder.flush()  # whoever sees the end sees all metrics
@@ -292,7 +294,8 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _emitter(observers: Sequence[Observer]) -> Observer:
-    """One observer of many. An observer that raises is dropped, with a word: watching a run must not end it."""
+    """One observer of many. An observer that raises is dropped, with a word if there is still somewhere to say it:
+    watching a run must not end it."""
     active = list(observers)
 
     def emit(event: Event) -> None:
@@ -300,8 +303,10 @@ def _emitter(observers: Sequence[Observer]) -> Observer:
             try:
                 observer(event)
             except Exception as error:
-                active.remove(observer)
-                print(f"recua: an observer failed and is dropped: {error!r}", flush=True)
+                with suppress(ValueError):  # it failed in another thread, too
+                    active.remove(observer)
+                with suppress(OSError, ValueError):
+                    print(f"recua: an observer failed and is dropped: {error!r}", file=sys.stderr, flush=True)
 
     return emit
 

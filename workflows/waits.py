@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from infra.errors import Denied, NonDeterminismError, StepTimeout, UserError, nearest
+from infra.errors import Denied, NonDeterminismError, StepTimeout, StoreError, UserError, nearest
 from infra.storage import Store, default_store
 from workflows.graph import Future, Step, StepOptions
 from workflows.identities import IDENTITY
@@ -213,9 +213,16 @@ def signal_key(run_id: str, call_id: str) -> str:
 
 
 def read_signal(store: Store, key: str) -> Record | None:
-    """The answer under a key: {"format", "call", "value", "who", "time"}."""
+    """The answer under a key: {"format", "call", "value", "who", "time"}.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
     raw = store.get(key)
-    return None if raw is None else json.loads(raw)
+    try:
+        return None if raw is None else json.loads(raw)
+    except ValueError as error:
+        raise StoreError(f"--store {store.url}: {key} is damaged ({error}): remove it, and answer again") from None
 
 
 def send(store: Store, run_id: str, call_id: str, value: Any, who: str) -> tuple[bool, Record]:

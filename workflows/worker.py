@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from infra import faults
-from infra.errors import FencedError, SystemFault
+from infra.errors import SystemFault
 from infra.reaper import Reaper
 from infra.storage import Store, open_store
 from infra.telemetry import hide_secrets_in_logs
@@ -27,7 +27,7 @@ from workflows.artifacts import ArtifactSource
 from workflows.channel import Sender
 from workflows.graph import function_behind
 from workflows.isolation import Isolation
-from workflows.journal import fenced, latest_lease
+from workflows.journal import check_lease
 from workflows.names import load_name
 from workflows.outcome import describe
 from workflows.output import Output
@@ -140,9 +140,7 @@ def _check_lease(task: Payload, store: Store, driver: Sender) -> None:
     that still runs is not enough: where its driver has ended, the next one need not wait for it."""
     if time.time() <= task["lease_until"] and driver.open():
         return
-    if latest_lease(store, task["run"]) != task["lease_slot"]:
-        error: FencedError = fenced(task["run"])
-        raise error
+    check_lease(store, task["run"], task["lease_slot"])
 
 
 def _fault(task: Payload, point: str) -> None:

@@ -289,7 +289,7 @@ class Cluster:
 
     def _run(self, text: bytes, done: Done) -> None:
         fate = self._fates.pop(0) if self._fates else "ends"
-        outcome = {"ok": True, "result": 7, "started": time.time(), "seconds": 0.0, "node": "n", "pid": 1}
+        outcome = {"ok": True, "result": 7, "started": time.time(), "seconds": 0.001, "node": "n", "pid": 1}
         if fate == "fails":  # what a body says whose actors have gone with their Ray
             self.lost = True
             record: dict[str, Any] = {
