@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from actors.batches import Row
-from actors.generator_worker import Generators
+from actors.pools.generators import Generators
+from actors.pools.micro_batches import Row
 from data.tasks import Problem, prompt_messages, verify
 from engines.base import Completion, Sampling
 from engines.chat import ChatTokenizer

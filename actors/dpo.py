@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from actors.amounts import require_learnt, require_steps
-from actors.batches import Row, epoch_batches
 from actors.config import DpoSettings
-from actors.learners import Learners
+from actors.pools.learners import Learners
+from actors.pools.micro_batches import Row, epoch_batches
 from actors.rejection import NO_PAIR
 from actors.sft import OnMetrics
 from infra.errors import DataError

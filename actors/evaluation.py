@@ -8,9 +8,9 @@ import numpy as np
 
 from actors.config import EvalSettings
 from actors.conversation import Answer, answer_row, sample
-from actors.generator_worker import Generators
 from actors.judging import HELPFULNESS, SAFETY
-from actors.learners import Learners
+from actors.pools.generators import Generators
+from actors.pools.learners import Learners
 from actors.results import Evaluation
 from actors.reward_model import scores
 from algorithms.bootstrap import mean_interval, paired_difference, pass_at_k

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from actors.conversation import Answer, answer_row
-from actors.learners import Learners
+from actors.pools.learners import Learners
 from actors.reward_model import scores
 from algorithms.scores import combine_scores, score_answers
 from infra.errors import DataError

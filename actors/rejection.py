@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from actors.batches import Row
 from actors.config import RejectionSettings
 from actors.conversation import Answer, answer_row
 from actors.judging import judge
-from actors.learners import Learners
+from actors.pools.learners import Learners
+from actors.pools.micro_batches import Row
 from actors.preferences import pair
 from algorithms.rejection import best_of_k, preference_pairs
 from data.tasks import prompt_messages

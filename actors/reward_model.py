@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from actors.amounts import held_out_pairs, require_learnt
-from actors.batches import Row, epoch_batches
 from actors.config import RewardSettings
-from actors.learners import Learners
+from actors.pools.learners import Learners
+from actors.pools.micro_batches import Row, epoch_batches
 from actors.sft import OnMetrics
 from algorithms.reward import accuracy_by_rating, expected_calibration_error
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from actors.amounts import require_learnt, require_steps
-from actors.batches import Row, epoch_batches
 from actors.config import SftSettings
-from actors.learners import Learners
+from actors.pools.learners import Learners
+from actors.pools.micro_batches import Row, epoch_batches
 from data.config import PackingSettings
 from data.packing import pack
 from infra.errors import DataError

@@ -13,8 +13,8 @@ import ray
 from actors.config import GeneratorPoolSettings, LearnerPoolSettings, SftSettings
 from actors.conversation import supervised_row
 from actors.pools import Pools
+from actors.pools.weight_sync import WeightSync
 from actors.sft import fine_tune
-from actors.weight_sync import WeightSync
 from engines.base import Sampling
 from engines.chat import ChatTokenizer
 from engines.config import GeneratorSettings, LearnerSettings

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from actors.amounts import held_out_pairs, require_rollouts, require_steps, sample_count, tell_long_warmup
-from actors.batches import epoch_batches
 from actors.config import DpoSettings, PpoSettings, RewardSettings, SftSettings
 from actors.conversation import Answer
 from actors.dpo import optimise_preferences
 from actors.judging import judge
+from actors.pools.micro_batches import epoch_batches
 from actors.ppo import PpoModels, optimise_policy
 from actors.reward_model import train_reward_model
 from actors.sft import fine_tune

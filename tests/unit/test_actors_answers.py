@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from actors.batches import Row
 from actors.config import RejectionSettings
 from actors.conversation import Answer, answer_row, prompt_ids, supervised_row
 from actors.evaluation import safety_rates
 from actors.judging import HELPFULNESS, SAFETY, judge
+from actors.pools.micro_batches import Row
 from actors.preferences import build_pairs
 from actors.rejection import harvest
 from data.tasks import Problem

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from actors.batches import epoch_batches, pad, plan_micro_batches, tokens_batch
+from actors.pools.micro_batches import epoch_batches, pad, plan_micro_batches, tokens_batch
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

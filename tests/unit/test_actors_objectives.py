@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from actors.batches import Row
 from actors.config import SftSettings
 from actors.dpo import _sum
-from actors.objectives import OBJECTIVES, SCORES
+from actors.pools.micro_batches import Row
+from actors.pools.objectives import OBJECTIVES, SCORES
 from actors.ppo import POLICY, prepare
 from actors.sft import _packed, denominator, with_channels
 from engines.forward import ScalarModel

@@ -129,8 +129,8 @@ def _new(kind: type, *given: Any) -> None:
 
 
 def _starts() -> dict[str, Callable[[], Any]]:
-    from actors.generator_worker import GeneratorWorker
-    from actors.pools import PoolKeeper
+    from actors.pools.generators import GeneratorWorker
+    from actors.pools.keeper import PoolKeeper
     from actors.pretrain.rank import PretrainRank
     from cluster.node.agent import NodeAgent
     from cluster.workers.seat import Worker

@@ -169,9 +169,9 @@ def optimise_policy(
     """PPO of `base` judged by `judges` [helpfulness, safety]; the critic starts as the helpfulness model."""
     from actors.judging import RewardModels, judge
     from actors.pools import Pools
+    from actors.pools.weight_sync import WeightSync
     from actors.ppo import POLICY, PpoModels
     from actors.ppo import optimise_policy as run_ppo
-    from actors.weight_sync import WeightSync
     from engines.chat import ChatTokenizer
 
     run, curve = context(), Curve(stage)

@@ -1,7 +1,7 @@
 """The learner pool's processes."""
 
 from actors.config import LearnerPoolSettings
-from actors.learner_worker import LearnerWorker
+from actors.pools.learner_worker import LearnerWorker
 from cluster.workers.group import WorkerGroup
 
 

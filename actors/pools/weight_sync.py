@@ -6,8 +6,8 @@ tensors again. With nccl both sides must be inside the transfer at once, so the 
 
 from dataclasses import dataclass
 
-from actors.generator_worker import ENGINE, Generators
-from actors.learners import Learners
+from actors.pools.generators import ENGINE, Generators
+from actors.pools.learners import Learners
 from cluster.workers.gather import gather
 
 

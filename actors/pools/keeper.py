@@ -32,8 +32,8 @@ from infra.ray_internals import has_ended
 from infra.telemetry import hide_secrets_in_logs
 
 if TYPE_CHECKING:  # they import torch, which takes seconds: the keeper and the driver need none
-    from actors.generator_worker import Generators
-    from actors.learners import Learners
+    from actors.pools.generators import Generators
+    from actors.pools.learners import Learners
 
 NAMESPACE = "recua"
 LEASE_S = 20.0
@@ -77,7 +77,7 @@ class PoolKeeper:
         self, borrower: str, job: str, pool: GeneratorPoolSettings, engine: GeneratorSettings, folder: str
     ) -> list[Any]:
         """The engines for `folder`'s architecture; started now if there are none or they are of another kind."""
-        from actors.generator_worker import GeneratorWorker
+        from actors.pools.generators import GeneratorWorker
 
         key = repr((pool, engine, _architecture(folder)))
 
@@ -94,7 +94,7 @@ class PoolKeeper:
         """The learner ranks; started now if there are none or they are of another kind."""
 
         def start(made: _Pool) -> None:
-            from actors.learner_group import start_learners
+            from actors.pools.learner_group import start_learners
 
             made.group = start_learners(pool, f"{self._name}-learners-{uuid.uuid4().hex[:6]}")
             made.members = list(made.group.workers)
@@ -200,7 +200,7 @@ class Pools:
         self, pool: GeneratorPoolSettings, engine: GeneratorSettings, folder: Path, version: str
     ) -> Iterator["Generators"]:
         """Borrow the generators; they carry `folder`'s weights as `version` and empty caches."""
-        from actors.generator_worker import Generators
+        from actors.pools.generators import Generators
 
         with self._lease("generators", "borrow_generators", pool, engine, str(folder)) as members:
             generators = Generators(members)
@@ -210,7 +210,7 @@ class Pools:
     @contextmanager
     def learners(self, pool: LearnerPoolSettings) -> Iterator["Learners"]:
         """Borrow the learner ranks, empty; every model opened is closed on return."""
-        from actors.learners import Learners
+        from actors.pools.learners import Learners
 
         with self._lease("learners", "borrow_learners", pool) as members:
             learners = Learners(members, pool)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.batches import Row
-from actors.objectives import OBJECTIVES, SCORES
-from actors.process_group import process_groups
+from actors.pools.micro_batches import Row
+from actors.pools.objectives import OBJECTIVES, SCORES
+from actors.pools.process_group import process_groups
 from cluster.workers.seat import Worker
 from engines.base import StepOutput, WeightUpdate
 from engines.collectives.process_groups import ProcessGroups

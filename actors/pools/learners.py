@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from actors.batches import Row, plan_micro_batches
 from actors.config import LearnerPoolSettings
+from actors.pools.micro_batches import Row, plan_micro_batches
 from cluster.workers.gather import gather
 from engines.base import WeightUpdate
 from engines.config import LearnerSettings
@@ -68,11 +68,11 @@ class Learners:
         return [result for result in results if result is not None]
 
     def build_sender(self, backend: str, receiver_sizes: list[int]) -> list[dict[str, Any]]:
-        """See `actors.weight_sync`."""
+        """See `actors.pools.weight_sync`."""
         return self._all("build_sender", backend, receiver_sizes)[0]
 
     def connect_sender(self) -> None:
-        """See `actors.weight_sync`."""
+        """See `actors.pools.weight_sync`."""
         self._all("connect_sender")
 
     def publish(self, role: str, version: str) -> WeightUpdate:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.batches import Row, pad, tokens_batch
+from actors.pools.micro_batches import Row, pad, tokens_batch
 from algorithms import dpo, ppo, reward, sft
 from algorithms.logprobs import align_values, token_logprobs
 from engines.base import Batch, LossFn
