@@ -13,8 +13,8 @@ action `flip`, `.answer` (in that step and its replay) and `.weights` (after S s
 `seat-R` in place of `rank-R`: in a group of N ranks that is rank R modulo N, so that somebody comes by there however
 small the group is by then.
 
-By window of the data order, whoever trains on it: `pretrain.window-W.loss` with the actions `nan` and `spike`, which
-are carried out on the loss itself. Bad data is bad every time: write `:*=nan`.
+By window of the data order, whichever rank trains on it: `pretrain.window-W.loss` with the actions `nan` and `spike`,
+which are carried out on the loss itself. Bad data is bad every time: write `:*=nan`.
 """
 
 import math

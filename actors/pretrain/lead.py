@@ -2,7 +2,7 @@
 
 Who waits for whom: the caller's thread leads the group (see cluster.controller). The ranks wait for nobody but each
 other: they train on while this process is gone, and the next call with the same state takes them over. So no further
-actor has to keep the controller: whoever repeats a lost call (the executor does, and so does the next driver) restarts
+actor has to keep the controller: a caller that repeats a lost call (the executor, the next driver) restarts
 it, and the group's journal tells which of two calls leads.
 """
 
@@ -84,7 +84,7 @@ def pretrain(
     """Train `model` from scratch on the token shards of `tokens`; leaves an HF model folder in `out`.
 
     Called again with the same `state` (after any crash of this process, on any node) it takes over the living ranks, or
-    goes on from what they left in memory, or from the newest state there.
+    resumes from what they left in memory, or from the newest state there.
 
     Args:
         tokens: shards written by `data.tokenized`, on a file system that all workers see or `handover.Stored`.
@@ -104,13 +104,13 @@ def pretrain(
         weights: an HF folder of the same network to start from (another stage's model).
         held_out: token shards whose loss is measured, see `settings.validate_every`.
         accounts: (store URL, run id, group) for the goodput records.
-        ask_standing: tells ranks without a controller whether the run of `accounts` goes on; None: they wait
+        ask_standing: tells ranks without a controller whether the run of `accounts` still runs; None: they wait
             `elastic.orphan_s` for the next one.
         nodes_come: do not refuse more ranks than the cluster has room for now.
 
     Raises:
         CheckpointError: `state` belongs to another job.
-        SystemFault: the group cannot go on (see pretrain.elastic).
+        SystemFault: the group cannot continue (see pretrain.elastic).
         ResourceError, DataError, StepError: see `cluster.controller` and `data.loader`.
     """
     faults = os.environ.get(VARIABLE, "") if faults is None else faults
@@ -168,7 +168,7 @@ def pretrain(
 
 def fell_short(formed: Sequence[Mapping[str, Any]], steps: int, asked: int) -> dict[str, Any] | None:
     """What to say of a training of `steps` steps that ended with fewer ranks than `asked` for; None: it did not.
-    `formed`: its "started" events, each with the step that it went on from."""
+    `formed`: its "started" events, each with the step that it resumed from."""
     if not formed or formed[-1]["ranks"] >= asked:
         return None
     short, until = 0, steps

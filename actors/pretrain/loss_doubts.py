@@ -2,7 +2,7 @@
 
 Every rank knows every loss, also those from before it came: they are kept with the state. So all judge alike (see
 `cluster.policies.rollback`). Whether training goes back is up to the controller; by the time that it says so, ranks
-have gone on for more steps than they keep snapshots of.
+have lasted for more steps than they keep snapshots of.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Doubts:
         self._sent_to: int | None = None
 
     def begin(self, losses: Sequence[float], step: int) -> None:
-        """A generation goes on from the state after `step` steps; `losses` of the last of these, oldest first."""
+        """A generation resumes from the state after `step` steps; `losses` of the last of these, oldest first."""
         if self._sent_to is None or step <= self._sent_to:  # training has gone back
             doubt = sure_doubt(losses, step - 1, self._settings)
             self._sent_to = None if doubt is None else doubt.first

@@ -2,8 +2,8 @@
 
 Who waits for whom: the training thread waits for the controller's word (`join`), and then for its peers in collectives.
 The actor's methods only leave words and return at once, except `abort`, which wakes the training thread wherever it
-waits. What comes of it all is in the beacon, for whoever leads the group then. Where tests break it is said in
-`actors.pretrain.fault_points`.
+waits. The outcome is in the beacon, for the controller that leads the group then. Tests break a rank at the points
+that `actors.pretrain.fault_points` names.
 """
 
 import contextlib
@@ -300,7 +300,7 @@ class PretrainRank:
         self.points.reach("finish", order.rank, order.generation)
         deadline = time.monotonic() + self.job.settings.elastic.flush_timeout_s
 
-        def moving() -> None:  # for whoever looks for hangs
+        def moving() -> None:  # so that it is not taken for a hang
             if time.monotonic() < deadline:
                 self.beacon.tick()
 

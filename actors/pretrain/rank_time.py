@@ -10,7 +10,7 @@ from engines.collectives.wait_times import Wait, Waits
 
 @dataclass(frozen=True)
 class Aborted:
-    """The controller's word that a generation cannot go on: when it was heard, and since when that was so; both by
+    """The controller's word that a generation is over: when it was heard, and since when that was so; both by
     time.monotonic()."""
 
     generation: int

@@ -114,7 +114,7 @@ class PretrainTask:
 
     def stored(self, fresh: bool = False) -> set[tuple[int, int]]:
         """What the store is known to have. The first call asks it, and one for a `fresh` answer; others tell what the
-        one before began to ask: whoever leads a group does not wait for a slow store.
+        one before began to ask: a controller does not wait for a slow store.
 
         Raises:
             StoreError: the first call got no answer.

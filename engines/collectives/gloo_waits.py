@@ -1,9 +1,9 @@
 """Waits that gloo forgets to end, and how to end them.
 
-When a connection breaks, gloo (as in torch 2.13) wakes whoever waits for data from it and whoever has announced data,
-but not whoever waits for data that was being written: `Pair::signalException` passes over the unbound buffers of its
-write queue. Such a collective sleeps until its timeout, minutes later, and destroying its group sleeps with it. It is
-rare (about one in 300 aborts on a loaded machine: a write has to fall between the break and its discovery).
+When a connection breaks, gloo (as in torch 2.13) wakes a thread that waits for data from it and one that has announced
+data, but not one that waits for data that was being written: `Pair::signalException` passes over the unbound buffers of
+its write queue. Such a collective sleeps until its timeout, minutes later, and destroying its group sleeps with it. It
+is rare (about one in 300 aborts on a loaded machine: a write has to fall between the break and its discovery).
 
 `UnboundBuffer::abortWaitSend` ends such a wait, and the next operation of the collective then fails as it should. The
 buffer is found through the address at which the kernel says that the thread sleeps: it lies inside the buffer, and the

@@ -83,7 +83,7 @@ class Ranks:
 
         The same exchange adds up `metrics` over the replicas (`totals`; every rank passes the same names) and settles
         whether to stop after this step (`stop_agreed`) and whether the snapshot before it has all its replicas
-        (`copies_agreed`): who has voted knows all that there is to know of the step.
+        (`copies_agreed`): a rank that has voted knows all that there is to know of the step.
         """
         self.on_vote()
         finite = math.isfinite(grad_norm)
@@ -118,6 +118,6 @@ class Ranks:
         return values
 
     def barrier(self) -> None:
-        """(collective) Nobody goes on before everybody is here."""
+        """(collective) Return once every rank has called it."""
         if self.mesh is not None:
             dist.barrier()

@@ -335,7 +335,7 @@ class ElasticLearner:
         found = self._load_one(learner, sources, lambda step: at_most is None or step <= at_most, problems)
         if found is None:
             why = "; ".join(problems) or "none is whole"
-            raise CheckpointError(f"run {self.run}: no snapshot to go on from; {why}")
+            raise CheckpointError(f"run {self.run}: no snapshot to resume from; {why}")
         return found
 
     def _load_one(

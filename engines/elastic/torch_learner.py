@@ -117,7 +117,7 @@ class TorchLearner:
         """What the loop needs beside `step` to find its data again (skipped windows); JSON, kept in snapshots."""
         self.last_step: dict[str, Any] = {}
         """What the ranks agreed on for step `step - 1`: grad_norm, lr, committed, metrics added up over the replicas.
-        Kept in snapshots, so that who goes on from one knows the outcome of the step before it."""
+        Kept in snapshots, so that a rank that resumes from one knows the outcome of the step before it."""
         self.losses: list[float] = []
         """Of the last `RECENT` steps, oldest first, NaN where the update was not applied. Kept in snapshots too."""
         self.reduces_gradients = reduces_gradients

@@ -1,4 +1,4 @@
-"""Which snapshot can a group go on from? Pure functions of what the holders have.
+"""Which snapshot can a group resume from? Pure functions of what the holders have.
 
 A snapshot is one (generation, step). It is whole when every rank's shard is there, or when those that are there cover
 every tensor (replicated parameters: one survivor is enough). Of several the newest generation's newest step is taken: a

@@ -5,7 +5,7 @@
     snapshots/RUN/GENERATION-STEP/SHARD.receipt    {"bytes", "sha256", "layout_sha256"}: both are there
     snapshots/RUN/manifests/GENERATION-STEP        all receipts: the snapshot exists
 
-Every rank uploads its own shard and then its receipt; whoever sees all receipts writes the manifest, once
+Every rank uploads its own shard and then its receipt; a rank that sees all receipts writes the manifest, once
 (`put_if_absent`). Readers go by manifests alone, so a crash at any byte leaves a snapshot that does not exist.
 Retention removes a manifest before its shards.
 """

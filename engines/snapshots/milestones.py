@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 KEPT = 2
-"""Of the newest ones, which may not have been verified yet; also before doubtful steps: whoever decides may know of
+"""Of the newest ones, which may not have been verified yet; also before doubtful steps: the controller may know of
 the last one too late."""
 
 

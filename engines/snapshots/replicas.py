@@ -2,7 +2,7 @@
 
 `ReplicaServer` runs in one process per node (its agent) and keeps what peers `put`, beside the node's own shards, in
 `segments.node_folder(run)`. It acknowledges a replica after verifying it. `Peer` is the other end: a `memory.Holder`
-for whoever takes snapshots and a `sources.Source` for whoever recovers.
+for a rank that takes snapshots and a `sources.Source` for one that recovers.
 
 Request: one line of JSON {"token", "op", "run", "name", "bytes", "milestones"}, then the bytes of a put. Answer: one
 line of JSON {"bytes"} and that many bytes, or {"error"}. The token keeps strangers out; the stream is not encrypted, so

@@ -1,8 +1,8 @@
 """The files in shared memory that hold one rank's shards, and the folder per node in which all of them lie.
 
-No process owns them: they outlive a SIGKILL of their writer and are verified by whoever opens them. A file is written
-as `NAME.writing` and gets its name when it is sealed, so that a name never stands for something half written. Memory
-is recycled: the file of the oldest step that nobody needs becomes the next one (fresh pages cost more than the copy).
+No process owns them: they outlive a SIGKILL of their writer and each process that opens them verifies them. A file is
+written as `NAME.writing` and gets its name when it is sealed, so that a name never stands for something half written.
+Memory is recycled: the file of the oldest step that nobody needs becomes the next one (fresh pages cost more than the copy).
 """
 
 import contextlib
