@@ -2,7 +2,8 @@
 
 No process owns them: they outlive a SIGKILL of their writer and each process that opens them verifies them. A file is
 written as `NAME.writing` and gets its name when it is sealed, so that a name never stands for something half written.
-Memory is recycled: the file of the oldest step that nobody needs becomes the next one (fresh pages cost more than the copy).
+Memory is recycled: the file of the oldest step that nobody needs becomes the next one (fresh pages cost more than the
+copy).
 """
 
 import contextlib
