@@ -28,6 +28,8 @@ Json = dict[str, Any]
 PAGE = Path(__file__).parent / "service" / "page"
 MOST_DETAILS = 200
 """So many steps are told of in full, failed ones first; the others are in the graph, the table and the timeline."""
+MOST_LETTERS = 16 << 20
+"""Of all steps in full, logs included."""
 READERS = 8
 """Threads that read the store, which may be far away."""
 LOG_BYTES = 32 << 10
@@ -92,8 +94,13 @@ def _stored(store: Store, run_id: str) -> Json:
     cache = views.RunCache()
     steps = views.steps(cache, store, run_id)
     first = sorted(steps["steps"], key=lambda row: row["status"] != "failed")[:MOST_DETAILS]
+    told, room = [], MOST_LETTERS
     with ThreadPoolExecutor(READERS) as pool:
-        told = list(pool.map(lambda row: _in_full(cache, store, run_id, row["id"]), first))
+        for step in pool.map(lambda row: _in_full(cache, store, run_id, row["id"]), first):
+            room -= len(json.dumps(step))
+            if room < 0:
+                break
+            told.append(step)
     return {
         "run": views.run(cache, store, run_id),
         "steps": steps,

@@ -17,7 +17,7 @@ import pytest
 
 from infra.storage import Store, open_store
 from infra.telemetry import MetricsWriter
-from workflows import launch, report
+from workflows import launch, report, report_page
 from workflows.artifacts import Artifact
 from workflows.config import RunSettings
 from workflows.graph import workflow
@@ -335,6 +335,18 @@ def test_page_of_a_stored_run_has_its_steps_in_full_with_the_ends_of_their_logs(
     assert "bytes before; recua logs r train[0]]" in log["text"] and log["text"].endswith("password=[redacted]\n")
     assert len(log["text"]) < 40_000 and log["ended"] and secret not in page
     assert [(curve["name"], curve["y"]) for curve in answers["metrics"]["curves"]] == [("loss", [2.0, 1.0])]
+
+
+def test_page_of_a_run_with_huge_results_stays_small_and_has_the_failed_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_page, "MOST_LETTERS", 300_000)
+    store = open_store(tmp_path / "store")
+    large = [stores.commit(f"large[{number}]", result="x" * 100_000) for number in range(9)]
+    failed = [stores.start("check[0]"), stores.failure("check[0]", "no", final=True)]
+    stores.open_run(store, "r").append([*large, *failed, stores.end("failed")])
+    answers = _answers(write(read_run(store, load_run(store, "r")), tmp_path).read_text())
+    assert "check[0]" in answers["step"] and 2 <= len(answers["step"]) < 5 and len(answers["steps"]["steps"]) == 10
 
 
 def _stored_page(store: Store, folder: Path) -> str:
