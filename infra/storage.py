@@ -148,6 +148,8 @@ def parse_store(text: str, setting: str = "--store") -> tuple[str, str]:
     scheme = scheme.strip().lower()
     if not text.strip():
         raise ConfigError(f"{setting} is empty: name a folder or s3://bucket/prefix")
+    if found := re.match(r"(s3|file)//+", text.strip(), re.IGNORECASE):
+        raise ConfigError(f"{said}: a colon is missing; write it as {found[1].lower()}:{text.strip()[found.end(1) :]}")
     if not separator or not (rest.startswith("/") or scheme in ("s3", "file")) or "/" in scheme:
         return "file", text  # a folder, colons in its name or not
     if scheme == "file" and rest.startswith("/"):
@@ -283,6 +285,8 @@ class FolderStore:
                 raise UserError(f"--store {self.url}: {part!r} has {size} bytes, a file name at most {LONGEST_NAME}")
 
     def check(self) -> None:
+        if self.root.exists() and not self.root.is_dir():
+            raise StoreError(f"--store {self.url}: is no folder; name one, or s3://bucket/prefix")
         probe = f"{TEMPORARY_PREFIX}check-{uuid.uuid4().hex}"
         self.put(probe, b"recua", durable=False)
         self.delete(probe)

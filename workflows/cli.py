@@ -556,7 +556,7 @@ def _folder(path: str | Path, option: str) -> Path:
     scheme, local = parse_store(str(path), option)
     if scheme != "file":
         raise ConfigError(f"{option} {path}: name a path on this machine; --store is what may be on S3")
-    return Path(local)
+    return Path(local).expanduser()
 
 
 def _read(path: Path, option: str) -> bytes:

@@ -146,10 +146,17 @@ def derived_parts(value: Any, where: str) -> tuple[type, str, Any]:
     base = _base(kind)
     name = name_of(kind, where)
     _check_empty(base, kind, where)
+    check_no_more(value, where)
+    return base, name, _held(value, base)
+
+
+def check_no_more(value: Any, where: str) -> None:
+    """Refuse an instance of a derived class that holds more than its base does."""
+    kind = type(value)
     slots = {slot for each in kind.__mro__ for slot in _slots(each) if hasattr(value, slot)}
     if more := sorted({*getattr(value, "__dict__", {}), *slots}):
+        name = f"{kind.__module__}:{kind.__qualname__}"
         raise UserError(f"{where} is a {name} with attributes of its own ({', '.join(more)}), which cannot be kept")
-    return base, name, _held(value, base)
 
 
 def restore_derived(name: str, held: Any, factory: Callable[[], Any] | None) -> Any:

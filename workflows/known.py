@@ -52,6 +52,7 @@ class Known:
         self.commits = dict(commits)
         self._reuse = reuse
         self._rerun = rerun
+        self._not_called = set(rerun)
         self._warn = warn
         self._fingerprinter = Fingerprinter()
         self._fingerprints: dict[tuple[object, tuple[str, ...]], Fingerprint] = {}
@@ -83,6 +84,7 @@ class Known:
         Raises:
             NonDeterminismError: the record is of another step or of other inputs; both are named.
         """
+        self._not_called -= {call_id, step.short_name}
         record = self.commits.get(call_id)
         if record is None:
             return None
@@ -127,6 +129,10 @@ class Known:
     def key(self, step: Step[..., Any], options: StepOptions, arguments: Any) -> str:
         """The content key alone."""
         return self.identify(step, options, arguments)[2]
+
+    def not_rerun(self) -> list[str]:
+        """What to say of names in `rerun` that no call has had."""
+        return [f"--rerun {name}: this run calls no step of that name" for name in sorted(self._not_called)]
 
     def may_reuse(self, call_id: str, step: Step[..., Any], options: StepOptions) -> bool:
         return self._reuse and options.reuse and step.short_name not in self._rerun and call_id not in self._rerun

@@ -80,6 +80,8 @@ def plan(workflow: Workflow[..., Any], *args: Any, settings: RunSettings | None 
             workflow.fn(*args, **kwargs)
         except _Unknown as end:
             unknown = end.call_id
+    if unknown is None and all(call.status != "known at run time" for call in planner.calls):
+        warnings += known.not_rerun()
     free = None if (local := store.local_path("runs")) is None else _free(local)
     return Plan(run_id, store.url, tuple(planner.calls), unknown, tuple(warnings), planner.stored_bytes(), free)
 

@@ -92,6 +92,8 @@ def run(
         data = {"run_id": run_id, "workflow": workflow.name, "store": store.url, "resumed": len(known.commits)}
         with _on_term(_interrupt if term_cancels else _leave):
             tree = _drive(runtime, workflow, args, kwargs, Event("run-started", data=data), emit, recorder)
+        for message in known.not_rerun():
+            emit(Event("warning", data={"message": message}))
     return RunResult(run_id, store.url, decode(tree, source), False)
 
 

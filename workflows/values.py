@@ -98,6 +98,7 @@ def _encode_object(value: Any, where: str, replace: Replace, room: int) -> Any:
         made_of, more = kinds.dataclass_parts(value, where)
         return {"$dataclass": kinds.name_of(type(value), where), "fields": fields(made_of), **beside(beside=more)}
     if kinds.is_named_tuple(value):
+        kinds.check_no_more(value, where)
         held = dict(zip(type(value)._fields, tuple.__iter__(value), strict=True))
         return {"$namedtuple": kinds.name_of(type(value), where), "fields": fields(held)}
     if isinstance(value, kinds.BASES):

@@ -127,6 +127,11 @@ def planned(count: int) -> Any:
     return added(later)
 
 
+@workflow
+def doubles() -> Any:
+    return doubled.options(name="final")(1)
+
+
 def test_dynamic_a_plan_shows_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from workflows.listing import show_plan
 
@@ -143,8 +148,20 @@ def test_dynamic_a_plan_shows_maps(tmp_path: Path, capsys: pytest.CaptureFixture
     ]
     assert plan.calls[2].needs == ("listed[0]",) and plan.calls[5].needs == ("listed[1]",)
     assert plan.calls[6].needs == ("doubled.map[0]",) and plan.calls[2].gang == "2 x (CPU=1), PACK"
+    assert not plan.warnings
     show_plan(plan)
     assert "gang of 2 x (CPU=1), PACK" in capsys.readouterr().out
+
+
+def test_dynamic_a_step_to_rerun_that_is_never_called_is_named(tmp_path: Path) -> None:
+    def warnings(*rerun: str) -> Any:
+        return planning.plan(doubles, settings=RunSettings(store=str(tmp_path), rerun=rerun)).warnings
+
+    assert not warnings("doubled", "doubled[final]")
+    assert warnings("double", "doubled[0]", "doubled") == (
+        "--rerun double: this run calls no step of that name",
+        "--rerun doubled[0]: this run calls no step of that name",
+    )
 
 
 @pytest.mark.parametrize(

@@ -571,3 +571,19 @@ def test_a_key_that_came_to_be_a_list_is_told_of() -> None:
     tree = resolve_edges({"$dict": [[{"$edge": "f[0]", "field": None}, 1]]}, lambda _: encode([1]))
     with pytest.raises(UserError, match=r"a dict's key came to be what cannot be one \(unhashable type: 'list'\)"):
         decode(tree)
+
+
+class Labelled(NamedTuple):
+    n: int
+
+
+class Extended(Labelled):
+    """Has a __dict__, unlike the named tuple itself."""
+
+
+def test_a_named_tuple_with_attributes_of_its_own_is_refused() -> None:
+    value = Extended(1)
+    assert decode(encode(value)) == value and type(decode(encode(value))) is Extended
+    value.label = "x"  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"the result is a .*:Extended with attributes of its own \(label\)"):
+        encode(value, "the result")

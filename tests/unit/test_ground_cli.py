@@ -474,3 +474,7 @@ def test_serve_finds_no_model_where_there_is_none(flow: Path, recua: Recua) -> N
     assert code == 2 and "no/such/folder: no such folder" in err
     code, _, err = recua("serve", ".", "--set", "replicsa=2")
     assert code == 2 and "unknown setting replicsa; did you mean replicas?" in err
+
+
+def test_a_folder_that_no_shell_has_expanded_is_in_the_home_folder() -> None:
+    assert cli._folder("~/runs", "--reports") == Path.home() / "runs"

@@ -160,6 +160,8 @@ def test_a_missing_bucket_and_bad_urls_are_named(s3: Store) -> None:
         (Path("s3://bucket/runs"), "--store s3:/bucket/runs: a folder by that name would be made; write it as s3://"),
         ("s3:bucket/runs", "write it as s3://bucket/prefix"),
         ("S3:/bucket", "write it as s3://bucket/prefix"),
+        ("s3//bucket/runs", "--store s3//bucket/runs: a colon is missing; write it as s3://bucket/runs"),
+        ("FILE///a", "a colon is missing; write it as file:///a"),
         ("s3://two words/x", "'two words' cannot be a bucket's name"),
         ("s3a://bucket", "unknown scheme s3a://"),
         ("gs://bucket", "unknown scheme gs://"),
@@ -178,6 +180,12 @@ def test_a_url_that_would_become_a_folder_or_nothing_is_refused(
     with pytest.raises(ConfigError, match=re.escape(message)):
         open_store(url)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(StoreError, match=r"--store .*/runs: is no folder; name one, or s3://bucket/prefix"):
+        open_store(tmp_path / "runs").check()
 
 
 def test_folders_and_buckets_in_every_spelling(tmp_path: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
