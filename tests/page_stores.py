@@ -4,15 +4,17 @@ import json
 import time
 from typing import Any
 
+from stored_records import Json, append
+
 from infra.storage import Store
-from workflows.journal import Journal, Record
+from workflows.journal import Journal
 
 ZERO = 1_700_000_000.0
 """When a synthetic run was created, in seconds since the epoch."""
 CODE = "c0de" * 16
 
 
-def artifact(digest: str, name: str, location: str = "") -> Record:
+def artifact(digest: str, name: str, location: str = "") -> Json:
     """An artifact as it stands in a result; `digest` is filled up to 64 letters."""
     return {
         "$artifact": {"digest": full(digest), "name": name, "location": location or f"somewhere/{digest}", "meta": {}}
@@ -32,27 +34,27 @@ def open_run(store: Store, run_id: str, recipe: Any = None, created: float = ZER
     return Journal.acquire(store, run_id)
 
 
-def start(call: str, step: str = "recipes.demo:train", attempt: int = 1, at: float = ZERO, **more: Any) -> Record:
+def start(call: str, step: str = "recipes.demo:train", attempt: int = 1, at: float = ZERO, **more: Any) -> Json:
     head = {"type": "start", "call": call, "step": step, "attempt": attempt, "attempt_id": f"{call}-{attempt}"}
     return {**head, "time": at, **more}
 
 
 def commit(
     call: str, step: str = "recipes.demo:train", at: float = ZERO, seconds: float = 1.0, result: Any = None, **more: Any
-) -> Record:
+) -> Json:
     head = {"type": "commit", "call": call, "step": step, "key": f"key of {call}", "code": CODE, "inputs": "i" * 64}
     times = {"started": at, "ended": at + seconds, "seconds": seconds, "node": "node-a", "attempt": 1}
     given = {"args": [1], "kwargs": {}}
     return {**head, "arguments": given, "result": result, **times, "attempt_id": f"{call}-1", **more}
 
 
-def failure(call: str, message: str, final: bool, attempt: int = 1, at: float = ZERO, trace: str = "") -> Record:
+def failure(call: str, message: str, final: bool, attempt: int = 1, at: float = ZERO, trace: str = "") -> Json:
     error = {"kind": "user", "type": "ValueError", "message": message, "traceback": trace}
     head = {"type": "attempt-failed", "call": call, "step": "recipes.demo:train", "attempt": attempt}
     return {**head, "attempt_id": f"{call}-{attempt}", "error": error, "final": final, "time": at}
 
 
-def end(status: str = "finished", at: float = ZERO, **more: Any) -> Record:
+def end(status: str = "finished", at: float = ZERO, **more: Any) -> Json:
     return {"type": "end", "status": status, "time": at, **more}
 
 
@@ -70,7 +72,7 @@ def chains(store: Store, run_id: str, chains: int = 100, length: int = 100, fini
             node = {"node": f"node-{chain % 2}"}
             records.append(start(call, "recipes.demo:link", at=at + chain / 200, **needs))
             records.append(commit(call, "recipes.demo:link", at + chain / 200, 0.5, link, **needs, **node))
-        journal.append(records)
+        append(journal, records)
     if finished:
-        journal.append([end(at=began + length, result=None)])
+        append(journal, [end(at=began + length, result=None)])
     return journal

@@ -21,18 +21,19 @@ from dataclasses import dataclass
 from infra.errors import UserError
 from workflows.artifacts import ArtifactSource
 from workflows.batches import BYTES, ENDED, HANDED_BACK, SLOW_S, TASKS_PER_CPU, Pace, may_share
-from workflows.call import Batch, Call, Record, RunContext, call_record
+from workflows.call import Batch, Call, RunContext
 from workflows.channel import Listener
 from workflows.journal import fenced
 from workflows.loop import Loop
 from workflows.outcome import of_ray_error, rebuild
 from workflows.placement import NODES_AGE_S, Placement
+from workflows.records import Failed, Json, Record, Start
 from workflows.takeover import StoppedDrivers
 
 LONGEST_PAUSE_S = 30.0
 GANG_PATIENCE_S = 2.0
 TIMEOUT_GRACE_S = 15.0
-RAY_LOST: Record = {"kind": "system", "type": "NodeLost", "message": "the local Ray is gone", "traceback": ""}
+RAY_LOST: Json = {"kind": "system", "type": "NodeLost", "message": "the local Ray is gone", "traceback": ""}
 CROWD = 32
 """With so many attempts in flight a few milliseconds of waiting cost no time: Ray has work for longer than that."""
 
@@ -43,7 +44,7 @@ class AttemptEvents:
 
     note: Callable[[Record], None]
     """Write a record into the journal."""
-    on_result: Callable[[Call, Record], None]
+    on_result: Callable[[Call, Json], None]
     """A body ended well; its place is held until `Attempts.settled(call)`."""
     on_failure: Callable[[Call, BaseException], None]
     """A call failed for good."""
@@ -133,7 +134,7 @@ class Attempts:
         replaced = self._run.journal.state.replaced
         if replaced and not self._placement.is_local:
             killed = functools.partial(self._loop.post, self._on_killed)
-            drivers = StoppedDrivers(replaced, self._placement.everywhere, killed)
+            drivers = StoppedDrivers([lease.to_json() for lease in replaced], self._placement.everywhere, killed)
             self._loop.later(self._run.journal.ttl_s, self._free_workers, drivers, frozenset())
 
     def _pump_soon(self) -> None:
@@ -242,8 +243,8 @@ class Attempts:
         if not call.handed_back:
             call.attempt = max(call.attempt, self._earlier.pop(call.id, 0)) + 1
             call.attempt_id, call.started = uuid.uuid4().hex, None
-            start = {"attempt": call.attempt, "attempt_id": call.attempt_id, "time": time.time()}
-            self._told.note({**call_record("start", call), **start})
+            attempt = (call.attempt, call.attempt_id)
+            self._told.note(Start(call.id, call.step.name, call.needs, *attempt, time.time()))
         call.handed_back = False
         payload = {
             "call": call.id,
@@ -259,7 +260,7 @@ class Attempts:
             payload["faults"] = {point: action for point, action in due.items() if action}
         return json.dumps(payload)
 
-    def _on_message(self, message: Record) -> None:
+    def _on_message(self, message: Json) -> None:
         call, batch = self._running.get(message.get("call", ""), (None, None))
         if call is None or batch is None or message.get("attempt_id") != call.attempt_id:
             return
@@ -337,7 +338,7 @@ class Attempts:
         self._ready.appendleft(call)
         self._pump_soon()
 
-    def _on_outcome(self, call: Call, outcome: Record) -> None:
+    def _on_outcome(self, call: Call, outcome: Json) -> None:
         self._pace.saw(call.step.name, outcome["seconds"])
         if "warning" in outcome:
             self._run.tell("warning", call, message=outcome["warning"])
@@ -360,7 +361,7 @@ class Attempts:
             record = of_ray_error(error, ran, call.options.timeout, preempted)
             self._on_attempt_failed(call, record, blamed=len(lost) == 1)
 
-    def _on_attempt_failed(self, call: Call, record: Record, blamed: bool = True) -> None:
+    def _on_attempt_failed(self, call: Call, record: Json, blamed: bool = True) -> None:
         if record["type"] == "FencedError" and record["kind"] == "system":  # not a class of the user's with this name
             self._told.on_error(fenced(self._run.journal.run_id))
             return
@@ -375,9 +376,8 @@ class Attempts:
         else:
             call.user_failures += 1
             final = record["kind"] == "refused" or call.user_failures > call.options.retries
-        attempt = {"attempt": call.attempt, "attempt_id": call.attempt_id}
-        facts = {"error": record, "final": final, "time": time.time()}
-        self._told.note({"type": "attempt-failed", "call": call.id, "step": call.step.name, **attempt, **facts})
+        attempt = (call.attempt, call.attempt_id)
+        self._told.note(Failed(call.id, call.step.name, (), *attempt, error=record, final=final, time=time.time()))
         if final:
             self._told.on_failure(call, rebuild(call.id, record))
             return

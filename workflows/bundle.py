@@ -40,8 +40,8 @@ from infra.storage import Store, appear, sync_file
 from infra.telemetry import redact
 from workflows.artifacts import Artifact, read_manifest
 from workflows.journal import removed_key
-from workflows.known import FORMAT as INDEX_FORMAT
-from workflows.known import code_key, index_key, parameters_key
+from workflows.known import code_key, index_entry, index_key, parameters_key
+from workflows.records import Json
 from workflows.runs import RUN_ID
 from workflows.survey import StoredRun, packages_of, read_run, references_of
 from workflows.values import artifact_records
@@ -66,7 +66,6 @@ LARGEST_TABLE = 1 << 30
 """Bytes of the checksums' JSON: millions of objects."""
 GZIP_LEVEL = 1
 """Weights hardly shrink; texts and logs do at any level."""
-Record = dict[str, Any]
 Opened = contextlib.AbstractContextManager[IO[bytes]]
 
 
@@ -94,7 +93,7 @@ def export_run(store: Store, run_id: str, output: Path, with_logs: bool = True, 
         raise UserError(f"--only-results: run {run_id} is {run.status}, and needs its other artifacts to go on")
     members = _members(store, run, with_logs, only_results)
     header = {"format": FORMAT, "run": run_id, "workflow": (run.metadata or {})["workflow"]}
-    checksums: dict[str, Record] = {}
+    checksums: dict[str, Json] = {}
     with appear(output) as temporary:
         with _create(temporary, output.name.endswith("gz")) as tar:
             _add(tar, HEADER, io.BytesIO(_json(header)))
@@ -142,14 +141,14 @@ def import_run(store: Store, bundle: Path) -> str:
     return run_id
 
 
-def verify(bundle: Path) -> tuple[str, dict[str, Record]]:
+def verify(bundle: Path) -> tuple[str, dict[str, Json]]:
     """(run id, checksums) of a bundle that is whole.
 
     Raises:
         UserError: it is none, of another format, or damaged; what is wrong is named.
     """
     _require_file(bundle)
-    found: dict[str, Record] = {}
+    found: dict[str, Json] = {}
     small: dict[str, bytes] = {}
     try:
         with _open_tar(bundle) as tar:
@@ -211,14 +210,14 @@ def _members(store: Store, run: StoredRun, with_logs: bool, only_results: bool) 
             key = f"{artifact.location}/data/{entry.path}"
             found[key] = _stored(store, key, entry.sha256)
     commits = run.state.commits.values()
-    keys = {code_key(commit[name]) for commit in commits for name in ("code", "libraries") if commit.get(name)}
-    keys |= {parameters_key(commit["code"], commit["step"]) for commit in commits if commit.get("code")}
+    keys = {code_key(name) for commit in commits for name in (commit.code, commit.libraries) if name}
+    keys |= {parameters_key(commit.code, commit.step) for commit in commits if commit.code}
     keys |= {f"packages/{sha256}.zip" for sha256 in packages_of(run)}
     found |= {key: _stored(store, key) for key in keys if store.exists(key)}
     for commit in run.state.commits.values():
-        whole = located.issuperset(record["location"] for record in artifact_records(commit["result"]))
-        if whole and commit.get("key") and store.exists(index_key(commit["key"])):
-            found[index_key(commit["key"])] = _made(_index_entry(run.run_id, commit))
+        whole = located.issuperset(record["location"] for record in artifact_records(commit.result))
+        if whole and commit.key and store.exists(index_key(commit.key)):
+            found[index_key(commit.key)] = _made(_json(index_entry(run.run_id, commit)))
     return found
 
 
@@ -240,11 +239,6 @@ def _stored(store: Store, key: str, sha256: str | None = None) -> Member:
 
 def _made(content: bytes) -> Member:
     return Member(functools.partial(io.BytesIO, content))
-
-
-def _index_entry(run_id: str, commit: Record) -> bytes:
-    entry = {name: commit[name] for name in ("key", "call", "step", "result", "seconds")}
-    return _json({"format": INDEX_FORMAT, "run": run_id, **entry})
 
 
 @contextlib.contextmanager
@@ -303,7 +297,7 @@ def _line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _add(tar: tarfile.TarFile, name: str, stream: IO[bytes]) -> Record:
+def _add(tar: tarfile.TarFile, name: str, stream: IO[bytes]) -> Json:
     """Append a member with nothing of this machine or moment in it; its checksum."""
     info = tarfile.TarInfo(name)
     info.size = stream.seek(0, io.SEEK_END)
@@ -326,7 +320,7 @@ class _Hashing:
         return data
 
 
-def _checksum(stream: IO[bytes]) -> Record:
+def _checksum(stream: IO[bytes]) -> Json:
     checked, size = _Hashing(stream), 0
     while data := checked.read(CHUNK):
         size += len(data)

@@ -11,7 +11,6 @@ from workflows.fanout import Fanout
 from workflows.graph import Step, StepOptions
 from workflows.journal import Journal
 
-Record = dict[str, Any]
 ClusterCheck = Callable[[list[dict[str, float]]], None]
 """Called once, before the first attempt, with each node's resources by Ray's names; raises to refuse them. Left out if
 an autoscaler may bring other nodes."""
@@ -86,9 +85,3 @@ class RunContext:
     def warn(self, message: str) -> None:
         """Emit a warning that is about no single call."""
         self.emit(Event("warning", data={"message": message}))
-
-
-def call_record(kind: str, call: Call) -> Record:
-    """How every journal record of a call begins. `needs`: the calls whose results it takes, if there are any."""
-    record: Record = {"type": kind, "call": call.id, "step": call.step.name}
-    return {**record, "needs": list(call.needs)} if call.needs else record

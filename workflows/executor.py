@@ -15,15 +15,17 @@ from dataclasses import replace
 from typing import Any
 
 from infra.errors import NonDeterminismError, RecuaError, UserError
+from workflows import records
 from workflows.attempts import AttemptEvents, Attempts
-from workflows.call import Call, Record, RunContext, call_record
+from workflows.call import Call, RunContext
 from workflows.ends import Ends
 from workflows.fanout import Fanout
 from workflows.graph import resolve_edges
 from workflows.identities import IDENTITY
-from workflows.known import Known
+from workflows.known import Known, Reusable
 from workflows.loop import Loop
 from workflows.outcome import describe
+from workflows.records import Commit, End, Failed, Json
 from workflows.run_writer import RunWriter
 from workflows.taken import PathTaken
 from workflows.values import encode
@@ -50,7 +52,7 @@ class Executor:
         self._writer = RunWriter(run, known, lambda: self._attempts.crowded(), self.abort, self._on_cancel)
         told = AttemptEvents(self._writer.note, self._on_result, self._fail, self.abort, self._writer.valid_until)
         self._attempts = Attempts(run, self._loop, told)
-        self._asked: dict[str, tuple[Call, Record]] = {}
+        self._asked: dict[str, tuple[Call, records.Wait]] = {}
         self._poller = Poller(journal.store, journal.run_id, self._on_answer, self.abort)
         remote = journal.store.local_path("runs") is None
         self._lookups = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="recua-lookup") if remote else None
@@ -68,13 +70,13 @@ class Executor:
         """At the workflow's end: all that was committed before was called again. Raises as `PathTaken.check`."""
         self._loop.ask(self._path.check, self._run.warn)
 
-    def stop(self, end: Record | None) -> BaseException | None:
+    def stop(self, end: End | None) -> BaseException | None:
         """Begin nothing more, kill what runs, and write `end`, before anything else is taken down: if a whole process
         group was told to stop, Ray is going too, and its client may end this process at any moment.
 
         Returns what kept `end` from being written, if anything did.
         """
-        if end is None or end["status"] != "finished":
+        if end is None or end.status != "finished":
             self._run.journal.store.hurry(LEAVING_PATIENCE_S)
         self.abort(RecuaError("the run is ending"))
         self._attempts.wait_until_none_runs(CANCEL_DEADLINE_S)
@@ -126,8 +128,8 @@ class Executor:
             self._path.made(call.id, record)
             if record is not None:
                 self._known.forget(call.id)
-                self._run.tell("resumed", call, seconds=record["seconds"])
-                self._succeed(call, record["result"])
+                self._run.tell("resumed", call, seconds=record.seconds)
+                self._succeed(call, record.result)
                 return
             call.inputs, call.code, call.key = self._known.identify(call.step, call.options, call.arguments)
         except NonDeterminismError:
@@ -175,20 +177,19 @@ class Executor:
 
     def _look_up(self, call: Call) -> None:
         try:
-            record = self._known.find(call.step, call.options, call.arguments, call.key)
+            found = self._known.find(call.step, call.options, call.arguments, call.key)
         except BaseException as error:
             self.abort(error)
             return
-        self._loop.post(self._on_looked_up, call, record)
+        self._loop.post(self._on_looked_up, call, found)
 
-    def _on_looked_up(self, call: Call, record: Record | None) -> None:
-        if record is None:
+    def _on_looked_up(self, call: Call, found: Reusable | None) -> None:
+        if found is None:
             self._known.marks.end(call.id)
             self._attempts.enqueue(call)
             return
         now = time.time()
-        times = {"started": now, "ended": now, "seconds": record["seconds"], "node": "", "attempt": 0}
-        self._commit(call, record["result"], {**times, "reused_from": record["run"]})
+        self._commit(call, found.result, started=now, ended=now, seconds=found.seconds, reused_from=found.run)
 
     def _begin(self, call: Call) -> None:
         if isinstance(call.step, Wait):
@@ -201,20 +202,19 @@ class Executor:
     def _wait_outside(self, call: Call) -> None:
         record = self._run.journal.state.waits.get(call.id)
         if record is None:
-            asked = wait_record(call.id, call.step.name, call.options, call.arguments, call.inputs)
-            record = {**asked, **call_record("wait", call)}
+            record = wait_record(call.id, call.step.name, call.needs, call.options, call.arguments, call.inputs)
             self._writer.note(record)
         check_question(record, self._known.same_inputs(record, call.arguments), call.arguments["args"][0])
         self._asked[call.id] = call, record
         journal = self._run.journal
         what = command(journal.run_id, call.id, call.step.name, journal.store.url)
-        self._run.tell("waiting", call, message=record["message"], deadline=record["deadline"], command=what)
-        self._poller.add(call.id, record["deadline"], final=call.options.may_fail)
+        self._run.tell("waiting", call, message=record.message, deadline=record.deadline, command=what)
+        self._poller.add(call.id, record.deadline, final=call.options.may_fail)
 
-    def _on_answer(self, call_id: str, signal: Record) -> None:
+    def _on_answer(self, call_id: str, signal: Json) -> None:
         self._loop.post(self._on_signal, call_id, signal)
 
-    def _on_signal(self, call_id: str, signal: Record) -> None:
+    def _on_signal(self, call_id: str, signal: Json) -> None:
         call, record = self._asked.pop(call_id)
         if self._ends.fatal is not None:
             return
@@ -222,45 +222,45 @@ class Executor:
         try:
             result = encode(answer(record, signal), f"{call_id}: the answer")
         except RecuaError as error:
-            failed = {"type": "attempt-failed", "call": call_id, "step": call.step.name, "attempt": 0}
-            self._writer.note({**failed, "attempt_id": "", "error": describe(error), "final": True, "time": now})
+            self._writer.note(Failed(call_id, call.step.name, error=describe(error), final=True, time=now))
             self._fail(call, error)
             return
-        times = {"started": record["time"], "ended": now, "seconds": now - record["time"], "node": "", "attempt": 0}
-        self._commit(call, result, {**times, "by": signal["who"]})
+        self._commit(call, result, started=record.time, ended=now, seconds=now - record.time, by=signal["who"])
 
     # --- ends of calls ---
 
-    def _on_result(self, call: Call, outcome: Record) -> None:
+    def _on_result(self, call: Call, outcome: Json) -> None:
         call.saved_state = "state" in outcome
-        times = {name: outcome[name] for name in ("started", "seconds", "node")}
-        extra = {"attempt": call.attempt, "attempt_id": call.attempt_id, "ended": time.time()}
-        self._commit(call, outcome["result"], {**times, **extra})
+        made = {name: outcome[name] for name in ("started", "seconds", "node")}
+        attempt = {"attempt": call.attempt, "attempt_id": call.attempt_id}
+        self._commit(call, outcome["result"], ended=time.time(), **made, **attempt)
 
-    def _commit(self, call: Call, result: Any, extra: Record) -> None:
-        record = {
-            **call_record("commit", call),
-            "key": call.key,
-            "code": call.code,
-            "libraries": self._known.libraries_of(call.code),
-            "inputs": call.inputs,
-            "identity": IDENTITY,
-            "arguments": self._known.shown_arguments(call.arguments),
-            "result": result,
-            **({} if call.of is None else {"of": call.of}),
-            **extra,
-        }
+    def _commit(self, call: Call, result: Any, **made: Any) -> None:
+        """`made`: the fields of the record that say how the result came about."""
+        record = Commit(
+            call.id,
+            call.step.name,
+            call.needs,
+            key=call.key,
+            code=call.code,
+            libraries=self._known.libraries_of(call.code),
+            inputs=call.inputs,
+            identity=IDENTITY,
+            arguments=self._known.shown_arguments(call.arguments),
+            result=result,
+            of=call.of,
+            **made,
+        )
         self._writer.commit(record, lambda: self._loop.post(self._on_committed, call, record))
 
-    def _on_committed(self, call: Call, record: Record) -> None:
+    def _on_committed(self, call: Call, record: Commit) -> None:
         self._known.marks.end(call.id)
-        kind = "reused" if "reused_from" in record else "committed"
-        shown = {name: record[name] for name in ("seconds", "node", "attempt")}
-        self._run.tell(kind, call, **shown, reused_from=record.get("reused_from"))
+        shown = {name: getattr(record, name) for name in ("seconds", "node", "attempt", "reused_from")}
+        self._run.tell(record.status, call, **shown)
         if call.options.may_fail:
             self._path.succeeded(call.id)
         self._writer.committed(call, record)
-        self._succeed(call, record["result"])
+        self._succeed(call, record.result)
         self._attempts.settled(call)
 
     def _succeed(self, call: Call, result: Any) -> None:

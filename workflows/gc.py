@@ -31,6 +31,7 @@ from workflows.journal import (
     removed_key,
 )
 from workflows.marks import Marks, read_marks, write_marks
+from workflows.records import Lease
 from workflows.survey import Reference, StoredRun, Survey, survey
 from workflows.values import artifact_records
 
@@ -153,7 +154,7 @@ def explain(store: Store, digest: str) -> list[str]:
     locations: dict[str, str] = {}
     for run in found.runs.values():
         for commit in run.state.commits.values():
-            for record in artifact_records(commit["result"]):
+            for record in artifact_records(commit.result):
                 if record["digest"].startswith(digest):
                     locations[record["location"]] = f"{record['name']} {record['digest'][:12]}"
     if not locations:
@@ -211,8 +212,8 @@ def _unreferenced(store: Store, found: Survey, leaving: set[str], before: float)
 def _of_run(store: Store, found: Survey, run: StoredRun, gone: bool) -> Iterator[Item]:
     """Of a run that ended: attempts that lost and saved states. Of one that is gone: all but what others refer to."""
     base = f"runs/{run.run_id}"
-    won = {commit.get("attempt_id") for commit in run.state.commits.values()}
-    finished = run.state.end is not None and run.state.end["status"] == "finished"
+    won = {commit.attempt_id for commit in run.state.commits.values()}
+    finished = run.state.end is not None and run.state.end.status == "finished"
     sizes: dict[tuple[str, str], int] = {}
     for key, size in store.sizes(base):
         parts = key.removeprefix(f"{base}/").split("/")
@@ -336,8 +337,8 @@ def _is_aware(store: Store, run_id: str, epoch: int, policy: Policy) -> bool:
     beat = json.loads(raw) if raw is not None else {}
     if beat.get("marks", -1) >= epoch:
         return True
-    heard = float(beat.get("time") or state.lease["time"])
-    if time.time() - heard < max(policy.grace_s, 2 * state.lease["ttl_s"]):
+    heard = float(beat.get("time") or state.lease.time)
+    if time.time() - heard < max(policy.grace_s, 2 * state.lease.ttl_s):
         return False
     try:
         _fence(store, run_id)
@@ -397,13 +398,13 @@ def _lock(store: Store) -> Iterator[None]:
         if raw is None:
             continue
         try:
-            holder = json.loads(raw)
-            gone = driver_is_gone(holder)
+            tree = json.loads(raw)
+            holder = Lease(**{name: tree[name] for name in ("host", "machine", "pid", "process_start")})
         except (ValueError, KeyError, TypeError):
             raise StoreError(f"--store {store.url}: {LOCK_KEY} is damaged; delete it if no gc is at work") from None
-        if not gone:
+        if not driver_is_gone(holder):
             raise UserError(
-                f"another `recua gc` is at work: process {holder['pid']} on {holder['host']}; if that is no more, "
+                f"another `recua gc` is at work: process {holder.pid} on {holder.host}; if that is no more, "
                 f"delete {LOCK_KEY} from {store.url}"
             )
         store.delete(LOCK_KEY)

@@ -8,9 +8,7 @@ Who waits for whom: the executor hands records to GroupCommit and goes on; its o
 tells the executor. While a slot is being written further records gather for the next one, which keeps a slow store's
 request rate low. The lease is kept alive by Heartbeat, an object beside the journal that other drivers watch.
 
-Records are JSON objects with a `type`: `lease`, `start` (of an attempt), `wait` (for something outside: an approval, an
-event), `commit`, `attempt-failed`, `end`. Where a call takes results of others, its `start`, `wait` and
-`commit` have `needs`, a list of call ids, where not empty.
+What records there are: workflows.records. What they come to: workflows.fold.
 """
 
 import json
@@ -20,61 +18,17 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
 
 from infra.errors import FencedError, RunBusy, StoreError, UserError
 from infra.processes import process_start, this_machine
 from infra.storage import Store
+from workflows.fold import FORMAT, JournalState, read_slot, uncollected
+from workflows.records import Lease, Record
 
-FORMAT = 1
-Record = dict[str, Any]
 Entry = tuple[Record, Callable[[], None] | None]
 """A record, and what to call when it is written."""
-
-
-@dataclass
-class JournalState:
-    """What the slots say, replayed in order."""
-
-    slot: int = 0
-    lease: Record | None = None
-    lease_slot: int = 0
-    commits: dict[str, Record] = field(default_factory=dict)
-    starts: dict[str, list[Record]] = field(default_factory=dict)
-    failures: dict[str, list[Record]] = field(default_factory=dict)
-    waits: dict[str, Record] = field(default_factory=dict)
-    end: Record | None = None
-    drivers: int = 0
-    replaced: list[Record] = field(default_factory=list)
-    """Leases of drivers that others took over from, oldest first."""
-
-    def forget(self) -> None:
-        """Let go of what single calls did: a driver's memory must not grow with what was done before it."""
-        self.commits, self.starts, self.failures = {}, {}, {}
-
-    def apply(self, slot: int, records: Iterable[Record]) -> None:
-        self.slot = slot
-        for record in records:
-            kind = record["type"]
-            if kind == "lease":
-                if self.lease is not None and self.end is None:
-                    self.replaced.append(self.lease)
-                self.lease, self.lease_slot, self.end = record, slot, None
-                self.drivers += 1
-            elif kind == "commit":
-                assert record["call"] not in self.commits, f"two commit records for {record['call']}"
-                self.commits[record["call"]] = record
-            elif kind == "start":
-                self.starts.setdefault(record["call"], []).append(record)
-            elif kind == "attempt-failed":
-                self.failures.setdefault(record["call"], []).append(record)
-            elif kind == "wait":
-                self.waits[record["call"]] = record
-            elif kind == "end":
-                self.end = record
 
 
 def slot_key(run_id: str, slot: int) -> str:
@@ -113,21 +67,16 @@ def _listed(store: Store, run_id: str) -> list[str]:
 
 
 def _replay(state: JournalState, store: Store, run_id: str, keys: list[str], blobs: Iterable[bytes | None]) -> None:
-    for number, (key, blob) in enumerate(zip(keys, blobs, strict=True), start=1):
-        if key != slot_key(run_id, number) or blob is None:
-            raise StoreError(f"--store {store.url}: run {run_id}: journal slot {number} is missing")
-        try:
-            tree = json.loads(blob)
-            if tree["format"] != FORMAT:
-                raise StoreError(f"--store {store.url}: {key} has format {tree['format']}, this recua reads {FORMAT}")
-            state.apply(number, tree["records"])
-        except (ValueError, KeyError, TypeError):
-            raise StoreError(f"--store {store.url}: {key} is damaged") from None
+    with uncollected():
+        for number, (key, blob) in enumerate(zip(keys, blobs, strict=True), start=1):
+            if key != slot_key(run_id, number) or blob is None:
+                raise StoreError(f"--store {store.url}: run {run_id}: journal slot {number} is missing")
+            state.apply(number, read_slot(f"--store {store.url}: {key}", blob))
 
 
-def driver_is_gone(lease: Record) -> bool:
+def driver_is_gone(lease: Lease) -> bool:
     """True where the lease's driver ran on this machine and its process is no more."""
-    return lease["machine"] == this_machine() and process_start(lease["pid"]) != lease["process_start"]
+    return lease.machine == this_machine() and process_start(lease.pid) != lease.process_start
 
 
 class Journal:
@@ -140,7 +89,7 @@ class Journal:
         self.state = state
         self.lease_slot = state.slot
         self.ttl_s = ttl_s
-        self.watchers: list[Callable[[int, list[Record]], None]] = []
+        self.watchers: list[Callable[[int, Sequence[Record]], None]] = []
         """Called with every slot that was written, on the writer's thread."""
         self._next = state.slot + 1
 
@@ -160,8 +109,8 @@ class Journal:
             if state.lease is not None and state.end is None:
                 _wait_for_silence(store, run_id, state.lease, state.lease_slot)
             pid = os.getpid()
-            lease: Record = {"type": "lease", "owner": owner, "host": socket.gethostname(), "machine": this_machine()}
-            lease |= {"pid": pid, "process_start": process_start(pid), "time": time.time(), "ttl_s": ttl_s}
+            process = (socket.gethostname(), this_machine(), pid, process_start(pid))
+            lease = Lease(owner, *process, time=time.time(), ttl_s=ttl_s)
             if store.put_if_absent(slot_key(run_id, state.slot + 1), _slot(owner, [lease])):
                 if not of_removed and store.exists(removed_key(run_id)):
                     raise removed(run_id)
@@ -175,7 +124,7 @@ class Journal:
         except StoreError:
             return False
 
-    def append(self, records: list[Record]) -> None:
+    def append(self, records: Sequence[Record]) -> None:
         """Write the next slot, durably. Only one thread may call this.
 
         Raises:
@@ -201,21 +150,22 @@ def fenced(run_id: str) -> FencedError:
     return FencedError(f"run {run_id}: another driver has taken over; this one stops and commits nothing more")
 
 
-def _slot(owner: str, records: list[Record]) -> bytes:
-    return json.dumps({"format": FORMAT, "owner": owner, "records": records}, separators=(",", ":")).encode()
+def _slot(owner: str, records: Sequence[Record]) -> bytes:
+    tree = {"format": FORMAT, "owner": owner, "records": [record.to_json() for record in records]}
+    return json.dumps(tree, separators=(",", ":")).encode()
 
 
-def _wait_for_silence(store: Store, run_id: str, lease: Record, slot: int) -> None:
+def _wait_for_silence(store: Store, run_id: str, lease: Lease, slot: int) -> None:
     """Return when the last driver may be replaced. Only changes count, not clocks, which differ between machines."""
     if driver_is_gone(lease):
         return
     seen = store.get(lease_key(run_id, slot))
-    deadline = time.monotonic() + lease["ttl_s"]
+    deadline = time.monotonic() + lease.ttl_s
     while time.monotonic() < deadline:
-        time.sleep(min(0.2, lease["ttl_s"] / 10))
+        time.sleep(min(0.2, lease.ttl_s / 10))
         if store.get(lease_key(run_id, slot)) != seen:
             raise RunBusy(
-                f"run {run_id} is being driven by process {lease['pid']} on {lease['host']}; wait for it, "
+                f"run {run_id} is being driven by process {lease.pid} on {lease.host}; wait for it, "
                 f"`recua cancel {run_id}`, or start another run with --new"
             )
         if driver_is_gone(lease):

@@ -17,6 +17,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from infra.errors import NonDeterminismError, StoreError
@@ -24,16 +25,27 @@ from infra.storage import Store
 from workflows.artifacts import Artifact, read_manifest
 from workflows.fingerprint import Fingerprint, Fingerprinter
 from workflows.graph import Step, StepOptions
-from workflows.identities import IDENTITY, Identities
+from workflows.identities import Identities
 from workflows.indexer import Indexer
 from workflows.journal import read_journal
 from workflows.marks import KnownMarks
+from workflows.records import Commit, Json, Wait
 from workflows.values import artifact_records, canonical, differences, named_arguments
 
 FORMAT = 1
 INDEX_PAUSE_S = 0.02
 """Entries of the reuse index gather for so long: one message for all of them."""
-Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reusable:
+    """What an equal call came to: `result`, encoded, after `seconds`, in `run`. `identity`: as in its commit."""
+
+    run: str
+    key: str
+    result: Any
+    seconds: float
+    identity: int | None
 
 
 class Known:
@@ -42,7 +54,7 @@ class Known:
     def __init__(
         self,
         store: Store,
-        commits: dict[str, Record],
+        commits: dict[str, Commit],
         reuse: bool,
         rerun: tuple[str, ...],
         warn: Callable[[str, str], None],
@@ -58,7 +70,7 @@ class Known:
         self._fingerprints: dict[tuple[object, tuple[str, ...]], Fingerprint] = {}
         self._saved: dict[str, str] = {}
         self._identities = Identities()
-        self._read: tuple[str, dict[str, list[Record]]] = ("", {})
+        self._read: tuple[str, dict[str, list[Commit]]] = ("", {})
 
     def fingerprint(self, step: Step[..., Any], options: StepOptions) -> Fingerprint:
         """A step's fingerprint. What it is made of is kept in the store, for `recua show --why`."""
@@ -78,7 +90,7 @@ class Known:
         """Under which id the library versions of a fingerprint are kept; empty for code that was not asked for."""
         return self._saved.get(code, "")
 
-    def committed(self, call_id: str, step: Step[..., Any], options: StepOptions, arguments: Any) -> Record | None:
+    def committed(self, call_id: str, step: Step[..., Any], options: StepOptions, arguments: Any) -> Commit | None:
         """This run's own commit record of a call.
 
         Raises:
@@ -88,29 +100,28 @@ class Known:
         record = self.commits.get(call_id)
         if record is None:
             return None
-        if record["step"] != step.name:
+        if record.step != step.name:
             raise NonDeterminismError(
-                f"{call_id} was committed as {record['step']} and is now {step.name}: the workflow took another path; "
+                f"{call_id} was committed as {record.step} and is now {step.name}: the workflow took another path; "
                 "start another run with --new"
             )
         if not self.same_inputs(record, arguments):
-            digests = f"digest {record['inputs'][:12]}, now {self._identities.digest(arguments)[:12]}"
+            digests = f"digest {record.inputs[:12]}, now {self._identities.digest(arguments)[:12]}"
             changes = self._changed_inputs(step, record, arguments) or digests
             raise NonDeterminismError(
                 f"{call_id} was committed with other inputs ({changes}); start another run with --new"
             )
         fingerprint = self.fingerprint(step, options)
-        if record["code"] != fingerprint.code:
-            changed = ", ".join(self._changes(record["code"], fingerprint.parts)) or "its code"
+        if record.code != fingerprint.code:
+            changed = ", ".join(self._changes(record.code, fingerprint.parts)) or "its code"
             self._warn(call_id, f"keeps its committed result although {changed} changed since (--rerun)")
         return record
 
-    def same_inputs(self, record: Record, arguments: Any) -> bool:
+    def same_inputs(self, record: Commit | Wait, arguments: Any) -> bool:
         """Whether a commit or a wait on record, of whatever version, is of these arguments."""
-        recorded: str = record["inputs"]
-        if recorded == self._identities.digest(arguments):
+        if record.inputs == self._identities.digest(arguments):
             return True
-        return "identity" not in record and recorded == self._identities.earlier_digest(arguments)
+        return record.identity is None and record.inputs == self._identities.earlier_digest(arguments)
 
     def shown_arguments(self, arguments: Any) -> Any:
         """As `Identities.shown`."""
@@ -137,61 +148,60 @@ class Known:
     def may_reuse(self, call_id: str, step: Step[..., Any], options: StepOptions) -> bool:
         return self._reuse and options.reuse and step.short_name not in self._rerun and call_id not in self._rerun
 
-    def find(self, step: Step[..., Any], options: StepOptions, arguments: Any, key: str) -> Record | None:
+    def find(self, step: Step[..., Any], options: StepOptions, arguments: Any, key: str) -> Reusable | None:
         """What an equal call came to in any run, of an earlier version too. `key`: the call's content key."""
-        record = self.reusable(key)
-        if record is None:
+        found = self.reusable(key)
+        if found is None:
             inputs = self._identities.earlier_digest(arguments)
             earlier = content_key(step.name, inputs, self.fingerprint(step, options))
-            record = self.reusable(earlier) if earlier != key else None
-            record = None if record is None or "identity" in record else record
-        if record is None or "identity" in record:
-            return record
-        return record if self._had_same_metadata(record, arguments) else None
+            found = self.reusable(earlier) if earlier != key else None
+            found = None if found is None or found.identity is not None else found
+        if found is None or found.identity is not None:
+            return found
+        return found if self._had_same_metadata(found, arguments) else None
 
-    def _had_same_metadata(self, entry: Record, arguments: Any) -> bool:
+    def _had_same_metadata(self, entry: Reusable, arguments: Any) -> bool:
         """Whether the artifacts that the calls under an earlier version's key were given, in the results of the calls
         that they needed, had the metadata of those in `arguments`: the key does not say so."""
         wanted = artifact_records(arguments)
-        commits = self._commits_of(entry["run"]) if wanted else {}
-        for commit in commits.get(entry["key"], [{}]):
-            needed = [each for call in commit.get("needs", ()) for each in commits.get(call, ())]
-            given = artifact_records([each["result"] for each in needed])
+        commits = self._commits_of(entry.run) if wanted else {}
+        for needs in [commit.needs for commit in commits.get(entry.key, ())] or [()]:
+            needed = [each for call in needs for each in commits.get(call, ())]
+            given = artifact_records([each.result for each in needed])
             for record in wanted:
                 before = {canonical(each["meta"]) for each in given if each["digest"] == record["digest"]}
                 if before != {canonical(record["meta"])}:
                     return False
         return True
 
-    def _commits_of(self, run_id: str) -> dict[str, list[Record]]:
+    def _commits_of(self, run_id: str) -> dict[str, list[Commit]]:
         """The commits of another run by call id, and by content key; none where its journal cannot be read."""
         if self._read[0] != run_id:
-            found: dict[str, list[Record]] = {}
+            found: dict[str, list[Commit]] = {}
             with contextlib.suppress(StoreError):
                 for record in read_journal(self.store, run_id).commits.values():
-                    found.setdefault(record["key"], []).append(record)
-                    found[record["call"]] = [record]
+                    found.setdefault(record.key, []).append(record)
+                    found[record.call] = [record]
             self._read = (run_id, found)
         return self._read[1]
 
-    def reusable(self, key: str) -> Record | None:
-        """The commit record under a content key, of any run, if all its artifacts are in the store and are to stay
-        there."""
+    def reusable(self, key: str) -> Reusable | None:
+        """The result under a content key, of any run, if all its artifacts are in the store and are to stay there."""
         raw = self.store.get(index_key(key))
         if raw is None:
             return None
         try:
-            record: Record = json.loads(raw)
+            entry = json.loads(raw)
         except ValueError:  # entries are not flushed: a power cut may leave half of one, which is as good as none
             return None
-        if record.get("format") != FORMAT or not self.marks.allow(record["result"]):
+        if entry.get("format") != FORMAT or not self.marks.allow(entry["result"]):
             return None
-        for entry in artifact_records(record["result"]):
-            artifact = Artifact.from_record(entry, None)
+        for record in artifact_records(entry["result"]):
+            artifact = Artifact.from_record(record, None)
             if self.store.get(f"{artifact.location}/manifest.json") is None:
                 return None
             read_manifest(self.store, artifact)
-        return record
+        return Reusable(entry["run"], entry["key"], entry["result"], entry["seconds"], entry.get("identity"))
 
     def _changes(self, code: str, parts: dict[str, str]) -> list[str]:
         raw = self.store.get(code_key(code))
@@ -199,8 +209,8 @@ class Known:
         names = sorted(name for name in before.keys() | parts.keys() if before.get(name) != parts.get(name))
         return names[:5] + (["..."] if len(names) > 5 else [])
 
-    def _changed_inputs(self, step: Step[..., Any], record: Record, arguments: Any) -> str:
-        before, now = record.get("arguments"), self._identities.shown(arguments)
+    def _changed_inputs(self, step: Step[..., Any], record: Commit, arguments: Any) -> str:
+        before, now = record.arguments, self._identities.shown(arguments)
         if before is None or now is None:
             return ""
         return "; ".join(differences(named_arguments(step.fn, before), named_arguments(step.fn, now)))
@@ -220,10 +230,9 @@ class ReuseIndex:
         self._thread = threading.Thread(target=self._run, name="recua-index", daemon=True)
         self._thread.start()
 
-    def add(self, run_id: str, record: Record) -> None:
-        entry = {name: record[name] for name in ("key", "call", "step", "result", "seconds")}
-        entry = {"format": FORMAT, "identity": IDENTITY, "run": record.get("reused_from") or run_id, **entry}
-        self._queue.put((index_key(record["key"]), json.dumps(entry)))
+    def add(self, run_id: str, record: Commit) -> None:
+        entry = index_entry(record.reused_from or run_id, record)
+        self._queue.put((index_key(record.key), json.dumps(entry)))
 
     def close(self) -> None:
         self._queue.put(None)
@@ -254,6 +263,13 @@ class ReuseIndex:
             return
         for key, text in entries:
             self._store.put(key, text.encode(), durable=False)
+
+
+def index_entry(run_id: str, record: Commit) -> Json:
+    """What the index says of a commit; `run_id`: where its body ran."""
+    entry = {name: getattr(record, name) for name in ("key", "call", "step", "result", "seconds")}
+    identity = {} if record.identity is None else {"identity": record.identity}
+    return {"format": FORMAT, **identity, "run": run_id, **entry}
 
 
 def content_key(step_name: str, inputs: str, fingerprint: Fingerprint) -> str:

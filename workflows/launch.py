@@ -179,7 +179,7 @@ def is_finished(launch: Launch, store: Store, settings: RunSettings) -> bool:
 
     tree = encode({"args": list(launch.args), "kwargs": launch.kwargs}, "the recipe")
     end = read_journal(store, chosen_run(store, launch.workflow, tree, settings)).end
-    return end is not None and end["status"] == "finished"
+    return end is not None and end.status == "finished"
 
 
 def run(

@@ -16,7 +16,8 @@ from workflows.config import RunSettings
 from workflows.fanout import fan_out
 from workflows.graph import Step, StepOptions, Workflow, edges_of, resolve_edges, running
 from workflows.journal import read_journal
-from workflows.known import Known
+from workflows.known import Known, Reusable
+from workflows.records import Commit
 from workflows.runs import find_metadata
 from workflows.session import check_same_recipe, chosen_run
 from workflows.taken import PathTaken
@@ -114,17 +115,17 @@ class Planner:
     def _plan(
         self, call_id: str, step: Step[..., Any], options: StepOptions, tree: Any, needs: tuple[str, ...]
     ) -> None:
-        record = None
+        record: Commit | Reusable | None = None
         if all(need in self._results for need in needs):
             record = self._look_up(call_id, step, options, tree)
         if record is not None:
-            self._results[call_id] = record["result"]
+            self._results[call_id] = record.result
         pending = "would wait" if isinstance(step, Wait) else "would run"
         status = pending if record is None else "committed" if call_id in self._known.commits else "reusable"
         planned = _planned(call_id, step, status, options, needs)
         if record is not None:
-            origin = record.get("run") or record.get("reused_from")
-            planned = replace(planned, seconds=record["seconds"], reused_from=origin)
+            origin = record.run if isinstance(record, Reusable) else record.reused_from
+            planned = replace(planned, seconds=record.seconds, reused_from=origin)
         self.calls.append(planned)
 
     def map(self, call_id: str, step: Step[..., Any], options: StepOptions, items: Any, arguments: Any) -> None:
@@ -161,12 +162,12 @@ class Planner:
         artifacts = [Artifact.from_record(entry, self._source) for entry in records.values()]
         return sum(entry.size for artifact in artifacts for entry in read_manifest(self._store, artifact))
 
-    def _look_up(self, call_id: str, step: Step[..., Any], options: StepOptions, tree: Any) -> Any:
+    def _look_up(self, call_id: str, step: Step[..., Any], options: StepOptions, tree: Any) -> Commit | Reusable | None:
         arguments = resolve_edges(tree, self._results.__getitem__)
         record = self._known.committed(call_id, step, options, arguments)
-        if record is None and self._known.may_reuse(call_id, step, options):
-            record = self._known.find(step, options, arguments, self._known.key(step, options, arguments))
-        return record
+        if record is not None or not self._known.may_reuse(call_id, step, options):
+            return record
+        return self._known.find(step, options, arguments, self._known.key(step, options, arguments))
 
 
 def _planned(

@@ -6,9 +6,10 @@ and tells `abort` of a store that fails or of another driver.
 
 from collections.abc import Callable
 
-from workflows.call import Call, Record, RunContext
+from workflows.call import Call, RunContext
 from workflows.journal import GroupCommit, Heartbeat
 from workflows.known import Known, ReuseIndex
+from workflows.records import Commit, End, Record
 from workflows.saved import SavedStates
 from workflows.status import StatusFile
 
@@ -44,11 +45,11 @@ class RunWriter:
         """Write a record with the next slot, or alone after a while."""
         self._commits.note(record)
 
-    def commit(self, record: Record, then: Callable[[], None]) -> None:
+    def commit(self, record: Commit, then: Callable[[], None]) -> None:
         """Write a record as soon as possible, then call `then` on the journal's thread."""
         self._commits.commit(record, then)
 
-    def committed(self, call: Call, record: Record) -> None:
+    def committed(self, call: Call, record: Commit) -> None:
         """The commit record of a call is on the disk: later runs may reuse it, and its saved state is done with."""
         if call.options.reuse:
             self._index.add(self._run.journal.run_id, record)
@@ -59,7 +60,7 @@ class RunWriter:
         """The wall-clock time up to which no other driver can have taken over."""
         return self._heartbeat.valid_until()
 
-    def end(self, end: Record | None) -> BaseException | None:
+    def end(self, end: End | None) -> BaseException | None:
         """Write what is left, and `end` last; returns what kept it from being written. The heartbeat goes on."""
         self._index.close()
         self._states.close()

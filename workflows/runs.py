@@ -3,20 +3,21 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from infra.errors import StoreError, UserError, nearest
 from infra.storage import Store
-from workflows.journal import JournalState, Record, cancel_key, driver_is_gone, lease_key, read_journal
-from workflows.status import COUNTED, Counts, read_status
+from workflows.fold import CallState, Head, JournalState, uncollected
+from workflows.journal import cancel_key, driver_is_gone, lease_key, read_journal
+from workflows.records import CallRecord, Commit, Json, Lease, Start
+from workflows.status import COUNTED, DRIVER, Counts, read_status
 from workflows.values import artifact_records
 
 RUN_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 LISTING_THREADS = 16
-APPROVAL = "workflows.waits:approval"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class StepView:
     attempts: tuple[str, ...]
     node: str
     result: Any
-    error: Record | None
+    error: Json | None
     reused_from: str | None
     needs: tuple[str, ...] = ()
     message: str = ""
@@ -78,7 +79,7 @@ class RunView:
     driver: str
     steps: tuple[StepView, ...]
     result: Any
-    error: Record | None
+    error: Json | None
 
 
 def list_runs(store: Store) -> list[RunSummary]:
@@ -100,18 +101,19 @@ def _summary(store: Store, run_id: str) -> RunSummary | None:
     if status is None:
         state = read_journal(store, run_id)
         now, counts = run_status(store, run_id, state), Counts.of(state)
-        lease, ended = state.lease, state.end["time"] if state.end else None
+        lease, ended = state.lease, state.end.time if state.end else None
         numbers = counts.numbers(alive=now == "running")
     else:
-        lease, now, ended = status["driver"], status["status"], status["ended"]
+        lease = Lease(**{name: status["driver"][name] for name in DRIVER})
+        now, ended = status["status"], status["ended"]
         numbers = {name: status["counts"].get(name, 0) for name in COUNTED}
-        if now == "running" and (driver_is_gone(lease) or time.time() - status["time"] > 2 * lease["ttl_s"]):
+        if now == "running" and (driver_is_gone(lease) or time.time() - status["time"] > 2 * lease.ttl_s):
             now, numbers = "interrupted", {**numbers, "running": 0}
     return RunSummary(run_id, metadata["workflow"], now, metadata["created"], ended, numbers, _driver(lease))
 
 
-def _driver(lease: Record | None) -> str:
-    return f"process {lease['pid']} on {lease['host']}" if lease else ""
+def _driver(lease: Lease | None) -> str:
+    return f"process {lease.pid} on {lease.host}" if lease else ""
 
 
 def load_run(store: Store, run_id: str) -> RunView:
@@ -128,17 +130,17 @@ def load_run(store: Store, run_id: str) -> RunView:
         workflow=metadata["workflow"],
         status=status,
         created=metadata["created"],
-        ended=state.end["time"] if state.end else None,
+        ended=state.end.time if state.end else None,
         recipe=metadata["recipe"],
         drivers=state.drivers,
         driver=_driver(state.lease),
-        steps=tuple(_steps(state, alive=status == "running")),
-        result=state.end.get("result") if state.end else None,
-        error=state.end.get("error") if state.end else None,
+        steps=_steps(state, alive=status == "running"),
+        result=state.end.result if state.end else None,
+        error=state.end.error if state.end else None,
     )
 
 
-def load_metadata(store: Store, run_id: str) -> Record:
+def load_metadata(store: Store, run_id: str) -> Json:
     """What a run was started with: `workflow`, `recipe`, `created`, ...
 
     Raises:
@@ -152,7 +154,7 @@ def load_metadata(store: Store, run_id: str) -> Record:
     return metadata
 
 
-def find_metadata(store: Store, run_id: str) -> Record | None:
+def find_metadata(store: Store, run_id: str) -> Json | None:
     """`load_metadata`; None where there is no such run.
 
     Raises:
@@ -167,10 +169,10 @@ def find_metadata(store: Store, run_id: str) -> Record | None:
     return metadata
 
 
-def _parsed(raw: bytes) -> Record | None:
+def _parsed(raw: bytes) -> Json | None:
     """The metadata in a run.json; None where that holds something else."""
     try:
-        metadata: Record = json.loads(raw)
+        metadata: Json = json.loads(raw)
         assert isinstance(metadata["created"], (int, float)) and isinstance(metadata["workflow"], str)
         assert "recipe" in metadata
     except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
@@ -178,20 +180,20 @@ def _parsed(raw: bytes) -> Record | None:
     return metadata
 
 
-def run_status(store: Store, run_id: str, state: JournalState) -> str:
+def run_status(store: Store, run_id: str, state: Head) -> str:
     """What a run is doing, as far as the store can say."""
     if state.end is not None:
-        return str(state.end["status"])
+        return state.end.status
     if state.lease is None:
         return "submitted" if store.exists(active_key(run_id)) else "interrupted"
     if driver_is_gone(state.lease):
         return "interrupted"
-    beaten = state.lease["time"]
+    beaten = state.lease.time
     with contextlib.suppress(
         ValueError, TypeError, KeyError
     ):  # beats are not flushed: a power cut may leave half of one
         beaten = json.loads(store.get(lease_key(run_id, state.lease_slot)) or b"")["time"]
-    return "running" if time.time() - beaten < 2 * state.lease["ttl_s"] else "interrupted"
+    return "running" if time.time() - beaten < 2 * state.lease.ttl_s else "interrupted"
 
 
 def active_key(run_id: str) -> str:
@@ -245,64 +247,32 @@ def ask_to_stop(store: Store, run_id: str) -> str:
     return status
 
 
-def artifacts_of(step: StepView) -> list[Record]:
+def artifacts_of(step: StepView) -> list[Json]:
     """The artifacts in a call's result: digest, name, location, meta."""
     return artifact_records(step.result)
 
 
-def _steps(state: JournalState, alive: bool) -> Iterator[StepView]:
-    order = {call: None for call in [*state.starts, *state.waits, *state.commits]}
-    firsts = {call: starts[0]["time"] for call, starts in state.starts.items()}
-    firsts |= {call: wait["time"] for call, wait in state.waits.items() if call not in firsts}
-    firsts |= {call: record["started"] for call, record in state.commits.items() if call not in firsts}
-    for call in sorted(order, key=lambda call: firsts[call]):
-        yield _step(state, call, alive)
+def _steps(state: JournalState, alive: bool) -> tuple[StepView, ...]:
+    with uncollected():
+        calls = [(CallState.of(records), records) for records in state.calls.values()]
+        calls.sort(key=lambda each: each[0].began)
+        return tuple(_step(call, records, state.commits.get(call.id), alive) for call, records in calls)
 
 
-def _step(state: JournalState, call: str, alive: bool) -> StepView:
-    starts, failures = state.starts.get(call, []), state.failures.get(call, [])
-    wait, commit = state.waits.get(call), state.commits.get(call)
-    attempts = tuple(start["attempt_id"] for start in starts)
-    if commit is not None:
-        return _committed(commit, attempts, str((wait or {}).get("message", "")))
-    last: Record = starts[-1] if starts else wait or {}
-    failed = bool(failures) and (not starts or failures[-1]["attempt_id"] == last["attempt_id"])
-    if failed:
-        status = "failed" if failures[-1]["final"] else "waiting" if alive else "interrupted"
-    elif not starts:
-        status = "waiting-for-approval" if last["step"] == APPROVAL else "waiting-for-event"
-    else:
-        status = "running" if alive else "interrupted"
+def _step(call: CallState, records: Iterable[CallRecord], commit: Commit | None, alive: bool) -> StepView:
+    over = call.status in ("failed", "waiting")
     return StepView(
-        call_id=call,
-        step=last["step"],
-        status=status,
-        started=last["time"],
-        ended=failures[-1]["time"] if failed else None,
-        seconds=None,
-        attempts=attempts,
-        node="",
-        result=None,
-        error=failures[-1]["error"] if failed else None,
-        reused_from=None,
-        needs=tuple(last.get("needs", ())),
-        message=str(last.get("message", "")),
-    )
-
-
-def _committed(commit: Record, attempts: tuple[str, ...], message: str) -> StepView:
-    return StepView(
-        call_id=commit["call"],
-        step=commit["step"],
-        status="reused" if "reused_from" in commit else "committed",
-        started=commit["started"],
-        ended=commit["ended"],
-        seconds=commit["seconds"],
-        attempts=attempts,
-        node=commit["node"],
-        result=commit["result"],
-        error=None,
-        reused_from=commit.get("reused_from"),
-        needs=tuple(commit.get("needs", ())),
-        message=message,
+        call_id=call.id,
+        step=call.step,
+        status=call.shown_status(alive),
+        started=call.started,
+        ended=call.ended,
+        seconds=call.seconds,
+        attempts=tuple(record.attempt_id for record in records if isinstance(record, Start)),
+        node=call.node,
+        result=None if commit is None else commit.result,
+        error=call.error if over else None,
+        reused_from=call.reused_from,
+        needs=call.needs,
+        message=call.message,
     )

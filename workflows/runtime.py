@@ -9,12 +9,13 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from workflows.artifacts import ArtifactSource
-from workflows.call import Call, Record, RunContext
+from workflows.call import Call, RunContext
 from workflows.ends import Ends
 from workflows.executor import Executor, resolve
 from workflows.fanout import edges_in, fan_out
 from workflows.graph import Step, StepOptions, edges_of
 from workflows.known import Known
+from workflows.records import End
 from workflows.values import decode, encode
 
 
@@ -75,7 +76,7 @@ class WorkflowRuntime:
         tree = encode(value, "the workflow's result", edges_of(self, needs))
         return resolve(tree, self._upstream(needs))
 
-    def close(self, end: Record | None) -> None:
+    def close(self, end: End | None) -> None:
         """Cancel what still runs, write `end` (None: the run is another driver's), call the hooks, leave Ray.
 
         Hooks take down what the run has on the cluster. They are left out if the end is not on record: the run is
@@ -91,7 +92,7 @@ class WorkflowRuntime:
                 self._call_hooks()
         finally:  # whatever failed: a lease that is kept alive, or a Ray that runs on, would hold up the next driver
             self._executor.leave()
-        if failure is not None and end is not None and end["status"] == "finished":
+        if failure is not None and end is not None and end.status == "finished":
             raise failure
 
     def is_lost(self) -> bool:

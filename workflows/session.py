@@ -29,12 +29,12 @@ from workflows.identities import IDENTITY
 from workflows.journal import Journal, fenced, read_journal, removed, removed_key
 from workflows.known import Known
 from workflows.outcome import describe
+from workflows.records import End, Json
 from workflows.runs import RUN_ID, find_metadata
 from workflows.runtime import WorkflowRuntime
 from workflows.values import canonical, decode, differences, earlier_identity, encode, identity, named_arguments
 
 FORMAT = 1
-Record = dict[str, Any]
 Observer = Callable[[Event], None]
 
 
@@ -77,8 +77,8 @@ def run(
     run_id, metadata = open_run(store, workflow, {"args": list(args), "kwargs": kwargs}, settings)
     source = ArtifactSource(store.url, settings.cache)
     state = read_journal(store, run_id)
-    if state.end is not None and state.end["status"] == "finished":
-        return RunResult(run_id, store.url, decode(state.end["result"], source), True)
+    if state.end is not None and state.end.status == "finished":
+        return RunResult(run_id, store.url, decode(state.end.result, source), True)
     del state  # of a long run it is large
     journal = Journal.acquire(store, run_id, settings.lease_s)
     with closing(Recorder(store, run_id, journal.lease_slot)) as recorder:
@@ -153,16 +153,14 @@ def removed_runs(store: Store) -> Iterator[str]:
         yield key.rpartition("/")[2].removesuffix(".json")
 
 
-def open_run(
-    store: Store, workflow: Workflow[..., Any], arguments: Record, settings: RunSettings
-) -> tuple[str, Record]:
+def open_run(store: Store, workflow: Workflow[..., Any], arguments: Json, settings: RunSettings) -> tuple[str, Json]:
     """The run's id and metadata; the metadata is written where the run is new."""
     tree = encode(arguments, "the recipe")
     fresh = settings.new or bool(settings.rerun)
     run_id = chosen_run(store, workflow, tree, settings)
     if store.exists(removed_key(run_id)):
         raise removed(run_id)
-    mine: Record = {
+    mine: Json = {
         "format": FORMAT,
         "run_id": run_id,
         "workflow": workflow.name,
@@ -184,7 +182,7 @@ def open_run(
     return run_id, theirs
 
 
-def check_same_recipe(metadata: Record, workflow: Workflow[..., Any], arguments: Any) -> None:
+def check_same_recipe(metadata: Json, workflow: Workflow[..., Any], arguments: Any) -> None:
     """Raises NonDeterminismError, with what differs, where a run was started with another workflow or recipe."""
     known = [recipe_hash(workflow, arguments)]
     if "identity" not in metadata:
@@ -205,27 +203,25 @@ def _drive(
     runtime: WorkflowRuntime,
     workflow: Workflow[..., Any],
     args: Sequence[Any],
-    kwargs: Record,
+    kwargs: Json,
     started: Event,
     emit: Observer,
     recorder: Recorder,
 ) -> Any:
     """Run the workflow function and end the run whatever happens."""
     began = time.monotonic()
-    end: Record | None = None
+    outcome: Json | None = None
     status = "failed"
     try:
         emit(started)
         with running(runtime):
             tree = runtime.finish(workflow.fn(*args, **kwargs))
         recorder.flush()  # whoever sees the end sees all metrics
-        status, end = "finished", {"result": tree}
+        status, outcome = "finished", {"result": tree}
         return tree
     except (KeyboardInterrupt, Cancelled) as error:
-        status, end = (
-            "cancelled",
-            {"error": {"kind": "cancelled", "type": type(error).__name__, "message": str(error)}},
-        )
+        cancelled = {"kind": "cancelled", "type": type(error).__name__, "message": str(error)}
+        status, outcome = "cancelled", {"error": cancelled}
         raise
     except FencedError:
         status = "fenced"
@@ -235,14 +231,12 @@ def _drive(
             status = "fenced"
             raise fenced(runtime.run_id) from error
         if error is not runtime.fatal or not isinstance(error, StoreError):  # the store's trouble ends no run
-            end = {"error": _failure_record(error)}
+            outcome = {"error": _failure_record(error)}
         raise
     finally:
         with _uninterrupted():
-            if end is not None:
-                end = {"type": "end", "status": status, "time": time.time(), **end}
             try:
-                runtime.close(end)
+                runtime.close(None if outcome is None else End(status, time.time(), **outcome))
             except StoreError as error:
                 status = "fenced" if isinstance(error, FencedError) else "failed"
                 raise
@@ -250,7 +244,7 @@ def _drive(
                 emit(Event("run-ended", data={"status": status, "seconds": time.monotonic() - began}))
 
 
-def _failure_record(error: BaseException) -> Record:
+def _failure_record(error: BaseException) -> Json:
     """What an `end` record says of the error that ended a run."""
     record = describe(error)
     if trace := getattr(error, "user_traceback", ""):

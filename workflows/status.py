@@ -12,17 +12,21 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from infra.errors import StoreError
 from infra.storage import Store, open_store
-from workflows.journal import Journal, JournalState, removed_key, slot_key
+from workflows.fold import JournalState
+from workflows.journal import Journal, removed_key, slot_key
+from workflows.records import CallRecord, Commit, End, Json, Record
 
 FORMAT = 1
 COUNTED = ("committed", "reused", "running", "failed", "waiting")
-Record = dict[str, Any]
+DRIVER = ("host", "pid", "machine", "process_start", "ttl_s")
+"""What the object has of the driver's lease."""
 
 
 @dataclass
@@ -37,43 +41,27 @@ class Counts:
     def of(cls, state: JournalState) -> "Counts":
         """The counts of a replayed journal."""
         counts = cls()
-        counts.apply(
-            [
-                *(start for starts in state.starts.values() for start in starts),
-                *state.waits.values(),
-                *(state.failures[call][-1] for call in state.failures if _is_over(state, call)),
-                *state.commits.values(),
-            ]
-        )
+        counts.apply(records[-1] for records in state.calls.values())
         return counts
 
     def apply(self, records: Iterable[Record]) -> None:
         """Count records, in the journal's order."""
         for record in records:
-            kind = record["type"]
-            if kind == "commit":
-                self.open.pop(record["call"], None)
-                if "reused_from" in record:
-                    self.reused += 1
-                else:
-                    self.committed += 1
-            elif kind in ("start", "wait"):
-                self.open[record["call"]] = "running" if kind == "start" else "waiting"
-            elif kind == "attempt-failed":
-                self.open[record["call"]] = "failed" if record["final"] else "waiting"
+            if not isinstance(record, CallRecord):
+                continue
+            if isinstance(record, Commit):
+                self.open.pop(record.call, None)
+                self.committed += record.status == "committed"
+                self.reused += record.status == "reused"
+            else:
+                self.open[record.call] = record.status
 
     def numbers(self, alive: bool) -> dict[str, int]:
         """By state; nothing of a run without a driver is running."""
-        states = list(self.open.values())
-        running = states.count("running") if alive else 0
-        counted = (self.committed, self.reused, running, states.count("failed"), states.count("waiting"))
+        states = Counter(self.open.values())
+        waiting = len(self.open) - states["running"] - states["failed"]
+        counted = (self.committed, self.reused, states["running"] if alive else 0, states["failed"], waiting)
         return dict(zip(COUNTED, counted, strict=True))
-
-
-def _is_over(state: JournalState, call: str) -> bool:
-    """Whether the last thing known of a call is a failure."""
-    starts = state.starts.get(call)
-    return not starts or state.failures[call][-1]["attempt_id"] == starts[-1]["attempt_id"]
 
 
 class StatusFile:
@@ -85,44 +73,44 @@ class StatusFile:
         self._slot = journal.state.slot
         self._counts = Counts.of(journal.state)
         self._counts.open = {call: what for call, what in self._counts.open.items() if what != "running"}
-        self._end: Record | None = None
+        self._end: End | None = None
         lease = journal.state.lease
         assert lease is not None
-        self._driver = {name: lease[name] for name in ("host", "pid", "machine", "process_start", "ttl_s")}
+        self._driver = {name: getattr(lease, name) for name in DRIVER}
         journal.watchers.append(self._on_slot)
 
     def write(self) -> None:
         """Put the object; what cannot be written now is written at the next beat."""
         with self._lock:
-            tree: Record = {
+            tree = {
                 "format": FORMAT,
-                "status": self._end["status"] if self._end else "running",
+                "status": self._end.status if self._end else "running",
                 "time": time.time(),
                 "slot": self._slot,
                 "lease_slot": self._journal.lease_slot,
                 "driver": self._driver,
                 "counts": self._counts.numbers(alive=self._end is None),
-                "ended": self._end["time"] if self._end else None,
+                "ended": self._end.time if self._end else None,
             }
         with contextlib.suppress(StoreError):
             self._journal.store.put(status_key(self._journal.run_id), json.dumps(tree).encode(), durable=False)
 
-    def _on_slot(self, slot: int, records: list[Record]) -> None:
+    def _on_slot(self, slot: int, records: Sequence[Record]) -> None:
         with self._lock:
             self._slot = slot
             self._counts.apply(records)
-            self._end = next((record for record in records if record["type"] == "end"), self._end)
+            self._end = next((record for record in records if isinstance(record, End)), self._end)
 
 
 def status_key(run_id: str) -> str:
     return f"runs/{run_id}/status.json"
 
 
-def read_status(store: Store, run_id: str) -> Record | None:
+def read_status(store: Store, run_id: str) -> Json | None:
     """The object, or None where it is missing, damaged or older than the journal."""
     raw = store.get(status_key(run_id))
     try:
-        tree: Record = json.loads(raw or b"null") or {}
+        tree: Json = json.loads(raw or b"null") or {}
         if tree.get("format") != FORMAT or store.exists(slot_key(run_id, tree["slot"] + 1)):
             return None
     except (ValueError, KeyError, AttributeError):

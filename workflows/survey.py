@@ -4,16 +4,16 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 from infra.errors import StoreError
 from infra.storage import Store
-from workflows.journal import JournalState, read_journal, removed_key
+from workflows.fold import JournalState
+from workflows.journal import read_journal, removed_key
+from workflows.records import Json
 from workflows.runs import find_metadata, run_status
 from workflows.values import artifact_records
 
 THREADS = 8
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class StoredRun:
     has taken it down and nobody can open it again. `submission`: what a service was asked to run, where one was."""
 
     run_id: str
-    metadata: Record | None
+    metadata: Json | None
     state: JournalState
     status: str
     removed: bool
-    submission: Record | None = None
+    submission: Json | None = None
 
     @property
     def created(self) -> float:
@@ -36,7 +36,7 @@ class StoredRun:
     def last_active(self) -> float:
         """When it ended, else its last driver's start, else its making."""
         end, lease = self.state.end, self.state.lease
-        return float(end["time"] if end else lease["time"] if lease else self.created)
+        return end.time if end else lease.time if lease else self.created
 
     @property
     def is_run(self) -> bool:
@@ -99,16 +99,16 @@ def read_run(store: Store, run_id: str) -> StoredRun:
     return StoredRun(run_id, metadata, state, status, removed, _submission(store, run_id))
 
 
-def references_of(run: StoredRun) -> Iterator[tuple[Record, Reference]]:
+def references_of(run: StoredRun) -> Iterator[tuple[Json, Reference]]:
     """Every artifact record that a run refers to, and where."""
     assert run.metadata is not None
     for record in artifact_records(run.metadata.get("recipe")):
         yield record, Reference(run.run_id, "")
     for call, commit in run.state.commits.items():
-        for record in artifact_records(commit["result"]):
+        for record in artifact_records(commit.result):
             yield record, Reference(run.run_id, call)
     if run.state.end is not None:
-        for record in artifact_records(run.state.end.get("result")):
+        for record in artifact_records(run.state.end.result):
             yield record, Reference(run.run_id, "")
 
 
@@ -117,10 +117,10 @@ def packages_of(run: StoredRun) -> set[str]:
     return set() if run.submission is None else {run.submission["package"]}
 
 
-def _submission(store: Store, run_id: str) -> Record | None:
+def _submission(store: Store, run_id: str) -> Json | None:
     raw = store.get(f"runs/{run_id}/submission.json")
     try:
-        submission: Record | None = None if raw is None else json.loads(raw)
+        submission: Json | None = None if raw is None else json.loads(raw)
         assert submission is None or isinstance(submission["package"], str)
     except (ValueError, KeyError, TypeError, AssertionError):
         raise StoreError(f"--store {store.url}: runs/{run_id}/submission.json is damaged") from None
@@ -132,5 +132,5 @@ def _count(found: Survey, run: StoredRun) -> None:
         found.references.setdefault(record["location"], []).append(reference)
         found.attempts.add(record["location"].rpartition("/")[0])
     for commit in run.state.commits.values():
-        found.codes |= {commit.get("code", ""), commit.get("libraries", "")}
+        found.codes |= {commit.code, commit.libraries}
     found.packages |= packages_of(run)

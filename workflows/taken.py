@@ -6,12 +6,11 @@ what only shows over several calls: a map over a list of another length, and a b
 
 from collections.abc import Callable
 from itertools import islice
-from typing import Any
 
 from infra.errors import NonDeterminismError
-from workflows.journal import JournalState
+from workflows.fold import JournalState
+from workflows.records import Commit
 
-Record = dict[str, Any]
 NAMED = 3
 
 
@@ -21,15 +20,15 @@ class PathTaken:
     def __init__(self, state: JournalState) -> None:
         self._missing = dict.fromkeys(state.commits)
         self._lengths = {
-            record["call"].rpartition("/")[0]: record["of"] for record in state.commits.values() if "of" in record
+            record.call.rpartition("/")[0]: record.of for record in state.commits.values() if record.of is not None
         }
-        self._failed = {call for call, failures in state.failures.items() if failures[-1]["final"]}
+        self._failed = {call for call, failures in state.failures.items() if failures[-1].final}
         self._begun = {call for call in state.starts if call not in state.commits}
         self._resumed = bool(state.commits)
         self._new: list[str] = []
         self._excused = ""
 
-    def made(self, call_id: str, record: Record | None) -> None:
+    def made(self, call_id: str, record: Commit | None) -> None:
         """The workflow made this call, and that was its commit record."""
         if record is not None:
             self._missing.pop(call_id, None)

@@ -387,11 +387,14 @@ def _leaves(tree: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def artifact_records(tree: Any) -> list[dict[str, Any]]:
-    """The records of all artifacts inside an encoded value."""
-    if isinstance(tree, list):
-        return [record for item in tree for record in artifact_records(item)]
-    if isinstance(tree, dict):
-        if "$artifact" in tree:
-            return [tree["$artifact"]]
-        return [record for item in tree.values() for record in artifact_records(item)]
-    return []
+    """The records of all artifacts inside an encoded value, in order."""
+    found: list[dict[str, Any]] = []
+    todo = [tree]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict) and "$artifact" in item:
+            found.append(item["$artifact"])
+        elif isinstance(item, (dict, list)):
+            inside = item.values() if isinstance(item, dict) else item
+            todo += [each for each in inside if isinstance(each, (dict, list))][::-1]
+    return found

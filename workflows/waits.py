@@ -19,22 +19,24 @@ import shlex
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 from infra.errors import Denied, NonDeterminismError, StepTimeout, StoreError, UserError, nearest
 from infra.storage import Store, default_store
+from workflows import records
+from workflows.fold import JournalState
 from workflows.graph import Future, Step, StepOptions
 from workflows.identities import IDENTITY
-from workflows.journal import JournalState, read_journal
+from workflows.journal import read_journal
+from workflows.records import Json
 from workflows.values import brief, decode, identity, readable
 
 FORMAT = 1
 FOLDER_PERIOD_S = 0.2
 REMOTE_PERIOD_S = 2.0
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -92,38 +94,48 @@ def _question(message: str, show: Any) -> Any:
 # --- the driver's side ---
 
 
-def wait_record(call_id: str, step: str, options: StepOptions, arguments: Any, inputs: str) -> Record:
+def wait_record(
+    call_id: str, step: str, needs: Sequence[str], options: StepOptions, arguments: Any, inputs: str
+) -> records.Wait:
     """What the journal says of a wait; `deadline` in seconds since the epoch, or None."""
     now = time.time()
     message, show = decode(arguments["args"][0]), arguments["args"][1]
-    deadline = None if options.timeout is None else now + options.timeout
-    record = {"type": "wait", "call": call_id, "step": step, "message": readable(str(message)), "time": now}
-    record |= {"deadline": deadline, "inputs": inputs, "identity": IDENTITY}
-    return {**record, "show": brief(identity(show))}
+    return records.Wait(
+        call_id,
+        step,
+        needs,
+        message=readable(str(message)),
+        time=now,
+        deadline=None if options.timeout is None else now + options.timeout,
+        inputs=inputs,
+        identity=IDENTITY,
+        show=brief(identity(show)),
+    )
 
 
-def check_question(record: Record, same_inputs: bool, message: str) -> None:
+def check_question(record: records.Wait, same_inputs: bool, message: str) -> None:
     """Raises NonDeterminismError where a resumed workflow asks under an old name for something else: an answer to the
     old question is none to the new one."""
     if not same_inputs:
         raise NonDeterminismError(
-            f"{record['call']} asked {record['message']!r} before, showing {record['show']}, and asks {message!r} or "
+            f"{record.call} asked {record.message!r} before, showing {record.show}, and asks {message!r} or "
             "shows something else now; start another run with --new"
         )
 
 
-def answer(record: Record, signal: Record) -> Any:
+def answer(record: records.Wait, signal: Json) -> Any:
     """The result that an answer means.
 
     Raises:
         Denied: somebody said no.
         StepTimeout: nobody answered in time.
     """
-    call, value = record["call"], signal["value"]
+    call, value = record.call, signal["value"]
     if signal.get("timeout"):
-        waited = record["deadline"] - record["time"]
+        assert record.deadline is not None, "nobody waits too long without one"
+        waited = record.deadline - record.time
         raise StepTimeout(f"{call}: nobody answered within {waited:g} s (timeout= of the wait)")
-    if not record["step"].endswith(":approval"):
+    if not record.step.endswith(":approval"):
         return value
     if not value["approve"]:
         comment = f": {value['comment']}" if value["comment"] else ""
@@ -141,7 +153,7 @@ class Poller:
         self,
         store: Store,
         run_id: str,
-        deliver: Callable[[str, Record], None],
+        deliver: Callable[[str, Json], None],
         on_error: Callable[[BaseException], None],
     ) -> None:
         self._store = store
@@ -197,7 +209,7 @@ class Poller:
             self._changed.wait(min(self._period_s, max(due, 0.0)))
             return not self._closing
 
-    def _signal(self, call_id: str, key: str, final: bool, overdue: bool, there: bool) -> Record | None:
+    def _signal(self, call_id: str, key: str, final: bool, overdue: bool, there: bool) -> Json | None:
         if not there and not overdue:
             return None
         if not there and final:
@@ -212,7 +224,7 @@ def signal_key(run_id: str, call_id: str) -> str:
     return f"runs/{run_id}/signals/{hashlib.sha256(call_id.encode()).hexdigest()[:32]}.json"
 
 
-def read_signal(store: Store, key: str) -> Record | None:
+def read_signal(store: Store, key: str) -> Json | None:
     """The answer under a key: {"format", "call", "value", "who", "time"}.
 
     Raises:
@@ -225,7 +237,7 @@ def read_signal(store: Store, key: str) -> Record | None:
         raise StoreError(f"--store {store.url}: {key} is damaged ({error}): remove it, and answer again") from None
 
 
-def send(store: Store, run_id: str, call_id: str, value: Any, who: str) -> tuple[bool, Record]:
+def send(store: Store, run_id: str, call_id: str, value: Any, who: str) -> tuple[bool, Json]:
     """Answer a wait by its call id. The value: JSON; of an approval {"approve": bool, "comment": str}.
 
     Returns (whether this answer is the one, the answer that counts): the first one wins.
@@ -237,10 +249,9 @@ def send(store: Store, run_id: str, call_id: str, value: Any, who: str) -> tuple
     return mine, signal
 
 
-def waiting_calls(state: JournalState) -> list[Record]:
+def waiting_calls(state: JournalState) -> list[records.Wait]:
     """The wait records that have no end yet, oldest first."""
-    over = {call for call, failures in state.failures.items() if failures[-1]["final"] and call in state.waits}
-    return [wait for call, wait in state.waits.items() if call not in state.commits and call not in over]
+    return [wait for call, wait in state.waits.items() if state.calls[call][-1] is wait]
 
 
 def reply(store: Store, run_id: str, text: str, kind: str, value: Any, who: str) -> str:
@@ -253,29 +264,28 @@ def reply(store: Store, run_id: str, text: str, kind: str, value: Any, who: str)
     """
     state = read_journal(store, run_id)
     record = find_wait(run_id, state, text, kind)
-    mine, signal = send(store, run_id, record["call"], value, who)
+    mine, signal = send(store, run_id, record.call, value, who)
     if not mine:
-        raise UserError(f"{record['call']} was {_said(record, signal)} already; that answer counts")
-    return f"{record['call']} is {_said(record, signal)}"
+        raise UserError(f"{record.call} was {_said(record, signal)} already; that answer counts")
+    return f"{record.call} is {_said(record, signal)}"
 
 
-def find_wait(run_id: str, state: JournalState, text: str, kind: str) -> Record:
+def find_wait(run_id: str, state: JournalState, text: str, kind: str) -> records.Wait:
     """The record of the wait of this `kind` that `text` means. Errors as `reply`."""
     known = list(state.waits.values())
-    found = [record for record in known if text == record["call"]] or [
-        record for record in known if text == short_name(record["call"])
-    ]
-    found = [record for record in found if record["step"].endswith(f":{kind}")] or found
+    found = [record for record in known if text == record.call]
+    found = found or [record for record in known if text == short_name(record.call)]
+    found = [record for record in found if record.step.endswith(f":{kind}")] or found
     waiting = [record for record in waiting_calls(state) if record in found] or found
     if len(waiting) == 1:
         record = waiting[0]
-        if not record["step"].endswith(f":{kind}"):
+        if not record.step.endswith(f":{kind}"):
             other = "recua send" if kind == "approval" else "recua approve"
-            raise UserError(f"{record['call']} is no {kind}: answer it with {other}")
+            raise UserError(f"{record.call} is no {kind}: answer it with {other}")
         return record
     if waiting:
-        raise UserError(f"{text} may be any of {', '.join(record['call'] for record in waiting)}: give the whole name")
-    names = [record["call"] for record in waiting_calls(state)]
+        raise UserError(f"{text} may be any of {', '.join(record.call for record in waiting)}: give the whole name")
+    names = [record.call for record in waiting_calls(state)]
     hint = nearest(text, dict.fromkeys([*names, *map(short_name, names)]), there="waiting")
     raise UserError(f"nothing in run {run_id} waits as {text!r}{hint}")
 
@@ -303,17 +313,17 @@ def me() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def _said(record: Record, signal: Record) -> str:
+def _said(record: records.Wait, signal: Json) -> str:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(signal["time"]))
     if signal.get("timeout"):
         return f"given up (nobody had answered in time) at {when}"
     word = "answered"
-    if record["step"].endswith(":approval"):
+    if record.step.endswith(":approval"):
         word = "approved" if signal["value"]["approve"] else "denied"
     return f"{word} by {signal['who']} at {when}"
 
 
-def _signal(call_id: str, value: Any, who: str, **more: Any) -> Record:
+def _signal(call_id: str, value: Any, who: str, **more: Any) -> Json:
     return {"format": FORMAT, "call": call_id, "value": value, "who": who, "time": time.time(), **more}
 
 

@@ -16,15 +16,16 @@ from infra.errors import RecuaError
 from infra.storage import Store
 from workflows.artifacts import Artifact
 from workflows.fingerprint import FILE, Fingerprint, Fingerprinter
+from workflows.fold import JournalState
 from workflows.graph import Step, step_behind
-from workflows.journal import JournalState, read_journal
+from workflows.journal import read_journal
 from workflows.known import code_key, content_key, index_key
 from workflows.marks import read_marks
 from workflows.names import load_name
+from workflows.records import Commit, Json
 from workflows.runs import StepView, find_metadata
 from workflows.values import artifact_records, differences, named_arguments
 
-Record = dict[str, Any]
 NAMED = 5
 Loader = Callable[[str], Any]
 
@@ -52,7 +53,7 @@ class Why:
     call_id: str
     status: str
     happened: str
-    compared_with: Record | None
+    compared_with: Json | None
     differs: Comparison | None
     again: bool | None
     because: list[str]
@@ -92,12 +93,12 @@ class Reasons:
             if view.error:
                 happened += f" ({view.error.get('type', 'error')}: {str(view.error.get('message')).splitlines()[0]})"
             return Why(view.call_id, view.status, happened, None, None, None, ["it was never committed"])
-        earlier = self._earlier(commit) if "reused_from" not in commit else None
+        earlier = self._earlier(commit) if not commit.reused_from else None
         differs = None if earlier is None else self._compare(earlier[1], commit)
         again, because = self.again(view.call_id)
         compared = None
         if earlier is not None:
-            compared = {"run": earlier[0], "call": earlier[1]["call"], "ended": earlier[1]["ended"]}
+            compared = {"run": earlier[0], "call": earlier[1].call, "ended": earlier[1].ended}
         happened = self._happened(commit, earlier, differs)
         now = self._fingerprint(commit)
         named = ([], []) if now is None else (now.data_files, list(now.products))
@@ -105,21 +106,21 @@ class Reasons:
 
     # --- what happened ---
 
-    def _happened(self, commit: Record, earlier: tuple[str, Record] | None, differs: Comparison | None) -> str:
-        call, lease = commit["call"], self._state.lease
+    def _happened(self, commit: Commit, earlier: tuple[str, Commit] | None, differs: Comparison | None) -> str:
+        call, lease = commit.call, self._state.lease
         kept = ""
-        if lease is not None and self._state.drivers > 1 and commit["ended"] < lease["time"]:
+        if lease is not None and self._state.drivers > 1 and commit.ended < lease.time:
             kept = "; later drivers of this run kept it, as they keep every committed call"
-        if "reused_from" in commit:
+        if commit.reused_from:
             return (
-                f"{call} was reused from run {commit['reused_from']}: "
+                f"{call} was reused from run {commit.reused_from}: "
                 f"its inputs, its code and the libraries are equal{kept}"
             )
         if earlier is None or differs is None:
-            return f"{call} ran because no earlier run in this store had committed {commit['step']}{kept}"
+            return f"{call} ran because no earlier run in this store had committed {commit.step}{kept}"
         run_id, before = earlier
-        other = "" if before["call"] == call else f" ({before['call']} there)"
-        where = f"run {run_id}{other}, {_ago(before['ended'])}"
+        other = "" if before.call == call else f" ({before.call} there)"
+        where = f"run {run_id}{other}, {_ago(before.ended)}"
         if differs.equal:
             return f"{call} ran although it is equal to that of {where}: {self._why_not_reused(commit)}{kept}"
         changed = [*differs.code, *differs.libraries, *differs.inputs]
@@ -131,11 +132,11 @@ class Reasons:
         also = f"; its {' and '.join(equal)} are equal" if equal else ""
         return f"{call} ran because {'; '.join(changed)} since {where}{also}{kept}"
 
-    def _why_not_reused(self, commit: Record) -> str:
-        name = commit["step"].rpartition(":")[2]
+    def _why_not_reused(self, commit: Commit) -> str:
+        name = commit.step.rpartition(":")[2]
         rerun = self._metadata.get("rerun") or []
-        if name in rerun or commit["call"] in rerun:
-            return f"--rerun {name if name in rerun else commit['call']}"
+        if name in rerun or commit.call in rerun:
+            return f"--rerun {name if name in rerun else commit.call}"
         if not self._metadata.get("reuse", True):
             return "the run was started to reuse nothing (--new)"
         step = self._step(commit)
@@ -143,14 +144,14 @@ class Reasons:
             return "the step is never reused (reuse=False)"
         return "its earlier result could not be used then (an artifact of it was gone, or it was not in the index yet)"
 
-    def _earlier(self, commit: Record) -> tuple[str, Record] | None:
+    def _earlier(self, commit: Commit) -> tuple[str, Commit] | None:
         """The last commit of the same step before this one: an equal one, else one under the same id, else any."""
-        best: tuple[tuple[bool, bool, float], str, Record] | None = None
+        best: tuple[tuple[bool, bool, float], str, Commit] | None = None
         for run_id, state in self._journals():
             for other in state.commits.values():
-                if other["step"] != commit["step"] or other["ended"] > commit["started"]:
+                if other.step != commit.step or other.ended > commit.started:
                     continue
-                rank = (other["key"] == commit["key"], other["call"] == commit["call"], float(other["ended"]))
+                rank = (other.key == commit.key, other.call == commit.call, float(other.ended))
                 if best is None or rank > best[0]:
                     best = (rank, run_id, other)
         return None if best is None else best[1:]
@@ -168,20 +169,20 @@ class Reasons:
                     self._others[run_id] = JournalState()
             yield run_id, self._others[run_id]
 
-    def _compare(self, before: Record, now: Record) -> Comparison:
+    def _compare(self, before: Commit, now: Commit) -> Comparison:
         inputs: list[str] = []
-        if before["inputs"] != now["inputs"]:
+        if before.inputs != now.inputs:
             inputs = self._changed_inputs(before, now)
         code: list[str] = []
-        if before["code"] != now["code"]:
-            code = _changed_parts(self._parts(before["code"]), self._parts(now["code"]))
+        if before.code != now.code:
+            code = _changed_parts(self._parts(before.code), self._parts(now.code))
         libraries: list[str] = []
-        if before.get("libraries") != now.get("libraries"):
-            libraries = _changed_libraries(self._parts(before.get("libraries")), self._parts(now.get("libraries")))
+        if before.libraries != now.libraries:
+            libraries = _changed_libraries(self._parts(before.libraries), self._parts(now.libraries))
         return Comparison(inputs, code, libraries)
 
-    def _changed_inputs(self, before: Record, now: Record) -> list[str]:
-        old, new = before.get("arguments"), now.get("arguments")
+    def _changed_inputs(self, before: Commit, now: Commit) -> list[str]:
+        old, new = before.arguments, now.arguments
         if old is None or new is None:
             return ["its inputs changed (they are too large to be kept)"]
         step = self._step(now)
@@ -191,12 +192,12 @@ class Reasons:
         makers = self._makers(now)
         return [f"input {line}{_made_by(line, makers)}" for line in lines] or ["its inputs changed"]
 
-    def _makers(self, commit: Record) -> dict[str, str]:
+    def _makers(self, commit: Commit) -> dict[str, str]:
         """Digest (short, as shown) -> the call whose result brought it."""
         found: dict[str, str] = {}
-        for need in commit.get("needs", ()):
+        for need in commit.needs:
             upstream = self._state.commits.get(need)
-            for record in artifact_records(upstream["result"]) if upstream else ():
+            for record in artifact_records(upstream.result) if upstream else ():
                 found[record["digest"][:12]] = need
         return found
 
@@ -214,29 +215,29 @@ class Reasons:
             self._again[call_id] = self._would_run(self._state.commits[call_id])
         return self._again[call_id]
 
-    def _would_run(self, commit: Record) -> tuple[bool | None, list[str]]:
-        upstream = [need for need in commit.get("needs", ()) if need in self._state.commits and self.again(need)[0]]
+    def _would_run(self, commit: Commit) -> tuple[bool | None, list[str]]:
+        upstream = [need for need in commit.needs if need in self._state.commits and self.again(need)[0]]
         step = self._step(commit)
         if not isinstance(step, Step):
-            return None, [f"because {commit['step']} cannot be imported here ({step})"]
+            return None, [f"because {commit.step} cannot be imported here ({step})"]
         if not step.default.reuse:
             return True, ["the step is never reused (reuse=False)"]
         now = self._fingerprint(commit)
         assert now is not None, "of a step"
         reasons = self._changed_since(commit, now)
         if not reasons:
-            reasons = self._lost(content_key(commit["step"], commit["inputs"], now))
+            reasons = self._lost(content_key(commit.step, commit.inputs, now))
         if reasons:
             return True, reasons
         if upstream:
             return None, [f"because {_listed(upstream)} would run again: only if its result differs"]
         return False, ["inputs, code and libraries are as they were, and its result is in the store"]
 
-    def _changed_since(self, commit: Record, now: Fingerprint) -> list[str]:
+    def _changed_since(self, commit: Commit, now: Fingerprint) -> list[str]:
         reasons = []
-        if now.code != commit["code"]:
-            reasons += _changed_parts(self._parts(commit["code"]), now.parts)
-        libraries = self._parts(commit.get("libraries"))
+        if now.code != commit.code:
+            reasons += _changed_parts(self._parts(commit.code), now.parts)
+        libraries = self._parts(commit.libraries)
         if libraries is not None and libraries != now.libraries:
             reasons += _changed_libraries(libraries, now.libraries)
         return [f"{reason} since it was committed" for reason in reasons]
@@ -257,18 +258,18 @@ class Reasons:
                 return [f"artifact {artifact.name} {artifact.digest[:12]} of its result is about to be removed"]
         return []
 
-    def _fingerprint(self, commit: Record) -> Fingerprint | None:
+    def _fingerprint(self, commit: Commit) -> Fingerprint | None:
         """Of the step as it is now; None where it cannot be imported."""
         step = self._step(commit)
         return self._fingerprinter.of(step.fn, step.default.libraries) if isinstance(step, Step) else None
 
-    def _step(self, commit: Record) -> Any:
+    def _step(self, commit: Commit) -> Any:
         """The step as it is now, or what stood in the way of importing it."""
         try:
-            found = self._load(commit["step"])
+            found = self._load(commit.step)
         except Exception as error:  # importing runs the user's modules
             return str(error).partition("\n")[0]
-        return step_behind(found) or f"{commit['step']} is no step any more"
+        return step_behind(found) or f"{commit.step} is no step any more"
 
 
 def _changed_parts(before: dict[str, str] | None, now: dict[str, str] | None) -> list[str]:

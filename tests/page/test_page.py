@@ -9,6 +9,7 @@ import page_stores as stores
 import pytest
 from page_site import TOKEN, Asked, Site, click_node, enter, until
 from page_stores import artifact, commit, end, failure, full, start
+from stored_records import append
 
 from infra.storage import Store, open_store
 from workflows.journal import Heartbeat, Journal
@@ -44,7 +45,8 @@ def live_run(store: Store) -> Journal:
     now = time.time()
     journal = stores.open_run(store, "live", {"seed": 1, "lr": 0.001}, created=now - 100)
     ask = {"type": "wait", "call": "approval[ship]", "step": "workflows.waits:approval", "message": "Ship it?"}
-    journal.append(
+    append(
+        journal,
         [
             start("corpus[0]", "demo:corpus", at=now - 90),
             commit("corpus[0]", "demo:corpus", now - 90, 20.0, artifact("c0", "corpus")),
@@ -52,7 +54,7 @@ def live_run(store: Store) -> Journal:
             failure("train[1]", f"no {EVIL}", final=False, at=now - 50, trace=TRACE),
             start("train[1]", attempt=2, at=now - 45, needs=["corpus[0]"]),
             {**ask, "time": now - 30, "needs": ["corpus[0]"], "deadline": None, "inputs": "", "show": {"score": 0.93}},
-        ]
+        ],
     )
     lines = "".join(f"step {number} loss {3 / (number + 1):.3f}\n" for number in range(50))
     store.put("runs/live/attempts/train[1]-2/log.txt", f"{EVIL}\n{lines}".encode())
@@ -75,8 +77,8 @@ def failed_run(store: Store) -> None:
     corpus = commit("corpus[0]", "demo:corpus", result=artifact("c0", "corpus"))
     corpus["arguments"] = {"args": [{"books.txt": "b" * 64}], "kwargs": {}}
     error = {"kind": "user", "type": "StepError", "message": "check[0]: ValueError: no", "traceback": TRACE}
-    journal.append([corpus, model, start("check[0]", "demo:check", needs=["train[0]"])])
-    journal.append([failure("check[0]", "no", final=True, trace=TRACE), end("failed", error=error)])
+    append(journal, [corpus, model, start("check[0]", "demo:check", needs=["train[0]"])])
+    append(journal, [failure("check[0]", "no", final=True, trace=TRACE), end("failed", error=error)])
 
 
 def evil_run(store: Store) -> None:
@@ -87,7 +89,7 @@ def evil_run(store: Store) -> None:
     ask = {"type": "wait", "call": f"approval[{EVIL}]", "step": "workflows.waits:approval", "message": EVIL}
     asked = {**ask, "time": now, "needs": [f"{EVIL}[0]"], "deadline": None, "inputs": "", "show": {EVIL: EVIL}}
     broken = [start("bad[0]", f"demo:{EVIL}", at=now - 50), failure("bad[0]", EVIL, final=True, at=now, trace=EVIL)]
-    journal.append([made, *broken, asked])
+    append(journal, [made, *broken, asked])
     curve = {"call": f"{EVIL}[0]", "rows": [[1, now, 1, 2, {EVIL: 1.0}], [2, now, 2, 2, {EVIL: 2.0}]]}
     history = {"format": 1, "curves": [curve], "texts": []}
     store.put(f"runs/{EVIL}/history/00000001-0000000200.json", json.dumps(history).encode())

@@ -8,6 +8,7 @@ import page_stores as stores
 import pytest
 from page_site import TOKEN, Asked, Site, click_node
 from page_stores import commit
+from stored_records import append
 
 from infra.storage import open_store
 from workflows.journal import Heartbeat, Journal
@@ -90,7 +91,7 @@ def test_page_stays_usable_with_ten_thousand_steps(tab: Any, site: Site, journal
 
     clock = time.perf_counter()
     now = time.time()
-    journal.append([commit(f"chain[{chain}]/link[100]", "recipes.demo:link", now, 0.5) for chain in range(100)])
+    append(journal, [commit(f"chain[{chain}]/link[100]", "recipes.demo:link", now, 0.5) for chain in range(100)])
     tab.wait_for_selector("text=10,100 steps")
     update = time.perf_counter() - clock
     sizes = sorted(answer["sent"] for answer in tab.evaluate(ANSWERS, "steps[?]after=[1-9]"))

@@ -240,5 +240,5 @@ def test_dynamic_the_display_says_what_to_type(capsys: pytest.CaptureFixture[str
 
 def test_dynamic_a_question_that_is_no_valid_unicode_is_shown_with_escapes() -> None:
     arguments = encode({"args": [os.fsdecode(b"ship caf\xe9?"), None]})
-    record = wait_record("approval[a]", "workflows.waits:approval", StepOptions(), arguments, "")
+    record = wait_record("approval[a]", "workflows.waits:approval", (), StepOptions(), arguments, "")
     assert record["message"] == r"ship caf\udce9?"

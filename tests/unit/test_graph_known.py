@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from stored_records import append, parsed
 
 from infra.errors import NonDeterminismError
 from infra.storage import FolderStore
@@ -17,6 +18,7 @@ from workflows.graph import EACH, Future, edges_of, resolve_edges, step, workflo
 from workflows.identities import Identities
 from workflows.journal import Journal
 from workflows.known import Known, content_key, index_key
+from workflows.records import Commit
 from workflows.values import canonical, digest, earlier_identity, encode, identity
 
 DIGEST = "d" * 64
@@ -72,15 +74,21 @@ def commit_of_older_version(
     return record
 
 
+def commit(record: dict[str, Any]) -> Commit:
+    made = parsed(record)
+    assert isinstance(made, Commit)
+    return made
+
+
 def found(store: FolderStore, tree: Any, scores: Any = SCORES) -> Any:
     """What a new run takes from earlier ones for deploy(tree, scores)."""
     given, knows = arguments(tree, scores), known(store)
     record = knows.find(deploy, deploy.default, given, knows.key(deploy, deploy.default, given))
-    return None if record is None else record["result"]
+    return None if record is None else record.result
 
 
 def journal_of_older_version(store: FolderStore, *records: dict[str, Any], run_id: str = "old") -> None:
-    Journal.acquire(store, run_id).append(list(records))
+    append(Journal.acquire(store, run_id), records)
 
 
 def made(threshold: float | None, call: str = "train[0]") -> dict[str, Any]:
@@ -133,7 +141,7 @@ def test_a_result_of_this_version_is_never_taken_for_another_class(tmp_path: Pat
     assert knows.find(deploy, deploy.default, mine, key) is not None
     assert knows.find(deploy, deploy.default, other, other_key) is None
     for record, same in ((entry, True), ({**entry, "identity": 2}, False)):
-        assert known(store).same_inputs(record, arguments(named)) is same
+        assert known(store).same_inputs(commit(record), arguments(named)) is same
 
 
 def test_a_run_of_an_older_version_is_found_under_its_name(tmp_path: Path) -> None:
@@ -169,13 +177,13 @@ def test_without_its_journal_an_older_result_is_not_reused(tmp_path: Path) -> No
 def test_a_commit_of_an_older_version_is_resumed(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     record = commit_of_older_version(store, "deploy[0]", model(0.5))
-    knows = known(store, {"deploy[0]": record})
-    assert knows.committed("deploy[0]", deploy, deploy.default, arguments(model(0.5))) is record
+    knows = known(store, {"deploy[0]": commit(record)})
+    assert knows.committed("deploy[0]", deploy, deploy.default, arguments(model(0.5))) == commit(record)
     with pytest.raises(NonDeterminismError):
         knows.committed("deploy[0]", deploy, deploy.default, {"args": [model(0.5), 1], "kwargs": {}})
     new = {**record, "inputs": Identities().digest(arguments(model(0.5)))}
     with pytest.raises(NonDeterminismError):
-        known(store, {"deploy[0]": new}).committed("deploy[0]", deploy, deploy.default, arguments(model(0.9)))
+        known(store, {"deploy[0]": commit(new)}).committed("deploy[0]", deploy, deploy.default, arguments(model(0.9)))
 
 
 GIVEN: list[dict[str, Any]] = [

@@ -28,6 +28,7 @@ from workflows.artifacts import Artifact, ArtifactSource
 from workflows.graph import Step, StepOptions, parse_memory, resolve_edges, step, workflow
 from workflows.identities import Identities
 from workflows.known import Known
+from workflows.records import Commit
 from workflows.values import canonical, decode, differences, digest, earlier_identity, encode, identity, one_line
 
 T = TypeVar("T")
@@ -542,14 +543,15 @@ def test_changed_inputs_are_named_with_both_values(tmp_path: Path) -> None:
         )
 
     before = arguments(0.5, 1, "a")
-    record = {"step": learn.name, "inputs": Identities().digest(before), "arguments": Identities().shown(before)}
+    given = {"inputs": Identities().digest(before), "arguments": Identities().shown(before)}
+    record = Commit("learn[0]", learn.name, **given)
     known.commits["learn[0]"] = record
     with pytest.raises(NonDeterminismError) as changed:
         known.committed("learn[0]", learn, learn.default, arguments(0.25, 2, "a"))
     assert "other inputs (section.optimizer.rate 0.5, now 0.25; seed 1, now 2); start another run" in str(changed.value)
     with pytest.raises(NonDeterminismError, match=r"section.kinds\[20\] '... 3001 in all, sha256 \w+', now "):
         known.committed("learn[0]", learn, learn.default, arguments(0.5, 1, "b"))
-    record["arguments"] = None
+    known.commits["learn[0]"] = replace(record, arguments=None)
     with pytest.raises(NonDeterminismError, match=r"\(digest \w{12}, now \w{12}\)"):
         known.committed("learn[0]", learn, learn.default, arguments(0.5, 1, "b"))
 

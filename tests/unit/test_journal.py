@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,11 @@ from workflows.journal import (
     read_journal,
     slot_key,
 )
+from workflows.records import Commit, Lease, Record, Start
 
 
-def commit(call: str) -> dict[str, object]:
-    return {"type": "commit", "call": call, "result": call}
+def commit(call: str) -> Commit:
+    return Commit(call, "m:f", result=call)
 
 
 def let_go(journal: Journal) -> None:
@@ -45,11 +48,11 @@ def store(tmp_path: Path) -> FolderStore:
 
 def test_commits_are_replayed_in_order(store: FolderStore) -> None:
     journal = Journal.acquire(store, "r")
-    journal.append([commit("a"), {"type": "start", "call": "b", "attempt": 1}])
+    journal.append([commit("a"), Start("b", "m:f", attempt=1)])
     journal.append([commit("b")])
     state = read_journal(store, "r")
     assert list(state.commits) == ["a", "b"] and state.slot == 3 and state.drivers == 1
-    assert state.starts["b"][0]["attempt"] == 1
+    assert state.starts["b"][0].attempt == 1
 
 
 def test_a_driver_that_lost_its_lease_commits_nothing(store: FolderStore) -> None:
@@ -82,13 +85,13 @@ def test_a_silent_driver_is_replaced_after_its_lease(store: FolderStore) -> None
 
 def test_a_dead_process_is_known_at_once() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    lease = {"machine": this_machine(), "pid": child.pid, "process_start": process_start(child.pid)}
+    lease = Lease(machine=this_machine(), pid=child.pid, process_start=process_start(child.pid))
     assert not driver_is_gone(lease)
     child.kill()
     child.wait()
     assert driver_is_gone(lease)
-    assert not driver_is_gone({**lease, "machine": "elsewhere"}), "nothing is known of another machine's processes"
-    reused = {"machine": this_machine(), "pid": os.getpid(), "process_start": "1"}
+    assert not driver_is_gone(replace(lease, machine="elsewhere")), "nothing is known of another machine's processes"
+    reused = Lease(machine=this_machine(), pid=os.getpid(), process_start="1")
     assert driver_is_gone(reused), "the id names another process now"
 
 
@@ -112,7 +115,7 @@ def test_group_commit_gathers_while_a_slot_is_written(store: FolderStore) -> Non
     gate, entered = threading.Event(), threading.Event()
     append = journal.append
 
-    def slow(records: list[dict[str, object]]) -> None:
+    def slow(records: Sequence[Record]) -> None:
         entered.set()
         assert gate.wait(60)
         append(records)
@@ -146,7 +149,7 @@ def test_group_commit_stops_at_the_first_failure(store: FolderStore) -> None:
 def test_notes_are_written_without_a_commit(store: FolderStore) -> None:
     journal = Journal.acquire(store, "r")
     commits = GroupCommit(journal, on_error=lambda error: pytest.fail(str(error)), idle_s=0.01)
-    commits.note({"type": "start", "call": "a", "attempt": 1})
+    commits.note(Start("a", "m:f", attempt=1))
     commits.close()
     assert "a" in read_journal(store, "r").starts
 

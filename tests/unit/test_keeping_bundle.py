@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from stored_records import append
 
 from infra.errors import StoreError, UserError
 from infra.storage import FolderStore, Store, open_store
@@ -36,9 +37,9 @@ def store(tmp_path: Path) -> FolderStore:
     store.put("runs/r/submission.json", json.dumps({"package": "f" * 64}).encode())
     store.put("runs/r/run.json", json.dumps(tree).encode())
     journal = Journal.acquire(store, "r")
-    journal.append([commit("corpus[0]", taken, "k1", reused_from="old")])
-    journal.append([commit("train[0]", made, "k2", attempt_id="a1", needs=["corpus[0]"])])
-    journal.append([{"type": "end", "status": "finished", "time": 9.0, "result": {"$artifact": made.record()}}])
+    append(journal, [commit("corpus[0]", taken, "k1", reused_from="old")])
+    append(journal, [commit("train[0]", made, "k2", attempt_id="a1", needs=["corpus[0]"])])
+    append(journal, [{"type": "end", "status": "finished", "time": 9.0, "result": {"$artifact": made.record()}}])
     store.put("runs/r/attempts/a1/log.txt", b"said\nAuthorization: Bearer abcdefghijklmnop1234567890\n")
     store.put("runs/r/attempts/lost/model/data/half.bin", b"half")
     store.put("runs/r/report.html", b"<html>")
@@ -289,8 +290,8 @@ def test_odd_names_bits_and_empty_folders_survive_a_bundle(
     sealed = writer.seal()
     first.put("runs/r/run.json", json.dumps({"workflow": "m:w", "recipe": {}, "created": 5.0}).encode())
     journal = Journal.acquire(first, "r")
-    journal.append([commit("train[0]", sealed, "k")])
-    journal.append([{"type": "end", "status": "finished", "time": 9.0, "result": None}])
+    append(journal, [commit("train[0]", sealed, "k")])
+    append(journal, [{"type": "end", "status": "finished", "time": 9.0, "result": None}])
     export_run(first, "r", tmp_path / "r.tar")
     import_run(other, tmp_path / "r.tar")
     source = ArtifactSource(other.url, str(tmp_path / "c2"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stored_records import append
 
 from infra.errors import StoreError, UserError
 from infra.storage import FolderStore, Store, open_store
@@ -54,14 +55,14 @@ class Run:
         result = None if artifact is None else {"$artifact": artifact.record()}
         record = {"type": "commit", "call": call, "step": "m:f", "result": result, "code": "c" * 64, "key": call}
         record |= {"started": 1.0, "ended": 2.0, "seconds": 1.0, "node": "", "attempt": 1, "attempt_id": attempt}
-        self.journal.append([{**record, **more}])
+        append(self.journal, [{**record, **more}])
 
     def index(self, key: str, artifact: Artifact) -> None:
         entry = {"format": 1, "run": self.run_id, "key": key, "result": {"$artifact": artifact.record()}}
         self.store.put(index_key(key), json.dumps({**entry, "call": "a", "step": "m:f", "seconds": 1.0}).encode())
 
     def end(self, status: str = "finished", when: float = 100.0) -> None:
-        self.journal.append([{"type": "end", "status": status, "time": when, "result": None}])
+        append(self.journal, [{"type": "end", "status": status, "time": when, "result": None}])
 
 
 def is_whole(store: Store, artifact: Artifact) -> bool:

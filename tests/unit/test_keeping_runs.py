@@ -2,10 +2,12 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stored_records import append
 
 from infra.errors import StoreError, UserError
 from infra.storage import FolderStore, Store
@@ -60,7 +62,7 @@ def test_counts_follow_the_journal_whether_appended_or_replayed(store: FolderSto
     journal = make_run(store, "r")
     file = StatusFile(journal)
     for records in RECORDS:
-        journal.append(records)
+        append(journal, records)
     file.write()
     status = read_status(store, "r")
     assert status is not None and status["counts"] == NUMBERS and status["slot"] == 5
@@ -75,12 +77,12 @@ def test_a_list_says_what_a_replay_says(store: FolderStore) -> None:
     heartbeat.close()
     assert read_status(store, "r") is not None, "the first beat wrote it"
     for records in RECORDS:
-        journal.append(records)
+        append(journal, records)
     assert read_status(store, "r") is None, "it does not count the last slots"
     [replayed] = list_runs(store)
     file.write()
     assert list_runs(store) == [replayed] and replayed.counts == NUMBERS and replayed.status == "running"
-    journal.append([{"type": "end", "status": "failed", "time": 50.0}])
+    append(journal, [{"type": "end", "status": "failed", "time": 50.0}])
     file.write()
     [ended] = list_runs(store)
     assert (ended.status, ended.ended, ended.done) == ("failed", 50.0, 3)
@@ -92,7 +94,7 @@ def test_a_list_reads_no_journal_of_a_run_that_left_word(store: FolderStore, mon
     for number in range(3):
         journal = make_run(store, f"r{number}", created=float(number))
         file = StatusFile(journal)
-        journal.append([*RECORDS[0], {"type": "end", "status": "finished", "time": 50.0}])
+        append(journal, [*RECORDS[0], {"type": "end", "status": "finished", "time": 50.0}])
         file.write()
     read: list[str] = []
     monkeypatch.setattr(FolderStore, "get", lambda self, key: read.append(key) or (self.root / key).read_bytes())
@@ -105,8 +107,8 @@ def test_a_dead_driver_leaves_an_interrupted_run(store: FolderStore) -> None:
     lease = journal.state.lease
     assert lease is not None
     file = StatusFile(journal)
-    journal.append(RECORDS[0])
-    lease["process_start"] = "0"
+    append(journal, RECORDS[0])
+    journal.state.lease = replace(lease, process_start="0")
     file._driver["process_start"] = "0"
     file.write()
     [run] = list_runs(store)
@@ -117,7 +119,7 @@ def test_needs_waits_and_messages_are_seen(store: FolderStore) -> None:
     journal = make_run(store, "r")
     Heartbeat(journal, lambda: None, lambda error: None).close()
     for records in RECORDS:
-        journal.append(records)
+        append(journal, records)
     steps = {step.call_id: step for step in load_run(store, "r").steps}
     assert {call: step.status for call, step in steps.items()} == {
         "a": "committed",

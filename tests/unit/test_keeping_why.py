@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stored_records import append
 
 from infra.storage import FolderStore
 from workflows import cli
@@ -62,8 +63,8 @@ class Bench:
         self.store.put(f"runs/{run_id}/run.json", json.dumps({**tree, "rerun": [], **metadata}).encode())
         journal = Journal.acquire(self.store, run_id)
         for call in calls:
-            journal.append([self._commit(run_id, **call)])
-        journal.append([{"type": "end", "status": "finished", "time": self._clock, "result": None}])
+            append(journal, [self._commit(run_id, **call)])
+        append(journal, [{"type": "end", "status": "finished", "time": self._clock, "result": None}])
 
     def _commit(self, run_id: str, call: str, args: Any, result: Any = 1, **more: Any) -> dict[str, Any]:
         known = Known(self.store, {}, True, (), lambda call, text: None)
@@ -193,7 +194,7 @@ def test_a_call_without_a_result_says_so(bench: Bench) -> None:
     start = {"type": "start", "call": "train[0]", "step": "whyflow.steps:train", "attempt": 1, "attempt_id": "x"}
     failed = {**start, "type": "attempt-failed", "final": True, "time": 2.0}
     error = {"type": "ValueError", "message": "no\nmore"}
-    journal.append([{**start, "time": 1.0}, {**failed, "error": error}])
+    append(journal, [{**start, "time": 1.0}, {**failed, "error": error}])
     assert bench.why("r1", "train").happened == "train[0] failed: it has no result yet (ValueError: no)"
 
 

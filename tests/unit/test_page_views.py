@@ -13,6 +13,7 @@ import page_stores as stores
 import pytest
 from click.testing import CliRunner
 from page_stores import artifact, commit, end, failure, full, start
+from stored_records import Json, append
 
 from infra.errors import StoreError, UserError
 from infra.storage import FolderStore, Store, open_store
@@ -20,7 +21,7 @@ from infra.telemetry import MetricsWriter
 from workflows import cli
 from workflows.artifact_writer import ArtifactWriter
 from workflows.artifacts import Artifact, ArtifactSource
-from workflows.journal import Journal, Record
+from workflows.journal import Journal
 from workflows.known import index_key, parameters_key
 from workflows.service import views
 from workflows.service.curves import thin
@@ -50,14 +51,14 @@ def cache() -> views.RunCache:
 def driver_dies(journal: Journal) -> None:
     """The lease of a process that is no more."""
     assert journal.state.lease is not None
-    journal.append([{**journal.state.lease, "process_start": "0"}])
+    append(journal, [{**journal.state.lease, "process_start": "0"}])
 
 
 def statuses(answer: dict[str, Any]) -> dict[str, str]:
     return {row["id"]: row["status"] for row in answer["steps"]}
 
 
-def sealed(store: Store, location: str, name: str, text: str, folder: Path, file: str = "data.txt") -> Record:
+def sealed(store: Store, location: str, name: str, text: str, folder: Path, file: str = "data.txt") -> Json:
     """A real artifact in the store, as a result names it."""
     writer = ArtifactWriter(store, ArtifactSource(store.url, ""), location, folder, lambda: None)
     (writer.path / file).write_text(text)
@@ -66,12 +67,12 @@ def sealed(store: Store, location: str, name: str, text: str, folder: Path, file
 
 def test_steps_are_told_once_and_again_only_where_they_changed(store: Store, cache: views.RunCache) -> None:
     journal = stores.open_run(store, "r")
-    journal.append([start("a"), start("b", needs=["a"])])
+    append(journal, [start("a"), start("b", needs=["a"])])
     first = views.steps(cache, store, "r")
     assert statuses(first) == {"a": "running", "b": "running"} and first["live"] and first["reset"]
     assert first["steps"][1]["needs"] == ["a"]
 
-    journal.append([commit("a", seconds=2.5)])
+    append(journal, [commit("a", seconds=2.5)])
     second = views.steps(cache, store, "r", first["version"])
     assert statuses(second) == {"a": "committed"} and second["steps"][0]["seconds"] == 2.5 and not second["reset"]
     assert views.steps(cache, store, "r", second["version"])["steps"] == []
@@ -80,7 +81,7 @@ def test_steps_are_told_once_and_again_only_where_they_changed(store: Store, cac
 
 
 def test_a_version_from_another_life_of_the_store_gets_everything(store: Store, cache: views.RunCache) -> None:
-    stores.open_run(store, "r").append([start("a")])
+    append(stores.open_run(store, "r"), [start("a")])
     answer = views.steps(cache, store, "r", after=99)
     assert answer["reset"] and statuses(answer) == {"a": "running"}
 
@@ -88,7 +89,8 @@ def test_a_version_from_another_life_of_the_store_gets_everything(store: Store, 
 def test_every_status(store: Store, cache: views.RunCache) -> None:
     journal = stores.open_run(store, "r")
     ask = {"type": "wait", "step": "workflows.waits:approval", "message": "Ship it?", "time": 5.0, "deadline": None}
-    journal.append(
+    append(
+        journal,
         [
             start("committed"),
             commit("committed"),
@@ -100,7 +102,7 @@ def test_every_status(store: Store, cache: views.RunCache) -> None:
             failure("failed", "no", final=True),
             {**ask, "call": "approval[ship]", "needs": ["committed"]},
             {**ask, "call": "event[labels]", "step": "workflows.waits:event"},
-        ]
+        ],
     )
     told = {row["id"]: row for row in views.steps(cache, store, "r")["steps"]}
     assert {call: row["status"] for call, row in told.items()} == {
@@ -133,7 +135,7 @@ def test_who_is_asked_sees_what_it_is_about(store: Store, cache: views.RunCache)
     shown = {"model": {"$artifact": full("a")}, "note": "token=abcdefghijkl"}
     ask = {"type": "wait", "call": "approval[ship]", "step": "workflows.waits:approval", "message": "Ship it?"}
     ask |= {"time": 5.0, "needs": ["train"], "deadline": None, "show": shown}
-    stores.open_run(store, "r").append([commit("train", result=artifact("a", "model")), ask])
+    append(stores.open_run(store, "r"), [commit("train", result=artifact("a", "model")), ask])
     told = views.step(cache, store, "r", "approval[ship]")["wait"]
     assert (told["message"], told["since"]) == ("Ship it?", 5.0)
     assert told["show"]["model"] == {"$artifact": {"digest": full("a"), "name": "model"}}
@@ -145,7 +147,7 @@ def test_an_error_of_twenty_megabytes_is_shown_by_its_ends(store: Store, cache: 
     journal = stores.open_run(store, "r")
     huge = failure("a", f"begin {'x' * 20_000_000} end", final=True)
     huge["error"]["traceback"] = f"{TRACE}{huge['error']['message']}\n"
-    journal.append([start("a"), huge, {**end(), "status": "failed", "error": huge["error"]}])
+    append(journal, [start("a"), huge, {**end(), "status": "failed", "error": huge["error"]}])
     for command in (["show", "r"], ["show", "r", "a"], ["report", "r", "--output", str(Path(store.url) / "out")]):
         ran = CliRunner().invoke(cli.main_group, [*command, "--store", store.url])
         assert ran.exit_code == 0 and len(ran.output) < 210_000
@@ -158,7 +160,7 @@ def test_an_error_of_twenty_megabytes_is_shown_by_its_ends(store: Store, cache: 
 
 def test_a_retried_step_runs_again(store: Store, cache: views.RunCache) -> None:
     journal = stores.open_run(store, "r")
-    journal.append([start("a"), failure("a", "once", final=False), start("a", attempt=2, at=stores.ZERO + 9)])
+    append(journal, [start("a"), failure("a", "once", final=False), start("a", attempt=2, at=stores.ZERO + 9)])
     [row] = views.steps(cache, store, "r")["steps"]
     assert (row["status"], row["attempts"], row["started"]) == ("running", 2, stores.ZERO + 9) and "ended" not in row
     tries = views.step(cache, store, "r", "a")["tries"]
@@ -169,7 +171,7 @@ def test_a_retried_step_runs_again(store: Store, cache: views.RunCache) -> None:
 def test_edges_of_a_journal_that_names_none_come_from_the_artifacts(store: Store, cache: views.RunCache) -> None:
     given = {"args": [{"$artifact": full("c0")}], "kwargs": {}}
     journal = stores.open_run(store, "r")
-    journal.append([commit("corpus", result=artifact("c0", "corpus")), commit("model", arguments=given)])
+    append(journal, [commit("corpus", result=artifact("c0", "corpus")), commit("model", arguments=given)])
     rows = {row["id"]: row for row in views.steps(cache, store, "r")["steps"]}
     assert rows["model"]["needs"] == ["corpus"] and "needs" not in rows["corpus"]
 
@@ -179,7 +181,7 @@ def test_the_summary_of_a_run(store: Store, cache: views.RunCache) -> None:
     journal = stores.open_run(store, "r", recipe)
     assert views.run(cache, store, "r")["can"]["cancel"]
     error = {"kind": "user", "type": "ValueError", "message": "password: hunter22", "traceback": TRACE}
-    journal.append([end("failed", error=error, at=stores.ZERO + 60)])
+    append(journal, [end("failed", error=error, at=stores.ZERO + 60)])
     told = views.run(cache, store, "r")
     assert (told["status"], told["ended"], told["drivers"]) == ("failed", stores.ZERO + 60, 1)
     assert told["recipe"][0]["value"] == {"seed": 3, "api_token": "[redacted]", "note": "token=[redacted]"}
@@ -190,7 +192,7 @@ def test_the_summary_of_a_run(store: Store, cache: views.RunCache) -> None:
 
 
 def test_names_that_are_not_there(store: Store, cache: views.RunCache) -> None:
-    stores.open_run(store, "run-1").append([start("train[0]")])
+    append(stores.open_run(store, "run-1"), [start("train[0]")])
     with pytest.raises(UserError, match="did you mean run-1"):
         views.steps(cache, store, "run-2")
     with pytest.raises(UserError, match="no run"):
@@ -202,7 +204,7 @@ def test_names_that_are_not_there(store: Store, cache: views.RunCache) -> None:
 
 
 def test_a_damaged_slot_is_named(store: Store, cache: views.RunCache) -> None:
-    stores.open_run(store, "r").append([start("a")])
+    append(stores.open_run(store, "r"), [start("a")])
     store.put("runs/r/journal/00000003.json", b'{"format": 1')
     with pytest.raises(StoreError, match="slot 3 is damaged"):
         views.steps(cache, store, "r")
@@ -218,8 +220,8 @@ def test_one_call_with_everything(store: Store, cache: views.RunCache, tmp_path:
     store.put(parameters_key(stores.CODE, "recipes.demo:train"), b'["corpus", "sft", "hf_token"]')
     store.put(f"code/{stores.CODE}.json", json.dumps({"recipes.demo:train": "a" * 64}).encode())
     journal = stores.open_run(store, "r")
-    journal.append([commit("corpus", result=artifact("c0", "corpus")), start("train[0]", at=1.0)])
-    journal.append([commit("train[0]", at=2.0, seconds=3.0, arguments=given, result=result)])
+    append(journal, [commit("corpus", result=artifact("c0", "corpus")), start("train[0]", at=1.0)])
+    append(journal, [commit("train[0]", at=2.0, seconds=3.0, arguments=given, result=result)])
     told = views.step(cache, store, "r", "train[0]")
     assert told["arguments"] == [
         {"name": "corpus", "value": {"$artifact": {"digest": full("c0"), "name": "corpus"}}},
@@ -254,7 +256,7 @@ def test_values_of_any_class_are_shown_as_what_they_hold() -> None:
 
 
 def test_a_very_long_result_is_shown_by_its_beginning(store: Store, cache: views.RunCache) -> None:
-    stores.open_run(store, "r").append([commit("a", result=["x" * 100] * 10_000)])
+    append(stores.open_run(store, "r"), [commit("a", result=["x" * 100] * 10_000)])
     told = views.step(cache, store, "r", "a")
     assert len(told["result"]) == 21 and told["result"][-1].startswith("... 10000 in all")
 
@@ -265,7 +267,7 @@ def test_answers_are_json_even_where_a_result_is_not_finite(store: Store, cache:
         {"$artifact": {"digest": "d", "name": "n", "location": "l", "meta": {"x": float("nan")}}},
     ]
     journal = stores.open_run(store, "r")
-    journal.append([commit("a", result=values), end(result=values)])
+    append(journal, [commit("a", result=values), end(result=values)])
     for answer in (views.step(cache, store, "r", "a"), views.run(cache, store, "r")):
         json.dumps(answer, allow_nan=False)
     assert views.run(cache, store, "r")["result"][0] == "inf"
@@ -275,7 +277,7 @@ def test_answers_are_json_even_where_a_result_is_not_finite(store: Store, cache:
 def test_a_log_is_read_from_where_one_left_off(tmp_path: Path, cache: views.RunCache, kind: type[FolderStore]) -> None:
     store = kind(tmp_path / "store")
     journal = stores.open_run(store, "r")
-    journal.append([start("a"), start("b"), failure("b", "no", final=False), start("b", attempt=2)])
+    append(journal, [start("a"), start("b"), failure("b", "no", final=False), start("b", attempt=2)])
     key = "runs/r/attempts/a-1/log.txt"
     empty = views.log(cache, store, "r", "a")
     assert (empty["text"], empty["offset"], empty["ended"], empty["attempts"]) == ("", 0, False, ["a-1"])
@@ -285,7 +287,7 @@ def test_a_log_is_read_from_where_one_left_off(tmp_path: Path, cache: views.RunC
     store.put(key, "grün\nthe password=hunter22 is\nhalf a line\nand the last".encode())
     assert views.log(cache, store, "r", "a", offset=first["offset"])["text"] == "half a line\n"
     assert views.log(cache, store, "r", "a", offset=-35)["text"] == "half a line\n"
-    journal.append([commit("a")])
+    append(journal, [commit("a")])
     last = views.log(cache, store, "r", "a", offset=first["offset"])
     assert last["text"] == "half a line\nand the last" and last["ended"]
 
@@ -296,7 +298,7 @@ def test_a_log_is_read_from_where_one_left_off(tmp_path: Path, cache: views.RunC
 
 def test_a_long_log_comes_in_pieces_that_lose_nothing(store: Store, cache: views.RunCache) -> None:
     text = "".join(f"line {number} is ünïcödé\n" for number in range(30_000))
-    stores.open_run(store, "r").append([start("a"), commit("a")])
+    append(stores.open_run(store, "r"), [start("a"), commit("a")])
     store.put("runs/r/attempts/a-1/log.txt", text.encode())
     found, offset, ended = "", 0, False
     while not ended:
@@ -306,7 +308,7 @@ def test_a_long_log_comes_in_pieces_that_lose_nothing(store: Store, cache: views
 
 
 def test_the_drivers_log(store: Store, cache: views.RunCache) -> None:
-    stores.open_run(store, "r").append([end()])
+    append(stores.open_run(store, "r"), [end()])
     assert views.log(cache, store, "r")["text"] == ""
     store.put("runs/r/driver/000001.log", b"first driver\n")
     store.put("runs/r/driver/000002.log", b"second driver\n")
@@ -320,7 +322,7 @@ def test_curves_of_results_and_of_the_history(store: Store, cache: views.RunCach
     text = (tmp_path / "metrics.jsonl").read_text()
     made = sealed(store, "runs/r/attempts/a-1/metrics", "metrics", text, tmp_path, "metrics.jsonl")
     journal = stores.open_run(store, "r")
-    journal.append([start("a"), start("b")])
+    append(journal, [start("a"), start("b")])
     row = [7, 1.0, 1, 10, {"loss": 3.0}]
     history = {"format": 1, "curves": [{"call": "b", "rows": [row]}], "texts": []}
     store.put("runs/r/history/00000001-0000000007.json", json.dumps(history).encode())
@@ -329,7 +331,7 @@ def test_curves_of_results_and_of_the_history(store: Store, cache: views.RunCach
         ("b", 1, {"loss": 3.0})
     ]
 
-    journal.append([commit("a", result={"metrics": made})])
+    append(journal, [commit("a", result={"metrics": made})])
     second = views.metrics(cache, store, "r", after=first["version"])
     assert second["events"] == []
     assert second["curves"] == [{"call": "a", "name": "loss", "x": [1, 3], "y": [2.0, 1.0]}]
@@ -368,7 +370,7 @@ def lineage_stores(store: Store) -> None:
         "kwargs": {},
     }
     first = stores.open_run(store, "first")
-    first.append([corpus, commit("rate[0]", "recipes.demo:rate", result=0.1), model, end()])
+    append(first, [corpus, commit("rate[0]", "recipes.demo:rate", result=0.1), model, end()])
     store.put(f"code/{stores.CODE}.json", b'{"recipes.demo:train": "1234"}')
     store.put(parameters_key(stores.CODE, "recipes.demo:corpus"), b'["files", "seed"]')
 
@@ -377,7 +379,7 @@ def lineage_stores(store: Store) -> None:
     tuned = commit("tune[0]", "recipes.demo:tune", result=artifact("d0", "model"), needs=["train[base]"])
     tuned["arguments"] = {"args": [{"$artifact": full("a0")}], "kwargs": {}}
     second = stores.open_run(store, "second")
-    second.append([{**corpus, "reused_from": "first", "node": "", "attempt_id": ""}, again, tuned, end()])
+    append(second, [{**corpus, "reused_from": "first", "node": "", "attempt_id": ""}, again, tuned, end()])
 
 
 def test_lineage_goes_through_reuse_up_to_the_data(store: Store, cache: views.RunCache) -> None:
@@ -416,7 +418,7 @@ def test_a_reused_step_has_the_log_of_the_run_that_made_it(store: Store, cache: 
 
 
 def test_an_artifact_that_nobody_made(store: Store, cache: views.RunCache) -> None:
-    stores.open_run(store, "r").append([end()])
+    append(stores.open_run(store, "r"), [end()])
     told = views.lineage(cache, store, "r", full("ee"))
     assert [node["kind"] for node in told["nodes"]] == ["artifact"] and told["edges"] == []
 
@@ -432,7 +434,7 @@ def test_ten_thousand_steps(tmp_path: Path, kind: type[FolderStore]) -> None:
     loaded = time.perf_counter() - clock
     size = len(json.dumps(first, separators=(",", ":")))
     assert len(first["steps"]) == 10_000 and size < 2_500_000
-    journal.append([start("extra[0]", needs=["chain[99]/link[99]"])])
+    append(journal, [start("extra[0]", needs=["chain[99]/link[99]"])])
     clock = time.perf_counter()
     second = views.steps(cache, store, "big", first["version"])
     assert [row["id"] for row in second["steps"]] == ["extra[0]"]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from pydantic import TypeAdapter
+from stored_records import append
 
 from infra.errors import ConfigError, StoreError, UserError
 from infra.storage import Store, open_store
@@ -72,9 +73,9 @@ def store(tmp_path: Path) -> Store:
     start = {"type": "start", "step": "flow:a", "attempt": 1, "time": time.time()}
     commit = {"type": "commit", "call": "a[0]", "step": "flow:a", "key": "k", "code": "c", "inputs": "i"}
     commit |= {"result": [1, 2], "arguments": {"args": [], "kwargs": {}}, "started": 1.0, "ended": 2.0, "seconds": 1.0}
-    journal.append([{**start, "call": "a[0]", "attempt_id": "one"}])
-    journal.append([{**commit, "node": "n", "attempt": 1, "attempt_id": "one"}])
-    journal.append([{**start, "call": "a[1]", "attempt_id": "two", "needs": ["a[0]"]}])
+    append(journal, [{**start, "call": "a[0]", "attempt_id": "one"}])
+    append(journal, [{**commit, "node": "n", "attempt": 1, "attempt_id": "one"}])
+    append(journal, [{**start, "call": "a[1]", "attempt_id": "two", "needs": ["a[0]"]}])
     store.put("runs/r/attempts/one/log.txt", b"line one\nline two\n")
     store.put("runs/r/driver/000001.log", b"the driver says token=abcdefgh\n")
     recorder = Recorder(store, "r", journal.lease_slot, period_s=60)
@@ -206,8 +207,8 @@ def test_service_passes_answers_on_to_waiting_calls(client: TestClient, store: S
     assert store.put_if_absent("runs/asks/run.json", store.get("runs/r/run.json") or b"")
     journal = Journal.acquire(store, "asks")
     wait = {"type": "wait", "message": "Ship it?", "time": 1.0, "deadline": None, "inputs": "i", "show": None}
-    journal.append([{**wait, "call": "approval[ship]", "step": "workflows.waits:approval"}])
-    journal.append([{**wait, "call": "event[labels]", "step": "workflows.waits:event"}])
+    append(journal, [{**wait, "call": "approval[ship]", "step": "workflows.waits:approval"}])
+    append(journal, [{**wait, "call": "event[labels]", "step": "workflows.waits:event"}])
     yes = {"id": "ship", "approve": True, "comment": "good"}
     answer = client.post("/api/v1/runs/asks/approve", json=yes)
     assert answer.status_code == 200 and "approval[ship] is approved" in answer.json()["message"]

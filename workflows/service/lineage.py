@@ -5,16 +5,14 @@ that a recipe named, and calls that need nothing.
 """
 
 from collections import deque
-from typing import Any
 
 from infra.storage import Store
-from workflows.journal import Record
+from workflows.records import Commit, Json
 from workflows.service.calls import call_arguments, code_of, origin_of
 from workflows.service.replay import Replay, RunCache, artifact_digests, open_run
 from workflows.service.shown import holds_artifact, sources
 from workflows.values import artifact_records
 
-Json = dict[str, Any]
 MOST_CALLS = 400
 
 
@@ -63,7 +61,7 @@ class _Walk:
                 return
             origin = origin_of(self.cache, self.store, run_id, commit)
             where, made = origin or (run_id, commit)
-            name = f"call:{where}/{made['call']}"
+            name = f"call:{where}/{made.call}"
             self.calls[(run_id, call_id)] = name
             if name not in self.nodes:
                 self.nodes[name] = self._node(where, made)
@@ -80,35 +78,35 @@ class _Walk:
             digest = product.partition(":")[2]
             self.nodes[product]["name"] = self.nodes[name]["products"].get(digest, "")
 
-    def _node(self, run_id: str, commit: Record) -> Json:
-        code = code_of(self.cache, self.store, commit["code"])
+    def _node(self, run_id: str, commit: Commit) -> Json:
+        code = code_of(self.cache, self.store, commit.code)
         arguments = call_arguments(self.cache, self.store, commit)
         return {
             "kind": "call",
             "run_id": run_id,
-            "call": commit["call"],
-            "step": commit["step"],
-            "status": "reused" if "reused_from" in commit else "committed",
-            "seconds": commit["seconds"],
-            "started": commit["started"],
-            "node": commit["node"],
+            "call": commit.call,
+            "step": commit.step,
+            "status": commit.status,
+            "seconds": commit.seconds,
+            "started": commit.started,
+            "node": commit.node,
             "code": code,
             "recipe": [item for item in arguments if not holds_artifact(item["value"]) and not sources(item["value"])],
-            "products": {entry["digest"]: entry["name"] for entry in artifact_records(commit["result"])},
+            "products": {entry["digest"]: entry["name"] for entry in artifact_records(commit.result)},
         }
 
-    def _inputs(self, name: str, run_id: str, commit: Record) -> None:
+    def _inputs(self, name: str, run_id: str, commit: Commit) -> None:
         """Artifacts and files among the arguments, and calls whose plain results were passed."""
         replay = self._replay(run_id)
         makers = set()
-        for digest in dict.fromkeys(artifact_digests(commit.get("arguments"))):
+        for digest in dict.fromkeys(artifact_digests(commit.arguments)):
             self.edges.append([self.artifact(run_id, digest), name])
             makers.add(replay.producers.get(digest))
         for argument in call_arguments(self.cache, self.store, commit):
             for source, digest in sources(argument["value"]).items():
                 self.nodes[f"data:{source}"] = {"kind": "data", "name": source, "digest": digest}
                 self.edges.append([f"data:{source}", name])
-        for need in replay.rows[commit["call"]].get("needs", ()):
+        for need in replay.calls[commit.call].needs:
             if need not in makers:
                 self.todo.append((run_id, need, name))
 

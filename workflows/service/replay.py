@@ -1,45 +1,41 @@
 """Journals replayed step by step, for readers that ask again and again: each slot is read once.
 
-A Replay keeps one small row per call and remembers in which slot the row last changed, so that "what is new since slot
-N" is quick with 10,000 calls. Whole records (arguments, results, tracebacks) stay in the store; `records(call)` reads
-them again. RunCache holds the replays of the runs that were looked at last. Both may be used from several threads.
+A Replay keeps the state of each call and remembers in which slot it last changed, so that "what is new since slot N" is
+quick with 10,000 calls. Whole records (arguments, results, tracebacks) stay in the store; `records(call)` reads them
+again. RunCache holds the replays of the runs that were looked at last. Both may be used from several threads.
 """
 
-import json
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from infra.errors import StoreError
 from infra.storage import Store
 from infra.telemetry import redact, shorten
-from workflows.journal import FORMAT, JournalState, Record, slot_key
+from workflows.fold import OPEN, CallState, Head, read_slot
+from workflows.journal import slot_key
+from workflows.records import CallRecord, Commit, Failed, Json, Record, Wait
 from workflows.runs import load_metadata, run_status
 from workflows.values import artifact_records
 
-Row = dict[str, Any]
-OPEN = ("running", "waiting")
-"""Statuses of calls that a driver works on; without a driver they are "interrupted". A call that waits for somebody
-outside goes on waiting: the answer may come before the next driver."""
 MESSAGE_LETTERS = 300
-WAITS = {"workflows.waits:approval": "waiting-for-approval", "workflows.waits:event": "waiting-for-event"}
 
 
 class Replay:
     """One run's journal as far as it has been read.
 
-    `rows`: call id -> {id, step, status, and where known: started, ended, seconds, attempts, node, needs, reused_from,
-    message}, in the order in which calls first appeared. `producers`: artifact digest -> call that returned it first.
-    `locations`: call -> where the artifacts in its result lie. `names`: digest -> what its maker called it.
+    `calls`: by id, in the order in which they first appeared. `producers`: artifact digest -> call that returned it
+    first. `locations`: call -> where the artifacts in its result lie. `names`: digest -> what its maker called it.
     """
 
     def __init__(self, store: Store, run_id: str) -> None:
         self.store = store
         self.run_id = run_id
-        self.head = JournalState()
-        self.rows: dict[str, Row] = {}
+        self.head = Head()
+        self.calls: dict[str, CallState] = {}
         self.producers: dict[str, str] = {}
         self.locations: dict[str, list[str]] = {}
         self.names: dict[str, str] = {}
@@ -56,7 +52,7 @@ class Replay:
         """
         with self._lock:
             for slot, blob in self._new_slots():
-                self._apply(slot, _records(self.store, self.run_id, slot, blob))
+                self._apply(slot, self._read(slot, blob))
             self.status = run_status(self.store, self.run_id, self.head)
         return self
 
@@ -65,37 +61,48 @@ class Replay:
         """Whether a driver works on the run."""
         return self.status == "running"
 
-    def since(self, slot: int) -> list[Row]:
-        """The rows that changed after `slot`, as they are to be shown now."""
+    def since(self, slot: int) -> list[Json]:
+        """The rows of the calls that changed after `slot`."""
         with self._lock:
-            return [self.shown(self.rows[call]) for call, changed in self._changed.items() if changed > slot]
+            return [self.row(self.calls[call]) for call, changed in self._changed.items() if changed > slot]
 
-    def shown(self, row: Row) -> Row:
-        """A row with the status that it has in a run without a driver."""
-        return row if self.live or row["status"] not in OPEN else {**row, "status": "interrupted"}
+    def row(self, call: CallState) -> Json:
+        """{id, step, status, and where known: started, ended, seconds, attempts, node, needs, reused_from, message}."""
+        row: Json = {"id": call.id, "step": call.step, "status": call.shown_status(self.live)}
+        for name in ("started", "ended", "seconds", "reused_from"):
+            if (value := getattr(call, name)) is not None:
+                row[name] = value
+        if call.attempts:
+            row["attempts"] = call.attempts
+        if call.node:
+            row["node"] = call.node
+        if call.needs:
+            row["needs"] = list(call.needs)
+        if call.error is not None:
+            row["message"] = call.error["message"]
+        elif call.status.startswith("waiting-for"):
+            row["message"] = call.message
+        return row
 
     def counts(self) -> dict[str, int]:
         """Calls by status."""
         with self._lock:
-            counted = Counter(row["status"] for row in self.rows.values())
-        if not self.live:
-            for status in OPEN:
-                counted["interrupted"] += counted.pop(status, 0)
-        return {status: number for status, number in counted.items() if number}
+            return dict(Counter(call.shown_status(self.live) for call in self.calls.values()))
 
-    def records(self, call_id: str) -> list[Record]:
+    def records(self, call_id: str) -> list[CallRecord]:
         """Everything that the journal says of one call, in order."""
-        found: list[Record] = []
+        found: list[CallRecord] = []
         for slot in dict.fromkeys(self._slots.get(call_id, ())):
             blob = self.store.get(slot_key(self.run_id, slot))
             if blob is None:
                 raise StoreError(f"--store {self.store.url}: run {self.run_id}: journal slot {slot} is missing")
-            found += [r for r in _records(self.store, self.run_id, slot, blob) if r.get("call") == call_id]
+            records = self._read(slot, blob)
+            found += [each for each in records if isinstance(each, CallRecord) and each.call == call_id]
         return found
 
-    def commit(self, call_id: str) -> Record | None:
+    def commit(self, call_id: str) -> Commit | None:
         """The commit record of one call."""
-        return next((record for record in self.records(call_id) if record["type"] == "commit"), None)
+        return commit_of(self.records(call_id))
 
     def _new_slots(self) -> Iterator[tuple[int, bytes]]:
         """A folder is asked for the next slot until there is none; a remote store is listed first where much may be
@@ -113,70 +120,37 @@ class Replay:
             yield slot, blob
             slot += 1
 
+    def _read(self, slot: int, blob: bytes) -> list[Record]:
+        return read_slot(f"--store {self.store.url}: run {self.run_id}: journal slot {slot}", blob)
+
     def _apply(self, slot: int, records: Iterable[Record]) -> None:
-        self.head.slot = slot
-        for record in records:
-            kind = record["type"]
-            if kind == "lease":
-                self.head.lease, self.head.lease_slot, self.head.end = record, slot, None
-                self.head.drivers += 1
-                self._touch_open(slot)
-            elif kind == "end":
-                self.head.end = record
-                self._touch_open(slot)
-            elif "call" in record:
-                self._on_call(slot, kind, record)
+        before = self.head.lease_slot, self.head.end
+        for record in self.head.apply(slot, records):
+            call = self.calls.get(record.call)
+            if call is None:
+                call = self.calls[record.call] = CallState(record.call, record.step)
+            call.apply(_light(record))
+            self._changed[record.call] = slot
+            self._slots.setdefault(record.call, []).append(slot)
+            if isinstance(record, Commit):
+                self._on_commit(call, record)
+        if before != (self.head.lease_slot, self.head.end):
+            self._touch_open(slot)
 
-    def _on_call(self, slot: int, kind: str, record: Record) -> None:
-        call = record["call"]
-        row = self.rows.get(call)
-        if row is None:
-            row = self.rows[call] = {"id": call, "step": record["step"], "status": "running"}
-        self._changed[call] = slot
-        self._slots.setdefault(call, []).append(slot)
-        if needs := record.get("needs"):
-            row["needs"] = list(dict.fromkeys(needs))
-        if kind == "start":
-            row["status"] = "running"
-            row["attempts"] = row.get("attempts", 0) + 1
-            row["started"] = record["time"]
-            row.pop("ended", None)
-        elif kind == "attempt-failed":
-            row["status"] = "failed" if record["final"] else "waiting"
-            row["ended"] = record["time"]
-            row["message"] = _line(f"{record['error']['type']}: {record['error']['message']}")
-        elif kind == "wait":
-            row["status"] = WAITS.get(record["step"], "waiting-for-event")
-            row["started"] = record["time"]
-            row["message"] = _line(record.get("message") or "")
-        elif kind == "commit":
-            self._on_commit(row, record)
-
-    def _on_commit(self, row: Row, record: Record) -> None:
-        reused = record.get("reused_from")
-        row["status"] = "reused" if reused else "committed"
-        row |= {name: record[name] for name in ("started", "ended", "seconds")}
-        row.pop("message", None)
-        if record["node"]:
-            row["node"] = record["node"]
-        if reused:
-            row["reused_from"] = reused
-        if "needs" not in row and (needs := self._needs_of(record.get("arguments"))):
-            row["needs"] = needs
-        for entry in artifact_records(record["result"]):
-            self.producers.setdefault(entry["digest"], record["call"])
-            self.locations.setdefault(record["call"], []).append(entry["location"])
+    def _on_commit(self, call: CallState, record: Commit) -> None:
+        if not call.needs:  # of a record that names none: who made the artifacts among its arguments
+            digests = artifact_digests(record.arguments)
+            call.needs = tuple(dict.fromkeys(self.producers[each] for each in digests if each in self.producers))
+        for entry in artifact_records(record.result):
+            self.producers.setdefault(entry["digest"], record.call)
+            self.locations.setdefault(record.call, []).append(entry["location"])
             self.names.setdefault(entry["digest"], entry["name"])
-
-    def _needs_of(self, arguments: Any) -> list[str]:
-        """Edges of a record that names none: who made the artifacts among its arguments."""
-        return list(dict.fromkeys(self.producers[d] for d in artifact_digests(arguments) if d in self.producers))
 
     def _touch_open(self, slot: int) -> None:
         """What was running belongs to a driver that is no more: readers must see these rows again."""
-        for call, row in self.rows.items():
-            if row["status"] in OPEN:
-                self._changed[call] = slot
+        for call in self.calls.values():
+            if call.status in OPEN:
+                self._changed[call.id] = slot
 
 
 class RunCache:
@@ -213,7 +187,7 @@ class RunCache:
         return value
 
 
-def open_run(cache: RunCache, store: Store, run_id: str) -> tuple[Record, Replay]:
+def open_run(cache: RunCache, store: Store, run_id: str) -> tuple[Json, Replay]:
     """A run's metadata and its replay, up to date.
 
     Raises:
@@ -237,16 +211,17 @@ def artifact_digests(tree: Any) -> Iterator[str]:
                 yield from artifact_digests(item)
 
 
-def _records(store: Store, run_id: str, slot: int, blob: bytes) -> list[Record]:
-    where = f"--store {store.url}: run {run_id}: journal slot {slot}"
-    try:
-        tree = json.loads(blob)
-        if tree["format"] != FORMAT:
-            raise StoreError(f"{where} has format {tree['format']}, this recua reads {FORMAT}")
-        records: list[Record] = tree["records"]
-    except (ValueError, KeyError, TypeError):
-        raise StoreError(f"{where} is damaged") from None
-    return records
+def commit_of(records: list[CallRecord]) -> Commit | None:
+    """The commit among the records of one call."""
+    return next((record for record in records if isinstance(record, Commit)), None)
+
+
+def _light(record: CallRecord) -> CallRecord:
+    """The record with its texts cut to what a row shows."""
+    if isinstance(record, Failed):
+        error = record.error or {}
+        return replace(record, error={"message": _line(f"{error.get('type')}: {error.get('message')}")})
+    return replace(record, message=_line(record.message)) if isinstance(record, Wait) else record
 
 
 def _line(text: str) -> str:

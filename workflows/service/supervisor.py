@@ -20,7 +20,9 @@ from infra.errors import RecuaError, RunBusy, StoreError, UserError
 from infra.processes import this_machine
 from infra.storage import Store
 from infra.telemetry import redact
-from workflows.journal import Journal, JournalState, driver_is_gone, lease_key, read_journal
+from workflows.fold import JournalState
+from workflows.journal import Journal, driver_is_gone, lease_key, read_journal
+from workflows.records import End, Lease
 from workflows.runs import ask_to_stop, run_status
 from workflows.service import packages, processes, records
 from workflows.service.logs import DriverLog
@@ -239,7 +241,7 @@ class Supervisor:
 
     def _has_ended(self, driven: Driven, state: JournalState) -> bool:
         """Not so where the end is an older one, which is to be overcome."""
-        return state.end is not None and (state.end["status"] == "finished" or state.lease_slot > driven.after)
+        return state.end is not None and (state.end.status == "finished" or state.lease_slot > driven.after)
 
     def _start(self, driven: Driven, committed: int) -> None:
         run_id, folder = driven.run_id, self._folder / driven.run_id
@@ -281,17 +283,17 @@ class Supervisor:
         driven.not_before = time.monotonic() + pause
         _say(f"run {driven.run_id}: its driver died ({why}); again in {pause:g} s")
 
-    def _watch_other(self, driven: Driven, lease: Record, slot: int) -> None:
+    def _watch_other(self, driven: Driven, lease: Lease, slot: int) -> None:
         """Somebody else's driver, or one of an earlier service. A process of this machine is adopted."""
         process = _process(lease)
         if process is not None:
             driven.process, driven.beat = process, ("", None)
             driven.started = driven.looked = time.monotonic()
-        elif self._still_for(driven, lease_key(driven.run_id, slot)) > lease["ttl_s"]:
+        elif self._still_for(driven, lease_key(driven.run_id, slot)) > lease.ttl_s:
             driven.process = None
             self._start(driven, 0)  # the journal makes it wait once more before it takes the lease
         else:
-            driven.not_before = time.monotonic() + min(SYNC_PERIOD_S, lease["ttl_s"] / 5)
+            driven.not_before = time.monotonic() + min(SYNC_PERIOD_S, lease.ttl_s / 5)
 
     def _check_living(self, driven: Driven, process: Process) -> None:
         """Pass a cancellation on; kill a driver whose heartbeat stands still, because it holds its run up."""
@@ -299,7 +301,7 @@ class Supervisor:
             state = read_journal(self.store, driven.run_id)
             if state.lease is not None and process == _process(state.lease):
                 driven.beat, driven.beat_at = (lease_key(driven.run_id, state.lease_slot), None), time.monotonic()
-                driven.ttl_s = state.lease["ttl_s"]
+                driven.ttl_s = state.lease.ttl_s
         if driven.withdrawn and driven.beat[0]:
             ask_to_stop(self.store, driven.run_id)
         elif driven.withdrawn:
@@ -318,7 +320,7 @@ class Supervisor:
     def _end(self, driven: Driven, status: str, error: Record) -> None:
         """Write the end of a run that no driver will end. Raises RunBusy where one works on it after all."""
         journal = Journal.acquire(self.store, driven.run_id)
-        journal.append([{"type": "end", "status": status, "time": time.time(), "error": error}])
+        journal.append([End(status, time.time(), error=error)])
         _say(f"run {driven.run_id} is {status}: {error['message']}")
         self._forget(driven)
 
@@ -341,8 +343,8 @@ class Supervisor:
         return driven
 
 
-def _process(lease: Record) -> Process | None:
-    return Process(lease["pid"], lease["process_start"]) if lease["machine"] == this_machine() else None
+def _process(lease: Lease) -> Process | None:
+    return Process(lease.pid, lease.process_start or "") if lease.machine == this_machine() else None
 
 
 def _as_error(outcome: Record, submission: Submission) -> RecuaError:

@@ -13,25 +13,24 @@ Texts pass through `infra.telemetry.redact`. Errors are UserError (no such run, 
 """
 
 from pathlib import Path
-from typing import Any
 
 from infra.errors import StoreError, UserError, nearest
 from infra.storage import Store
 from infra.telemetry import redact
 from workflows.artifacts import Artifact, read_manifest
-from workflows.journal import Record
+from workflows.fold import CallState
+from workflows.records import Json, Wait
 from workflows.runs import list_runs
 from workflows.service.calls import attempts_of, call_arguments, code_of, error_of, origin_of
 from workflows.service.curves import metrics
 from workflows.service.lineage import lineage
 from workflows.service.records import submission_key
-from workflows.service.replay import Replay, RunCache, open_run
+from workflows.service.replay import Replay, RunCache, commit_of, open_run
 from workflows.service.shown import name_artifacts, shown, shown_parameters
 from workflows.values import artifact_records
 
 __all__ = ["RunCache", "lineage", "log", "metrics", "run", "runs", "step", "steps"]
 
-Json = dict[str, Any]
 LOG_CHUNK = 256 << 10
 MOST_FILES = 200
 
@@ -56,22 +55,23 @@ def run(cache: RunCache, store: Store, run_id: str) -> Json:
     """One run's summary. `can`: what a service may be asked to do (it resumes what was submitted to it)."""
     metadata, replay = open_run(cache, store, run_id)
     head = replay.head
-    end, lease = head.end or {}, head.lease
+    end, lease = head.end, head.lease
+    result = None if end is None else end.result
     ended = replay.status in ("interrupted", "failed", "cancelled")
     return {
         "run_id": run_id,
         "workflow": metadata["workflow"],
         "status": replay.status,
         "created": metadata["created"],
-        "ended": end.get("time"),
+        "ended": None if end is None else end.time,
         "counts": replay.counts(),
-        "driver": f"process {lease['pid']} on {lease['host']}" if lease else "",
+        "driver": f"process {lease.pid} on {lease.host}" if lease else "",
         "drivers": head.drivers,
         "store": redact(store.url),
         "recipe": shown_parameters(metadata["recipe"], []),
-        "error": error_of(end.get("error")),
-        "result": shown(end.get("result")),
-        "artifacts": [_artifact(entry) for entry in artifact_records(end.get("result"))],
+        "error": None if end is None else error_of(end.error),
+        "result": shown(result),
+        "artifacts": [_artifact(entry) for entry in artifact_records(result)],
         "can": {
             "cancel": replay.live or replay.status == "submitted",
             "resume": ended and store.exists(submission_key(run_id)),
@@ -100,28 +100,25 @@ def step(cache: RunCache, store: Store, run_id: str, call_id: str) -> Json:
         UserError: the run has no such call.
     """
     _, replay = open_run(cache, store, run_id)
-    row = _row(replay, call_id)
+    call = _call(replay, call_id)
     records = replay.records(call_id)
-    commit = next((record for record in records if record["type"] == "commit"), None)
+    commit = commit_of(records)
     attempts = attempts_of(records, commit, replay.live)
     origin = None if commit is None else origin_of(cache, store, run_id, commit)
     last = next((attempt["error"] for attempt in reversed(attempts) if attempt.get("error")), None)
-    waits = next((record for record in records if record["type"] == "wait"), None)
-    found = commit or {}
+    wait = next((record for record in records if isinstance(record, Wait)), None)
+    result = None if commit is None else commit.result
     return {
-        **replay.shown(row),
-        "step": row["step"],
+        **replay.row(call),
         "arguments": None if commit is None else name_artifacts(call_arguments(cache, store, commit), replay.names),
-        "result": shown(found.get("result")),
+        "result": shown(result),
         "error": None if commit else last,
         "tries": attempts,
-        "key": found.get("key"),
-        "code": code_of(cache, store, found.get("code")),
-        "origin": None if origin is None else {"run_id": origin[0], "id": origin[1]["call"]},
-        "wait": None if waits is None else _question(waits, replay),
-        "artifacts": [
-            _artifact(entry) | _files(cache, store, entry) for entry in artifact_records(found.get("result"))
-        ],
+        "key": None if commit is None else commit.key,
+        "code": None if commit is None else code_of(cache, store, commit.code),
+        "origin": None if origin is None else {"run_id": origin[0], "id": origin[1].call},
+        "wait": None if wait is None else _question(wait, replay),
+        "artifacts": [_artifact(entry) | _files(cache, store, entry) for entry in artifact_records(result)],
     }
 
 
@@ -139,12 +136,12 @@ def log(cache: RunCache, store: Store, run_id: str, call_id: str = "", attempt: 
     if not call_id:
         names = list(store.list(f"runs/{run_id}/driver"))
         return _piece(store, names[-1] if names else None, offset, over=not replay.live)
-    running = replay.shown(_row(replay, call_id))["status"] == "running"
+    running = _call(replay, call_id).shown_status(replay.live) == "running"
     where, records = run_id, replay.records(call_id)
-    commit = next((record for record in records if record["type"] == "commit"), None)
+    commit = commit_of(records)
     if commit is not None and (origin := origin_of(cache, store, run_id, commit)) is not None:
         where, commit = origin[0], origin[1]
-        records = open_run(cache, store, where)[1].records(commit["call"])
+        records = open_run(cache, store, where)[1].records(commit.call)
     attempts = [entry["id"] for entry in attempts_of(records, commit, replay.live)]
     if attempt and attempt not in attempts:
         raise UserError(f"{call_id} has no attempt {attempt!r}")
@@ -167,20 +164,20 @@ def _piece(store: Store, key: str | None, offset: int, over: bool) -> Json:
     return {"text": text, "start": start, "offset": start + len(data), "ended": over and not full}
 
 
-def _question(record: Record, replay: Replay) -> Json:
+def _question(record: Wait, replay: Replay) -> Json:
     """What somebody is asked, and what they should see before they answer."""
-    show = name_artifacts(shown(record.get("show")), replay.names)
-    return {"message": redact(record.get("message") or ""), "since": record["time"], "show": show}
+    show = name_artifacts(shown(record.show), replay.names)
+    return {"message": redact(record.message), "since": record.time, "show": show}
 
 
-def _row(replay: Replay, call_id: str) -> Json:
-    row = replay.rows.get(call_id)
-    if row is None:
-        raise UserError(f"run {replay.run_id} has no step {call_id!r}{nearest(call_id, replay.rows)}")
-    return row
+def _call(replay: Replay, call_id: str) -> CallState:
+    call = replay.calls.get(call_id)
+    if call is None:
+        raise UserError(f"run {replay.run_id} has no step {call_id!r}{nearest(call_id, replay.calls)}")
+    return call
 
 
-def _artifact(entry: Record) -> Json:
+def _artifact(entry: Json) -> Json:
     return {
         "digest": entry["digest"],
         "name": entry["name"],
@@ -189,7 +186,7 @@ def _artifact(entry: Record) -> Json:
     }
 
 
-def _files(cache: RunCache, store: Store, entry: Record) -> Json:
+def _files(cache: RunCache, store: Store, entry: Json) -> Json:
     """What is in an artifact: {"files": [{path, size}], "bytes", "count"}; {} where it is no longer in the store."""
 
     def read() -> Json:
