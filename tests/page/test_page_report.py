@@ -11,6 +11,7 @@ import page_stores as stores
 import pytest
 from page_site import PATIENCE_MS, until
 from page_stores import artifact, commit, end, failure, start
+from stored_records import append
 
 from infra.storage import Store, open_store
 from workflows.report import read_run, write
@@ -67,7 +68,7 @@ def test_report_from_disk_shows_results_curves_steps_and_logs(
         rows = [json.dumps({"step": step, "loss": number + 1 / step}) for step in (1, 2, 3)]
         store.put(f"{where}/data/metrics.jsonl", "\n".join([*rows, ""]).encode())
         records += [start(call), commit(call, result=artifact(f"{number:x}", "model", where))]
-    journal.append([*records, end(at=time.time() - 10, result={"score": 0.5})])
+    append(journal, [*records, end(at=time.time() - 10, result={"score": 0.5})])
     store.put("runs/done/attempts/dpo[0]-1/log.txt", f"{EVIL} token=hunter2222\n".encode())
 
     tab = view(report(store, "done", tmp_path / "out"))
@@ -104,7 +105,7 @@ def test_report_of_a_run_under_way_stands_still_and_cannot_answer_for_it(
     ask |= {"time": time.time() - 30, "needs": [], "deadline": None, "inputs": "", "show": None}
     failed = [start("check[0]"), failure("check[0]", f"no {EVIL}", final=True)]
     began = time.time() - 60
-    journal.append([*failed, start("train[0]", at=began), ask])
+    append(journal, [*failed, start("train[0]", at=began), ask])
     page = report(store, "live", tmp_path / "out")
     written = re.compile(r'"written":[^,]+')
     page.write_text(written.sub(f'"written":{began + 30}', page.read_text()))

@@ -12,7 +12,8 @@ import ray
 from infra.storage import open_store
 from workflows import batches, session
 from workflows.config import RunSettings
-from workflows.journal import JournalState, read_journal
+from workflows.fold import JournalState
+from workflows.journal import read_journal
 from workflows.runs import read_log
 
 CHAINS, LENGTH = 40, 8
@@ -69,8 +70,9 @@ def check(ran: Ran, committed: int) -> None:
     assert len(ran.state.commits) == committed
     ids = Counter(attempt_id for *_, attempt_id, _ in ran.bodies)
     assert set(ids.values()) == {1}, "an attempt ran twice"
+    begun = ran.state.starts
     for call, record in ran.state.commits.items():
-        starts = [start["attempt_id"] for start in ran.state.starts[call]]
+        starts = [start["attempt_id"] for start in begun[call]]
         assert record["attempt_id"] == starts[-1] and len(starts) == record["attempt"]
     assert max(ran.tasks.values()) > 1, "no calls shared a task"
 

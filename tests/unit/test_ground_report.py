@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import page_stores as stores
 import pytest
+from stored_records import append
 
 from infra.storage import Store, open_store
 from infra.telemetry import MetricsWriter
@@ -355,7 +356,7 @@ def _stored_page(store: Store, folder: Path) -> str:
     result = {"model": stores.artifact("m", "model"), "api_token": "hunter2222"}
     corpus = stores.commit("corpus[0]", "demo:corpus")
     train = stores.commit("train[0]", result=result, needs=["corpus[0]"])
-    journal.append([corpus, stores.start("train[0]"), train, stores.end(result=None)])
+    append(journal, [corpus, stores.start("train[0]"), train, stores.end(result=None)])
     store.put("runs/r/attempts/train[0]-1/log.txt", b"step\n" * 10_000 + b"password=hunter2222\n")
     record = read_run(store, load_run(store, "r"))
     return write(record, folder / "page").read_text()
