@@ -141,7 +141,7 @@ export class MetricsView {
 }
 
 /** Never the same one twice: the page's own first, then hues that each lie far from those before. */
-export function curveColour(index) {
+function curveColour(index) {
   return index < COLOURS ? `var(--curve-${index})` : `hsl(${((index * 137.508) % 360).toFixed(1)} ${index % 2 ? 45 : 70}% 50%)`;
 }
 
