@@ -59,8 +59,8 @@ class Driver:
             assert time.monotonic() < deadline, self.said()
             time.sleep(0.02)
 
-    def kill(self, phase: str, server: str) -> set[tuple[int, str | None]]:
-        """SIGKILL to one process of the Ray that a phase runs on; returns all of that Ray's, and when each started.
+    def kill(self, phase: str, server: str, number: int = signal.SIGKILL) -> set[tuple[int, str | None]]:
+        """A signal to one process of the Ray that a phase runs on; returns all of that Ray's, and when each started.
 
         Ray's agents lose their environment, and the mark with it, when they take a name: they are the raylet's.
         """
@@ -69,7 +69,7 @@ class Driver:
         there = list({*there, *(int(each.name) for each in Path("/proc").glob("[0-9]*") if _parent(each) == raylet)})
         (pid,) = [pid for pid in there if any(part in _command(pid) for part in SERVERS[server])]
         processes = {(each, process_start(each)) for each in there}
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
         return processes
 
     def end(self) -> str:
@@ -166,6 +166,23 @@ def test_a_run_survives_the_loss_of_each_of_its_local_rays_servers(start: Start,
     assert [len(driver.bodies(name)) for name in names] == [2, 2, 2, 2, 2]
     squares = (tmp_path / "squares").read_text().split()
     assert len(squares) == len(set(squares)) == 3 * len(names), "what was committed did not run again"
+
+
+@pytest.mark.long
+def test_a_run_survives_a_raylet_and_a_gcs_that_stay_stopped(start: Start, tmp_path: Path) -> None:
+    """While a step runs that asks Ray for nothing: nobody else would notice."""
+    names = ["raylet", "gcs"]
+    driver = start(names=names)
+    for server in names:
+        driver.wait(lambda server=server: driver.bodies(server))  # type: ignore[misc]
+        old = driver.kill(server, server, signal.SIGSTOP)
+        driver.wait(lambda server=server: len(driver.bodies(server)) == 2)  # type: ignore[misc]
+        driver.wait(lambda old=old: not any(process_start(pid) == began for pid, began in old))  # type: ignore[misc]
+        (tmp_path / f"go-{server}").touch()
+    output = driver.end()
+    assert output.splitlines()[-1] == str(program.expected(names))
+    assert "gone (its raylet has been stopped for 15 s); another one" in output
+    assert "gone (its GCS has been stopped for 15 s); another one" in output
 
 
 @pytest.mark.long
