@@ -94,8 +94,17 @@ def is_loopback(address: str) -> bool:
 
 def listen(address: str, backlog: int = 128) -> socket.socket:
     """A listening socket on a free port of `address`, IPv4 or IPv6."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return socket.create_server((address, 0), family=family, backlog=backlog)
+    return socket.create_server((address, 0), family=family_of(address), backlog=backlog)
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """IPv6 of an address of it; IPv4 of any other, and of names."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def with_port(host: str, port: int) -> str:
+    """As in URLs and for gRPC: "10.0.0.4:80", "[fd00::4]:80"."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def unreachable(
@@ -119,7 +128,7 @@ def _connect(places: Iterable[Place], deadline: float, given_up: Callable[[], bo
     failed: dict[Place, str] = {}
     with contextlib.ExitStack() as opened, selectors.DefaultSelector() as selector:
         for place in places:
-            family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
+            family = family_of(place[0])
             connection = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
             connection.setblocking(False)
             code = connection.connect_ex(place)

@@ -15,6 +15,7 @@ import ray
 from ray import serve
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from infra.addresses import with_port
 from infra.errors import ConfigError, RecuaError, ResourceError
 from infra.ray_internals import serve_controller
 from serving.auth import token_digests
@@ -77,8 +78,8 @@ def deploy(model_folder: Path, weight_version: str, settings: ServingSettings) -
     host = head["NodeManagerAddress"] if settings.host in ("0.0.0.0", "::", "") else settings.host
     scheme = "https" if settings.tls_cert_file else "http"
     return Endpoint(
-        grpc_address=f"{host}:{ray.get(gateway.port.remote())}",
-        http_url=f"{scheme}://{host}:{http_port if serve_runs else free_http_port}",
+        grpc_address=with_port(host, ray.get(gateway.port.remote())),
+        http_url=f"{scheme}://{with_port(host, http_port if serve_runs else free_http_port)}",
         model=settings.model_name,
         weight_version=weight_version,
         app_name=settings.app_name,

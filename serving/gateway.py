@@ -21,6 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from ray import serve
 
+from infra.addresses import with_port
 from infra.errors import ConfigError, ResourceError
 from infra.telemetry import hide_secrets_in_logs
 from serving.auth import TokenAuthority, TokenInterceptor
@@ -117,7 +118,7 @@ class Gateway:
         return server
 
     def _bind(self, port: int) -> int:
-        address = f"{self._settings.host}:{port}"
+        address = with_port(self._settings.host, port)
         credentials = server_credentials(self._settings)
         try:
             if credentials is None:

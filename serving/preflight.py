@@ -10,6 +10,7 @@ import ray
 
 from engines.chat import own_template
 from engines.hf_folder import refuse_parts
+from infra.addresses import family_of
 from infra.errors import CheckpointError, ResourceError
 from serving.config import ServingSettings
 
@@ -113,8 +114,7 @@ def pick_ports(host: str, grpc_port: int | None, http_port: int | None) -> tuple
 
 
 def _bind(host: str, port: int, setting: str, held: list[socket.socket]) -> int:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    probe = socket.socket(family, socket.SOCK_STREAM)
+    probe = socket.socket(family_of(host), socket.SOCK_STREAM)
     held.append(probe)
     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

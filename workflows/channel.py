@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from infra.addresses import listen
+
 Message = dict[str, Any]
 LINE_LIMIT = 1 << 20
 KEPT = 1 << 16
@@ -36,7 +38,7 @@ class Listener:
         self._deliver = deliver
         self._on_error = on_error
         self._token = secrets.token_hex(16)
-        self._server = socket.create_server((host, 0), backlog=128)
+        self._server = listen(host)
         self._server.setblocking(False)
         self.address: tuple[str, int, str] = (host, self._server.getsockname()[1], self._token)
         self._selector = selectors.DefaultSelector()

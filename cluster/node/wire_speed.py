@@ -14,6 +14,9 @@ import struct
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
+
+from infra.addresses import family_of
 
 TOKEN_BYTES = 16
 LENGTH = struct.Struct("<Q")
@@ -67,6 +70,10 @@ class _Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
     token = b""
+
+    def __init__(self, address: tuple[str, int], handler: Any) -> None:
+        self.address_family = family_of(address[0])
+        super().__init__(address, handler)
 
 
 class _Taker(socketserver.BaseRequestHandler):

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 from engines.snapshots.milestones import NO_MILESTONES, Milestones
 from engines.snapshots.segments import WRITING, node_folder, sealed
 from engines.snapshots.shard import Layout, Shard, ShardName, parse_shard, read_layout
+from infra.addresses import family_of
 from infra.errors import CheckpointError, StoreError
 from infra.storage import Moved, unseen
 
@@ -261,6 +262,7 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def __init__(self, address: tuple[str, int], handler: Any, replicas: ReplicaServer) -> None:
         self.replicas = replicas
+        self.address_family = family_of(address[0])
         super().__init__(address, handler)
 
 

@@ -1,11 +1,26 @@
 """The one address that a machine's processes are reached at, and what libraries are told of it."""
 
+import queue
 import socket
+from typing import Any
 
 import pytest
 
-from infra.addresses import Interfaces, interface_of, interfaces, listen, sockets_at, unreachable, use_sockets_at
+from cluster.node.wire_speed import Sink
+from engines.snapshots.replicas import ReplicaServer
+from infra.addresses import (
+    Interfaces,
+    interface_of,
+    interfaces,
+    listen,
+    sockets_at,
+    unreachable,
+    use_sockets_at,
+    with_port,
+)
 from infra.errors import ConfigError
+from serving.preflight import pick_ports
+from workflows.channel import Listener, Sender
 
 KNOWN: Interfaces = {
     "lo": ("127.0.0.1", "::1"),
@@ -94,3 +109,27 @@ def test_ipv6_is_reached_as_well() -> None:
         pytest.skip("no IPv6 on loopback here")
     with door:
         assert unreachable([door.getsockname()[:2]], timeout_s=5) == {}
+
+
+def test_an_address_with_its_port_is_written_as_urls_have_it() -> None:
+    assert [with_port(host, 80) for host in ("10.0.0.4", "fd00::4", "localhost")] == [
+        "10.0.0.4:80",
+        "[fd00::4]:80",
+        "localhost:80",
+    ]
+
+
+@pytest.mark.skipif("::1" not in str(interfaces()), reason="this machine has no IPv6")
+def test_what_listens_at_a_nodes_address_does_so_where_that_is_ipv6() -> None:
+    told: queue.Queue[dict[str, Any]] = queue.Queue()
+    channel, sink = Listener("::1", told.put), Sink("::1")
+    try:
+        Sender(channel.address).send({"kind": "log"})
+        assert told.get(timeout=60) == {"kind": "log"}
+        with ReplicaServer("token", host="::1") as replicas:
+            for port in (sink.address.port, replicas.port):
+                assert unreachable([("::1", port)], 60) == {}
+    finally:
+        channel.close()
+        sink.close()
+    assert all(pick_ports("::1", 0, 0))
