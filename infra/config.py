@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -63,19 +63,33 @@ class Settings(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
-    @field_validator("*", mode="wrap")
-    @classmethod
-    def _numbers(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        field = cls.model_fields[info.field_name or ""]
-        if isinstance(value, float) and not math.isfinite(value) and repr(value) == repr(field.default):
-            return value
-        kinds = set(_members(field.annotation))
-        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
-            raise ValueError(f"must be a number, not {json.dumps(value)}")
-        checked = check(value)
-        if type(checked) is int and not -(1 << 63) <= checked < 1 << 63:
-            raise ValueError("does not fit 64 bits")
-        return checked
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        kinds = [vars(each).get("__annotations__", {}) for each in reversed(cls.__mro__)]
+        declared = {name: kind for annotations in kinds for name, kind in annotations.items()}
+        # pydantic allows no such validator on what chooses among the classes of a union: Literals, which are no numbers
+        checked = [name for name, kind in declared.items() if not name.startswith("_") and not _is_literal(kind)]
+        if checked:
+            check = field_validator(*checked, mode="wrap", check_fields=False)
+            cls._numbers = check(classmethod(_numbers))  # type: ignore[attr-defined]
+
+
+def _numbers(cls: type[Settings], value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+    field = cls.model_fields[info.field_name or ""]
+    if isinstance(value, float) and not math.isfinite(value) and repr(value) == repr(field.default):
+        return value
+    kinds = set(_members(field.annotation))
+    if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+        raise ValueError(f"must be a number, not {json.dumps(value)}")
+    checked = check(value)
+    if type(checked) is int and not -(1 << 63) <= checked < 1 << 63:
+        raise ValueError("does not fit 64 bits")
+    return checked
+
+
+def _is_literal(kind: Any) -> bool:
+    """Of an annotation, which may still be text."""
+    return "Literal[" in kind if isinstance(kind, str) else get_origin(kind) is Literal
 
 
 S = TypeVar("S", bound=Settings)

@@ -367,3 +367,32 @@ def test_a_recipe_may_lie_in_the_home_folder(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "r.toml").write_text("count = 3")
     assert load("~/r.toml", Kinds).count == 3
+
+
+class Adam(Settings):
+    kind: Literal["adam"] = "adam"
+    beta: float = 0.9
+
+
+class Sgd(Settings):
+    kind: Literal["sgd"] = "sgd"
+    patience_s: float = math.inf
+    steps: int = 1
+
+
+class Nesterov(Sgd):
+    kind: Literal["nesterov"] = "nesterov"  # type: ignore[assignment]
+
+
+class Chosen(Settings):
+    optimizer: Annotated[Adam | Sgd | Nesterov, Field(discriminator="kind")] = Adam()
+
+
+def test_a_setting_may_choose_among_sections_and_their_numbers_are_checked() -> None:
+    chosen = load(None, Chosen, ["optimizer.kind=nesterov", "optimizer.patience_s=inf", "optimizer.steps=2"])
+    assert chosen.optimizer == Nesterov(steps=2)
+    for override in ("patience_s=nan", "steps=true", f"steps={2**64}"):
+        with pytest.raises(ConfigError, match=rf"optimizer.nesterov.{override.partition('=')[0]}: "):
+            load(None, Chosen, ["optimizer.kind=nesterov", f"optimizer.{override}"])
+    with pytest.raises(ConfigError, match=r"^--set: optimizer: Input tag 'cow' .* does not match any of the expected"):
+        load(None, Chosen, ["optimizer.kind=cow"])
