@@ -44,7 +44,7 @@ def judge(
     """Llama 2's combination of both models, whitened over `answers`, joined by the checker (`algorithms.scores`).
 
     Raises:
-        DataError: fewer than two answers, which cannot be compared.
+        DataError: fewer than two answers, which cannot be compared; or scores that are no finite numbers.
     """
     if len(answers) < 2:
         raise DataError(
@@ -62,4 +62,9 @@ def judge(
     checkable = torch.tensor([answer.verdict is not None for answer in answers])
     verdicts = torch.tensor([answer.verdict or 0.0 for answer in answers])
     total = score_answers(combined, verdicts, checkable, verifier_weight, reward_weight)
+    if wrong := int((~total.isfinite()).sum()):
+        raise DataError(
+            f"{wrong} of {len(answers)} scores are no finite numbers, a reward model has diverged: lower "
+            "reward.optimizer.learning_rate"
+        )
     return Judgement(total.numpy(), helpfulness.numpy(), safety.numpy())

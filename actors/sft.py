@@ -35,7 +35,7 @@ def fine_tune(
                 f"example {number} has {row['length']} tokens, above {section}.max_length = {settings.max_length}: "
                 "raise it (and model.context), or shorten the example"
             )
-        if not any(row["mask"]):
+        if not any(row["mask"][1:]):  # nothing comes before the first token that could predict it
             raise DataError(f"example {number} ({row['task']}) has no token to learn from: leave it out")
     require_steps(section, settings.epochs, len(rows), "examples")
     channels = sorted({row["task"] for row in rows})

@@ -103,9 +103,10 @@ def test_a_model_of_which_no_step_was_applied_is_not_saved(loop: Any) -> None:
     assert "save" not in learners.did
 
 
-def test_an_example_without_anything_to_learn_is_named() -> None:
+@pytest.mark.parametrize("mask", [[0, 0, 0], [1, 0, 0]])
+def test_an_example_without_anything_to_learn_is_named(mask: list[int]) -> None:
     learners = Recorded()
-    rows = [ROW, {**ROW, "mask": [0, 0, 0]}]
+    rows = [ROW, {**ROW, "mask": mask}]
     with pytest.raises(DataError, match=r"example 1 \(t\) has no token to learn from"):
         fine_tune(learners, Path("m"), rows, SftSettings(), Path("o"), 0, lambda metrics: None)  # type: ignore[arg-type]
     assert learners.did == []
@@ -154,6 +155,17 @@ def test_a_policy_that_only_waits_for_its_critic_is_told_of(caplog: pytest.LogCa
     assert not caplog.messages
     require_rollouts(PpoSettings(steps=2, critic_warmup_steps=2))
     assert "ppo.critic_warmup_steps = 2 leaves no step of ppo.steps = 2 to the policy" in caplog.text
+
+
+def test_scores_of_a_reward_model_that_diverged_train_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem("What is 2+3?", "5", "reasoning/addition")
+    answers = [Answer(problem, "5", (1, 2), (token,), (0.0,), True, 1.0, "v") for token in (3, 4)]
+    learners: Any = Recorded()
+    monkeypatch.setattr(learners, "score", lambda role, kind, rows: [np.full(1, np.nan) for _ in rows])
+    with pytest.raises(
+        DataError, match=r"2 of 2 scores are no finite numbers.* lower reward\.optimizer\.learning_rate"
+    ):
+        judge(learners, answers, 1.0)
 
 
 def test_a_warmup_longer_than_its_stage_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
