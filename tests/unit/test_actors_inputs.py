@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data.formats import read_rows
-from infra import storage
+from infra import files as stored
 from infra.errors import DataError
 from workflows.steps.inputs import content, require_unchanged
 
@@ -64,14 +64,14 @@ def test_a_large_file_counts_whole(tmp_path: Path) -> None:
 
 def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    whole = storage.sha256_file
-    monkeypatch.setattr(storage, "sha256_file", lambda file: read.append(file.name) or whole(file))
+    whole = stored.sha256_file
+    monkeypatch.setattr(stored, "sha256_file", lambda file: read.append(file.name) or whole(file))
     file = tmp_path / "a.jsonl"
     file.write_text("one")
     content([str(file)])
     first = content([str(file)])
     assert len(read) == 2, "it was written a moment ago: its time may not tell of another writing"
-    monkeypatch.setattr(storage, "SETTLED_NS", 0)
+    monkeypatch.setattr(stored, "SETTLED_NS", 0)
     assert [content([str(file)]) for _ in range(3)] == [first] * 3 and len(read) == 3
     os.utime(file, ns=(1, 1))
     assert content([str(file)]) == first and len(read) == 4
