@@ -345,7 +345,7 @@ def test_page_of_a_run_with_huge_results_stays_small_and_has_the_failed_step(
     store = open_store(tmp_path / "store")
     large = [stores.commit(f"large[{number}]", result="x" * 100_000) for number in range(9)]
     failed = [stores.start("check[0]"), stores.failure("check[0]", "no", final=True)]
-    stores.open_run(store, "r").append([*large, *failed, stores.end("failed")])
+    append(stores.open_run(store, "r"), [*large, *failed, stores.end("failed")])
     answers = _answers(write(read_run(store, load_run(store, "r")), tmp_path).read_text())
     assert "check[0]" in answers["step"] and 2 <= len(answers["step"]) < 5 and len(answers["steps"]["steps"]) == 10
 

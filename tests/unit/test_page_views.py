@@ -343,7 +343,7 @@ def test_curves_of_results_and_of_the_history(store: Store, cache: views.RunCach
 def test_curves_of_several_stages_in_one_file_stay_apart(store: Store, cache: views.RunCache) -> None:
     rows = [{"stage": stage, "step": 1, "loss": value} for stage, value in (("warm-up", 2.0), ("main", 1.0))]
     store.put("somewhere/m/data/metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
-    stores.open_run(store, "r").append([commit("a", result=artifact("m", "metrics"))])
+    append(stores.open_run(store, "r"), [commit("a", result=artifact("m", "metrics"))])
     curves = views.metrics(cache, store, "r")["curves"]
     assert {curve["name"]: curve["y"] for curve in curves} == {"warm-up loss": [2.0], "main loss": [1.0]}
 
