@@ -18,6 +18,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -42,6 +43,7 @@ THREADS_S = 0.1
 """A thread that is at its end when the body returns may take so long."""
 LIMIT_NAMES = ("AS", "CPU", "DATA", "FSIZE", "NOFILE", "NPROC", "STACK")
 LIMITS = [getattr(resource, f"RLIMIT_{name}") for name in LIMIT_NAMES]
+INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
 ENVIRONMENT = os.environ
 TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 
@@ -101,13 +103,20 @@ def _end_helpers() -> None:
 
 
 def _threads_left(before: set[threading.Thread]) -> bool:
-    """Whether Python threads of the body still run."""
+    """Whether Python threads of the body still run, but for those that libraries keep for their next call."""
     deadline = time.monotonic() + THREADS_S
-    while new := [each for each in set(threading.enumerate()) - before if not isinstance(each, threading._DummyThread)]:
+    while new := [each for each in set(threading.enumerate()) - before if not _is_librarys(each)]:
         if time.monotonic() > deadline:
             return True
         new[0].join(THREADS_S / 10)
     return False
+
+
+def _is_librarys(thread: threading.Thread) -> bool:
+    """Whether an installed library, or no Python at all, has started it."""
+    code = getattr(getattr(thread, "_target", None) or type(thread).run, "__code__", None)
+    installed = code is not None and INSTALLED.search(code.co_filename) is not None
+    return installed or isinstance(thread, threading._DummyThread)
 
 
 def _end_children(before: set[int]) -> list[str]:

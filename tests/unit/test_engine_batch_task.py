@@ -1,5 +1,6 @@
 """One task's batch, in a worker process of its own without Ray: what it tells, hands back and returns."""
 
+import importlib.util
 import itertools
 import json
 import os
@@ -145,6 +146,32 @@ def test_engine_a_worker_whose_body_left_a_thread_is_given_up(tmp_path: Path) ->
     """It would print into the next one's log."""
     with task(tmp_path, [("leave_thread", 0), ("plain", 1)]) as (process, _):
         assert results(process) == [0, None]
+
+
+def test_engine_a_thread_that_a_library_keeps_costs_no_worker(tmp_path: Path) -> None:
+    """Such as a progress bar's: every step that shows one would start anew, and import everything again."""
+    file = tmp_path / "site-packages" / "bars.py"
+    file.parent.mkdir()
+    file.write_text(
+        "import threading\n"
+        "done = threading.Event()\n"
+        "class Monitor(threading.Thread):\n"
+        "    def run(self): done.wait()\n"
+        "def show(): Monitor(daemon=True).start(); threading.Thread(target=lambda: done.wait(), daemon=True).start()\n"
+    )
+    spec = importlib.util.spec_from_file_location("bars", file)
+    assert spec is not None and spec.loader is not None
+    bars = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bars)
+    adopted = adopt_orphans(False)
+    try:
+        process = isolation.Isolation()
+        with process.around_body([]):
+            bars.show()
+        assert not process.given_up
+    finally:
+        bars.done.set()
+        adopt_orphans(adopted)
 
 
 def test_engine_a_worker_is_given_up_where_something_cannot_be_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
