@@ -13,19 +13,33 @@ from engines.elastic.torch_learner import LlamaConfig
 
 @dataclass(frozen=True)
 class PretrainJob:
-    """What every rank is told at its birth; see `actors.pretrain.lead.pretrain`."""
+    """What a pretraining is made of. Every rank is told it at its birth."""
 
     tokens: Folder
+    """Shards written by `data.tokenized`, on a file system that all workers see or `handover.Stored`."""
     tokenizer: Folder
+    """Copied beside the model."""
     model: LlamaConfig
     settings: PretrainSettings
-    out: Path | None
-    """Where the model goes; None: into the state's store (`actors.pretrain.handover`)."""
     state: str
-    seed: int
-    faults: str = ""
+    """A store, or a folder that all workers see: the group's journal, the steps' outcomes and, unless
+    `settings.snapshot_store` says otherwise, flushed snapshots. The model comes by way of it."""
+    seed: int = 0
+    """Of initialisation and data order."""
+    faults: str | None = None
+    """Schedule for the ranks' fault points (tests, demos); None: what RECUA_FAULTS says where `pretrain` is called."""
     weights: Folder | None = None
+    """An HF folder of the same network to start from (another stage's model)."""
     held_out: Folder | None = None
+    """Token shards whose loss is measured, see `settings.validate_every`."""
+    out: Path | None = None
+    """Where ranks put the model; None: into the state's store (`actors.pretrain.handover`)."""
+
+    def absolute(self) -> "PretrainJob":
+        """The same with absolute paths."""
+        weights, held_out = self.weights and _absolute(self.weights), self.held_out and _absolute(self.held_out)
+        tokens, tokenizer = _absolute(self.tokens), _absolute(self.tokenizer)
+        return replace(self, tokens=tokens, tokenizer=tokenizer, weights=weights, held_out=held_out)
 
     def here(self) -> "PretrainJob":
         """The same with all that is to be read on this node."""
@@ -65,6 +79,10 @@ class Order:
     skipped: tuple[int, ...] = ()
     high_step: int = 0
     verified: int = 0
+
+
+def _absolute(folder: Folder) -> Folder:
+    return folder.resolve() if isinstance(folder, Path) else folder
 
 
 def recipe_of(job: PretrainJob) -> Recipe:

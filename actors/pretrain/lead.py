@@ -12,14 +12,13 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from actors.config import PretrainSettings
-from actors.pretrain.handover import Folder, take_over
+from actors.pretrain.handover import take_over
 from actors.pretrain.job import PretrainJob
 from actors.pretrain.rank import PretrainRank
 from actors.pretrain.step_log import StepLog
@@ -32,7 +31,6 @@ from cluster.node.exporter import Exporter
 from cluster.node.host_memory import AskStanding
 from cluster.workers.named_actors import end_group
 from engines.collectives.process_groups import host_store
-from engines.elastic.torch_learner import LlamaConfig
 from infra.code_root import code_root
 from infra.errors import CheckpointError
 from infra.faults import VARIABLE
@@ -64,63 +62,45 @@ class PretrainResult:
 
 
 def pretrain(
-    tokens: Folder,
-    tokenizer: Folder,
-    model: LlamaConfig,
-    settings: PretrainSettings,
+    job: PretrainJob,
     out: Path,
-    state: str | Path,
     on_metrics: Callable[[dict[str, Any]], None],
     *,
-    seed: int = 0,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
-    faults: str | None = None,
-    weights: Folder | None = None,
-    held_out: Folder | None = None,
     accounts: tuple[str, str, str] | None = None,
     ask_standing: AskStanding | None = None,
     nodes_come: bool = False,
 ) -> PretrainResult:
-    """Train `model` from scratch on the token shards of `tokens`; leaves an HF model folder in `out`.
+    """Train `job.model` from scratch on the token shards of `job.tokens`; leaves an HF model folder in `out`.
 
-    Called again with the same `state` (after any crash of this process, on any node) it takes over the living ranks, or
-    resumes from what they left in memory, or from the newest state there.
+    Called again with the same `job.state` (after any crash of this process, on any node) it takes over the living
+    ranks, or resumes from what they left in memory, or from the newest state there.
 
     Args:
-        tokens: shards written by `data.tokenized`, on a file system that all workers see or `handover.Stored`.
-        tokenizer: copied into `out`.
+        job: its `out` is left to this function.
         out: a folder of this node.
-        state: a store, or a folder that all workers see: the group's journal, the steps' outcomes and, unless
-            `settings.snapshot_store` says otherwise, flushed snapshots. The model comes to `out` by way of it.
         on_metrics: called once per step, in order, also for the steps of earlier calls: {"step", "steps", "loss", "lr",
             "grad_norm", "tokens", "tokens_per_s", "committed", "time"}, and "held_out_loss" where it was measured.
             Steps that a rollback undid come again.
-        seed: of initialisation and data order.
-        faults: schedule for the ranks' fault points (tests, demos); None reads RECUA_FAULTS.
         on_event: {"event": "ready" | "started" | "detected" | "decided" | "verified" | "rolled-back" | "stacks",
             "generation", ...}: what was seen and decided, why, how long it took ("started": pids by rank, step,
             pause_s, lost_steps; "detected": after_s since the fault; "ready": burn_in by worker). At the end
             "short" where it ended with fewer ranks than asked for.
-        weights: an HF folder of the same network to start from (another stage's model).
-        held_out: token shards whose loss is measured, see `settings.validate_every`.
         accounts: (store URL, run id, group) for the goodput records.
         ask_standing: tells ranks without a controller whether the run of `accounts` still runs; None: they wait
             `elastic.orphan_s` for the next one.
         nodes_come: do not refuse more ranks than the cluster has room for now.
 
     Raises:
-        CheckpointError: `state` belongs to another job.
+        CheckpointError: `job.state` belongs to another job.
         SystemFault: the group cannot continue (see pretrain.elastic).
         ResourceError, DataError, StepError: see `cluster.controller` and `data.loader`.
     """
-    faults = os.environ.get(VARIABLE, "") if faults is None else faults
-    store = open_store(state)
+    store = open_store(job.state)
     out.mkdir(parents=True, exist_ok=True)
     folder = store.local_path(MODEL)
-    job = PretrainJob(
-        _absolute(tokens), _absolute(tokenizer), model, settings, folder, store.url, seed, faults,
-        weights and _absolute(weights), held_out and _absolute(held_out),
-    )  # fmt: skip
+    faults = os.environ.get(VARIABLE, "") if job.faults is None else job.faults
+    job = replace(job.absolute(), out=folder, state=store.url, faults=faults)
     _claim(job, store)
     journal = GroupJournal(store, "pretrain" if accounts is None else f"{accounts[1]}.{accounts[2]}")
     steps = StepLog(store, journal.history.controllers + 1)
@@ -152,7 +132,7 @@ def pretrain(
     rows, again = steps.rows, formed[1:]
     trained, lost = sum(row["tokens"] for row in rows), sum(event.get("lost_steps", 0) for event in again)
     longest = max((event.get("pause_s", 0.0) for event in again), default=0.0)
-    if (short := fell_short(formed, len(rows), settings.workers)) is not None:
+    if (short := fell_short(formed, len(rows), job.settings.workers)) is not None:
         on_event(short)
     return PretrainResult(
         len(rows),
@@ -177,10 +157,6 @@ def fell_short(formed: Sequence[Mapping[str, Any]], steps: int, asked: int) -> d
         until = min(until, one["step"])
     last = {name: formed[-1][name] for name in ("generation", "ranks", "reason") if name in formed[-1]}
     return {"event": "short", "asked": asked, "steps": steps, "short_steps": short, **last}
-
-
-def _absolute(folder: Folder) -> Folder:
-    return folder.resolve() if isinstance(folder, Path) else folder
 
 
 def _lead(

@@ -79,7 +79,7 @@ class PretrainRank:
         self.fetched = folder / "fetched"
         self.ledger = RankTime(Stopwatch(born=born, memory=self.beacon.account))
         self.ledger.enter("init")
-        self.points = FaultPoints(job.faults, (there or folder) / "faults")
+        self.points = FaultPoints(job.faults or "", (there or folder) / "faults")
         self._store = store
         self._words: queue.SimpleQueue[Order | Aborted | None] = queue.SimpleQueue()
         self._stop_generation = -1

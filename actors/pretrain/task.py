@@ -99,16 +99,16 @@ class PretrainTask:
         for (worker, rank), node in zip(ranks.items(), nodes, strict=True):
             others = {name: place for name, place in places.items() if name != node}
             orders[worker] = Order(
-                join.generation,
-                rank,
-                len(ranks),
-                self.store,
-                None if join.restore.source == "start" else join.restore.step,
-                tuple(others.values()),
-                tuple(place for name, place in others.items() if rank in held.get(name, ())),
-                skipped,
-                high_step,
-                min(history.verified, join.restore.step),
+                generation=join.generation,
+                rank=rank,
+                world_size=len(ranks),
+                store=self.store,
+                at_most=None if join.restore.source == "start" else join.restore.step,
+                sources=tuple(others.values()),
+                holders=tuple(place for name, place in others.items() if rank in held.get(name, ())),
+                skipped=skipped,
+                high_step=high_step,
+                verified=min(history.verified, join.restore.step),
             )
         return {**dict.fromkeys(fleet.node_of), **orders}
 

@@ -54,6 +54,7 @@ class Ear:
 def measure(case: str, folder: Path, kills: int) -> tuple[Course, dict[str, Any]]:
     """One run under fire, in `folder` (see `job.prepare`), and the controller's own pauses and lost steps."""
     from actors.config import PretrainSettings
+    from actors.pretrain.job import PretrainJob
     from actors.pretrain.lead import pretrain
     from cluster.core.history import GroupJournal
     from engines.config import LearnerSettings
@@ -82,10 +83,8 @@ def measure(case: str, folder: Path, kills: int) -> tuple[Course, dict[str, Any]
     course, run = Course(kills), Path(tempfile.mkdtemp(dir=folder))
     ear = Ear(course, RANKS + spares)
     with local_ray(), contextlib.suppress(Enough):
-        pretrain(
-            folder / "tokens", folder / "tokenizer", model, settings, run / "out", run / "state", ear.row,
-            on_event=ear.event, faults="",
-        )  # fmt: skip
+        job = PretrainJob(folder / "tokens", folder / "tokenizer", model, settings, str(run / "state"), faults="")
+        pretrain(job, run / "out", ear.row, on_event=ear.event)
     group = GroupJournal(open_store(run / "state"), "").history.group
     for memory in Path("/dev/shm").glob(f"recua-node-*/recua-{group}"):  # kept, because the run has not ended
         shutil.rmtree(memory)

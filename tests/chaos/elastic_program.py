@@ -4,6 +4,7 @@ Every row and event becomes a line of LOG at once: {"row": ...}, {"event": ...},
 {"error": ...}; the exit code is 0 or 3.
 """
 
+import functools
 import json
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import ray
 
 from actors.config import PretrainSettings
+from actors.pretrain.job import PretrainJob
 from actors.pretrain.lead import pretrain
 from infra.errors import RecuaError
 from models.llama import LlamaConfig
@@ -31,18 +33,17 @@ def main(order: dict[str, Any], log: Path) -> int:
         ray.init(address=order["address"], log_to_driver=False)
         corpus, folder = Path(order["corpus"]), Path(order["folder"])
         try:
-            result = pretrain(
+            job = PretrainJob(
                 corpus / "tokens",
                 corpus / "tokenizer",
                 LlamaConfig(**MODEL, vocab_size=order["vocab_size"]),
                 PretrainSettings.model_validate(order["settings"]),
-                folder / "out",
-                folder / "state",
-                lambda row: say("row", row),
-                seed=SEED,
-                on_event=lambda event: say("event", event),
-                faults=order["faults"],
+                str(folder / "state"),
+                SEED,
+                order["faults"],
             )
+            on_event = functools.partial(say, "event")
+            result = pretrain(job, folder / "out", functools.partial(say, "row"), on_event=on_event)
         except RecuaError as error:
             say("error", f"{type(error).__name__}: {error}")
             return 3

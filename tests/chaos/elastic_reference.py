@@ -92,7 +92,7 @@ def _train(order: dict[str, Any], settings: PretrainSettings, rank: int, end: Co
     torch.set_num_threads(settings.threads)
     model = LlamaConfig(**MODEL, vocab_size=order["vocab_size"])
     out = folder / "out"
-    job = PretrainJob(corpus / "tokens", corpus / "tokenizer", model, settings, out, str(folder), SEED)
+    job = PretrainJob(corpus / "tokens", corpus / "tokenizer", model, settings, str(folder), SEED, out=out)
     elastic = ElasticLearner(recipe_of(job), "reference", Rendezvous(end.recv()), shared=folder / "memory")
     elastic.join(1, rank, settings.workers, fresh=True)
     learner, rows = elastic.learner, []

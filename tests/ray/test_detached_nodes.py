@@ -17,6 +17,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from actors.config import PretrainSettings
+from actors.pretrain.job import PretrainJob
 from actors.pretrain.lead import pretrain
 from cluster.core.history import GroupJournal
 from cluster.node.host_memory import OWNER, group_folder, living_workers, node_root
@@ -84,10 +85,9 @@ def train(
     model = LlamaConfig(
         dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=64, vocab_size=vocab_size, context=16, tied=True
     )  # fmt: skip
-    return pretrain(
-        corpus / "tokens", corpus / "tokenizer", model, PretrainSettings(**{**SETTINGS, **settings}), folder / "out",
-        folder / "state", row, seed=7, on_event=event, faults="", nodes_come=nodes_come,
-    )  # fmt: skip
+    section = PretrainSettings(**{**SETTINGS, **settings})
+    job = PretrainJob(corpus / "tokens", corpus / "tokenizer", model, section, str(folder / "state"), 7, faults="")
+    return pretrain(job, folder / "out", row, on_event=event, nodes_come=nodes_come)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import torch
 
 from actors.config import PretrainSettings
 from actors.pretrain.handover import Folder
+from actors.pretrain.job import PretrainJob
 from actors.pretrain.lead import PretrainResult, pretrain
 from cluster.controller.fleet import AGENT_STARTS, AgentLost, Fleet, WorkerKind
 from cluster.core.history import GroupJournal
@@ -109,11 +110,11 @@ class Run:
             self.events.append(event)
             hook(self)
 
-        self.result = pretrain(
-            self.tokens, self.corpus / "tokenizer", model, PretrainSettings(**chosen), self.folder / out,
-            self.state, row, seed=7, on_event=event, faults=faults,
-            accounts=(str(self.folder / "store"), "run", "pretrain"),
-        )  # fmt: skip
+        job = PretrainJob(
+            self.tokens, self.corpus / "tokenizer", model, PretrainSettings(**chosen), str(self.state), 7, faults
+        )
+        accounts = (str(self.folder / "store"), "run", "pretrain")
+        self.result = pretrain(job, self.folder / out, row, on_event=event, accounts=accounts)
         return self
 
     @property

@@ -256,7 +256,7 @@ def pretrain_job(folder: Path, micro_batch_size: int, within_documents: bool = F
         optimizer=SETTINGS, steps=8, batch_size=5, sequence_length=TOKENS, micro_batch_size=micro_batch_size,
         sharding="fsdp", within_documents=within_documents,
     )  # fmt: skip
-    return PretrainJob(folder / "tokens", folder / "tokenizer", config(True), settings, folder, folder, seed=1)
+    return PretrainJob(folder / "tokens", folder / "tokenizer", config(True), settings, str(folder), seed=1, out=folder)
 
 
 def pretrain_steps(layout: Layout, ranks: Ranks, folder: Path) -> list[float]:

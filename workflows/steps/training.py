@@ -55,6 +55,7 @@ def pretrain(
 ) -> Trained:  # fmt: skip
     """Next-token training on an elastic group of ranks: a fault costs at most one step. From scratch, or from the model
     folder `base`, whose config then holds but for `changes`."""
+    from actors.pretrain.job import PretrainJob
     from actors.pretrain.lead import in_words
     from actors.pretrain.lead import pretrain as run_pretrain
     from data.tokenized import token_count
@@ -72,10 +73,13 @@ def pretrain(
         if (line := in_words(event)) is not None:
             run.log(f"{stage}: {line}")
 
+    job = PretrainJob(
+        seen_by_all(tokens), seen_by_all(tokenizer), config, section, run.state_url(), seed,
+        weights=base and seen_by_all(base), held_out=held_out and seen_by_all(held_out),
+    )  # fmt: skip
     result = run_pretrain(
-        seen_by_all(tokens), seen_by_all(tokenizer), config, section, out.path, run.state_url(), curve,
-        seed=seed, on_event=tell, accounts=(run.store_url, run.run_id, stage), ask_standing=standing,
-        nodes_come=run.nodes_come, weights=base and seen_by_all(base), held_out=held_out and seen_by_all(held_out),
+        job, out.path, curve, on_event=tell, accounts=(run.store_url, run.run_id, stage), ask_standing=standing,
+        nodes_come=run.nodes_come,
     )  # fmt: skip
     summary = {"loss": result.final_loss, "tokens": result.tokens}
     if result.held_out_loss is not None:
