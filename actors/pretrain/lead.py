@@ -27,6 +27,7 @@ from cluster.controller.fleet import Fleet, WorkerKind
 from cluster.controller.lead import GroupController, Listener
 from cluster.controller.metrics import metered
 from cluster.core.history import KEY, GroupJournal
+from cluster.node.agent import AgentSettings
 from cluster.node.exporter import Exporter
 from cluster.node.host_memory import AskStanding
 from cluster.workers.named_actors import end_group
@@ -180,10 +181,7 @@ def _lead(
         spread=settings.placement.endswith("SPREAD"),
         env=env,
     )
-    fleet = Fleet(
-        group,
-        kind,
-        PretrainAgent,
+    agents = AgentSettings(
         orphan_s=elastic.orphan_s,
         accounts=accounts,
         notices=elastic.notices,
@@ -191,12 +189,12 @@ def _lead(
         journal=open_store(job.state).local_path(KEY),
         leader=journal.history.controllers + 1,
         ask_standing=ask_standing,
-        nodes_come=nodes_come,
     )
+    fleet = Fleet(group, kind, PretrainAgent, agents, nodes_come=nodes_come)
     ranks = _digest(job)
     if journal.history.controllers and journal.history.ranks != ranks:
         log.info("group %s: code or settings are not those that its ranks were started with: new ones start", group)
-        end_group(group, fleet.leader)
+        end_group(group, agents.leader)
     journal.note(ranks=ranks)
     replicated = settings.sharding == "replicate" and settings.block == 1
     task = PretrainTask(group, open_store(job.snapshot_store), store, elastic, replicated)

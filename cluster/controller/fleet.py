@@ -18,17 +18,15 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, NodeLabelSchedulingStrategy, NotIn
 
-from cluster.config import HealthSettings
 from cluster.core.history import Superseded
-from cluster.node.agent import AgentPlace, NodeAgent
-from cluster.node.host_memory import AskStanding, group_folder
+from cluster.node.agent import AgentPlace, AgentSettings, NodeAgent
+from cluster.node.host_memory import group_folder
 from cluster.node.rank_watch import Beat
 from cluster.workers.named_actors import NAMESPACE, agent_name, end_pending, end_workers, worker_name
 from cluster.workers.ray_errors import name_fault
 from infra.addresses import unreachable
 from infra.bundles import show_bundle, unplaceable
 from infra.errors import ResourceError
-from infra.notices import NoticeSettings
 
 log = logging.getLogger(__name__)
 
@@ -98,11 +96,7 @@ class Fleet:
     Args:
         group: its name, unique in the cluster.
         agent_class: cluster.node.agent.NodeAgent or a subclass.
-        orphan_s: how long agents and workers live without a controller.
-        accounts: (store URL, run id, group) for the goodput records.
-        journal: the group's file, see cluster.node.host_memory.Owner.
-        leader: number of the controller that this is the fleet of; later ones have higher numbers.
-        ask_standing: knows whether the run of `accounts` still runs.
+        settings: of the agents; `settings.leader` is the number of the controller that this is the fleet of.
         nodes_come: nodes that are not there yet may be added to the cluster by itself.
     """
 
@@ -111,20 +105,12 @@ class Fleet:
         group: str,
         kind: WorkerKind,
         agent_class: type[NodeAgent] = NodeAgent,
+        settings: AgentSettings | None = None,
         *,
-        orphan_s: float = 300.0,
-        accounts: tuple[str, str, str] | None = None,
-        notices: NoticeSettings | None = None,
-        health: HealthSettings | None = None,
-        journal: Path | None = None,
-        leader: int = 0,
-        ask_standing: AskStanding | None = None,
         nodes_come: bool = False,
     ) -> None:
         self.group, self.kind, self.agent_class = group, kind, agent_class
-        self.orphan_s, self.accounts, self.leader, self.nodes_come = orphan_s, accounts, leader, nodes_come
-        self.notices, self.health = notices or NoticeSettings(), health or HealthSettings()
-        self._journal, self._ask_standing = journal, ask_standing
+        self.settings, self.nodes_come = settings or AgentSettings(), nodes_come
         self.agents: dict[str, Any] = {}
         self.node_of: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
@@ -157,20 +143,7 @@ class Fleet:
         """Find this group's agent on a node, or start one."""
         if living is None:
             living = tuple(one["NodeID"] for one in ray.nodes() if one["Alive"])
-        place = AgentPlace(
-            self.group,
-            node,
-            self.folder(node),
-            orphan_s=self.orphan_s,
-            accounts=self.accounts,
-            living=living,
-            notices=self.notices,
-            journal=self._journal,
-            leader=self.leader,
-            ask_standing=self._ask_standing,
-            end_actors=end_pending,
-            health=self.health,
-        )
+        place = AgentPlace(self.group, node, self.folder(node), self.settings, living, end_pending)
         agent = (
             ray.remote(self.agent_class)
             .options(
@@ -285,7 +258,7 @@ class Fleet:
         references = []
         for node, mine in self._by_node(workers).items():
             if node in self.agents:
-                references.append(self.agents[node].kill.remote(sorted(mine), reason, self.leader))
+                references.append(self.agents[node].kill.remote(sorted(mine), reason, self.settings.leader))
         self._forget(worker for worker in workers if worker not in self.node_of)
         return references
 
@@ -295,7 +268,7 @@ class Fleet:
 
     def bury(self, node: str, workers: Collection[str]) -> None:
         """Dead workers, now known to the controller."""
-        self._sent.append(self.agents[node].discard.remote(sorted(workers), self.leader))
+        self._sent.append(self.agents[node].discard.remote(sorted(workers), self.settings.leader))
         self._forget(workers)
 
     def close(self, remove: bool, timeout_s: float = 15.0) -> None:
@@ -303,7 +276,7 @@ class Fleet:
         for worker in list(self._handles):
             with contextlib.suppress(Exception):  # it may have ended by itself
                 ray.kill(self._handles[worker], no_restart=True)
-        closing = [agent.close.remote(remove, self.leader) for agent in self.agents.values()]
+        closing = [agent.close.remote(remove, self.settings.leader) for agent in self.agents.values()]
         ray.wait(closing, num_returns=len(closing), timeout=timeout_s) if closing else None
         for agent in self.agents.values():
             with contextlib.suppress(Exception):
@@ -320,7 +293,8 @@ class Fleet:
         listening = set(self._listening.values())
         for node, agent in self.agents.items():
             if node not in listening:
-                self._listening[agent.listen.remote(self._numbers[node], BEAT_S, *rows(node), self.leader)] = node
+                wanted = self._numbers[node], BEAT_S, *rows(node)
+                self._listening[agent.listen.remote(*wanted, self.settings.leader)] = node
         pending = [*self._listening, *self._starting]
         if not pending:
             time.sleep(timeout_s)

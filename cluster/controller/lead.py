@@ -90,13 +90,13 @@ class GroupController:
         self.core = StateMachine(settings, prefix=f"c{number}w", stored=valid, joins=joins, adopting=number > 0)
         self.core.book.verified = history.verified
         journal.note(controllers=number + 1)
-        self.watch = watch_group(fleet.accounts, self.core)
+        self.watch = watch_group(fleet.settings.accounts, self.core)
         floor = max((one for one, step in history.joins.items() if step <= len(rows)), default=0)
         self.rows = StepRows(rows, floor, 4 * settings.spike_window)
         self.judge = LossJudge(settings, self.core, journal, self.rows, lambda: self._stored)
         guard = Guard(settings, self.core, journal, self.judge.saved)
         self.hearing = Hearing(self, fleet, self.core, settings, guard, task.replicated)
-        self._account = AccountWriter(fleet.accounts)
+        self._account = AccountWriter(fleet.settings.accounts)
         self._stored = stored
         self._end: m.End | None = None
         self._error: Exception | None = None

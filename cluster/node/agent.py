@@ -46,26 +46,35 @@ UNLED_S = 2.0
 
 
 @dataclass(frozen=True)
+class AgentSettings:
+    """What all agents of a group are told alike."""
+
+    orphan_s: float = 300.0
+    """How long agents and workers live without a controller."""
+    accounts: tuple[str, str, str] | None = None
+    """(store URL, run id, group) for the goodput records and the stacks of killed ranks."""
+    notices: NoticeSettings = field(default_factory=NoticeSettings)
+    health: HealthSettings = field(default_factory=HealthSettings)
+    journal: Path | None = None
+    """The group's file, by which its memory is known to be needed; see cluster.node.host_memory.Owner."""
+    leader: int = 0
+    """Number of the controller that started them; later ones have higher numbers."""
+    ask_standing: AskStanding | None = None
+    """Knows whether the run of `accounts` still runs; None: only `orphan_s` counts."""
+
+
+@dataclass(frozen=True)
 class AgentPlace:
-    """What an agent is told at its start. `accounts`: (store URL, run id, group) for the goodput records and the
-    stacks of killed ranks, or None. `journal`: the group's, by which its memory is known to be needed."""
+    """What an agent is told at its start."""
 
     group: str
     node: str
     folder: Path
-    orphan_s: float = 300.0
-    accounts: tuple[str, str, str] | None = None
+    settings: AgentSettings = field(default_factory=AgentSettings)
     living: tuple[str, ...] = ()
     """Nodes of the cluster: what the group has in this machine's memory under another node's name is taken over."""
-    notices: NoticeSettings = field(default_factory=NoticeSettings)
-    journal: Path | None = None
-    leader: int = 0
-    """Number of the controller that started it."""
-    ask_standing: AskStanding | None = None
-    """Knows runs; None: only `orphan_s` counts."""
     end_actors: Callable[[str], None] = lambda group: None
     """Ends the group's actors that have no beacon yet."""
-    health: HealthSettings = field(default_factory=HealthSettings)
 
 
 class NodeAgent:
@@ -74,18 +83,19 @@ class NodeAgent:
     def __init__(self, place: AgentPlace) -> None:
         hide_secrets_in_logs()
         self.place = place
-        inherit(place.folder, place.living, place.leader)
-        host_memory.claim(place.folder, place.group, place.journal, place.accounts, place.leader)
-        self._store = None if place.accounts is None else open_store(place.accounts[0])
+        self.settings = settings = place.settings
+        inherit(place.folder, place.living, settings.leader)
+        host_memory.claim(place.folder, place.group, settings.journal, settings.accounts, settings.leader)
+        self._store = None if settings.accounts is None else open_store(settings.accounts[0])
         self._watch = RankWatch(place.node, place.folder, before=self._before())
-        self._notices = NoticeWatch(sources(place.node, place.notices))
-        self._health = HealthWatch(place.health)
+        self._notices = NoticeWatch(sources(place.node, settings.notices))
+        self._health = HealthWatch(settings.health)
         self._sink = Sink(get_node_ip_address())
         self._heard_at = time.monotonic()
-        self._leader = place.leader
+        self._leader = settings.leader
         self._ended = threading.Event()
         self._failure: BaseException | None = None
-        self._exporter = Exporter("" if place.accounts is None else place.accounts[1], place.group)
+        self._exporter = Exporter("" if settings.accounts is None else settings.accounts[1], place.group)
         threading.Thread(target=self._keep, name="keeper", daemon=True).start()
 
     def listen(self, after: int, timeout_s: float, first_row: int = 0, row_floor: int = 0, leader: int = 0) -> Beat:
@@ -109,11 +119,11 @@ class NodeAgent:
         """
         self._follow(leader)
         stacks = self._watch.kill(workers)
-        if self._store is None or self.place.accounts is None:
+        if self._store is None or self.settings.accounts is None:
             return stacks
         places = {}
         for worker, text in stacks.items():
-            key = f"runs/{self.place.accounts[1]}/stacks/{self.place.group}-{worker}.txt"
+            key = f"runs/{self.settings.accounts[1]}/stacks/{self.place.group}-{worker}.txt"
             try:
                 self._store.put(key, f"{worker} was killed: {reason}\n\n{text}\n".encode())
                 places[worker] = key
@@ -169,8 +179,8 @@ class NodeAgent:
         written_at, known = 0.0, 0
         try:
             shared = self.place.folder.parent.parent
-            host_memory.free(host_memory.survey(self.place.ask_standing, shared), shared)
-            while not self._ended.wait(min(KEEP_S, self.place.orphan_s / 4)):
+            host_memory.free(host_memory.survey(self.settings.ask_standing, shared), shared)
+            while not self._ended.wait(min(KEEP_S, self.settings.orphan_s / 4)):
                 host_memory.touch(self.place.folder)
                 now = time.monotonic()
                 if now - written_at > PERIOD_S or self._watch.known != known:  # a node may be lost soon
@@ -184,7 +194,7 @@ class NodeAgent:
 
     def _leave_if_over(self, now: float) -> None:
         standing = self._standing()
-        if standing == "open" and now - self._heard_at <= self.place.orphan_s:
+        if standing == "open" and now - self._heard_at <= self.settings.orphan_s:
             return
         with contextlib.suppress(Exception):  # the cluster may be going down; the workers are ended here, by ourselves
             self.place.end_actors(self.place.group)
@@ -193,18 +203,18 @@ class NodeAgent:
         os._exit(0)
 
     def _standing(self) -> Standing:
-        if self.place.ask_standing is None or self.place.accounts is None:
+        if self.settings.ask_standing is None or self.settings.accounts is None:
             return "open"
         try:
-            return self.place.ask_standing(*self.place.accounts[:2])
+            return self.settings.ask_standing(*self.settings.accounts[:2])
         except StoreError:
             return "open"
 
     def _before(self) -> tuple[RankAccount, ...]:
-        if self._store is None or self.place.accounts is None:
+        if self._store is None or self.settings.accounts is None:
             return ()
         try:
-            account = read_node(self._store, *self.place.accounts[1:], self.place.node)
+            account = read_node(self._store, *self.settings.accounts[1:], self.place.node)
         except (StoreError, DataError) as error:
             log.warning("the account of this node so far is lost: %s", error)
             return ()
@@ -213,8 +223,8 @@ class NodeAgent:
     def _write(self, last: bool = False) -> None:
         account = self._watch.account()
         export_account(self._exporter, account)
-        if self._store is not None and self.place.accounts is not None:
-            _, run, group = self.place.accounts
+        if self._store is not None and self.settings.accounts is not None:
+            _, run, group = self.settings.accounts
             try:
                 write_node(self._store, run, group, account, last)
             except StoreError:

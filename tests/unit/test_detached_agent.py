@@ -14,7 +14,7 @@ import pytest
 
 from cluster.core.history import GroupJournal, Superseded
 from cluster.node import host_memory
-from cluster.node.agent import AgentPlace, NodeAgent, inherit
+from cluster.node.agent import AgentPlace, AgentSettings, NodeAgent, inherit
 from cluster.node.beacons import ROWS, BeaconReader, BeaconWriter
 from cluster.node.host_memory import Standing, claim, free, survey
 from cluster.node.rank_watch import RankWatch
@@ -77,7 +77,8 @@ def watch_over(folder: Path, shared: Path, orphan_s: float, standing: Path) -> N
         return word  # type: ignore[return-value]
 
     accounts = (str(shared / "store"), "r", "pretrain")
-    place = AgentPlace("g", "n0", folder, orphan_s, accounts, journal=standing, leader=1, ask_standing=ask)
+    settings = AgentSettings(orphan_s, accounts, journal=standing, leader=1, ask_standing=ask)
+    place = AgentPlace("g", "n0", folder, settings)
     threading.Thread(target=NodeAgent, args=(place,)).start()  # SIGTERM stays pytest's
     threading.Event().wait()
 
@@ -141,7 +142,7 @@ def test_detached_of_two_controllers_the_later_one_leads(shared: Path, tmp_path:
     first = GroupJournal(open_store(path.parent), "g")
     first.note(controllers=1)
     agents: list[NodeAgent] = []
-    place = AgentPlace("g", "n0", host_memory.group_folder("n0", "g", shared), leader=1)
+    place = AgentPlace("g", "n0", host_memory.group_folder("n0", "g", shared), AgentSettings(leader=1))
     maker = threading.Thread(target=lambda: agents.append(NodeAgent(place)))
     maker.start()
     maker.join()

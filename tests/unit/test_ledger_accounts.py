@@ -23,7 +23,7 @@ from cluster.goodput.accounts import (
 )
 from cluster.goodput.buckets import BUCKETS, Goodput, Ledger
 from cluster.goodput.stopwatch import MEMORY_BYTES, Stopwatch, read_account
-from cluster.node.agent import AgentPlace, NodeAgent
+from cluster.node.agent import AgentPlace, AgentSettings, NodeAgent
 from cluster.node.beacons import Record
 from cluster.node.rank_watch import Beat, Sight
 from engines.collectives.wait_times import KINDS, Wait
@@ -187,7 +187,8 @@ def test_ledger_stands_in_the_report(tmp_path: Path) -> None:
 def test_ledger_of_a_node_goes_on_under_its_next_agent(tmp_path: Path) -> None:
     """What the one before wrote stays; a process that died with it is accounted to its last sign, not to the day it is
     found."""
-    place = AgentPlace("g", "n0", tmp_path / "node" / "recua-g", accounts=(str(tmp_path / "store"), "run", "pretrain"))
+    settings = AgentSettings(accounts=(str(tmp_path / "store"), "run", "pretrain"))
+    place = AgentPlace("g", "n0", tmp_path / "node" / "recua-g", settings)
     store = open_store(str(tmp_path / "store"))
     old = RankAccount("old", 1.0, 5.0, Ledger(4.0, {"compute": 4.0}))
     write_node(store, "run", "pretrain", NodeAccount("n0", (old, RankAccount("found", 1.0, 2.0, Ledger(1.0)))))

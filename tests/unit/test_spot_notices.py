@@ -18,7 +18,7 @@ from cluster.config import ElasticSettings
 from cluster.controller.fleet import Fleet, WorkerKind
 from cluster.controller.lead import GroupController, Listener
 from cluster.core.history import GroupJournal
-from cluster.node.agent import AgentPlace, NodeAgent
+from cluster.node.agent import AgentPlace, AgentSettings, NodeAgent
 from cluster.node.rank_watch import Beat
 from cluster.policies.drain import DrainView, decide_drain
 from infra.notices import (
@@ -209,7 +209,7 @@ def test_spot_agent_tells_its_controller(metadata: Metadata, tmp_path: Path) -> 
     """In the beat, whatever the ranks do, and within the controller's usual wait."""
     settings = NoticeSettings(cloud="gcp", metadata_url=metadata.url)
     metadata.answers = {PREEMPTED: "FALSE", MAINTENANCE: "NONE"}
-    place = AgentPlace("g", "n0", tmp_path / "recua-node-n0" / "recua-g", notices=settings)
+    place = AgentPlace("g", "n0", tmp_path / "recua-node-n0" / "recua-g", AgentSettings(notices=settings))
     agents: list[NodeAgent] = []
     maker = threading.Thread(target=lambda: agents.append(NodeAgent(place)))  # no handler of SIGTERM in pytest itself
     maker.start()
