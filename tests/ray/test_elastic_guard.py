@@ -62,7 +62,7 @@ def quiet(cluster: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFacto
     """The fault-free run of three replicas: every rank is verified, none is found wrong or slow."""
     made = Run(corpus, tmp_path_factory.mktemp("quiet")).train(elastic={"verify_every": 8}, **THREE)
     assert [event["step"] for event in made.heard("verified")] == [8, 16, 24], made.said()
-    assert not made.heard("detected") and made.result is not None and made.result.restarts == 0, made.said()
+    assert not made.faults() and made.result is not None and made.result.restarts == 0, made.said()
     return made
 
 
@@ -81,7 +81,7 @@ def test_elastic_guard_wrong_rank_is_named_and_training_goes_back_to_what_was_ve
     faults = ",".join(f"pretrain.generation-1.rank-1.{wrong}:{hit}=flip" for hit in hits)
     elastic = {"verify_every": 8, "min_workers": 3, "spares": 1}
     run.train(faults, elastic=elastic, sharding="replicate" if wrong == "weights" else "fsdp", **THREE)
-    detected = run.heard("detected")[0]
+    detected = run.faults()[0]
     assert "rank 1" in detected["what"] and detected["after_s"] > 0, run.said()
     (back,) = run.heard("rolled-back")
     assert (back["step"], back["to_step"]) == (15, 8), run.said()
@@ -124,7 +124,7 @@ def test_elastic_guard_slow_rank_is_reported_and_then_replaced_without_losing_a_
     assert second["lost_steps"] == 0 and second["ranks"] == 3 and first["pids"][1] not in second["pids"], run.said()
     steps = [row["step"] for row in run.rows]
     assert steps == list(range(len(steps)))
-    (detected,) = run.heard("detected")
+    (detected,) = run.faults()
     print(f"death heard of {killed[1] - killed[0]:.3f} s after the kill; said: {detected['after_s']:.3f} s")
     assert 0 <= detected["after_s"] <= killed[1] - killed[0]
     assert not any(map(lives, second["pids"]))
@@ -157,7 +157,7 @@ def test_elastic_guard_node_that_looks_like_failing_is_left_before_it_does(
     elastic = {"min_workers": 2, "health": {"period_s": 0.5, "root": str(tmp_path / "root")}}
     with pytest.raises(Enough):
         run.train("", watch, elastic=elastic, steps=100000, workers=2, num_cpus=0.6)
-    detected, *_, gone = run.heard("detected")
+    detected, *_, gone = run.faults()
     assert "ecc_uncorrected" in detected["what"] and detected["notice"] == "predicted", run.said()
     assert "elastic.predicted_risk" in run.said()
     first, second = run.heard("started")[:2]
