@@ -41,7 +41,7 @@ from workflows.futures import Future, Part, refuse_method, told_of_type
 from workflows.gangs import Gang, resolve_gang
 from workflows.names import canonical_name, load_name
 from workflows.step_context import StepContext, context
-from workflows.values import field_of, readable, same_or
+from workflows.values import field_of, mapped, readable
 
 __all__ = [
     "Artifact",
@@ -429,14 +429,9 @@ def edges_of(runtime: Runtime, needs: list[str]) -> Callable[[Any], Any]:
 
 def resolve_edges(tree: Any, result_of: Callable[[str], Any]) -> Any:
     """Edges replaced by the encoded results that they stand for; what has none is no copy."""
-    if isinstance(tree, list):
-        resolved = [resolve_edges(item, result_of) if isinstance(item, (list, dict)) else item for item in tree]
-        return same_or(tree, resolved)
-    if isinstance(tree, dict):
-        if "$edge" in tree:
-            return field_of(result_of(tree["$edge"]), tree["field"], tree["$edge"])
-        return same_or(tree, {key: resolve_edges(item, result_of) for key, item in tree.items()})
-    return tree
+    if isinstance(tree, dict) and "$edge" in tree:
+        return field_of(result_of(tree["$edge"]), tree["field"], tree["$edge"])
+    return mapped(tree, lambda item: resolve_edges(item, result_of))
 
 
 def parse_memory(text: str | int) -> int:

@@ -272,10 +272,8 @@ def canonical(tree: Any) -> bytes:
 def identity(tree: Any) -> Any:
     """An encoded value reduced to what makes it equal to another: an artifact is its digest and what it was sealed
     with, wherever it lies, and the order of a dict's keys does not count. What needs no change is no copy."""
-    if isinstance(tree, list):
-        return same_or(tree, [identity(item) if isinstance(item, (list, dict)) else item for item in tree])
     if not isinstance(tree, dict):
-        return tree
+        return mapped(tree, identity)
     if "$artifact" in tree:
         kept = {"$artifact": tree["$artifact"]["digest"]}
         meta = tree["$artifact"]["meta"]
@@ -284,16 +282,14 @@ def identity(tree: Any) -> Any:
         return {"$settings": tree["$settings"]}
     if "$dict" in tree:
         return {"$dict": sorted((identity(pair) for pair in tree["$dict"]), key=canonical)}
-    return same_or(tree, {key: identity(item) for key, item in tree.items()})
+    return mapped(tree, identity)
 
 
 def earlier_identity(tree: Any) -> Any:
     """`identity` as it was before artifacts counted with what they were sealed with, a dict's order never, and a value
     with its class: what the digests in older stores were made of."""
-    if isinstance(tree, list):
-        return [earlier_identity(item) for item in tree]
     if not isinstance(tree, dict):
-        return tree
+        return mapped(tree, earlier_identity)
     if "$artifact" in tree:
         return {"$artifact": tree["$artifact"]["digest"]}
     if tree.get("unkeyed") is True and "$settings" in tree:
@@ -307,13 +303,30 @@ def earlier_identity(tree: Any) -> Any:
         texts = all(type(key) is str and not key.startswith("$") for key, _ in pairs)
         return dict(pairs) if texts else {"$dict": pairs}
     later = ("extra", "beside", "private") if _tag(tree) is not None else ()
-    return {key: earlier_identity(item) for key, item in tree.items() if key not in later}
+    return mapped({key: item for key, item in tree.items() if key not in later}, earlier_identity)
 
 
-def same_or(tree: Any, found: Any) -> Any:
-    """`tree` itself where `found` holds the very same things: what many calls share is kept once."""
-    before, now = (tree, found) if isinstance(tree, list) else (tree.values(), found.values())
-    return tree if all(map(operator.is_, before, now)) else found
+def walk(tree: Any) -> Iterator[Any]:
+    """Every list and dict inside an encoded value, outermost and first ones first, but for those inside artifacts."""
+    todo = [tree] if isinstance(tree, (list, dict)) else []
+    while todo:
+        item = todo.pop()
+        yield item
+        if isinstance(item, list) or "$artifact" not in item:
+            inside = item if isinstance(item, list) else item.values()
+            todo += [each for each in inside if isinstance(each, (list, dict))][::-1]
+
+
+def mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """A list or dict with `change(x)` for each list and dict x that it holds; `tree` itself if that changes nothing, so
+    that what many calls share is kept once."""
+    if isinstance(tree, list):
+        items = [change(item) if isinstance(item, (list, dict)) else item for item in tree]
+        return tree if all(map(operator.is_, tree, items)) else items
+    if isinstance(tree, dict):
+        fields = {key: change(item) if isinstance(item, (list, dict)) else item for key, item in tree.items()}
+        return tree if all(map(operator.is_, tree.values(), fields.values())) else fields
+    return tree
 
 
 def digest(tree: Any) -> str:
@@ -348,11 +361,9 @@ def one_line(tree: Any, most: int = 300) -> str | None:
 
 def _without_kinds(tree: Any) -> Any:
     """An encoded value in which a number of numpy's, or a dict of a class of its own, is as any other."""
-    if isinstance(tree, list):
-        return [_without_kinds(item) for item in tree]
     if isinstance(tree, dict) and "$kind" in tree:
         return _without_kinds(tree["value"] if "value" in tree else {"$dict": tree["items"]})
-    return {key: _without_kinds(item) for key, item in tree.items()} if isinstance(tree, dict) else tree
+    return mapped(tree, _without_kinds)
 
 
 def differences(before: Any, now: Any, most: int = 5) -> list[str]:
@@ -388,13 +399,4 @@ def _leaves(tree: Any, path: str) -> Iterator[tuple[str, str]]:
 
 def artifact_records(tree: Any) -> list[dict[str, Any]]:
     """The records of all artifacts inside an encoded value, in order."""
-    found: list[dict[str, Any]] = []
-    todo = [tree]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, dict) and "$artifact" in item:
-            found.append(item["$artifact"])
-        elif isinstance(item, (dict, list)):
-            inside = item.values() if isinstance(item, dict) else item
-            todo += [each for each in inside if isinstance(each, (dict, list))][::-1]
-    return found
+    return [item["$artifact"] for item in walk(tree) if isinstance(item, dict) and "$artifact" in item]

@@ -199,16 +199,8 @@ def open_run(cache: RunCache, store: Store, run_id: str) -> tuple[Json, Replay]:
 
 def artifact_digests(tree: Any) -> Iterator[str]:
     """The digests of the artifacts in an encoded value, or in its identity (where an artifact is its digest)."""
-    if isinstance(tree, list):
-        for item in tree:
-            yield from artifact_digests(item)
-    elif isinstance(tree, dict):
-        if "$artifact" in tree:
-            found = tree["$artifact"]
-            yield found if isinstance(found, str) else found["digest"]
-        else:
-            for item in tree.values():
-                yield from artifact_digests(item)
+    for found in artifact_records(tree):
+        yield found if isinstance(found, str) else found["digest"]
 
 
 def commit_of(records: list[CallRecord]) -> Commit | None:

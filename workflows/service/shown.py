@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from infra.telemetry import HIDDEN, redact
-from workflows.values import brief
+from workflows.values import artifact_records, brief, mapped
 
 MOST_LETTERS = 200_000
 """A value that is longer as JSON is shown by its beginning."""
@@ -34,14 +34,10 @@ def shown_parameters(arguments: Any, names: list[str]) -> list[dict[str, Any]]:
 
 def name_artifacts(value: Any, names: dict[str, str]) -> Any:
     """A shown value whose artifacts have their names, where those are known (the journal keeps inputs by digest)."""
-    if isinstance(value, list):
-        return [name_artifacts(item, names) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "$artifact" in value:
+    if isinstance(value, dict) and "$artifact" in value:
         entry = value["$artifact"]
         return {"$artifact": {**entry, "name": entry.get("name") or names.get(entry["digest"], "")}}
-    return {key: name_artifacts(item, names) for key, item in value.items()}
+    return mapped(value, lambda item: name_artifacts(item, names))
 
 
 def sources(value: Any) -> dict[str, str]:
@@ -53,9 +49,7 @@ def sources(value: Any) -> dict[str, str]:
 
 def holds_artifact(value: Any) -> bool:
     """Whether an artifact is in a shown value."""
-    if isinstance(value, list):
-        return any(holds_artifact(item) for item in value)
-    return isinstance(value, dict) and ("$artifact" in value or any(holds_artifact(v) for v in value.values()))
+    return bool(artifact_records(value))
 
 
 def _plain(tree: Any) -> Any:
