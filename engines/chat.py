@@ -119,9 +119,11 @@ def _load_served(folder: Path, source: Path) -> Any:
 
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            served = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            served.apply_chat_template([ASKED])  # which reads more of its config than loading does
+            return served
     except Exception as error:  # whatever the file's content makes of it
-        raise CheckpointError(f"{source}: transformers cannot read its tokenizer: {one_line(error)}") from error
+        raise CheckpointError(f"{source}: transformers cannot use its tokenizer: {one_line(error)}") from error
 
 
 def _difference(tokenizer: Tokenizer, served: Any, template: str) -> str | None:

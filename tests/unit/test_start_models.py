@@ -159,6 +159,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config elsewhere": (lambda f: dangle(f / "config.json"), "config.json is a link to /cache/blob, which is not"),
     "template elsewhere": (lambda f: dangle(f / "chat_template.jinja"), "chat_template.jinja is a link to /cache"),
     "template not pulled": (lambda f: (f / "chat_template.jinja").write_text(LFS), "jinja is a Git LFS pointer"),
+    "length of no number": (
+        lambda f: change(f, "tokenizer_config.json", model_max_length="many"),
+        "transformers cannot use its tokenizer",
+    ),
     "tokenizer without an end": (lambda f: retoken(f, "<|end_of_text|>"), "model: the tokenizer names no end-of-text"),
     "NaN": (spoil(NORM, float("nan")), "NaN or infinity in model.norm.weight"),
     "infinity": (spoil(EMBEDDING, float("-inf")), "NaN or infinity in model.embed_tokens.weight"),
