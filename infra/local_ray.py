@@ -141,7 +141,7 @@ class LocalRay:
 
     def _run(self) -> None:
         try:
-            self._watch(self._servers.start())
+            self._watch(self._first())
         except BaseException as error:
             self._error = error
             self._servers.stop()
@@ -155,6 +155,14 @@ class LocalRay:
         except BaseException as error:
             self._error = error
             self._on_error(error)
+
+    def _first(self) -> dict[str, int]:
+        """Ray gives its servers 30 s to start, which a busy machine may exceed once."""
+        try:
+            return self._servers.start()
+        except SystemFault:
+            self._servers.stop()
+            return self._servers.start()
 
     def _watch(self, servers: dict[str, int]) -> None:
         self._since = time.monotonic()

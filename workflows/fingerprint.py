@@ -38,11 +38,11 @@ FORMAT = 1
 FILE = "file "
 PLATFORM = {
     "alarm", "artifact_writer", "artifacts", "attempts", "batches", "bundle", "call", "channel", "cli", "config",
-    "definitions", "ends", "events", "executor", "fanout", "fingerprint", "futures", "gangs", "gc", "graph", "guarded",
-    "history", "housekeeping", "identities", "indexer", "isolation", "journal", "keywords", "kinds", "known", "launch",
-    "listing", "loop", "marks", "names", "outcome", "output", "paths", "placement", "planning", "progress", "report",
-    "report_groups", "report_page", "report_results", "run_writer", "runs", "runtime", "saved", "session", "source",
-    "status", "step_context", "survey", "taken", "takeover", "values", "waits", "why", "worker",
+    "definitions", "ends", "events", "executor", "fanout", "fingerprint", "fold", "futures", "gangs", "gc", "graph",
+    "guarded", "history", "housekeeping", "identities", "indexer", "isolation", "journal", "keywords", "kinds", "known",
+    "launch", "listing", "loop", "marks", "names", "outcome", "output", "paths", "placement", "planning", "progress",
+    "records", "report", "report_groups", "report_page", "report_results", "run_writer", "runs", "runtime", "saved",
+    "session", "source", "status", "step_context", "survey", "taken", "takeover", "values", "waits", "why", "worker",
 }  # fmt: skip
 """Modules of `workflows` that carry, show and keep results. What remains are recipes and their steps."""
 BLINDING = {"exec", "eval", "globals", "__import__"}

@@ -10,8 +10,9 @@ import pytest
 from page_site import PATIENCE_MS, TOKEN
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser(chromium: str) -> Iterator[Any]:
+    """It ends with these tests: as long as it lives, an event loop runs in this thread."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:

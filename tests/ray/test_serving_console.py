@@ -56,11 +56,15 @@ class Server:
 
     def kill(self, name: str) -> None:
         """SIGKILL to one of the processes of its Ray."""
+        self.find(name).kill()
+
+    def find(self, name: str) -> psutil.Process:
+        """One of the processes of its Ray, as soon as it is there."""
         deadline = time.monotonic() + 120
         while not (found := [each for each in self._family_now() if _name(each) == name]):
             assert time.monotonic() < deadline, f"it has no {name}"
             time.sleep(0.05)
-        found[0].kill()
+        return found[0]
 
     def end(self) -> str:
         """What it still says. Nothing of it is left."""
@@ -129,6 +133,7 @@ def test_serve_prints_lines_that_work_outlives_its_ray_and_ctrl_c_leaves_nothing
 def test_a_ray_that_dies_while_the_model_is_loaded_is_named_and_bounded(serve: Callable[..., Server]) -> None:
     server = serve(restarts=1)
     server.read_until("loading")
+    server.find("ray::deploy")
     server.kill("gcs_server")
     said = server.read_until("loading")
     assert "is gone (its GCS was killed by SIGKILL); another one is started (start 1 of local_ray_restarts=1)" in said

@@ -71,7 +71,9 @@ def batch(number: int, calls: list[tuple[str, Any]]) -> str:
 def results(process: "subprocess.Popen[str]") -> list[Any]:
     """What the task returned: each call's result, None where it was handed back."""
     assert process.stdout is not None
-    outcomes = json.loads(process.stdout.readline())
+    while "[" not in (line := process.stdout.readline()):  # a thread that was left may print before and after it
+        assert line, "the task ended without an answer"
+    outcomes, _ = json.JSONDecoder().raw_decode(line[line.index("[") :])
     assert all(outcome is None or outcome["ok"] for outcome in outcomes), [
         each and each.get("error") for each in outcomes
     ]

@@ -219,6 +219,12 @@ def test_a_first_start_that_fails_is_raised(servers: Stand) -> None:
     assert servers.calls == ["start", "stop"]
 
 
+def test_a_first_start_that_takes_too_long_is_tried_once_more(watch: Watch, servers: Stand) -> None:
+    servers.fail = [SystemFault("Ray did not start (timed out); an overloaded machine? run it again")]
+    watched = watch(restarts=1)
+    assert servers.calls == ["start", "stop", "start"] and not watched.ray.is_lost() and not watched.lost
+
+
 def test_where_the_run_is_ending_no_other_one_is_started(watch: Watch, servers: Stand) -> None:
     """Ctrl-C reaches Ray's processes as well."""
     watched = watch()
