@@ -8,7 +8,7 @@ INSTALL     := $(PY) -m pip install -qq --disable-pip-version-check
 TORCH       := $(shell sed -n 's/^torch==//p' requirements/$(ACCELERATOR).txt)
 TESTS       := $(wildcard tests/chaos tests/ray tests/page tests/gpu tests/unit)
 # Test files at the same time: many of them wait for processes that they started.
-WORKERS     ?= 3
+WORKERS     ?= 2
 ARGS        ?=
 SUDO        := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 

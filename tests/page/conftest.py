@@ -10,7 +10,7 @@ import pytest
 from page_site import PATIENCE_MS, TOKEN
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser(chromium: str) -> Iterator[Any]:
     """It ends with these tests: as long as it lives, an event loop runs in this thread."""
     from playwright.sync_api import sync_playwright

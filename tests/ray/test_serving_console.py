@@ -71,7 +71,7 @@ class Server:
         assert self.process.stdout is not None
         rest = self.process.stdout.read()
         self.process.wait(60)
-        _, alive = psutil.wait_procs(self.family, timeout=15)
+        _, alive = psutil.wait_procs(self.family, timeout=120)
         assert not alive, [process.name() for process in alive]
         return rest
 

@@ -229,7 +229,9 @@ def test_cancelled_and_late_requests_leave_the_engine(client: RecuaClient) -> No
     assert freed_after < time.monotonic() - started, "waiting for the natural end would have looked the same"
 
 
-def test_overload_is_refused_not_buffered(client: RecuaClient, http: httpx.Client) -> None:
+def test_overload_is_refused_not_buffered(served: Served, client: RecuaClient, http: httpx.Client) -> None:
+    """Those who may wait get in; how many more do depends on how fast the slots are given out."""
+
     def over_grpc(index: int) -> str:
         try:
             client.generate([0, 5, index + 6], temperature=0.0, max_tokens=400, ignore_eos=True)
@@ -244,10 +246,10 @@ def test_overload_is_refused_not_buffered(client: RecuaClient, http: httpx.Clien
     with ThreadPoolExecutor(24) as pool:
         codes = list(pool.map(over_grpc, range(24)))
         statuses = list(pool.map(over_http, range(24)))
-    assert codes.count("OK") >= 4
+    assert codes.count("OK") >= served.settings.max_queued_requests
     assert codes.count("RESOURCE_EXHAUSTED") >= 1
     assert set(codes) <= {"OK", "RESOURCE_EXHAUSTED", "UNAVAILABLE"}
-    assert statuses.count(200) >= 4
+    assert statuses.count(200) >= served.settings.max_queued_requests
     assert set(statuses) == {200, 429}
 
 
