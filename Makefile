@@ -6,9 +6,10 @@ VENV        := .venv
 PY          := $(VENV)/bin/python
 INSTALL     := $(PY) -m pip install -qq --disable-pip-version-check
 TORCH       := $(shell sed -n 's/^torch==//p' requirements/$(ACCELERATOR).txt)
-TESTS       := $(wildcard tests/chaos tests/ray tests/page tests/gpu tests/unit)
-# Test files at the same time: many of them wait for processes that they started.
-WORKERS     ?= 2
+# Unit tests first: some of them fork, which a process that Ray was in does not survive.
+TESTS       := $(wildcard tests/unit tests/ray tests/chaos tests/page tests/gpu)
+# Test files at the same time; many of them wait for processes that they started.
+WORKERS     ?= 1
 ARGS        ?=
 SUDO        := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
@@ -32,7 +33,7 @@ test: lint ## lint, types, import rules, then every test; the last line is pytes
 	@echo "==> import rules (import-linter)"
 	@$(VENV)/bin/lint-imports
 	@echo "==> tests: $(TESTS)"
-	@$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
+	@$(PY) -m pytest $(if $(filter-out 1,$(WORKERS)),--numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder) $(TESTS) $(ARGS)
 
 chaos: $(VENV)/.installed ## random faults on elastic pretraining over four raylets; ARGS="--faults 300" or "--for 10m"; SEED=n replays
 	@$(PY) -m tests.chaos.elastic_campaign $(ARGS)
