@@ -113,9 +113,17 @@ class _RedactedRecords:
             record.stack_info = redact(record.stack_info)
         try:
             _hide_in_message(record)
-        except (TypeError, ValueError, KeyError):  # arguments that do not fit their text: logging itself says so
-            record.msg, record.args = redact(f"{record.msg} {record.args}"), ()
+        except Exception:  # arguments that do not fit their text, or cannot be shown: no reason to fail who logs
+            record.msg, record.args = redact(_message_as_given(record)), ()
         return record
+
+
+def _message_as_given(record: logging.LogRecord) -> str:
+    try:
+        return f"{record.msg} {record.args}"
+    except Exception:
+        text = record.msg if isinstance(record.msg, str) else f"a {type(record.msg).__name__}"
+        return f"{text} (what it says cannot be shown)"
 
 
 def _hide_in_message(record: logging.LogRecord) -> None:

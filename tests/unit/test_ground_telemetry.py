@@ -121,6 +121,20 @@ def test_log_records_keep_their_arguments_apart(plain_logs: None) -> None:
     assert record.getMessage() == "GET /runs?token=[redacted] 200"
 
 
+def test_who_logs_what_cannot_be_shown_is_not_failed(plain_logs: None) -> None:
+    """Logging says so itself and goes on: what removes secrets may not do less."""
+
+    class Silent:
+        def __repr__(self) -> str:
+            raise RuntimeError("nobody knows")
+
+    hide_secrets_in_logs()
+    make = logging.getLogger("some.library").makeRecord
+    record = make("x", 30, "f", 1, "token=hunter2222 %s", (Silent(),), None)
+    assert record.getMessage() == "token=[redacted] %s (what it says cannot be shown)"
+    assert make("x", 30, "f", 1, Silent(), (), None).getMessage() == "a Silent (what it says cannot be shown)"
+
+
 def _new(kind: type, *given: Any) -> None:
     """Begin to make an object of a class, as far as that goes without what it needs."""
     made = kind.__init__(object(), *given)  # type: ignore[misc]
