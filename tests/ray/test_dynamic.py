@@ -22,6 +22,7 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
 from infra.errors import NonDeterminismError, ResourceError, StepError, StepTimeout, UserError
+from infra.processes import process_start
 from infra.storage import open_store
 from workflows import cli, session
 from workflows.config import RunSettings
@@ -147,10 +148,7 @@ def groups() -> list[str]:
 
 
 def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
+    return process_start(pid) is None
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> None:

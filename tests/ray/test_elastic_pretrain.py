@@ -27,6 +27,7 @@ from cluster.workers.named_actors import NAMESPACE
 from data.tokenized import write_shards
 from engines.config import LearnerSettings
 from infra.errors import CheckpointError, DataError, StepError
+from infra.processes import process_start
 from infra.storage import open_store
 from models.llama import LlamaConfig
 from models.tokenizer import load_tokenizer, train_bpe
@@ -186,10 +187,7 @@ def until(holds: Callable[[], bool], timeout_s: float = 120) -> None:
 
 
 def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    return process_start(pid) is not None
 
 
 def memory_of(run: Run) -> list[Path]:

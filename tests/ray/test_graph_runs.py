@@ -16,6 +16,7 @@ import pytest
 import ray
 
 from infra.errors import NodeLost, NonDeterminismError, ResourceError, StepError, StepTimeout, UserError
+from infra.processes import process_start
 from infra.storage import open_store
 from workflows import planning, session
 from workflows.config import RunSettings
@@ -63,10 +64,7 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
+    return process_start(pid) is None
 
 
 def wait_gone(*pids: int) -> None:

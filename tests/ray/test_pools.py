@@ -13,6 +13,7 @@ import ray
 
 from actors.config import LearnerPoolSettings
 from actors.pools import NAMESPACE, Pools
+from infra.processes import process_start
 
 LEASE_S = 2.0
 POOL = LearnerPoolSettings(workers=1, num_cpus=0.1, threads=1)
@@ -41,10 +42,7 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 60) -> No
 
 
 def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
+    return process_start(pid) is None
 
 
 def pid_of(member: Any) -> int:

@@ -16,6 +16,7 @@ from cluster.workers.gather import gather
 from cluster.workers.group import WorkerGroup
 from cluster.workers.seat import Worker
 from infra.errors import DataError, NodeLost, ResourceError, StepError, StepTimeout
+from infra.processes import process_start
 
 
 class Probe(Worker):
@@ -45,10 +46,7 @@ class Probe(Worker):
 
 
 def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
+    return process_start(pid) is not None
 
 
 @pytest.fixture(scope="module", autouse=True)
