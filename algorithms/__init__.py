@@ -12,7 +12,6 @@ __all__ = [
     "grpo",
     "kl",
     "logprobs",
-    "merge",
     "ppo",
     "rejection",
     "reward",

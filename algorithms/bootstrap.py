@@ -23,13 +23,6 @@ class Difference:
     mean: float
     standard_error: float
 
-    @property
-    def standard_errors(self) -> float:
-        """How many standard errors the difference is from 0; infinite (or 0) when there is no spread at all."""
-        if self.standard_error > 0:
-            return self.mean / self.standard_error
-        return float(np.sign(self.mean)) * float("inf") if self.mean else 0.0
-
 
 def mean_interval(scores: ArrayLike, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
     """Percentile bootstrap interval of the mean of `scores` [N].

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of tokens, aligned with the tokens themselves.
+"""Log-probabilities of tokens, aligned with the tokens themselves.
 
 Convention of the whole package: a value at position t belongs to *token t*, that is, it was computed from the logits
 at position t - 1. Position 0 has no prediction and holds 0; masks must be 0 there. All results are fp32.
@@ -29,34 +29,9 @@ def token_logprobs(logits: torch.Tensor, input_ids: torch.Tensor, temperature: f
     return F.pad(found.view(targets.shape), (1, 0))
 
 
-def token_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of the distribution that token t was drawn from: H = logsumexp(z) - sum(softmax(z) * z).
-
-    Args:
-        logits: [B, T, V].
-
-    Returns:
-        [B, T] fp32; position 0 is 0.
-    """
-    predictions = logits[:, :-1].float()
-    probabilities = predictions.softmax(dim=-1)
-    entropy = predictions.logsumexp(dim=-1) - (probabilities * predictions).sum(dim=-1)
-    return F.pad(entropy, (1, 0))
-
-
 def align_values(values: torch.Tensor) -> torch.Tensor:
     """A critic's outputs [B, T] (position t has read token t) -> V of the state in which token t is chosen, [B, T].
 
     Position 0 is 0; the output after the last token is dropped.
     """
     return F.pad(values[:, :-1].float(), (1, 0))
-
-
-def predicted_mask(segment_ids: torch.Tensor) -> torch.Tensor:
-    """Which tokens of packed rows have a prediction from their own document, [B, T] bool.
-
-    False for padding (segment 0) and for the first token of every segment, whose logits come from another document.
-    """
-    follows = torch.zeros_like(segment_ids, dtype=torch.bool)
-    follows[:, 1:] = segment_ids[:, 1:] == segment_ids[:, :-1]
-    return follows & (segment_ids != 0)

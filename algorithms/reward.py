@@ -48,14 +48,6 @@ def last_token_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> tor
     return values.float().gather(1, last.clamp(min=0)[:, None])[:, 0]
 
 
-def ranking_pairs(ranked: list[int]) -> list[tuple[int, int]]:
-    """(better, worse) for every two answers of a ranking given best first.
-
-    Llama 3 ranks edited > chosen > rejected: three answers make three pairs.
-    """
-    return [(better, worse) for i, better in enumerate(ranked) for worse in ranked[i + 1 :]]
-
-
 def accuracy_by_rating(
     chosen: torch.Tensor, rejected: torch.Tensor, ratings: torch.Tensor, num_ratings: int = 4
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -125,17 +125,6 @@ def write_jsonl(path: str | Path, rows: Iterable[Row]) -> int:
     return count
 
 
-def write_parquet(path: str | Path, rows: Iterable[Row]) -> int:
-    """Write rows as one parquet file, atomically; returns how many."""
-    import pyarrow
-    import pyarrow.parquet
-
-    table = pyarrow.Table.from_pylist(list(rows))
-    with appear(Path(path)) as temporary:
-        pyarrow.parquet.write_table(table, temporary)
-    return int(table.num_rows)
-
-
 def _raw_rows(sources: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, str, object]]:
     """(source, place, row); a row of text is still its bytes, so that one bad line does not end a validation pass."""
     for source, file in _resolve(sources):

@@ -92,11 +92,6 @@ class Mixture:
         columns = [[getattr(part, name) for part in parts] for name in ("source", "epoch", "index")]
         return SampleIds(*(np.concatenate([np.empty(0, np.int64), *column]) for column in columns))
 
-    def epochs_at(self, position: int) -> dict[str, float]:
-        """How often each source has been gone through before `position`, to the block: {"stdlib": 1.25}."""
-        drawn = self._drawn_before(position // self.block_size)
-        return {source.name: count / source.size for source, count in zip(self.sources, drawn, strict=True)}
-
     def _drawn_before(self, block: int) -> list[int]:
         """Samples of each source in all blocks before this one. Rounding the running sum keeps the total exact, and a
         block of at least 2 / (smallest share) positions keeps every count rising."""

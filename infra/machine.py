@@ -6,7 +6,6 @@ Each `require_*` names the setting to change. Sizes are bytes; `parse_size("2GiB
 import math
 import os
 import re
-import shutil
 import socket
 from pathlib import Path
 
@@ -74,16 +73,6 @@ def require_memory(needed: int, setting: str, available: int | None = None) -> N
     free = available_memory() if available is None else available
     if needed > free:
         raise ResourceError(f"{setting}: needs {show_size(needed)} of memory, this machine has {show_size(free)} free")
-
-
-def require_disk(needed: int, folder: Path, setting: str) -> None:
-    """Raises ResourceError when the file system of `folder` (or of its nearest existing parent) has less free."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise ResourceError(f"{setting}: needs {show_size(needed)} of disk under {place}, {show_size(free)} are free")
 
 
 def require_port(port: int, setting: str, host: str = "127.0.0.1") -> None:

@@ -9,13 +9,13 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from infra.errors import DataError, UserError
+from infra.errors import UserError
 
 HIDDEN = "[redacted]"
 SECRET_LETTERS = 4096
@@ -177,30 +177,6 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a `metrics.jsonl` file; raises what `parse_metrics` raises."""
-    with path.open(encoding="utf-8") as file:
-        yield from parse_metrics(file, str(path))
-
-
-def parse_metrics(lines: Iterable[str], source: str) -> Iterator[dict[str, Any]]:
-    """The rows in `lines` (with their newlines). A last line without one (its writer was killed) is left out.
-
-    Raises:
-        DataError: another line is no JSON object (`source:line`).
-    """
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            return
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{source}:{number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{source}:{number}: expected an object, got {line.strip()[:60]}")
-        yield row
 
 
 def metric_rows(data: bytes) -> tuple[list[dict[str, Any]], int]:

@@ -115,10 +115,6 @@ def test_scores_are_read_at_the_last_real_token():
     assert reward.last_token_scores(values, torch.tensor([[1, 1, 0], [1, 1, 1]])).tolist() == [2.0, 6.0]
 
 
-def test_three_ranked_answers_make_three_pairs():
-    assert reward.ranking_pairs([7, 2, 5]) == [(7, 2), (7, 5), (2, 5)]
-
-
 def test_accuracy_by_rating():
     chosen, rejected = torch.tensor([1.0, 0.0, 2.0, 3.0]), torch.tensor([0.0, 1.0, 2.0, 1.0])
     correct, pairs = reward.accuracy_by_rating(chosen, rejected, torch.tensor([0, 0, 3, 3]))

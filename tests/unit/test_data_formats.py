@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from data.files import once, resolve_files
-from data.formats import read_rows, validate, write_jsonl, write_parquet
+from data.formats import read_rows, validate, write_jsonl
 from infra.errors import DataError
 
 USER = {"role": "user", "content": "2+2?"}
@@ -21,6 +21,12 @@ FOUR = {"role": "assistant", "content": "4"}
 FIVE = {"role": "assistant", "content": "5"}
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"
 CHAT = {"messages": [USER, FOUR], "task_type": "reasoning/addition"}
+
+
+def write_parquet(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return len(rows)
 
 
 @pytest.mark.parametrize("write", [write_jsonl, write_parquet])

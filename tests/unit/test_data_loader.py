@@ -72,11 +72,6 @@ def test_reading_in_pieces_gives_the_same_stream():
     assert Mixture(SOURCES, seed=6).samples(1000, 3000).tuples() != whole
 
 
-def test_epochs_are_told():
-    mixture = Mixture([Source("a", 100, 1.0), Source("b", 50, 1.0)], seed=0)
-    assert mixture.epochs_at(mixture.block_size * 100) == {"a": 128.0, "b": 256.0}
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7, 24, 100])
 def test_ranks_together_are_the_batch_for_any_world_size(world_size):
     loader = _loader()

@@ -12,7 +12,6 @@ from infra.errors import ConfigError, ResourceError
 from infra.machine import (
     available_memory,
     parse_size,
-    require_disk,
     require_memory,
     require_port,
     require_ray,
@@ -69,13 +68,6 @@ def test_too_little_memory_names_the_setting_and_both_sizes() -> None:
     with pytest.raises(ResourceError, match=r"^pools\.engine\.kv_cache: needs 4\.0 GiB .* has 1\.0 GiB free$"):
         require_memory(4 * 2**30, "pools.engine.kv_cache", available=2**30)
     require_memory(2**20, "pools.engine.kv_cache")
-
-
-def test_too_little_disk(tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match=r"--store: needs 8388608\.0 TiB of disk"):
-        require_disk(2**63, tmp_path / "not" / "there" / "yet", "--store")
-    assert not (tmp_path / "not").exists()
-    require_disk(1, tmp_path, "--store")
 
 
 def test_a_port_in_use_is_refused_and_a_free_one_is_not() -> None:

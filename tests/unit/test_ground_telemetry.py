@@ -5,7 +5,6 @@ import base64
 import contextlib
 import inspect
 import io
-import json
 import logging
 import random
 import subprocess
@@ -18,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infra.errors import DataError, UserError
-from infra.telemetry import MetricsWriter, as_number, hide_secrets_in_logs, metric_rows, read_metrics, redact, shorten
+from infra.errors import UserError
+from infra.telemetry import MetricsWriter, as_number, hide_secrets_in_logs, metric_rows, redact, shorten
 
 SECRETS = [
     ("Authorization: Bearer abcdef0123456789", "abcdef0123456789"),
@@ -197,24 +196,11 @@ def test_metrics_round_trip(tmp_path: Path) -> None:
     with MetricsWriter(path) as writer:
         writer.write("sft", 1, loss=2.5, **{"loss/reasoning/arithmetic": 2.75})
         writer.write("sft", 2, loss=float("nan"))
-    assert list(read_metrics(path)) == [
+    rows = [
         {"stage": "sft", "step": 1, "loss": 2.5, "loss/reasoning/arithmetic": 2.75},
         {"stage": "sft", "step": 2, "loss": None},
     ]
-
-
-def test_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"stage": "a", "step": 1}\n{"stage": "a", "st')
-    assert [row["step"] for row in read_metrics(path)] == [1]
-
-
-@pytest.mark.parametrize("line", ["{broken", json.dumps([1, 2])])
-def test_a_malformed_line_names_file_and_line(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"stage": "a", "step": 1}}\n{line}\n{{"stage": "a", "step": 3}}\n')
-    with pytest.raises(DataError, match=r"metrics\.jsonl:2: "):
-        list(read_metrics(path))
+    assert metric_rows(path.read_bytes()) == (rows, 0)
 
 
 def test_the_rows_of_a_file_of_whatever_origin_are_read_and_the_rest_is_counted() -> None:
