@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from cluster.config import ElasticSettings
-from data.config import rising
+from data.config import Growth
 from engines.config import LearnerSettings
 from infra.config import Cpus, Gpus, Seconds, Settings
 from infra.errors import ConfigError
@@ -57,7 +57,7 @@ class PretrainSettings(Settings):
     """Optimizer steps."""
     batch_size: int = Field(default=32, ge=1)
     """Rows per optimizer step, over all ranks. Need not divide by the number of ranks."""
-    batch_growth: tuple[tuple[int, int], ...] = ()
+    batch_growth: Growth = ()
     """(first step, rows) pairs in rising order: from that step on the batch has so many rows (Llama 3: 4M, 8M, then 16M
     tokens). A window of data that a rollback leaves out counts as a step here."""
     sequence_length: int = Field(default=128, ge=2)
@@ -123,11 +123,6 @@ class PretrainSettings(Settings):
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return url
-
-    @field_validator("batch_growth")
-    @classmethod
-    def _growth_rises(cls, growth: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-        return rising(growth)
 
     @model_validator(mode="before")
     @classmethod

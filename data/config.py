@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from infra.config import Settings
 
@@ -131,25 +131,23 @@ class PackingSettings(Settings):
     result lists every sequence that was dropped or cut."""
 
 
+def _rising(growth: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    starts = [0, *(start for start, _ in growth)]
+    if any(later <= earlier for earlier, later in pairwise(starts)) or any(size < 1 for _, size in growth):
+        raise ValueError("windows must rise from 1 on and sizes must be positive")
+    return growth
+
+
+Growth = Annotated[tuple[tuple[int, int], ...], AfterValidator(_rising)]
+"""(first window, size) pairs in rising order of windows."""
+
+
 class BatchSettings(Settings):
     """How many samples the global batch holds, at first and later."""
 
     size: int = Field(default=32, ge=1)
     """Samples in the global batch, over all ranks."""
 
-    growth: tuple[tuple[int, int], ...] = ()
+    growth: Growth = ()
     """(first window, size) pairs in rising order: from that window on the global batch has that size instead. Windows
     and steps have the same numbers until a window has been skipped."""
-
-    @field_validator("growth")
-    @classmethod
-    def _growth_rises(cls, growth: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-        return rising(growth)
-
-
-def rising(growth: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    """The (first window, size) pairs. Raises ValueError where windows do not rise from 1 on, or a size is no size."""
-    starts = [0, *(start for start, _ in growth)]
-    if any(later <= earlier for earlier, later in pairwise(starts)) or any(size < 1 for _, size in growth):
-        raise ValueError("windows must rise from 1 on and sizes must be positive")
-    return growth

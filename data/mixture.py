@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
-from data.permutation import Indices, key_of, permute
+from data.permutation import Indices, key_of, mix, permute
 from infra.errors import ConfigError
 
 _WHOLE = 1 << 40
@@ -50,16 +49,8 @@ class SampleIds:
         """The same for the same samples in any order; those of several parts add up to that of all. Below n * 2^31."""
         mixed = np.zeros(len(self), np.uint64)
         for column in (self.index, self.epoch, self.source):
-            mixed = _scatter(mixed + column.astype(np.uint64))
+            mixed = mix(mixed + column.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))  # splitmix64
         return int((mixed >> np.uint64(33)).sum())
-
-
-def _scatter(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A number's 64 bits, well mixed: splitmix64 (Steele 2014)."""
-    mixed = numbers + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
 
 
 class Mixture:

@@ -37,11 +37,11 @@ def _feistel(values: NDArray[np.uint64], half: int, key: int) -> NDArray[np.uint
     low = np.uint64((1 << half) - 1)
     left, right = values >> np.uint64(half), values & low
     for number in range(_ROUNDS):
-        left, right = right, left ^ (_mix(right + np.uint64((key + number * 0x9E3779B97F4A7C15) & (2**64 - 1))) & low)
+        left, right = right, left ^ (mix(right + np.uint64((key + number * 0x9E3779B97F4A7C15) & (2**64 - 1))) & low)
     return (left << np.uint64(half)) | right
 
 
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finaliser of splitmix64 (Steele, Lea and Flood 2014); arithmetic modulo 2**64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import CorpusSettings
+from data.permutation import key_of
 from data.tasks.problem import Split, side_of
 from data.tasks.stdlib import MODULES, public_names
 from infra.errors import DataError
@@ -59,7 +60,7 @@ def stdlib_documents(settings: CorpusSettings) -> list[Document]:
         taken = _take(readers[part](), budget)
         chosen += taken
         left -= sum(len(document.text.encode()) for document in taken)
-    return sorted(chosen, key=lambda document: _rank(f"{document.kind} {document.name}"))
+    return sorted(chosen, key=lambda document: key_of(f"{document.kind} {document.name}"))
 
 
 def stdlib_instructions(split: Split, settings: CorpusSettings | None = None) -> list[dict[str, Any]]:
@@ -77,7 +78,7 @@ def stdlib_instructions(split: Split, settings: CorpusSettings | None = None) ->
         question = {"role": "user", "content": f"What does {full_name} do?"}
         answer = {"role": "assistant", "content": line}
         rows.append((full_name, {"messages": [question, answer], "task_type": "stdlib/docstring"}))
-    return [row for _, row in sorted(rows, key=lambda item: _rank(item[0]))]
+    return [row for _, row in sorted(rows, key=lambda item: key_of(item[0]))]
 
 
 def is_held_out(text: str, share: float) -> bool:
@@ -112,7 +113,7 @@ def _source_documents() -> Iterator[Document]:
 def _library_files() -> Iterator[tuple[str, str]]:
     """(relative path, text) of every source file of the library, in hash order."""
     root = _library_folder()
-    for relative in sorted(_source_files(root), key=_rank):
+    for relative in sorted(_source_files(root), key=key_of):
         try:
             with tokenize.open(root / relative) as file:
                 yield relative, file.read()
@@ -169,7 +170,7 @@ def _heading(node: ast.AST, name: str) -> str:
 def _help_documents() -> Iterator[Document]:
     """Signature and docstring of what has no Python source (math.sin, ...), and the topics of Python's own `help()`."""
     documents = [*_compiled_help(), *_help_topics()]
-    yield from sorted(documents, key=lambda document: _rank(document.name))
+    yield from sorted(documents, key=lambda document: key_of(document.name))
 
 
 def _compiled_help() -> Iterator[Document]:
@@ -225,7 +226,3 @@ def _first_line(value: Any) -> str:
     if re.match(r"[\w.]+\(", line) or " at 0x" in line or line.endswith((":", ",", "...")):
         return ""
     return line
-
-
-def _rank(name: str) -> bytes:
-    return hashlib.blake2b(name.encode(), digest_size=8).digest()

@@ -6,7 +6,6 @@ and shards.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.errors import DataError
+from infra.files import appear, sync_file, write_text
 
 FORMAT = 1
 _INDEX = "index.json"
@@ -70,7 +70,7 @@ def write_shards(
     shards = writer.close()
     counts = {"documents": documents, "tokens": sum(shard["tokens"] for shard in shards)}
     index = {"format": FORMAT, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size, "end_id": tokenizer.eos_id}
-    _write(folder / _INDEX, (json.dumps({**index, **counts, "shards": shards}, indent=1) + "\n").encode())
+    write_text(folder / _INDEX, json.dumps({**index, **counts, "shards": shards}, indent=1) + "\n")
     return {**counts, "shards": len(shards)}
 
 
@@ -184,19 +184,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 def _write_shard(folder: Path, number: int, tokens: NDArray[Any]) -> dict[str, Any]:
     name = f"shard-{number:05d}.npy"
-    temporary = folder / f".{name}"
-    with open(temporary, "wb") as file:
-        np.save(file, tokens)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / name)
+    with appear(folder / name) as temporary:
+        with open(temporary, "wb") as file:  # given a path, numpy would add its suffix
+            np.save(file, tokens)
+        sync_file(temporary)
     return {"file": name, "tokens": len(tokens)}
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -9,6 +9,7 @@ import re
 import socket
 from pathlib import Path
 
+from infra.addresses import family_of
 from infra.errors import ConfigError, ResourceError
 
 RAY_ANSWER_S = 2.0
@@ -75,18 +76,30 @@ def require_memory(needed: int, setting: str, available: int | None = None) -> N
         raise ResourceError(f"{setting}: needs {show_size(needed)} of memory, this machine has {show_size(free)} free")
 
 
-def require_port(port: int, setting: str, host: str = "127.0.0.1") -> None:
-    """Raises ResourceError when `port` is taken or may not be bound. Port 0 (any) always passes."""
+def hold_port(port: int, setting: str, host: str = "127.0.0.1") -> socket.socket:
+    """A socket bound to `port` of `host` (0: a free port), IPv4 or IPv6. Close it to free the port.
+
+    Raises:
+        ConfigError: not a port number.
+        ResourceError: the port is taken, or this process may not bind it.
+    """
     if not 0 <= port <= 65535:
         raise ConfigError(f"{setting}: {port} is no port (0 to 65535)")
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ResourceError(
-                f"{setting}: port {port} on {host} is in use or not allowed: {error.strerror}"
-            ) from None
+    held = socket.socket(family_of(host), socket.SOCK_STREAM)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        held.bind((host, port))
+    except OSError as error:
+        held.close()
+        raise ResourceError(
+            f"{setting}: cannot listen on {host}:{port}: {error}; choose another port, or 0 for any free one"
+        ) from None
+    return held
+
+
+def require_port(port: int, setting: str, host: str = "127.0.0.1") -> None:
+    """Check that `port` can be bound. Raises as `hold_port`."""
+    hold_port(port, setting, host).close()
 
 
 def answers(address: str, timeout_s: float = 5.0) -> bool:

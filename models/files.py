@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import CheckpointError
-from infra.files import LFS_POINTER
+from infra.files import LFS_POINTER, sync_file, sync_folder
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -73,21 +73,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield filling
         files = sorted(filling.iterdir(), key=lambda file: file.name == "config.json")
         for file in files:
-            _sync(file)
+            sync_file(file)
         folder.mkdir(exist_ok=True)
         (folder / "config.json").unlink(missing_ok=True)
         for stale in folder.glob("*.safetensors*"):
             stale.unlink()
         for file in files:
             file.replace(folder / file.name)
-        _sync(folder)
+        sync_folder(folder)
     finally:
         shutil.rmtree(filling, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,7 +21,7 @@ from infra.errors import CheckpointError, ConfigError
 from infra.storage import write_text
 from models.files import read_object, refuse_adapter, refuse_pointer, whole_folder
 from models.hf_format import from_hf_name, hf_config, read_config, to_hf_name, token_ids
-from models.llama import Llama, LlamaConfig
+from models.llama import Llama, LlamaConfig, parameter_shapes
 from models.tokenizer import Tokenizer
 
 SHARD_BYTES = 5 * 10**9
@@ -71,7 +71,7 @@ def check(folder: str | Path, config: LlamaConfig) -> dict[str, TensorEntry]:
         CheckpointError: missing, unexpected or misshapen tensors, named (at most eight of each kind), or as
             `check_dtypes` and `check_tied`.
     """
-    expected = _expected_shapes(config)
+    expected = parameter_shapes(config)
     found: dict[str, TensorEntry] = {}
     unexpected: list[str] = []
     index = tensor_index(folder)
@@ -251,12 +251,6 @@ def _is_known(name: str) -> bool:
     return True
 
 
-def _expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        model = Llama(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
 def some(names: Sequence[str]) -> str:
     """At most eight names for a message."""
     rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
@@ -333,7 +327,7 @@ def _fitting(
     dtypes: set[str],
 ) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, tensor) of exactly the tensors that `config` asks for; fills `dtypes` with what it saw."""
-    expected = {to_hf_name(name): shape for name, shape in _expected_shapes(config).items()}
+    expected = {to_hf_name(name): shape for name, shape in parameter_shapes(config).items()}
     source = model.state_dict() if isinstance(model, nn.Module) else model
     for name, tensor in source.items() if isinstance(source, Mapping) else source:
         hf_name = name if name.startswith(("model.", "lm_head.")) else _our_name_to_hf(name)

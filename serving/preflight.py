@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -10,8 +10,8 @@ import ray
 
 from engines.chat import own_template
 from engines.hf_folder import refuse_parts
-from infra.addresses import family_of
 from infra.errors import CheckpointError, ResourceError
+from infra.machine import hold_port
 from serving.config import ServingSettings
 
 PROCESS_OVERHEAD_GIB = 1.0
@@ -101,26 +101,9 @@ def pick_ports(host: str, grpc_port: int | None, http_port: int | None) -> tuple
     Raises:
         ResourceError: one of them is taken; names its setting.
     """
-    held: list[socket.socket] = []
-    try:
-        chosen = [
-            0 if port is None else _bind(host, port, setting, held)
-            for setting, port in (("grpc_port", grpc_port), ("http_port", http_port))
-        ]
-    finally:
-        for each in held:
-            each.close()
-    return chosen[0], chosen[1]
+    with ExitStack() as held:
 
+        def pick(port: int | None, setting: str) -> int:
+            return 0 if port is None else held.enter_context(hold_port(port, setting, host)).getsockname()[1]
 
-def _bind(host: str, port: int, setting: str, held: list[socket.socket]) -> int:
-    probe = socket.socket(family_of(host), socket.SOCK_STREAM)
-    held.append(probe)
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        probe.bind((host, port))
-    except (OSError, OverflowError) as error:
-        raise ResourceError(
-            f"serving.{setting}: cannot listen on {host}:{port}: {error}; choose another port, or 0 for any free one"
-        ) from None
-    return int(probe.getsockname()[1])
+        return pick(grpc_port, "serving.grpc_port"), pick(http_port, "serving.http_port")

@@ -1,10 +1,11 @@
 """One made problem, the kinds that make them, and the line between training and held-out problems."""
 
-import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from data.permutation import key_of
 
 Split = Literal["train", "held_out"]
 
@@ -67,5 +68,4 @@ class TaskKind:
 
 def side_of(scope: str, operands: str) -> Split:
     """Which side canonical operands fall on: a stable hash decides, the same on every machine and for every seed."""
-    digest = hashlib.blake2b(f"{scope}\0{operands}".encode(), digest_size=8).digest()
-    return "held_out" if int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64 else "train"
+    return "held_out" if key_of(scope, operands) < HELD_OUT_SHARE * 2**64 else "train"
