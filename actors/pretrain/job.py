@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actors.config import PretrainSettings
+from actors.pretrain.agent import ReplicaPlace
 from actors.pretrain.handover import Folder, local
 from engines.collectives.process_groups import StoreAddress
 from engines.config import SnapshotSettings
@@ -52,15 +53,6 @@ class PretrainJob:
     def snapshot_store(self) -> str:
         """URL of the store that snapshots are flushed to."""
         return self.settings.snapshot_store or self.state
-
-
-@dataclass(frozen=True)
-class ReplicaPlace:
-    """A replica server of another node."""
-
-    host: str
-    port: int
-    token: str
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from typing import Any
 
 import ray
 
+from actors.pretrain.agent import PretrainAgent
 from actors.pretrain.handover import take_over
 from actors.pretrain.job import PretrainJob
 from actors.pretrain.rank import PretrainRank
 from actors.pretrain.step_log import StepLog
-from actors.pretrain.task import PretrainAgent, PretrainTask
+from actors.pretrain.task import PretrainTask
 from cluster.controller.fleet import Fleet, WorkerKind
 from cluster.controller.lead import GroupController, Listener
 from cluster.controller.metrics import metered

@@ -1,70 +1,26 @@
 """What the controller of a pretraining must know of it: where ranks meet, what they load, who keeps replicas."""
 
-import json
 import logging
-import secrets
-import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
 
-from actors.pretrain.job import Order, ReplicaPlace
+from actors.pretrain.agent import ReplicaPlace
+from actors.pretrain.job import Order
 from cluster.config import ElasticSettings
 from cluster.controller.fleet import Fleet
 from cluster.core.history import GroupHistory
 from cluster.core.messages import Join
-from cluster.node.agent import AgentPlace, NodeAgent
 from cluster.policies.snapshot import place_replicas
 from engines.collectives.process_groups import StoreAddress
 from infra.errors import StoreError
-from infra.storage import Store, appear
+from infra.storage import Store
 
 log = logging.getLogger(__name__)
 
 ANSWER_S = 30.0
-SERVED = "replicas.json"
-"""Port and token of a node's replica server, in the group's folder."""
-
-
-class PretrainAgent(NodeAgent):
-    """A node agent that also serves its node's shards to the others, once there are others.
-
-    An agent that follows one that has ended serves at the same place, where the ranks of other nodes still put their
-    replicas.
-    """
-
-    def __init__(self, place: AgentPlace) -> None:
-        super().__init__(place)
-        self._server: Any = None
-        self._lock = threading.Lock()
-        if len(place.living) > 1:
-            threading.Thread(target=self.replica_server, name="replica-start", daemon=True).start()
-
-    def replica_server(self) -> ReplicaPlace:
-        """Where other nodes find this node's shards, and put replicas of theirs."""
-        with self._lock:
-            if self._server is None:
-                from engines.snapshots import ReplicaServer  # torch comes with it, which takes seconds
-
-                host, root = ray.util.get_node_ip_address(), self.place.folder.parent
-                port, token = self._place_before()
-                try:
-                    self._server = ReplicaServer(token, host=host, port=port, root=root)
-                except OSError:  # somebody else has the port by now
-                    self._server = ReplicaServer(token, host=host, root=root)
-                with appear(self.place.folder / SERVED) as draft:
-                    draft.touch(0o600)
-                    draft.write_text(json.dumps([self._server.port, token]))
-            return ReplicaPlace(self._server.host, self._server.port, self._server.token)
-
-    def _place_before(self) -> tuple[int, str]:
-        try:
-            port, token = json.loads((self.place.folder / SERVED).read_text())
-            return int(port), str(token)
-        except (OSError, ValueError, TypeError):
-            return 0, secrets.token_hex(16)
 
 
 class PretrainTask:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from actors.pretrain.agent import ReplicaPlace
 from actors.pretrain.batches import next_token_loss
 from actors.pretrain.fault_points import FaultPoints
-from actors.pretrain.job import ReplicaPlace
 from actors.pretrain.lead import fell_short, in_words
 from actors.pretrain.step_log import StepLog, read_steps
 from actors.pretrain.task import PretrainTask

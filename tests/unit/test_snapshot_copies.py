@@ -20,7 +20,7 @@ from elastic_group import (
     shared_memory,
 )
 
-from actors.pretrain.task import PretrainAgent
+from actors.pretrain.agent import PretrainAgent
 from cluster.node.agent import AgentPlace
 from engines.config import SnapshotSettings
 from engines.elastic.learner import Recipe
