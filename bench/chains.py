@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from workflows import session
-from workflows.config import RunSettings
+from workflows.driver import session
+from workflows.driver.settings import RunSettings
 from workflows.graph import step, workflow
 
 SPREAD = 1_000_000

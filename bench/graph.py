@@ -7,7 +7,7 @@
 Each step adds one to the number that the step before it gave, so what is measured is the engine: every step runs in a
 Ray worker, and its result is on the disk (fsync) before the step that takes it starts. Each measurement is a driver
 process of its own on one local Ray; the engines take turns, and medians are given. Where many short steps are ready
-recua runs several in one Ray task (workflows.batches); the floor has a task for each.
+recua runs several in one Ray task (workflows.worker.batch); the floor has a task for each.
 
   recua_ms_per_step   wall time of the whole run, by steps
   ray_ms_per_task     the same chains as bare Ray tasks, whose results nobody keeps: the floor
@@ -40,7 +40,7 @@ from typing import Any
 from bench.chains import run_id
 from bench.peers import peers_python, prefect_environment
 from infra.storage import open_store
-from workflows.journal import read_journal, slot_key
+from workflows.runs.journal import read_journal, slot_key
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNNERS = ("threads", "ray")

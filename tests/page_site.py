@@ -12,9 +12,9 @@ import uvicorn
 from infra.errors import UserError
 from infra.storage import Store
 from tests.ports import free_ports
-from workflows.service.app import create_app
-from workflows.service.control import Control
-from workflows.service.models import Submission
+from workflows.service.schemas import Submission
+from workflows.service.server.app import create_app
+from workflows.service.server.control import Control
 
 TOKEN = "a-token-for-the-page"
 PATIENCE_MS = 180_000

@@ -7,7 +7,7 @@ from typing import Any
 from stored_records import Json, append
 
 from infra.storage import Store
-from workflows.journal import Journal
+from workflows.runs.journal import Journal
 
 ZERO = 1_700_000_000.0
 """When a synthetic run was created, in seconds since the epoch."""

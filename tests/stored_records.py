@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from workflows.journal import Journal
-from workflows.records import Record, from_json
+from workflows.runs.journal import Journal
+from workflows.runs.records import Record, from_json
 
 Json = dict[str, Any]
 

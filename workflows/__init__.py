@@ -8,18 +8,20 @@ Every name is imported when it is first asked for, so that the `recua` command, 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import workflows.identity.moved  # noqa: F401  installs the import of modules by their earlier names
+
 if TYPE_CHECKING:
     from infra.config import Settings
     from infra.errors import Denied, StepError, SystemFault, UserError
-    from workflows.artifact_writer import ArtifactWriter
-    from workflows.artifacts import Artifact
-    from workflows.cli import run_script
-    from workflows.config import RunSettings
-    from workflows.gangs import Gang
-    from workflows.graph import Future, Step, StepOptions, Workflow, on_end, run_id, step, workflow
-    from workflows.session import RunResult, run
-    from workflows.step_context import StepContext, context
-    from workflows.waits import Approval, approval, event
+    from workflows.cli.main import run_script
+    from workflows.driver.session import RunResult, run
+    from workflows.driver.settings import RunSettings
+    from workflows.graph.artifact_writer import ArtifactWriter
+    from workflows.graph.artifacts import Artifact
+    from workflows.graph.context import StepContext, context
+    from workflows.graph.gangs import Gang
+    from workflows.graph.steps import Future, Step, StepOptions, Workflow, on_end, run_id, step, workflow
+    from workflows.graph.waits import Approval, approval, event
 
 __all__ = [
     "Approval",
@@ -52,22 +54,22 @@ __all__ = [
 _HOMES = {
     "infra.config": ("Settings",),
     "infra.errors": ("Denied", "StepError", "SystemFault", "UserError"),
-    "workflows.artifact_writer": ("ArtifactWriter",),
-    "workflows.artifacts": ("Artifact",),
-    "workflows.cli": ("run_script",),
-    "workflows.config": ("RunSettings",),
-    "workflows.gangs": ("Gang",),
+    "workflows.graph.artifact_writer": ("ArtifactWriter",),
+    "workflows.graph.artifacts": ("Artifact",),
+    "workflows.cli.main": ("run_script",),
+    "workflows.driver.settings": ("RunSettings",),
+    "workflows.graph.gangs": ("Gang",),
     "workflows.graph": ("Future", "Step", "StepOptions", "Workflow", "on_end", "run_id", "step", "workflow"),
-    "workflows.session": ("RunResult", "run"),
-    "workflows.step_context": ("StepContext", "context"),
-    "workflows.waits": ("Approval", "approval", "event"),
+    "workflows.driver.session": ("RunResult", "run"),
+    "workflows.graph.context": ("StepContext", "context"),
+    "workflows.graph.waits": ("Approval", "approval", "event"),
 }
 
 
 def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
-            import_module("workflows.names").make_way()
+            import_module("workflows.identity.names").make_way()
             value = globals()[name] = getattr(import_module(home), name)
             return value
     raise AttributeError(f"module 'workflows' has no attribute {name!r}; it has {', '.join(__all__)}")

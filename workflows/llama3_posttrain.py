@@ -13,13 +13,13 @@ from typing import Any
 
 from actors.results import Evaluation
 from workflows.graph import Future, on_end, run_id, workflow
-from workflows.recipe import Recipe
-from workflows.steps.checks import check_capacity, check_recipe, close_pools
-from workflows.steps.evaluation import deploy, evaluate
-from workflows.steps.inputs import content
-from workflows.steps.sampling import rejection_sample, sample_preferences
-from workflows.steps.text import Limits, Problems, build_corpus, build_problems, fit_texts, tokenize, train_tokenizer
-from workflows.steps.training import (
+from workflows.recipes.checks import check_capacity, check_recipe, close_pools
+from workflows.recipes.evaluation import deploy, evaluate
+from workflows.recipes.inputs import content
+from workflows.recipes.sampling import rejection_sample, sample_preferences
+from workflows.recipes.settings import Recipe
+from workflows.recipes.text import Limits, Problems, build_corpus, build_problems, fit_texts, tokenize, train_tokenizer
+from workflows.recipes.training import (
     fine_tune,
     import_model,
     optimise_policy,
@@ -120,6 +120,6 @@ def check_cluster(recipe: Recipe, nodes: list[dict[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    from workflows.cli import run_script
+    from workflows.cli.main import run_script
 
     run_script(__file__)

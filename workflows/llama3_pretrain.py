@@ -12,11 +12,11 @@ RUN` says where the ranks' time went.
 from typing import Any
 
 from workflows.graph import Future, workflow
-from workflows.recipe import PretrainRecipe
-from workflows.steps.checks import check_pretraining, check_pretraining_capacity
-from workflows.steps.inputs import content
-from workflows.steps.text import build_corpus, tokenize, train_tokenizer
-from workflows.steps.training import Trained, import_model, pretrain, require_rows
+from workflows.recipes.checks import check_pretraining, check_pretraining_capacity
+from workflows.recipes.inputs import content
+from workflows.recipes.settings import PretrainRecipe
+from workflows.recipes.text import build_corpus, tokenize, train_tokenizer
+from workflows.recipes.training import Trained, import_model, pretrain, require_rows
 
 RECIPE = PretrainRecipe
 RECIPE_FILE = "recipes/pretrain/tiny.toml"
@@ -66,6 +66,6 @@ def check_cluster(recipe: PretrainRecipe, nodes: list[dict[str, float]]) -> None
 
 
 if __name__ == "__main__":
-    from workflows.cli import run_script
+    from workflows.cli.main import run_script
 
     run_script(__file__)

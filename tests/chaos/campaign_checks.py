@@ -8,9 +8,9 @@ from typing import Any
 
 from infra.storage import Store
 from tests.chaos.campaign_run import ANSWERS, EXPECTED, Run, alive
-from workflows.artifacts import Artifact, ArtifactSource, read_manifest
-from workflows.runs import load_run
-from workflows.values import artifact_records
+from workflows.graph.artifacts import Artifact, ArtifactSource, read_manifest
+from workflows.graph.values import artifact_records
+from workflows.runs.catalog import load_run
 
 CLOCK_S = 0.02  # the kernel stamps files with a clock that may be some ticks behind
 GONE_S = 40.0

@@ -19,11 +19,10 @@ from typing import Any
 
 from infra.errors import RecuaError
 from infra.processes import process_start
-from workflows import session
-from workflows.config import RunSettings
-from workflows.events import Event
-from workflows.graph import Artifact, context, step, workflow
-from workflows.waits import approval, event
+from workflows.driver import session
+from workflows.driver.settings import RunSettings
+from workflows.graph import Artifact, approval, context, event, step, workflow
+from workflows.runs.events import Event
 
 
 @contextlib.contextmanager

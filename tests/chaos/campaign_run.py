@@ -22,7 +22,7 @@ import psutil
 from infra.errors import StoreError
 from infra.storage import open_store
 from tests.chaos.campaign_place import Place
-from workflows.waits import send
+from workflows.runs.signals import send
 
 PROGRAM = Path(__file__).with_name("campaign_program.py")
 DEADLINE_S = 300.0

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import RecuaError
-from workflows import session
-from workflows.config import RunSettings
+from workflows.driver import session
+from workflows.driver.settings import RunSettings
 from workflows.graph import Artifact, context, step, workflow
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from infra.storage import Store, open_store
-from workflows.runs import load_run
-from workflows.values import digest
+from workflows.graph.values import digest
+from workflows.runs.catalog import load_run
 
 PROGRAM = Path(__file__).with_name("graph_chaos_program.py")
 POINTS = [

@@ -18,9 +18,9 @@ import pytest
 from posttrain_mini import miniature
 
 from infra.storage import Store, open_store
-from workflows.artifacts import sha256_file
-from workflows.runs import load_run
-from workflows.values import digest
+from workflows.graph.artifacts import sha256_file
+from workflows.graph.values import digest
+from workflows.runs.catalog import load_run
 
 SECRET = "KIA-not-to-be-seen-7f3a"
 DETERMINISTIC = ["build_problems[0]", "build_corpus[0]", "train_tokenizer[0]", "tokenize[0]", "pretrain[0]"]

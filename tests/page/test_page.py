@@ -12,7 +12,7 @@ from page_stores import artifact, commit, end, failure, full, start
 from stored_records import append
 
 from infra.storage import Store, open_store
-from workflows.journal import Heartbeat, Journal
+from workflows.runs.journal import Heartbeat, Journal
 
 pytestmark = pytest.mark.page
 TRACE = 'Traceback (most recent call last):\n  File "recipe.py", line 42, in train\n    raise ValueError("no")\n'

@@ -11,7 +11,7 @@ from page_stores import commit
 from stored_records import append
 
 from infra.storage import open_store
-from workflows.journal import Heartbeat, Journal
+from workflows.runs.journal import Heartbeat, Journal
 
 pytestmark = pytest.mark.page
 

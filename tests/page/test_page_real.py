@@ -10,8 +10,8 @@ import pytest
 from page_site import TOKEN, Site, click_node, enter
 
 from infra.storage import Store, open_store
-from workflows.service import packages
-from workflows.service.client import Client
+from workflows.service.client.http_client import Client
+from workflows.service.drivers import packages
 
 pytestmark = pytest.mark.page
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from workflows.graph import Artifact, context, step, workflow
 from workflows.steps.inputs import content
-from workflows.waits import approval
+from workflows.graph import approval
 
 @step
 def corpus(files: dict[str, str], folder: str) -> Artifact:
@@ -81,8 +81,8 @@ class Real:
 def real(tmp_path: Path) -> Iterator[Real]:
     import ray
 
-    from workflows.service.actor import nodes
-    from workflows.service.supervisor import Supervisor
+    from workflows.service.drivers.supervisor import Supervisor
+    from workflows.service.server.actor import nodes
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     code, data = tmp_path / "code", tmp_path / "data"

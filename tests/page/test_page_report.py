@@ -14,8 +14,9 @@ from page_stores import artifact, commit, end, failure, start
 from stored_records import append
 
 from infra.storage import Store, open_store
-from workflows.report import read_run, write
-from workflows.runs import load_run
+from workflows.report.record import read_run
+from workflows.report.write import write
+from workflows.runs.catalog import load_run
 
 pytestmark = pytest.mark.page
 EVIL = "</script><img src=x onerror=\"document.title='hacked'\">"

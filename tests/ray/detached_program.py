@@ -11,12 +11,12 @@ from typing import Any
 
 from actors.config import PretrainSettings
 from engines.config import LearnerSettings
-from workflows import session
-from workflows.config import RunSettings
-from workflows.events import Event
+from workflows.driver import session
+from workflows.driver.settings import RunSettings
 from workflows.graph import Artifact, context, step, workflow
-from workflows.recipe import ModelSettings
-from workflows.steps.training import pretrain
+from workflows.recipes.settings import ModelSettings
+from workflows.recipes.training import pretrain
+from workflows.runs.events import Event
 
 PATIENT = {"hang_floor_s": 60, "pulse_timeout_s": 30, "abort_timeout_s": 20, "start_timeout_s": 600}
 

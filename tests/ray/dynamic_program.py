@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import RecuaError
-from workflows import session
-from workflows.call import Call
-from workflows.config import RunSettings
-from workflows.graph import Future, Gang, _Scope, context, on_end, run_id, step, workflow
-from workflows.steps.checks import close_pools
+from workflows.driver import session
+from workflows.driver.call import Call
+from workflows.driver.settings import RunSettings
+from workflows.graph.steps import Future, Gang, _Scope, context, on_end, run_id, step, workflow
+from workflows.recipes.checks import close_pools
 
 SLEEP = "import time; time.sleep(600)"
 KEPT: list[Any] = []

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from workflows import session
-from workflows.config import RunSettings
+from workflows.driver import session
+from workflows.driver.settings import RunSettings
 from workflows.graph import context, step, workflow
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from infra.errors import RecuaError
 from infra.reaper import LOCAL_RAY
-from workflows import session
-from workflows.config import RunSettings
-from workflows.events import Event
-from workflows.graph import Gang, step, workflow
-from workflows.step_context import context
+from workflows.driver import session
+from workflows.driver.settings import RunSettings
+from workflows.graph import Gang, context, step, workflow
+from workflows.runs.events import Event
 
 DEADLINE_S = 300.0
 

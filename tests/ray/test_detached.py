@@ -29,8 +29,8 @@ from data.tokenized import write_shards
 from infra.processes import process_start
 from infra.storage import open_store
 from models.tokenizer import load_tokenizer, train_bpe
-from workflows.cli import main_group
-from workflows.runs import cancel_run
+from workflows.cli.main import main_group
+from workflows.runs.catalog import cancel_run
 
 RUN, STEPS = "shared", 1_000_000
 

@@ -24,13 +24,14 @@ from ray.util.placement_group import placement_group_table
 from infra.errors import NonDeterminismError, ResourceError, StepError, StepTimeout, UserError
 from infra.processes import process_start
 from infra.storage import open_store
-from workflows import cli, session
-from workflows.config import RunSettings
-from workflows.events import Event
-from workflows.executor import Cancelled
+from workflows.cli import main
+from workflows.driver import session
+from workflows.driver.executor import Cancelled
+from workflows.driver.settings import RunSettings
 from workflows.graph import Workflow
-from workflows.journal import read_journal
-from workflows.runs import cancel_run, list_runs, load_run
+from workflows.runs.catalog import cancel_run, list_runs, load_run
+from workflows.runs.events import Event
+from workflows.runs.journal import read_journal
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -260,7 +261,7 @@ def test_dynamic_stopped_run_leaves_no_group_no_actor_and_no_process(bench: Benc
     assert groups() == ["hold[0]"]
     if how == "recua cancel":
         typed = ["cancel", "r", "--store", bench.store.url]
-        wait_for(lambda: CliRunner().invoke(cli.main_group, typed).output == "run r is cancelled\n", "it goes on")
+        wait_for(lambda: CliRunner().invoke(main.main_group, typed).output == "run r is cancelled\n", "it goes on")
     elif how == "Ctrl-C":
         os.killpg(driver.pid, signal.SIGINT)  # what a terminal sends: to everyone in the foreground
     else:

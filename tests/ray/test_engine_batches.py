@@ -10,11 +10,12 @@ import pytest
 import ray
 
 from infra.storage import open_store
-from workflows import batches, session
-from workflows.config import RunSettings
-from workflows.fold import JournalState
-from workflows.journal import read_journal
-from workflows.runs import read_log
+from workflows.driver import session
+from workflows.driver.settings import RunSettings
+from workflows.runs.catalog import read_log
+from workflows.runs.fold import JournalState
+from workflows.runs.journal import read_journal
+from workflows.worker import batch
 
 CHAINS, LENGTH = 40, 8
 SPECIAL = 17_005
@@ -33,8 +34,8 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def crowded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else runs here, bodies count as short."""
-    monkeypatch.setattr(batches, "SHORT_S", 1.0)
-    monkeypatch.setattr(batches, "TOGETHER_S", 1.0)
+    monkeypatch.setattr(batch, "SHORT_S", 1.0)
+    monkeypatch.setattr(batch, "TOGETHER_S", 1.0)
 
 
 @dataclass

@@ -18,14 +18,15 @@ import ray
 from infra.errors import NodeLost, NonDeterminismError, ResourceError, StepError, StepTimeout, UserError
 from infra.processes import process_start
 from infra.storage import open_store
-from workflows import planning, session
-from workflows.config import RunSettings
-from workflows.events import Event
-from workflows.executor import Cancelled
+from workflows.driver import session
+from workflows.driver.executor import Cancelled
+from workflows.driver.settings import RunSettings
 from workflows.graph import Workflow
-from workflows.journal import read_journal
-from workflows.runs import cancel_run, find_steps, list_runs, load_run, read_log
-from workflows.waits import reply
+from workflows.launch import plan as planning
+from workflows.runs.catalog import cancel_run, find_steps, list_runs, load_run, read_log
+from workflows.runs.events import Event
+from workflows.runs.journal import read_journal
+from workflows.runs.signals import reply
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -232,7 +233,7 @@ def test_a_run_id_of_another_recipe_is_refused(bench: Bench) -> None:
 def test_changed_code_warns_and_keeps_the_committed_result(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StepError):
         bench.run(program.gate, bench.folder)
-    from workflows.fingerprint import Fingerprinter
+    from workflows.identity.fingerprint import Fingerprinter
 
     of = Fingerprinter.of
 

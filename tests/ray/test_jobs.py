@@ -18,7 +18,7 @@ import pytest
 
 from infra.storage import open_store
 from tests.ports import free_ports
-from workflows.runs import load_run
+from workflows.runs.catalog import load_run
 
 PACKAGES = ("infra", "workflows")
 

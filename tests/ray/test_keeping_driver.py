@@ -16,8 +16,8 @@ import pytest
 
 from infra.processes import process_start
 from infra.reaper import LOCAL_RAY, marked
-from workflows import session
-from workflows.config import RunSettings
+from workflows.driver import session
+from workflows.driver.settings import RunSettings
 
 Start = Callable[..., subprocess.Popen[str]]
 

@@ -14,10 +14,10 @@ import ray
 
 from infra.errors import NodeLost, OutOfMemory, RecuaError, StepError, StepTimeout, UserError
 from infra.storage import open_store
-from workflows import session
-from workflows.config import RunSettings
-from workflows.events import Event
-from workflows.runs import find_steps, load_run, read_log
+from workflows.driver import session
+from workflows.driver.settings import RunSettings
+from workflows.runs.catalog import find_steps, load_run, read_log
+from workflows.runs.events import Event
 
 
 class Bench:

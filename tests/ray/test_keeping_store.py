@@ -15,9 +15,9 @@ import ray
 from infra.errors import StoreError
 from infra.s3 import S3Store
 from infra.storage import open_store
-from workflows import session
-from workflows.config import RunSettings
-from workflows.runs import load_run
+from workflows.driver import session
+from workflows.driver.settings import RunSettings
+from workflows.runs.catalog import load_run
 
 Inject = Callable[..., dict[str, Any]]
 

@@ -19,8 +19,8 @@ import pytest
 from infra.processes import process_start
 from infra.reaper import LOCAL_RAY, marked
 from infra.storage import open_store
-from workflows.journal import lease_key
-from workflows.runs import load_run
+from workflows.runs.catalog import load_run
+from workflows.runs.journal import lease_key
 
 SERVERS = {
     "raylet": ("/raylet --",),

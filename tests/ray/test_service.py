@@ -20,14 +20,14 @@ import pytest
 
 from infra.storage import open_store
 from tests.ports import free_ports
-from workflows.runs import load_run
+from workflows.runs.catalog import load_run
 
 FLOW = """
 import time
 from pathlib import Path
 from helpers.words import shout
 from workflows.graph import context, step, workflow
-from workflows.waits import approval
+from workflows.graph import approval
 
 @step(num_cpus=0.5)
 def first(folder: str) -> dict:

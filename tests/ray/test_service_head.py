@@ -17,7 +17,7 @@ from data.tokenized import write_shards
 from infra.storage import Store, open_store
 from models.tokenizer import load_tokenizer, train_bpe
 from tests.ray.test_service import User, wait_for
-from workflows.runs import load_run
+from workflows.runs.catalog import load_run
 
 STEPS, SLOW, HELD = 24, 8, 14
 """Steps; the one before which uploads get time to end; the one at which a rank stands still until all is killed."""
@@ -28,7 +28,7 @@ import shutil
 from actors.config import PretrainSettings
 from engines.config import LearnerSettings
 from workflows.graph import Artifact, context, step, workflow
-from workflows.recipe import ModelSettings
+from workflows.recipes.settings import ModelSettings
 from workflows.steps.training import Trained, pretrain
 
 SECTION = PretrainSettings(

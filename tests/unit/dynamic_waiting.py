@@ -6,10 +6,9 @@ import sys
 from typing import Any
 
 from infra.errors import Denied, RecuaError, StepTimeout
-from workflows import session
-from workflows.config import RunSettings
-from workflows.graph import workflow
-from workflows.waits import approval, event
+from workflows.driver import session
+from workflows.driver.settings import RunSettings
+from workflows.graph import approval, event, workflow
 
 
 @workflow

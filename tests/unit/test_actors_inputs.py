@@ -8,7 +8,7 @@ import pytest
 from data.formats import read_rows
 from infra import files as stored
 from infra.errors import DataError
-from workflows.steps.inputs import content, require_unchanged
+from workflows.recipes.inputs import content, require_unchanged
 
 LARGE = (1 << 26) + (1 << 20)
 

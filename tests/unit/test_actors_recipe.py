@@ -8,9 +8,9 @@ import pytest
 from data.formats import Summary
 from infra.config import load
 from infra.errors import ConfigError, DataError, UserError
-from workflows.recipe import PretrainRecipe, Recipe
-from workflows.steps.amounts import check_amounts, require_held_out_problems
-from workflows.steps.checks import check_pretraining, check_recipe
+from workflows.recipes.amounts import check_amounts, require_held_out_problems
+from workflows.recipes.checks import check_pretraining, check_recipe
+from workflows.recipes.settings import PretrainRecipe, Recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = RECIPES / "tiny.toml"
@@ -171,7 +171,7 @@ def test_a_last_turn_that_is_not_learnt_is_named_by_file_and_line(tmp_path: Path
 
 
 def test_pools_are_part_of_no_key() -> None:
-    from workflows.values import digest, encode
+    from workflows.graph.values import digest, encode
 
     recipe = load(TINY, Recipe)
     other = load(TINY, Recipe, ["pools.learners.workers=7"])

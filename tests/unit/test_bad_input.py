@@ -25,13 +25,13 @@ from models.llama import Llama
 from models.presets import scratch_config
 from models.tokenizer import train_bpe
 from models.weights import save_hf
-from workflows import cli
-from workflows.artifact_writer import ArtifactWriter
-from workflows.artifacts import Artifact, ArtifactSource
-from workflows.recipe import Recipe
-from workflows.steps.checks import check_capacity
-from workflows.steps.text import Limits, fit_texts
-from workflows.steps.training import require_rows
+from workflows.cli import main
+from workflows.graph import ArtifactWriter
+from workflows.graph.artifacts import Artifact, ArtifactSource
+from workflows.recipes.checks import check_capacity
+from workflows.recipes.settings import Recipe
+from workflows.recipes.text import Limits, fit_texts
+from workflows.recipes.training import require_rows
 
 FLOW = "workflows/llama3_posttrain.py"
 GOOD = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
@@ -51,7 +51,7 @@ def refused(
         given = [] if "--store" in arguments else ["--store", str(store)]
         began = time.monotonic()
         with pytest.raises(SystemExit) as ended:
-            cli.main(["run", FLOW, *given, *map(str, arguments)])
+            main.main(["run", FLOW, *given, *map(str, arguments)])
         said = capsys.readouterr()
         assert ended.value.code == code, said.err
         assert "Traceback" not in said.err and said.err.count("recua: error: ") == 1, said.err
@@ -203,7 +203,7 @@ def test_a_store_that_cannot_work(refused: Refused, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("command", ["show", "logs", "resume", "cancel", "report", "serve"])
 def test_an_unknown_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main([command, "nope", "--store", str(tmp_path)])
+        main.main([command, "nope", "--store", str(tmp_path)])
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"recua: error: no run 'nope' in {tmp_path}; known: none\n"
 

@@ -18,19 +18,21 @@ import pytest
 from infra.errors import FencedError, StoreError
 from infra.processes import process_start, this_machine
 from infra.storage import FolderStore
-from workflows import journal, session
-from workflows.channel import LINE_LIMIT, Listener, Sender
-from workflows.config import RunSettings
-from workflows.graph import workflow
-from workflows.indexer import Indexer
-from workflows.journal import GroupCommit, lease_key, read_journal, slot_key
-from workflows.known import Known, index_key
-from workflows.loop import Loop
-from workflows.outcome import describe, rebuild
-from workflows.runs import load_run
-from workflows.takeover import StoppedDrivers, kill_stopped
-from workflows.values import encode
-from workflows.waits import Poller, event
+from workflows.driver import session
+from workflows.driver.index_process import Indexer
+from workflows.driver.loop import Loop
+from workflows.driver.reuse import Known
+from workflows.driver.settings import RunSettings
+from workflows.driver.stopped_drivers import StoppedDrivers, kill_stopped
+from workflows.graph import event, workflow
+from workflows.graph.values import encode
+from workflows.identity.keys import index_key
+from workflows.runs import journal
+from workflows.runs.catalog import load_run
+from workflows.runs.journal import GroupCommit, lease_key, read_journal, slot_key
+from workflows.runs.signals import Poller
+from workflows.worker.channel import LINE_LIMIT, Listener, Sender
+from workflows.worker.failures import describe, rebuild
 
 HERE = Path(__file__).parent
 

@@ -43,7 +43,7 @@ from infra.errors import ConfigError, PeersUnreachable, StepError, StoreError, S
 from infra.faults import FaultSchedule
 from infra.storage import FolderStore, open_store
 from models.llama import LlamaConfig
-from workflows.outcome import describe
+from workflows.worker.failures import describe
 
 MODEL = LlamaConfig(dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=16, vocab_size=16, context=8)
 

@@ -11,15 +11,15 @@ import pytest
 
 from infra.errors import StepError, StoreError
 from infra.storage import open_store
-from workflows import attempts, session
-from workflows.config import RunSettings
-from workflows.events import Event
+from workflows.driver import attempts, session
+from workflows.driver.ray_tasks import Done
+from workflows.driver.session import Observer, RunResult
+from workflows.driver.settings import RunSettings
 from workflows.graph import StepOptions, step, workflow
-from workflows.outcome import describe
-from workflows.placement import Done
-from workflows.session import Observer, RunResult
-from workflows.status import StatusFile
-from workflows.waits import read_signal, signal_key
+from workflows.runs.events import Event
+from workflows.runs.signals import read_signal, signal_key
+from workflows.runs.status import StatusFile
+from workflows.worker.failures import describe
 
 DEADLINE_S = 60.0
 

@@ -14,12 +14,11 @@ import pytest
 from infra.bundles import unplaceable
 from infra.errors import ConfigError, UserError
 from infra.storage import open_store
-from workflows import planning
-from workflows.artifacts import ArtifactSource
-from workflows.config import RunSettings
-from workflows.gangs import Gang
-from workflows.graph import StepOptions, running, step, workflow
-from workflows.step_context import StepContext
+from workflows.driver.settings import RunSettings
+from workflows.graph import Gang, StepContext
+from workflows.graph.artifacts import ArtifactSource
+from workflows.graph.steps import StepOptions, running, step, workflow
+from workflows.launch import plan as planning
 
 FOUR = [{"CPU": 4.0}, {"CPU": 4.0, "GPU": 2.0}]
 
@@ -133,7 +132,7 @@ def doubles() -> Any:
 
 
 def test_dynamic_a_plan_shows_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from workflows.listing import show_plan
+    from workflows.cli.tables import show_plan
 
     plan = planning.plan(planned, 3, settings=RunSettings(store=str(tmp_path)))
     assert [(call.call_id, call.status) for call in plan.calls] == [

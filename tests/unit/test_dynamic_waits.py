@@ -18,15 +18,17 @@ from click.testing import CliRunner
 
 from infra.errors import Denied, NonDeterminismError, StepTimeout, UserError
 from infra.storage import Store, open_store
-from workflows import cli, planning, session
-from workflows.config import RunSettings
-from workflows.events import Event
+from workflows.cli import main
+from workflows.driver import session
+from workflows.driver.settings import RunSettings
 from workflows.graph import StepOptions
-from workflows.journal import read_journal
-from workflows.progress import PlainDisplay
-from workflows.runs import find_steps, load_run
-from workflows.values import encode
-from workflows.waits import reply, send, wait_record, waiting_calls
+from workflows.graph.values import encode
+from workflows.launch import plan as planning
+from workflows.launch.display import PlainDisplay
+from workflows.runs.catalog import find_steps, load_run
+from workflows.runs.events import Event
+from workflows.runs.journal import read_journal
+from workflows.runs.signals import reply, send, wait_record, waiting_calls
 
 YES = {"approve": True, "comment": ""}
 
@@ -73,7 +75,7 @@ def drive(store: Store, workflow: str, *args: Any) -> subprocess.Popen[str]:
 def type_in(*words: str, store: Store) -> tuple[int, str]:
     """What a command prints, and its exit code."""
     runner = CliRunner()
-    result = runner.invoke(cli.main_group, [*words, "--store", store.url])
+    result = runner.invoke(main.main_group, [*words, "--store", store.url])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         return 2, str(result.exception)
     return result.exit_code, result.output

@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 
 from infra.processes import adopt_orphans, process_state
-from workflows import isolation
-from workflows.batches import ENDED, ENOUGH_SEEN, HANDED_BACK, MOST, SHORT_S, TOGETHER_S, Pace, may_share
-from workflows.channel import Listener
-from workflows.gangs import Gang
-from workflows.graph import StepOptions
-from workflows.values import encode
+from workflows.driver.pace import ENOUGH_SEEN, MOST, SHORT_S, TOGETHER_S, Pace, may_share
+from workflows.graph import Gang, StepOptions
+from workflows.graph.values import encode
+from workflows.worker import isolation
+from workflows.worker.batch import ENDED, HANDED_BACK
+from workflows.worker.channel import Listener
 
 HERE = Path(__file__).parent
 PROGRAM = """
 import sys
-from workflows.batches import run_batch
+from workflows.worker.batch import run_batch
 run, *batches = [line for line in sys.stdin.buffer]
 for batch in batches:  # the first one imports the step
     print(run_batch(run.decode(), batch).decode(), flush=True)

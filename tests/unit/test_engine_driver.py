@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from infra.errors import StepError, UserError
-from workflows import attempts, executor, session
-from workflows.call import Call
-from workflows.config import RunSettings
-from workflows.ends import Ends
+from workflows.driver import attempts, executor, session
+from workflows.driver.call import Call
+from workflows.driver.ends import Ends
+from workflows.driver.loop import Loop
+from workflows.driver.ray_tasks import Done
+from workflows.driver.settings import RunSettings
 from workflows.graph import StepOptions, step, workflow
-from workflows.loop import Loop
-from workflows.placement import Done
 
 DEADLINE_S = 60.0
 LOOP, WORKFLOW = "recua-loop", threading.main_thread().name

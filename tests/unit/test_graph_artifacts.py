@@ -12,9 +12,8 @@ import pytest
 
 from infra.errors import StoreError, UserError
 from infra.storage import Store, open_store
-from workflows.artifact_writer import ArtifactWriter
-from workflows.artifacts import Artifact, ArtifactSource
-from workflows.step_context import StepContext
+from workflows.graph import ArtifactWriter, StepContext
+from workflows.graph.artifacts import Artifact, ArtifactSource
 
 
 @pytest.fixture(params=["folder", "s3"])

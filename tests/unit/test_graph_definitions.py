@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from infra.errors import ConfigError, UserError
-from workflows import graph
-from workflows.fingerprint import Fingerprinter
-from workflows.graph import Step, function_behind, step, step_behind, workflow
-from workflows.names import load_name
+from workflows.graph import steps
+from workflows.graph.steps import Step, function_behind, step, step_behind, workflow
+from workflows.identity.fingerprint import Fingerprinter
+from workflows.identity.names import load_name
 
 
 def train(x: int) -> int:
@@ -98,7 +98,7 @@ class Runtime:
     "made", [train_big, train_small, above, cached_above, below, twice, Steps.inside, Steps.static]
 )
 def test_workers_find_the_function_of_a_step(made: Any) -> None:
-    with graph.running(Runtime()):  # type: ignore[arg-type]
+    with steps.running(Runtime()):  # type: ignore[arg-type]
         name = made(1)._kept
     found = step_behind(load_name(name))
     assert found is not None and found.fn is function_behind(made), name
@@ -114,7 +114,7 @@ def test_workers_find_the_function_of_a_step(made: Any) -> None:
 )
 def test_a_name_that_leads_elsewhere_is_refused_before_anything_runs(made: Any, what: str) -> None:
     with (
-        graph.running(Runtime()),  # type: ignore[arg-type]
+        steps.running(Runtime()),  # type: ignore[arg-type]
         pytest.raises(
             UserError, match=rf"test_graph_definitions.py:\d+: workers would not find {what}.*functools.wraps"
         ),
@@ -192,7 +192,7 @@ def test_unknown_options_and_wrong_arguments_name_the_step() -> None:
     with pytest.raises(ConfigError, match=r"@step has no option num_cpu; did you mean num_cpus\?"):
         step(num_cpu=2)  # type: ignore[call-overload]
     with (
-        graph.running(Runtime()),  # type: ignore[arg-type]
+        steps.running(Runtime()),  # type: ignore[arg-type]
         pytest.raises(UserError, match=r"step train \(.*test_graph_definitions.py:\d+\): missing a required .*'x'"),
     ):
         train_big()  # type: ignore[call-arg]
@@ -227,5 +227,5 @@ def endless() -> Any:
 
 def test_a_workflow_that_calls_itself_without_end_is_told_of() -> None:
     message = r"test_graph_definitions.py:\d+: maximum recursion depth .*: a workflow that calls itself needs an end"
-    with pytest.raises(UserError, match=message), graph.running(Runtime()):  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=message), steps.running(Runtime()):  # type: ignore[arg-type]
         endless.fn()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from workflows.fingerprint import PLATFORM, Fingerprint, Fingerprinter
+from workflows.identity.fingerprint import PLATFORM, Fingerprint, Fingerprinter
 
 FILES = {
     "proj/__init__.py": "",
@@ -203,7 +203,7 @@ def test_libraries_count_by_version(project: Path) -> None:
 
 PROGRAM = """
 from workflows.graph import step
-from workflows.fingerprint import Fingerprinter
+from workflows.identity.fingerprint import Fingerprinter
 from helper import factor
 
 @step(num_cpus={cpus})
@@ -250,7 +250,7 @@ def real() -> dict[str, Fingerprint]:
 
 
 def _packages(found: Fingerprint) -> set[str]:
-    """Our packages that a fingerprint covers; `workflows.steps` and `workflows.recipe` by their module."""
+    """Our packages that a fingerprint covers; `workflows.steps` and `workflows.recipes.settings` by their module."""
     modules = {name.partition(":")[0] for name in found.parts if not name.startswith("file ")}
     return {name if name.startswith("workflows.") else name.partition(".")[0] for name in modules}
 
@@ -282,7 +282,7 @@ def test_a_change_reaches_only_the_steps_that_use_it(repository: Path, tmp_path:
         shutil.copytree(repository / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
     code = (
         "import json; from workflows import llama3_posttrain as w; from workflows.graph import Step\n"
-        "from workflows.fingerprint import Fingerprinter\n"
+        "from workflows.identity.fingerprint import Fingerprinter\n"
         "f = Fingerprinter()\n"
         "print(json.dumps({n: f.of(s.fn).code for n, s in vars(w).items() if isinstance(s, Step)}))"
     )
@@ -298,7 +298,12 @@ def test_a_change_reaches_only_the_steps_that_use_it(repository: Path, tmp_path:
             source.write(line)
 
     before = codes()
-    for file in ("workflows/executor.py", "workflows/cli.py", "workflows/report.py", "infra/storage.py"):
+    for file in (
+        "workflows/driver/executor.py",
+        "workflows/cli/main.py",
+        "workflows/report/record.py",
+        "infra/storage.py",
+    ):
         append(file, "\nCHANGED = [2, 1]\nCHANGED.sort()\n")
     assert codes() == before, "the platform is part of no key"
     ppo = (copy / "actors/ppo.py").read_text()

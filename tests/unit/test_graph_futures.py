@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from infra.errors import ConfigError, UserError
-from workflows.graph import Future, StepOptions, edges_of, resolve_edges, running
-from workflows.values import encode
+from workflows.graph.steps import Future, StepOptions, edges_of, resolve_edges, running
+from workflows.graph.values import encode
 
 
 @dataclass(frozen=True)

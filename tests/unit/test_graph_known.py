@@ -11,15 +11,17 @@ from stored_records import append, parsed
 
 from infra.errors import NonDeterminismError
 from infra.storage import FolderStore
-from workflows import identities, session
-from workflows.artifacts import Artifact
-from workflows.fanout import fan_out
-from workflows.graph import EACH, Future, edges_of, resolve_edges, step, workflow
-from workflows.identities import Identities
-from workflows.journal import Journal
-from workflows.known import Known, content_key, index_key
-from workflows.records import Commit
-from workflows.values import canonical, digest, earlier_identity, encode, identity
+from workflows.driver import session
+from workflows.driver.reuse import Known
+from workflows.graph import Artifact
+from workflows.graph import inputs as identities
+from workflows.graph.inputs import Identities
+from workflows.graph.mapping import fan_out
+from workflows.graph.steps import EACH, Future, edges_of, resolve_edges, step, workflow
+from workflows.graph.values import digest, earlier_identity, encode, identity
+from workflows.identity.keys import canonical, content_key, index_key
+from workflows.runs.journal import Journal
+from workflows.runs.records import Commit
 
 DIGEST = "d" * 64
 

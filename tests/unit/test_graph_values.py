@@ -23,13 +23,14 @@ from infra.config import Settings
 from infra.errors import ConfigError, NonDeterminismError, UserError
 from infra.faults import FaultSchedule
 from infra.storage import FolderStore, open_store
-from workflows import graph
-from workflows.artifacts import Artifact, ArtifactSource
-from workflows.graph import Step, StepOptions, parse_memory, resolve_edges, step, workflow
-from workflows.identities import Identities
-from workflows.known import Known
-from workflows.records import Commit
-from workflows.values import canonical, decode, differences, digest, earlier_identity, encode, identity, one_line
+from workflows.driver.reuse import Known
+from workflows.graph import steps
+from workflows.graph.artifacts import Artifact, ArtifactSource
+from workflows.graph.inputs import Identities
+from workflows.graph.steps import Step, StepOptions, parse_memory, resolve_edges, step, workflow
+from workflows.graph.values import decode, differences, digest, earlier_identity, encode, identity, one_line
+from workflows.identity.keys import canonical
+from workflows.runs.records import Commit
 
 T = TypeVar("T")
 
@@ -374,7 +375,7 @@ def test_the_order_of_keys_does_not_count_of_any_dict_but_an_ordered_one() -> No
 
 def test_what_needs_no_change_is_no_copy() -> None:
     tree = encode({"args": [[1, 2, {"a": [3]}]], "kwargs": {}})
-    assert identity(tree) is tree and graph.resolve_edges(tree, lambda _: None) is tree
+    assert identity(tree) is tree and steps.resolve_edges(tree, lambda _: None) is tree
 
 
 def test_earlier_digests_are_those_of_older_versions() -> None:
@@ -445,7 +446,7 @@ def test_options_change_what_is_given_and_none_takes_a_limit_away() -> None:
 
 def test_call_ids_are_parent_step_and_name_or_ordinal() -> None:
     runtime = Recorder()
-    with graph.running(runtime):
+    with steps.running(runtime):
         double(1)
         double.options(name="final", num_cpus=2)(2)
         double(3)
@@ -466,7 +467,7 @@ def test_call_ids_are_parent_step_and_name_or_ordinal() -> None:
 
 def test_equal_calls_have_equal_arguments_however_they_are_written() -> None:
     runtime = Recorder()
-    with graph.running(runtime):
+    with steps.running(runtime):
         double(1)
         double(x=1)
         double(1, by=2)
@@ -480,7 +481,7 @@ def test_misuse_is_named() -> None:
     with pytest.raises(UserError, match="recua run"):
         inner(1)
     with pytest.raises(UserError, match=r"context\(\) works only inside"):
-        graph.context()
+        steps.context()
     with pytest.raises(ConfigError, match="timeout=0"):
         step(timeout=0)(double.fn)
 
@@ -508,7 +509,7 @@ def test_fault_schedules() -> None:
 
 
 def test_an_artifact_survives_only_whole(tmp_path: Path) -> None:
-    from workflows.artifact_writer import ArtifactWriter
+    from workflows.graph import ArtifactWriter
 
     store = FolderStore(tmp_path)
     source = ArtifactSource(store.url, str(tmp_path / "cache"))

@@ -20,7 +20,7 @@ from infra.addresses import (
 )
 from infra.errors import ConfigError
 from serving.preflight import pick_ports
-from workflows.channel import Listener, Sender
+from workflows.worker.channel import Listener, Sender
 
 KNOWN: Interfaces = {
     "lo": ("127.0.0.1", "::1"),

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from workflows import cli
-from workflows.names import canonical_name, load_name, module_of_file
-from workflows.session import plain_name
+from workflows.cli import main
+from workflows.driver.session import plain_name
+from workflows.identity.names import canonical_name, load_name, module_of_file
 
 FLOW = '''
 from infra.config import Settings
@@ -81,7 +81,7 @@ def recua(capsys: pytest.CaptureFixture[str]) -> Recua:
 
     def call(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
+            main.main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         assert isinstance(ended.value.code, int)
         return ended.value.code, captured.out, captured.err
@@ -105,9 +105,13 @@ def test_help_teaches_and_imports_next_to_nothing(repository: Path) -> None:
 
 
 def test_infra_and_config_modules_import_neither_torch_nor_ray_nor_vllm(repository: Path) -> None:
-    files = [*repository.glob("infra/*.py"), *repository.glob("*/config.py"), repository / "workflows/recipe.py"]
+    files = [
+        *repository.glob("infra/*.py"),
+        *repository.glob("*/config.py"),
+        repository / "workflows/recipes/settings.py",
+    ]
     names = [".".join(file.relative_to(repository).with_suffix("").parts) for file in files if file.exists()]
-    assert {"infra.telemetry", "workflows.config"} <= set(names)
+    assert {"infra.telemetry", "workflows.driver.settings"} <= set(names)
     check = "\n".join(
         f"import {name}\nassert not sys.modules.keys() & {{'torch', 'ray', 'vllm'}}, '{name}'" for name in sorted(names)
     )
@@ -241,7 +245,7 @@ def test_a_file_of_another_copy_is_refused(flow: Path, recua: Recua, tmp_path: P
 
 def test_a_script_of_another_copy_is_refused_or_runs_with_its_own_package(flow: Path, tmp_path: Path) -> None:
     package = tmp_path / "clone" / "workflows"
-    shutil.copytree(Path(cli.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(main.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     script = package / "toy_flow.py"
     script.write_text(FLOW)
     mixed = subprocess.run([sys.executable, script, "--plan"], capture_output=True, text=True)
@@ -395,7 +399,9 @@ def test_folders_beside_a_script_that_have_names_of_ours(place: Path) -> None:
         return subprocess.run(command, capture_output=True, text=True, cwd="/")
 
     (place / "own.py").write_text(TWO)
-    (place / "ours.py").write_text(TWO.replace("import helper", "import helper, workflows.recipe, data.config"))
+    (place / "ours.py").write_text(
+        TWO.replace("import helper", "import helper, workflows.recipes.settings, data.config")
+    )
     (place / "theirs.py").write_text(TWO.replace("import helper", "import helper, models.net, workflows.mine"))
     (place / "data").mkdir()
     (place / "data" / "rows.jsonl").touch()
@@ -429,7 +435,7 @@ def test_the_public_surface(repository: Path) -> None:
     with pytest.raises(AttributeError, match="no attribute 'stepp'"):
         workflows.stepp  # noqa: B018
     assert not _loaded("import workflows", repository) & {"pydantic", "click", "ray", "torch"}
-    light = "import workflows.step_context\nfrom workflows import *\nassert callable(context) and callable(step)"
+    light = "import workflows.graph.context\nfrom workflows import *\nassert callable(context) and callable(step)"
     assert not _loaded(light, repository) & {"ray", "torch", "vllm", "numpy"}
 
 
@@ -477,4 +483,4 @@ def test_serve_finds_no_model_where_there_is_none(flow: Path, recua: Recua) -> N
 
 
 def test_a_folder_that_no_shell_has_expanded_is_in_the_home_folder() -> None:
-    assert cli._folder("~/runs", "--reports") == Path.home() / "runs"
+    assert main._folder("~/runs", "--reports") == Path.home() / "runs"

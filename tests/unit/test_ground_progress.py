@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from workflows.events import Event
-from workflows.progress import LiveDisplay, PlainDisplay, open_display, show_seconds
+from workflows.launch.display import LiveDisplay, PlainDisplay, open_display, show_seconds
+from workflows.runs.events import Event
 
 
 class Clock:

@@ -18,24 +18,17 @@ from stored_records import append
 
 from infra.storage import Store, open_store
 from infra.telemetry import MetricsWriter
-from workflows import launch, report, report_page
-from workflows.artifacts import Artifact
-from workflows.config import RunSettings
-from workflows.graph import workflow
-from workflows.progress import PlainDisplay
-from workflows.report import (
-    RunRecord,
-    StepRecord,
-    gather_metrics,
-    plain,
-    read_run,
-    summarise,
-    table,
-    table_lines,
-    write,
-)
-from workflows.runs import load_run
-from workflows.values import encode
+from workflows.driver.settings import RunSettings
+from workflows.graph import Artifact, workflow
+from workflows.graph.values import encode
+from workflows.launch import script
+from workflows.launch.display import PlainDisplay
+from workflows.report import page as report_page
+from workflows.report import record as report
+from workflows.report.record import RunRecord, StepRecord, gather_metrics, plain, read_run
+from workflows.report.summary import summarise, table, table_lines
+from workflows.report.write import write
+from workflows.runs.catalog import load_run
 
 
 def _evaluation(stage: str, correct: int, versus: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -270,7 +263,7 @@ def test_what_fails_after_the_end_changes_nothing_of_a_finished_run(
     settings = RunSettings(store=str(tmp_path / "store"), run_id="r")
     monkeypatch.setitem(sys.modules, "flows", module)
     shown = io.StringIO()
-    page = launch.run(launch.Launch(module, stepless, (), {}), settings, tmp_path / "reports", PlainDisplay(shown))
+    page = script.run(script.Launch(module, stepless, (), {}), settings, tmp_path / "reports", PlainDisplay(shown))
     assert page is None and load_run(open_store(tmp_path / "store"), "r").status == "finished"
     assert "warning: the run has finished, but on_finish of flows failed: SystemExit: 3" in shown.getvalue()
     assert "the report (write it with `recua report r`) failed: KeyError: 'gone'" in shown.getvalue()

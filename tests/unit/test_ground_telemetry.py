@@ -150,15 +150,16 @@ def _starts() -> dict[str, Callable[[], Any]]:
     from engines.vllm import process
     from serving.deployment import Replica
     from serving.gateway import Gateway
-    from workflows import session, worker
-    from workflows.guarded import guarded
-    from workflows.service.actor import Host
+    from workflows.driver import session
+    from workflows.launch.guarded import guarded
+    from workflows.service.server.actor import Host
+    from workflows.worker import attempt
 
     nothing: Any = None
     return {
         "command": lambda: guarded(lambda: None),
         "run": lambda: session.run(nothing, settings="none"),  # type: ignore[arg-type]
-        "step": lambda: worker.run_attempt("{}", {}),
+        "step": lambda: attempt.run_attempt("{}", {}),
         "service": lambda: _new(Host, nothing),
         "rank of a group": Worker,
         "rank of pretraining": lambda: _new(PretrainRank, "w0", "g", 0.0, nothing, nothing),
@@ -184,7 +185,7 @@ def test_every_process_of_ours_hides_secrets_first(plain_logs: None, monkeypatch
 def test_a_command_warns_without_secrets() -> None:
     code = """
         import logging
-        from workflows.guarded import guarded
+        from workflows.launch.guarded import guarded
         guarded(lambda: logging.getLogger("workflows.x").warning("no answer from s3://key:hunter2222@host"))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)

@@ -14,7 +14,7 @@ import pytest
 from infra.errors import FencedError, StoreError, UserError
 from infra.processes import process_start, this_machine
 from infra.storage import FolderStore
-from workflows.journal import (
+from workflows.runs.journal import (
     GroupCommit,
     Heartbeat,
     Journal,
@@ -24,7 +24,7 @@ from workflows.journal import (
     read_journal,
     slot_key,
 )
-from workflows.records import Commit, Lease, Record, Start
+from workflows.runs.records import Commit, Lease, Record, Start
 
 
 def commit(call: str) -> Commit:

@@ -17,14 +17,14 @@ from stored_records import append
 
 from infra.errors import StoreError, UserError
 from infra.storage import FolderStore, Store, open_store
-from workflows import cli
-from workflows.artifact_writer import ArtifactWriter
-from workflows.artifacts import Artifact, ArtifactSource
-from workflows.bundle import export_run, import_run, verify
-from workflows.journal import Heartbeat, Journal, read_journal, removed_key
-from workflows.known import index_key
-from workflows.runs import list_runs, load_run, read_log
-from workflows.survey import read_run
+from workflows.cli import main
+from workflows.graph import ArtifactWriter
+from workflows.graph.artifacts import Artifact, ArtifactSource
+from workflows.identity.keys import index_key
+from workflows.runs.bundle import export_run, import_run, verify
+from workflows.runs.catalog import list_runs, load_run, read_log
+from workflows.runs.journal import Heartbeat, Journal, read_journal, removed_key
+from workflows.runs.references import read_run
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_what_is_no_bundle_is_named_in_one_line_and_nothing_is_written(
     make, message = NO_BUNDLES[kind]
     bundle = make(tmp_path / "b.tar")
     with pytest.raises(SystemExit) as ended:
-        cli.main(["import", str(bundle), "--store", str(tmp_path / "other")])
+        main.main(["import", str(bundle), "--store", str(tmp_path / "other")])
     said = capsys.readouterr().err
     assert ended.value.code == 2 and re.search(message, said) and len(said.strip().splitlines()) == 1
     assert not list(FolderStore(tmp_path / "other").list(""))
@@ -323,7 +323,7 @@ def test_what_cannot_be_exported(store: FolderStore, tmp_path: Path) -> None:
 def test_the_commands(store: FolderStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def call(*arguments: str) -> str:
         with pytest.raises(SystemExit) as ended:
-            cli.main(list(arguments))
+            main.main(list(arguments))
         assert ended.value.code == 0, capsys.readouterr().err
         return capsys.readouterr().out
 

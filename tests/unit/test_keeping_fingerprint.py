@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from infra.imports import import_standard
-from workflows.fingerprint import Fingerprinter
+from workflows.identity.fingerprint import Fingerprinter
 
 FILES = {
     "ep/__init__.py": "",
@@ -239,7 +239,7 @@ def test_what_is_not_reached_does_not(changed: Changed, function: str, file: str
 
 
 def test_a_computed_name_of_the_standard_library_brings_in_nothing_of_ours() -> None:
-    from workflows.steps import text
+    from workflows.recipes import text
 
     covered = {name.partition(":")[0] for name in Fingerprinter().of(text.build_corpus.fn).parts}
     assert "data.stdlib_text" in covered and not covered & {"data.loader", "data.packing", "data.mixture"}

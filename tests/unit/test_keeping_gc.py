@@ -14,13 +14,13 @@ from stored_records import append
 
 from infra.errors import StoreError, UserError
 from infra.storage import FolderStore, Store, open_store
-from workflows.artifact_writer import ArtifactWriter
-from workflows.artifacts import Artifact, ArtifactSource, read_manifest
-from workflows.gc import LOCK_KEY, GcResult, Policy, collect, explain, plan_gc
-from workflows.journal import Heartbeat, Journal, read_journal, removed_key, slot_key
-from workflows.known import index_key
-from workflows.marks import KnownMarks, read_marks
-from workflows.runs import list_runs, load_run
+from workflows.graph import ArtifactWriter
+from workflows.graph.artifacts import Artifact, ArtifactSource, read_manifest
+from workflows.identity.keys import index_key
+from workflows.runs.catalog import list_runs, load_run
+from workflows.runs.gc import LOCK_KEY, GcResult, Policy, collect, explain, plan_gc
+from workflows.runs.gc_marks import KnownMarks, read_marks
+from workflows.runs.journal import Heartbeat, Journal, read_journal, removed_key, slot_key
 
 NOW = Policy(grace_s=0, patience_s=20)
 

@@ -11,11 +11,11 @@ from stored_records import append
 
 from infra.errors import StoreError, UserError
 from infra.storage import FolderStore, Store
-from workflows.journal import Heartbeat, Journal, read_journal, slot_key
-from workflows.runs import list_runs, load_metadata, load_run
-from workflows.status import Counts, StatusFile, read_status, status_key
-from workflows.survey import read_run
-from workflows.why import Reasons
+from workflows.runs.catalog import list_runs, load_metadata, load_run
+from workflows.runs.journal import Heartbeat, Journal, read_journal, slot_key
+from workflows.runs.references import read_run
+from workflows.runs.status import Counts, StatusFile, read_status, status_key
+from workflows.runs.why import Reasons
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def commit(call: str, **more: Any) -> dict[str, Any]:
 
 
 def wait(call: str, kind: str, **more: Any) -> dict[str, Any]:
-    made = {"type": "wait", "call": call, "step": f"workflows.waits:{kind}", "message": "go on?", "time": 30.0}
+    made = {"type": "wait", "call": call, "step": f"workflows.runs.signals:{kind}", "message": "go on?", "time": 30.0}
     return {**made, "needs": ["a"], "deadline": None, **more}
 
 

@@ -11,14 +11,15 @@ import pytest
 from stored_records import append
 
 from infra.storage import FolderStore
-from workflows import cli
+from workflows.cli import main
+from workflows.driver.reuse import Known
 from workflows.graph import Step, StepOptions
-from workflows.identities import Identities
-from workflows.journal import Journal
-from workflows.known import Known, index_key
-from workflows.names import load_name
-from workflows.runs import find_steps, load_run
-from workflows.why import Reasons, Why
+from workflows.graph.inputs import Identities
+from workflows.identity.keys import index_key
+from workflows.identity.names import load_name
+from workflows.runs.catalog import find_steps, load_run
+from workflows.runs.journal import Journal
+from workflows.runs.why import Reasons, Why
 
 FILES = {
     "whyflow/__init__.py": "",
@@ -203,7 +204,7 @@ def test_the_command_prints_sentences_and_json(bench: Bench, capsys: pytest.Capt
 
     def call(*more: str) -> str:
         with pytest.raises(SystemExit) as ended:
-            cli.main(["show", "r1", "--why", "train", "--store", bench.store.url, *more])
+            main.main(["show", "r1", "--why", "train", "--store", bench.store.url, *more])
         assert ended.value.code == 0
         return capsys.readouterr().out
 

@@ -28,8 +28,10 @@ from cluster.node.beacons import Record
 from cluster.node.rank_watch import Beat, Sight
 from engines.collectives.wait_times import KINDS, Wait
 from infra.storage import open_store
-from workflows.report import RunRecord, summarise, write
-from workflows.report_groups import interruptions, time_spent
+from workflows.report.groups import interruptions, time_spent
+from workflows.report.record import RunRecord
+from workflows.report.summary import summarise
+from workflows.report.write import write
 
 
 class Clock:

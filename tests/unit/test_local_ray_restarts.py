@@ -14,11 +14,11 @@ import pytest
 
 from infra.errors import ConfigError, NodeLost, SystemFault
 from infra.local_ray import LocalRay
-from workflows import attempts, session
-from workflows.config import RunSettings
-from workflows.events import Event
+from workflows.driver import attempts, session
+from workflows.driver.ray_tasks import Done
+from workflows.driver.settings import RunSettings
 from workflows.graph import StepOptions, step, workflow
-from workflows.placement import Done
+from workflows.runs.events import Event
 
 DEADLINE_S = 60.0
 OWNER = ("run", "What is committed stays: run it again to go on")

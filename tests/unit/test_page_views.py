@@ -18,15 +18,15 @@ from stored_records import Json, append
 from infra.errors import StoreError, UserError
 from infra.storage import FolderStore, Store, open_store
 from infra.telemetry import MetricsWriter
-from workflows import cli
-from workflows.artifact_writer import ArtifactWriter
-from workflows.artifacts import Artifact, ArtifactSource
-from workflows.journal import Journal
-from workflows.known import index_key, parameters_key
-from workflows.service import views
-from workflows.service.curves import thin
-from workflows.service.shown import shown
-from workflows.values import encode
+from workflows.cli import main
+from workflows.graph import ArtifactWriter
+from workflows.graph.artifacts import Artifact, ArtifactSource
+from workflows.graph.values import encode
+from workflows.identity.keys import index_key, parameters_key
+from workflows.runs.journal import Journal
+from workflows.views import run_views
+from workflows.views.metric_curves import thin
+from workflows.views.shortened import shown
 
 TRACE = 'Traceback (most recent call last):\n  File "recipe.py", line 3, in train\nValueError: no\n'
 
@@ -44,8 +44,8 @@ def store(tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def cache() -> views.RunCache:
-    return views.RunCache()
+def cache() -> run_views.RunCache:
+    return run_views.RunCache()
 
 
 def driver_dies(journal: Journal) -> None:
@@ -65,28 +65,28 @@ def sealed(store: Store, location: str, name: str, text: str, folder: Path, file
     return {"$artifact": {**writer.seal().record(), "name": name}}
 
 
-def test_steps_are_told_once_and_again_only_where_they_changed(store: Store, cache: views.RunCache) -> None:
+def test_steps_are_told_once_and_again_only_where_they_changed(store: Store, cache: run_views.RunCache) -> None:
     journal = stores.open_run(store, "r")
     append(journal, [start("a"), start("b", needs=["a"])])
-    first = views.steps(cache, store, "r")
+    first = run_views.steps(cache, store, "r")
     assert statuses(first) == {"a": "running", "b": "running"} and first["live"] and first["reset"]
     assert first["steps"][1]["needs"] == ["a"]
 
     append(journal, [commit("a", seconds=2.5)])
-    second = views.steps(cache, store, "r", first["version"])
+    second = run_views.steps(cache, store, "r", first["version"])
     assert statuses(second) == {"a": "committed"} and second["steps"][0]["seconds"] == 2.5 and not second["reset"]
-    assert views.steps(cache, store, "r", second["version"])["steps"] == []
-    assert statuses(views.steps(cache, store, "r")) == {"a": "committed", "b": "running"}
-    assert statuses(views.steps(views.RunCache(), store, "r")) == statuses(views.steps(cache, store, "r"))
+    assert run_views.steps(cache, store, "r", second["version"])["steps"] == []
+    assert statuses(run_views.steps(cache, store, "r")) == {"a": "committed", "b": "running"}
+    assert statuses(run_views.steps(run_views.RunCache(), store, "r")) == statuses(run_views.steps(cache, store, "r"))
 
 
-def test_a_version_from_another_life_of_the_store_gets_everything(store: Store, cache: views.RunCache) -> None:
+def test_a_version_from_another_life_of_the_store_gets_everything(store: Store, cache: run_views.RunCache) -> None:
     append(stores.open_run(store, "r"), [start("a")])
-    answer = views.steps(cache, store, "r", after=99)
+    answer = run_views.steps(cache, store, "r", after=99)
     assert answer["reset"] and statuses(answer) == {"a": "running"}
 
 
-def test_every_status(store: Store, cache: views.RunCache) -> None:
+def test_every_status(store: Store, cache: run_views.RunCache) -> None:
     journal = stores.open_run(store, "r")
     ask = {"type": "wait", "step": "workflows.waits:approval", "message": "Ship it?", "time": 5.0, "deadline": None}
     append(
@@ -104,7 +104,7 @@ def test_every_status(store: Store, cache: views.RunCache) -> None:
             {**ask, "call": "event[labels]", "step": "workflows.waits:event"},
         ],
     )
-    told = {row["id"]: row for row in views.steps(cache, store, "r")["steps"]}
+    told = {row["id"]: row for row in run_views.steps(cache, store, "r")["steps"]}
     assert {call: row["status"] for call, row in told.items()} == {
         "committed": "committed",
         "reused": "reused",
@@ -117,11 +117,11 @@ def test_every_status(store: Store, cache: views.RunCache) -> None:
     assert told["failed"]["message"] == "ValueError: no" and told["reused"]["reused_from"] == "earlier"
     assert told["approval[ship]"]["message"] == "Ship it?" and told["approval[ship]"]["needs"] == ["committed"]
 
-    version = views.steps(cache, store, "r")["version"]
+    version = run_views.steps(cache, store, "r")["version"]
     driver_dies(journal)
-    after = views.steps(cache, store, "r", version)
+    after = run_views.steps(cache, store, "r", version)
     assert statuses(after) == {"running": "interrupted", "waiting": "interrupted"} and not after["live"]
-    assert views.run(cache, store, "r")["counts"] == {
+    assert run_views.run(cache, store, "r")["counts"] == {
         "committed": 1,
         "reused": 1,
         "failed": 1,
@@ -131,86 +131,86 @@ def test_every_status(store: Store, cache: views.RunCache) -> None:
     }
 
 
-def test_who_is_asked_sees_what_it_is_about(store: Store, cache: views.RunCache) -> None:
+def test_who_is_asked_sees_what_it_is_about(store: Store, cache: run_views.RunCache) -> None:
     shown = {"model": {"$artifact": full("a")}, "note": "token=abcdefghijkl"}
     ask = {"type": "wait", "call": "approval[ship]", "step": "workflows.waits:approval", "message": "Ship it?"}
     ask |= {"time": 5.0, "needs": ["train"], "deadline": None, "show": shown}
     append(stores.open_run(store, "r"), [commit("train", result=artifact("a", "model")), ask])
-    told = views.step(cache, store, "r", "approval[ship]")["wait"]
+    told = run_views.step(cache, store, "r", "approval[ship]")["wait"]
     assert (told["message"], told["since"]) == ("Ship it?", 5.0)
     assert told["show"]["model"] == {"$artifact": {"digest": full("a"), "name": "model"}}
     assert "abcdefghijkl" not in json.dumps(told["show"])
 
 
-def test_an_error_of_twenty_megabytes_is_shown_by_its_ends(store: Store, cache: views.RunCache) -> None:
+def test_an_error_of_twenty_megabytes_is_shown_by_its_ends(store: Store, cache: run_views.RunCache) -> None:
     """As a store may have it from before errors were cut where they are made."""
     journal = stores.open_run(store, "r")
     huge = failure("a", f"begin {'x' * 20_000_000} end", final=True)
     huge["error"]["traceback"] = f"{TRACE}{huge['error']['message']}\n"
     append(journal, [start("a"), huge, {**end(), "status": "failed", "error": huge["error"]}])
     for command in (["show", "r"], ["show", "r", "a"], ["report", "r", "--output", str(Path(store.url) / "out")]):
-        ran = CliRunner().invoke(cli.main_group, [*command, "--store", store.url])
+        ran = CliRunner().invoke(main.main_group, [*command, "--store", store.url])
         assert ran.exit_code == 0 and len(ran.output) < 210_000
-    shown = views.step(cache, store, "r", "a")["error"]
+    shown = run_views.step(cache, store, "r", "a")["error"]
     assert (
         shown["message"].startswith("begin x") and shown["message"].endswith(" end") and len(shown["message"]) < 210_000
     )
-    assert len(json.dumps(views.steps(cache, store, "r"))) < 10_000
+    assert len(json.dumps(run_views.steps(cache, store, "r"))) < 10_000
 
 
-def test_a_retried_step_runs_again(store: Store, cache: views.RunCache) -> None:
+def test_a_retried_step_runs_again(store: Store, cache: run_views.RunCache) -> None:
     journal = stores.open_run(store, "r")
     append(journal, [start("a"), failure("a", "once", final=False), start("a", attempt=2, at=stores.ZERO + 9)])
-    [row] = views.steps(cache, store, "r")["steps"]
+    [row] = run_views.steps(cache, store, "r")["steps"]
     assert (row["status"], row["attempts"], row["started"]) == ("running", 2, stores.ZERO + 9) and "ended" not in row
-    tries = views.step(cache, store, "r", "a")["tries"]
+    tries = run_views.step(cache, store, "r", "a")["tries"]
     assert [(each["number"], each["status"]) for each in tries] == [(1, "failed"), (2, "running")]
     assert tries[0]["error"]["message"] == "once"
 
 
-def test_edges_of_a_journal_that_names_none_come_from_the_artifacts(store: Store, cache: views.RunCache) -> None:
+def test_edges_of_a_journal_that_names_none_come_from_the_artifacts(store: Store, cache: run_views.RunCache) -> None:
     given = {"args": [{"$artifact": full("c0")}], "kwargs": {}}
     journal = stores.open_run(store, "r")
     append(journal, [commit("corpus", result=artifact("c0", "corpus")), commit("model", arguments=given)])
-    rows = {row["id"]: row for row in views.steps(cache, store, "r")["steps"]}
+    rows = {row["id"]: row for row in run_views.steps(cache, store, "r")["steps"]}
     assert rows["model"]["needs"] == ["corpus"] and "needs" not in rows["corpus"]
 
 
-def test_the_summary_of_a_run(store: Store, cache: views.RunCache) -> None:
+def test_the_summary_of_a_run(store: Store, cache: run_views.RunCache) -> None:
     recipe = {"$settings": "recipes:Recipe", "fields": {"seed": 3, "api_token": "abcdefgh", "note": "token=abcdefgh"}}
     journal = stores.open_run(store, "r", recipe)
-    assert views.run(cache, store, "r")["can"]["cancel"]
+    assert run_views.run(cache, store, "r")["can"]["cancel"]
     error = {"kind": "user", "type": "ValueError", "message": "password: hunter22", "traceback": TRACE}
     append(journal, [end("failed", error=error, at=stores.ZERO + 60)])
-    told = views.run(cache, store, "r")
+    told = run_views.run(cache, store, "r")
     assert (told["status"], told["ended"], told["drivers"]) == ("failed", stores.ZERO + 60, 1)
     assert told["recipe"][0]["value"] == {"seed": 3, "api_token": "[redacted]", "note": "token=[redacted]"}
     assert told["error"]["message"] == "password: [redacted]" and told["error"]["traceback"] == TRACE
     assert not told["can"]["cancel"]
-    [head] = views.runs(store)
+    [head] = run_views.runs(store)
     assert (head["run_id"], head["status"], head["workflow"]) == ("r", "failed", "recipes.demo:demo")
 
 
-def test_names_that_are_not_there(store: Store, cache: views.RunCache) -> None:
+def test_names_that_are_not_there(store: Store, cache: run_views.RunCache) -> None:
     append(stores.open_run(store, "run-1"), [start("train[0]")])
     with pytest.raises(UserError, match="did you mean run-1"):
-        views.steps(cache, store, "run-2")
+        run_views.steps(cache, store, "run-2")
     with pytest.raises(UserError, match="no run"):
-        views.run(cache, store, "../run-1")
+        run_views.run(cache, store, "../run-1")
     with pytest.raises(UserError, match=r"did you mean train\[0\]"):
-        views.step(cache, store, "run-1", "train[1]")
+        run_views.step(cache, store, "run-1", "train[1]")
     with pytest.raises(UserError, match="no attempt"):
-        views.log(cache, store, "run-1", "train[0]", attempt="../../secret")
+        run_views.log(cache, store, "run-1", "train[0]", attempt="../../secret")
 
 
-def test_a_damaged_slot_is_named(store: Store, cache: views.RunCache) -> None:
+def test_a_damaged_slot_is_named(store: Store, cache: run_views.RunCache) -> None:
     append(stores.open_run(store, "r"), [start("a")])
     store.put("runs/r/journal/00000003.json", b'{"format": 1')
     with pytest.raises(StoreError, match="slot 3 is damaged"):
-        views.steps(cache, store, "r")
+        run_views.steps(cache, store, "r")
 
 
-def test_one_call_with_everything(store: Store, cache: views.RunCache, tmp_path: Path) -> None:
+def test_one_call_with_everything(store: Store, cache: run_views.RunCache, tmp_path: Path) -> None:
     made = sealed(store, "runs/r/attempts/train[0]-1/model", "model", "weights", tmp_path)
     given = {
         "args": [{"$artifact": full("c0")}, {"$settings": "r:Sft", "fields": {"lr": 0.1, "rate": {"$float": "nan"}}}],
@@ -222,7 +222,7 @@ def test_one_call_with_everything(store: Store, cache: views.RunCache, tmp_path:
     journal = stores.open_run(store, "r")
     append(journal, [commit("corpus", result=artifact("c0", "corpus")), start("train[0]", at=1.0)])
     append(journal, [commit("train[0]", at=2.0, seconds=3.0, arguments=given, result=result)])
-    told = views.step(cache, store, "r", "train[0]")
+    told = run_views.step(cache, store, "r", "train[0]")
     assert told["arguments"] == [
         {"name": "corpus", "value": {"$artifact": {"digest": full("c0"), "name": "corpus"}}},
         {"name": "sft", "value": {"lr": 0.1, "rate": "nan"}},
@@ -255,67 +255,69 @@ def test_values_of_any_class_are_shown_as_what_they_hold() -> None:
     json.dumps(told, ensure_ascii=False).encode()
 
 
-def test_a_very_long_result_is_shown_by_its_beginning(store: Store, cache: views.RunCache) -> None:
+def test_a_very_long_result_is_shown_by_its_beginning(store: Store, cache: run_views.RunCache) -> None:
     append(stores.open_run(store, "r"), [commit("a", result=["x" * 100] * 10_000)])
-    told = views.step(cache, store, "r", "a")
+    told = run_views.step(cache, store, "r", "a")
     assert len(told["result"]) == 21 and told["result"][-1].startswith("... 10000 in all")
 
 
-def test_answers_are_json_even_where_a_result_is_not_finite(store: Store, cache: views.RunCache) -> None:
+def test_answers_are_json_even_where_a_result_is_not_finite(store: Store, cache: run_views.RunCache) -> None:
     values = [
         {"$float": "inf"},
         {"$artifact": {"digest": "d", "name": "n", "location": "l", "meta": {"x": float("nan")}}},
     ]
     journal = stores.open_run(store, "r")
     append(journal, [commit("a", result=values), end(result=values)])
-    for answer in (views.step(cache, store, "r", "a"), views.run(cache, store, "r")):
+    for answer in (run_views.step(cache, store, "r", "a"), run_views.run(cache, store, "r")):
         json.dumps(answer, allow_nan=False)
-    assert views.run(cache, store, "r")["result"][0] == "inf"
+    assert run_views.run(cache, store, "r")["result"][0] == "inf"
 
 
 @pytest.mark.parametrize("kind", [FolderStore, Remote])
-def test_a_log_is_read_from_where_one_left_off(tmp_path: Path, cache: views.RunCache, kind: type[FolderStore]) -> None:
+def test_a_log_is_read_from_where_one_left_off(
+    tmp_path: Path, cache: run_views.RunCache, kind: type[FolderStore]
+) -> None:
     store = kind(tmp_path / "store")
     journal = stores.open_run(store, "r")
     append(journal, [start("a"), start("b"), failure("b", "no", final=False), start("b", attempt=2)])
     key = "runs/r/attempts/a-1/log.txt"
-    empty = views.log(cache, store, "r", "a")
+    empty = run_views.log(cache, store, "r", "a")
     assert (empty["text"], empty["offset"], empty["ended"], empty["attempts"]) == ("", 0, False, ["a-1"])
     store.put(key, "grün\nthe password=hunter22 is\nhalf a li".encode())
-    first = views.log(cache, store, "r", "a")
+    first = run_views.log(cache, store, "r", "a")
     assert first["text"] == "grün\nthe password=[redacted] is\n" and not first["ended"]
     store.put(key, "grün\nthe password=hunter22 is\nhalf a line\nand the last".encode())
-    assert views.log(cache, store, "r", "a", offset=first["offset"])["text"] == "half a line\n"
-    assert views.log(cache, store, "r", "a", offset=-35)["text"] == "half a line\n"
+    assert run_views.log(cache, store, "r", "a", offset=first["offset"])["text"] == "half a line\n"
+    assert run_views.log(cache, store, "r", "a", offset=-35)["text"] == "half a line\n"
     append(journal, [commit("a")])
-    last = views.log(cache, store, "r", "a", offset=first["offset"])
+    last = run_views.log(cache, store, "r", "a", offset=first["offset"])
     assert last["text"] == "half a line\nand the last" and last["ended"]
 
     store.put("runs/r/attempts/b-1/log.txt", b"first attempt")
-    old = views.log(cache, store, "r", "b", attempt="b-1")
+    old = run_views.log(cache, store, "r", "b", attempt="b-1")
     assert old["text"] == "first attempt" and old["ended"] and old["attempts"] == ["b-1", "b-2"]
 
 
-def test_a_long_log_comes_in_pieces_that_lose_nothing(store: Store, cache: views.RunCache) -> None:
+def test_a_long_log_comes_in_pieces_that_lose_nothing(store: Store, cache: run_views.RunCache) -> None:
     text = "".join(f"line {number} is ünïcödé\n" for number in range(30_000))
     append(stores.open_run(store, "r"), [start("a"), commit("a")])
     store.put("runs/r/attempts/a-1/log.txt", text.encode())
     found, offset, ended = "", 0, False
     while not ended:
-        piece = views.log(cache, store, "r", "a", offset=offset)
+        piece = run_views.log(cache, store, "r", "a", offset=offset)
         found, offset, ended = found + piece["text"], piece["offset"], piece["ended"]
     assert found == text
 
 
-def test_the_drivers_log(store: Store, cache: views.RunCache) -> None:
+def test_the_drivers_log(store: Store, cache: run_views.RunCache) -> None:
     append(stores.open_run(store, "r"), [end()])
-    assert views.log(cache, store, "r")["text"] == ""
+    assert run_views.log(cache, store, "r")["text"] == ""
     store.put("runs/r/driver/000001.log", b"first driver\n")
     store.put("runs/r/driver/000002.log", b"second driver\n")
-    assert views.log(cache, store, "r")["text"] == "second driver\n"
+    assert run_views.log(cache, store, "r")["text"] == "second driver\n"
 
 
-def test_curves_of_results_and_of_the_history(store: Store, cache: views.RunCache, tmp_path: Path) -> None:
+def test_curves_of_results_and_of_the_history(store: Store, cache: run_views.RunCache, tmp_path: Path) -> None:
     with MetricsWriter(tmp_path / "metrics.jsonl") as rows:
         for number in range(3):
             rows.write("sft", number + 1, loss=[2.0, float("nan"), 1.0][number])
@@ -326,25 +328,25 @@ def test_curves_of_results_and_of_the_history(store: Store, cache: views.RunCach
     row = [7, 1.0, 1, 10, {"loss": 3.0}]
     history = {"format": 1, "curves": [{"call": "b", "rows": [row]}], "texts": []}
     store.put("runs/r/history/00000001-0000000007.json", json.dumps(history).encode())
-    first = views.metrics(cache, store, "r")
+    first = run_views.metrics(cache, store, "r")
     assert first["curves"] == [] and [(e["call"], e["done"], e["metrics"]) for e in first["events"]] == [
         ("b", 1, {"loss": 3.0})
     ]
 
     append(journal, [commit("a", result={"metrics": made})])
-    second = views.metrics(cache, store, "r", after=first["version"])
+    second = run_views.metrics(cache, store, "r", after=first["version"])
     assert second["events"] == []
     assert second["curves"] == [{"call": "a", "name": "loss", "x": [1, 3], "y": [2.0, 1.0]}]
-    assert views.metrics(cache, store, "r", after=second["version"])["curves"] == []
-    assert len(views.metrics(cache, store, "r", "a")["curves"]) == 1
-    assert views.metrics(cache, store, "r", "b")["curves"] == []
+    assert run_views.metrics(cache, store, "r", after=second["version"])["curves"] == []
+    assert len(run_views.metrics(cache, store, "r", "a")["curves"]) == 1
+    assert run_views.metrics(cache, store, "r", "b")["curves"] == []
 
 
-def test_curves_of_several_stages_in_one_file_stay_apart(store: Store, cache: views.RunCache) -> None:
+def test_curves_of_several_stages_in_one_file_stay_apart(store: Store, cache: run_views.RunCache) -> None:
     rows = [{"stage": stage, "step": 1, "loss": value} for stage, value in (("warm-up", 2.0), ("main", 1.0))]
     store.put("somewhere/m/data/metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
     append(stores.open_run(store, "r"), [commit("a", result=artifact("m", "metrics"))])
-    curves = views.metrics(cache, store, "r")["curves"]
+    curves = run_views.metrics(cache, store, "r")["curves"]
     assert {curve["name"]: curve["y"] for curve in curves} == {"warm-up loss": [2.0], "main loss": [1.0]}
 
 
@@ -382,9 +384,9 @@ def lineage_stores(store: Store) -> None:
     append(second, [{**corpus, "reused_from": "first", "node": "", "attempt_id": ""}, again, tuned, end()])
 
 
-def test_lineage_goes_through_reuse_up_to_the_data(store: Store, cache: views.RunCache) -> None:
+def test_lineage_goes_through_reuse_up_to_the_data(store: Store, cache: run_views.RunCache) -> None:
     lineage_stores(store)
-    told = views.lineage(cache, store, "second", full("d0"))
+    told = run_views.lineage(cache, store, "second", full("d0"))
     nodes = {node["id"]: node for node in told["nodes"]}
     wanted = [
         ("data:books.txt", "call:first/corpus"),
@@ -404,22 +406,24 @@ def test_lineage_goes_through_reuse_up_to_the_data(store: Store, cache: views.Ru
     assert nodes["call:first/corpus"]["recipe"] == [{"name": "seed", "value": 3}]
 
 
-def test_a_reused_step_has_the_log_of_the_run_that_made_it(store: Store, cache: views.RunCache) -> None:
+def test_a_reused_step_has_the_log_of_the_run_that_made_it(store: Store, cache: run_views.RunCache) -> None:
     lineage_stores(store)
     store.put("runs/first/attempts/train[0]-1/log.txt", b"trained\n")
-    assert views.log(cache, store, "second", "train[base]")["text"] == ""  # the first run has no record of its start
-    told = views.step(cache, store, "second", "train[base]")
+    assert (
+        run_views.log(cache, store, "second", "train[base]")["text"] == ""
+    )  # the first run has no record of its start
+    told = run_views.step(cache, store, "second", "train[base]")
     assert told["origin"] == {"run_id": "first", "id": "train[0]"} and told["reused_from"] == "first"
     store.delete("runs/first/run.json")
-    gone = views.step(views.RunCache(), store, "second", "train[base]")
+    gone = run_views.step(run_views.RunCache(), store, "second", "train[base]")
     assert gone["origin"] is None and gone["reused_from"] == "first"
-    alone = views.lineage(views.RunCache(), store, "second", full("d0"))
+    alone = run_views.lineage(run_views.RunCache(), store, "second", full("d0"))
     assert "call:second/train[base]" in {node["id"] for node in alone["nodes"]}
 
 
-def test_an_artifact_that_nobody_made(store: Store, cache: views.RunCache) -> None:
+def test_an_artifact_that_nobody_made(store: Store, cache: run_views.RunCache) -> None:
     append(stores.open_run(store, "r"), [end()])
-    told = views.lineage(cache, store, "r", full("ee"))
+    told = run_views.lineage(cache, store, "r", full("ee"))
     assert [node["kind"] for node in told["nodes"]] == ["artifact"] and told["edges"] == []
 
 
@@ -428,18 +432,18 @@ def test_ten_thousand_steps(tmp_path: Path, kind: type[FolderStore]) -> None:
     """Figures are printed, not asserted: the machine may be loaded."""
     store = kind(tmp_path / "store")
     journal = stores.chains(store, "big", finished=False)
-    cache = views.RunCache()
+    cache = run_views.RunCache()
     clock = time.perf_counter()
-    first = views.steps(cache, store, "big")
+    first = run_views.steps(cache, store, "big")
     loaded = time.perf_counter() - clock
     size = len(json.dumps(first, separators=(",", ":")))
     assert len(first["steps"]) == 10_000 and size < 2_500_000
     append(journal, [start("extra[0]", needs=["chain[99]/link[99]"])])
     clock = time.perf_counter()
-    second = views.steps(cache, store, "big", first["version"])
+    second = run_views.steps(cache, store, "big", first["version"])
     assert [row["id"] for row in second["steps"]] == ["extra[0]"]
     print(f"{kind.__name__}: first {loaded:.3f} s, {size} bytes; then {time.perf_counter() - clock:.4f} s")
-    told = views.lineage(cache, store, "big", full("00"))
+    told = run_views.lineage(cache, store, "big", full("00"))
     assert told["nodes"] == [{"id": f"artifact:{full('00')}", "kind": "artifact", "digest": full("00"), "name": ""}]
 
 

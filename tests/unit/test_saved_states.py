@@ -6,7 +6,7 @@ from urllib.parse import quote
 import pytest
 
 from infra.storage import Store, open_store
-from workflows.saved import SavedStates, state_url, states_key
+from workflows.graph.step_state import SavedStates, state_url, states_key
 
 NESTED = "/".join(f"experiment_group[{number}]" for number in range(14)) + "/pretrain[{}]"
 CALLS = [

@@ -17,12 +17,13 @@ from stored_records import append
 from infra.errors import ConfigError, StoreError, UserError
 from infra.storage import Store, open_store
 from infra.tokens import digest
-from workflows.events import Event
-from workflows.history import Recorder
-from workflows.journal import Journal
-from workflows.service import models, places
-from workflows.service.app import PAGE, create_app
-from workflows.service.models import Submission
+from workflows.runs.events import Event
+from workflows.runs.history import Recorder
+from workflows.runs.journal import Journal
+from workflows.service import schemas
+from workflows.service.client import credentials
+from workflows.service.schemas import Submission
+from workflows.service.server.app import PAGE, create_app
 
 TOKEN = "a-token-for-tests"
 
@@ -92,25 +93,25 @@ def client(store: Store) -> TestClient:
 
 
 def test_service_answers_have_the_shapes_of_the_schema(client: TestClient) -> None:
-    head = TypeAdapter(list[models.RunHead]).validate_python(client.get("/api/v1/runs").json())
+    head = TypeAdapter(list[schemas.RunHead]).validate_python(client.get("/api/v1/runs").json())
     assert [(run.run_id, run.status, run.active) for run in head] == [("r", "running", True)]
-    run = models.Run.model_validate(client.get("/api/v1/runs/r").json())
+    run = schemas.Run.model_validate(client.get("/api/v1/runs/r").json())
     assert run.workflow == "flow:toy" and run.active and run.counts["committed"] == 1
-    steps = models.Steps.model_validate(client.get("/api/v1/runs/r/steps").json())
+    steps = schemas.Steps.model_validate(client.get("/api/v1/runs/r/steps").json())
     assert {step.id: step.status for step in steps.steps} == {"a[0]": "committed", "a[1]": "running"}
     assert client.get(f"/api/v1/runs/r/steps?after={steps.version}").json()["steps"] == []
-    detail = models.StepDetail.model_validate(client.get("/api/v1/runs/r/step", params={"id": "a[1]"}).json())
+    detail = schemas.StepDetail.model_validate(client.get("/api/v1/runs/r/step", params={"id": "a[1]"}).json())
     assert detail.status == "running" and detail.needs == ["a[0]"]
-    log = models.Log.model_validate(client.get("/api/v1/runs/r/log", params={"id": "a[0]", "offset": 9}).json())
+    log = schemas.Log.model_validate(client.get("/api/v1/runs/r/log", params={"id": "a[0]", "offset": 9}).json())
     assert log.text == "line two\n" and log.offset == 18 and log.attempts == ["one"]
     driver = client.get("/api/v1/runs/r/log").json()["text"]
     assert "the driver says" in driver and "abcdefgh" not in driver
-    metrics = models.Metrics.model_validate(client.get("/api/v1/runs/r/metrics").json())
+    metrics = schemas.Metrics.model_validate(client.get("/api/v1/runs/r/metrics").json())
     assert [event["metrics"] for event in metrics.events] == [{"loss": 0.5}]
     assert client.get("/api/v1/runs/r/metrics", params={"after": metrics.version}).json()["events"] == []
-    results = models.Results.model_validate(client.get("/api/v1/runs/r/results").json())
+    results = schemas.Results.model_validate(client.get("/api/v1/runs/r/results").json())
     assert results.endpoints == [] and results.sections == []
-    assert models.Service.model_validate(client.get("/api/v1/service").json()).active == ["r"]
+    assert schemas.Service.model_validate(client.get("/api/v1/service").json()).active == ["r"]
 
 
 def test_service_openapi_names_every_route_with_its_answer(client: TestClient) -> None:
@@ -237,26 +238,26 @@ def test_service_page_is_served_without_a_token(store: Store) -> None:
 
 def test_service_token_is_made_once_and_private(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RECUA_TOKEN", raising=False)
-    assert places.read_token(None) is None
-    token = places.make_token(None)
+    assert credentials.read_token(None) is None
+    token = credentials.make_token(None)
     file = home / ".recua" / "token"
     assert len(token) >= 40 and stat.S_IMODE(os.stat(file).st_mode) == 0o600 and file.read_text() == token + "\n"
-    assert places.make_token(None) == token == places.read_token(None)
+    assert credentials.make_token(None) == token == credentials.read_token(None)
     assert token not in digest(token) and len(digest(token)) == 64
     monkeypatch.setenv("RECUA_TOKEN", "from the environment")
-    assert places.make_token(None) == "from the environment"
+    assert credentials.make_token(None) == "from the environment"
     (tmp_path / "t").write_text(" in a file \n")
-    assert places.read_token(str(tmp_path / "t")) == "in a file"
+    assert credentials.read_token(str(tmp_path / "t")) == "in a file"
     for name, text in (("none", "No such file"), ("empty", "holds no token")):
         (tmp_path / "empty").write_text("\n")
         with pytest.raises(ConfigError, match=f"--token-file: .*{text}"):
-            places.read_token(str(tmp_path / name))
+            credentials.read_token(str(tmp_path / name))
 
 
 def test_service_url_comes_from_what_up_left(home: Path) -> None:
     with pytest.raises(UserError, match="recua up"):
-        places.service_url(None)
-    places.write_place({"url": "http://127.0.0.1:1", "store": "s", "address": "a", "head": None})
-    assert places.service_url(None) == "http://127.0.0.1:1" and places.service_url("http://x/") == "http://x"
-    places.forget_place()
-    assert places.read_place() is None
+        credentials.service_url(None)
+    credentials.write_place({"url": "http://127.0.0.1:1", "store": "s", "address": "a", "head": None})
+    assert credentials.service_url(None) == "http://127.0.0.1:1" and credentials.service_url("http://x/") == "http://x"
+    credentials.forget_place()
+    assert credentials.read_place() is None

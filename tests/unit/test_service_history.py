@@ -11,9 +11,9 @@ import pytest
 
 from infra.errors import StoreError
 from infra.storage import FolderStore, Store, open_store
-from workflows import history
-from workflows.events import Event
-from workflows.history import Curve, Recorder, read_history
+from workflows.runs import history
+from workflows.runs.events import Event
+from workflows.runs.history import Curve, Recorder, read_history
 
 
 def progress(number: int, call: str = "a[0]", **metrics: float) -> Event:

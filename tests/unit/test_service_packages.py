@@ -13,8 +13,8 @@ import pytest
 
 from infra.errors import ConfigError, UserError
 from infra.storage import open_store
-from workflows.service import packages
-from workflows.service.submit import submit
+from workflows.service.client.submit import submit
+from workflows.service.drivers import packages
 
 
 def make(root: Path, *names: str) -> None:

@@ -16,13 +16,13 @@ import pytest
 from infra.errors import UserError
 from infra.processes import process_start
 from infra.storage import open_store
-from workflows.journal import Journal, lease_key, read_journal
-from workflows.runs import load_run
-from workflows.service import driver, packages, records, supervisor
-from workflows.service.driver import CLUSTER_GONE, Watch
-from workflows.service.models import Submission
-from workflows.service.processes import Process
-from workflows.service.supervisor import Supervisor
+from workflows.runs.catalog import load_run, submission_key
+from workflows.runs.journal import Journal, lease_key, read_journal
+from workflows.service.drivers import driver_process, packages, records, supervisor
+from workflows.service.drivers.driver_process import CLUSTER_GONE, Watch
+from workflows.service.drivers.processes import Process
+from workflows.service.drivers.supervisor import Supervisor
+from workflows.service.schemas import Submission
 
 FLOW = """
 import os, signal, time
@@ -219,7 +219,7 @@ def test_service_leaves_a_driver_alone_that_somebody_started_in_a_terminal(servi
     script = f"""
 import time
 from infra.storage import open_store
-from workflows.journal import Heartbeat, Journal
+from workflows.runs.journal import Heartbeat, Journal
 beat = Heartbeat(Journal.acquire(open_store({store!r}), "r"), lambda: None, lambda error: None)
 print("drives", flush=True)
 time.sleep(600)
@@ -242,16 +242,14 @@ time.sleep(600)
 
 
 def test_service_never_doubles_a_driver_of_another_machine(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workflows.journal.this_machine", lambda: "elsewhere/1")
+    monkeypatch.setattr("workflows.runs.journal.this_machine", lambda: "elsewhere/1")
     store = service.store
     records_of = {"format": 1, "run_id": "r", "workflow": "flow:toy", "created": 1.0, "reuse": True, "rerun": []}
     store.put("runs/r/run.json", json.dumps({**records_of, "recipe": {}, "recipe_hash": "h"}).encode())
     journal = Journal.acquire(store, "r", ttl_s=1.0)
     monkeypatch.undo()
     body = {"package": service.package, "workflow_file": "flow.py", "overrides": [f"folder={service.trace}"]}
-    store.put(
-        records.submission_key("r"), json.dumps({**body, "recipe": None, "recipe_name": "", "run_id": "r"}).encode()
-    )
+    store.put(submission_key("r"), json.dumps({**body, "recipe": None, "recipe_name": "", "run_id": "r"}).encode())
     records.activate(store, "r", 0)
     begun: list[int] = []
     monkeypatch.setattr(supervisor.processes, "start", lambda *given: begun.append(1))
@@ -274,14 +272,14 @@ def test_service_never_doubles_a_driver_of_another_machine(service: Service, mon
 
 
 def test_service_driver_ends_when_its_cluster_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "WATCH_PERIOD_S", 0.01)
-    monkeypatch.setattr(driver, "GCS_PATIENCE_S", 0.2)
+    monkeypatch.setattr(driver_process, "WATCH_PERIOD_S", 0.01)
+    monkeypatch.setattr(driver_process, "GCS_PATIENCE_S", 0.2)
     head = socket.create_server(("127.0.0.1", 0))
     address = f"127.0.0.1:{head.getsockname()[1]}"
     ends: list[int] = []
     raylet = subprocess.Popen(["sleep", "600"])
     found = Process(raylet.pid, process_start(raylet.pid) or "")
-    monkeypatch.setattr(driver, "own_raylet", lambda: found)
+    monkeypatch.setattr(driver_process, "own_raylet", lambda: found)
     Watch(address, end=ends.append).start()
     time.sleep(0.3)
     assert not ends, "both are there"
@@ -292,7 +290,7 @@ def test_service_driver_ends_when_its_cluster_is_gone(monkeypatch: pytest.Monkey
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert ends == [CLUSTER_GONE]
-    monkeypatch.setattr(driver, "own_raylet", lambda: None)
+    monkeypatch.setattr(driver_process, "own_raylet", lambda: None)
     Watch(address, end=ends.append).start()
     time.sleep(0.3)
     assert len(ends) == 1, "the head answers"

@@ -17,10 +17,10 @@ from engines.config import LearnerSettings
 from infra.config import Settings, load, read_text, split_override
 from infra.errors import ConfigError
 from serving.config import ServingSettings
-from workflows.config import RunSettings
+from workflows.driver.settings import RunSettings
 from workflows.graph import workflow
-from workflows.keywords import arguments_of
-from workflows.recipe import PretrainRecipe, Recipe
+from workflows.launch.keywords import arguments_of
+from workflows.recipes.settings import PretrainRecipe, Recipe
 
 
 class Colour(Enum):

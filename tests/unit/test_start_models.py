@@ -23,8 +23,8 @@ from models.llama import Llama
 from models.presets import scratch_config
 from models.tokenizer import load_tokenizer, train_bpe
 from models.weights import load_llama, save_hf
-from workflows.recipe import PretrainRecipe
-from workflows.steps.checks import check_pretraining, check_start_model
+from workflows.recipes.checks import check_pretraining, check_start_model
+from workflows.recipes.settings import PretrainRecipe
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"
 NORM, HEAD, EMBEDDING = "model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"

@@ -23,7 +23,7 @@ from cluster.goodput.buckets import Ledger
 from cluster.goodput.group_account import GroupWatch
 from infra.errors import DataError
 from infra.storage import FolderStore
-from workflows import cli
+from workflows.cli import main
 
 PAUSE = Pause(104.0, 106.0, 2, "shrink", "w1 died", "elastic.min_workers", 1, 1)
 
@@ -135,13 +135,13 @@ def test_the_command_prints_shares_pauses_and_gaps(tmp_path: Path, capsys: pytes
     store.put("runs/r1/run.json", b'{"workflow": "w", "recipe": {}, "created": 1}')
     options = ["--store", str(tmp_path)]
     with pytest.raises(SystemExit) as refused:
-        cli.main(["goodput", "r1", *options])
+        main.main(["goodput", "r1", *options])
     assert refused.value.code == 2
     assert "no elastic group" in capsys.readouterr().err
     write_node(store, "r1", "pretrain", NodeAccount("n0", (rank("w0", 120),)))
     write_group(store, "r1", group(n0=NodeLife(100, None, 1), n1=NodeLife(100, None, 1)))
     with pytest.raises(SystemExit) as done:
-        cli.main(["goodput", "r1", *options])
+        main.main(["goodput", "r1", *options])
     assert done.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("pretrain: goodput 0.3167 of 3 ranks over 20.0 s\n")
@@ -149,5 +149,5 @@ def test_the_command_prints_shares_pauses_and_gaps(tmp_path: Path, capsys: pytes
     clock = time.strftime("%H:%M:%S", time.localtime(104))
     assert f"{clock}  2.00 s  1 step lost  shrink: w1 died (elastic.min_workers)" in text
     with pytest.raises(SystemExit):
-        cli.main(["goodput", "r1", "--json", *options])
+        main.main(["goodput", "r1", "--json", *options])
     assert '"goodput": 0.316667' in capsys.readouterr().out

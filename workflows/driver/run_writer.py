@@ -1,0 +1,83 @@
+"""What a driver writes of its run: the journal's slots, the heartbeat, the status, the index for later runs.
+
+The loop's thread hands over what is to be written and waits for nothing; each part has a thread of its own that writes,
+and tells `abort` of a store that fails or of another driver.
+"""
+
+from collections.abc import Callable
+
+from workflows.driver.call import Call, RunContext
+from workflows.driver.reuse import Known, ReuseIndex
+from workflows.graph.step_state import SavedStates
+from workflows.runs.journal import GroupCommit, Heartbeat
+from workflows.runs.records import Commit, End, Record
+from workflows.runs.status import StatusFile
+
+GATHER_S = 0.005
+"""How long the journal waits for more results while much is in flight: a slot costs two flushes of the disk however
+much is in it."""
+REMOTE_GATHER_S = 0.01
+
+
+class RunWriter:
+    """`crowded()`: whether so much is in flight that a few milliseconds of waiting cost no time. `abort(error)` and
+    `cancel()`, which a request in the store asks for, are called on the writing threads."""
+
+    def __init__(
+        self,
+        run: RunContext,
+        known: Known,
+        crowded: Callable[[], bool],
+        abort: Callable[[BaseException], None],
+        cancel: Callable[[], None],
+    ) -> None:
+        journal = run.journal
+        self._run = run
+        self._crowded = crowded
+        self._least_gather_s = REMOTE_GATHER_S if journal.store.local_path("runs") is None else 0.0
+        self._states = SavedStates(journal.store, journal.run_id, known.commits)
+        self._index = ReuseIndex(journal.store, abort)
+        self._commits = GroupCommit(journal, abort, self._gather_s, written=self._after_write)
+        self._status = StatusFile(journal)
+        self._heartbeat = Heartbeat(journal, cancel, abort, self._status.write, known.marks.acknowledge)
+
+    def note(self, record: Record) -> None:
+        """Write a record with the next slot, or alone after a while."""
+        self._commits.note(record)
+
+    def commit(self, record: Commit, then: Callable[[], None]) -> None:
+        """Write a record as soon as possible, then call `then` on the journal's thread."""
+        self._commits.commit(record, then)
+
+    def committed(self, call: Call, record: Commit) -> None:
+        """The commit record of a call is on the disk: later runs may reuse it, and its saved state is done with."""
+        if call.options.reuse:
+            self._index.add(self._run.journal.run_id, record)
+        if call.saved_state:
+            self._states.committed(call.id)
+
+    def valid_until(self) -> float:
+        """The wall-clock time up to which no other driver can have taken over."""
+        return self._heartbeat.valid_until()
+
+    def end(self, end: End | None) -> BaseException | None:
+        """Write what is left, and `end` last; returns what kept it from being written. The heartbeat goes on."""
+        self._index.close()
+        self._states.close()
+        if end is not None:
+            self._commits.note(end)
+        self._commits.close()
+        if end is not None:
+            self._status.write()
+        return self._commits.failure
+
+    def close(self) -> None:
+        """End the heartbeat."""
+        self._heartbeat.close()
+
+    def _gather_s(self) -> float:
+        """How long the journal's thread waits for more to write, in seconds."""
+        return max(self._least_gather_s, GATHER_S if self._crowded() else 0.0)
+
+    def _after_write(self) -> None:
+        self._run.faults.reach("executor.after-commit")

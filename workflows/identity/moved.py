@@ -1,0 +1,45 @@
+"""Where modules lie whose earlier names stand in stores, and in scripts of users.
+
+Stored names do not move: what a store has of `workflows.waits:approval` stays valid, and new runs write the same, so
+that an unfinished run resumes and equal calls are still found by their keys. A script written for an earlier version
+imports by the earlier name.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "workflows.waits": "workflows.graph.waits",
+    "workflows.recipe": "workflows.recipes.settings",
+    "workflows.steps": "workflows.recipes",
+    **{
+        f"workflows.steps.{name}": f"workflows.recipes.{name}"
+        for name in ("amounts", "checks", "evaluation", "inputs", "sampling", "text", "training")
+    },
+}
+"""Name in stores and older scripts -> where the module lies."""
+STORED_AS = {now: before for before, now in MOVED.items()}
+
+
+class MovedFinder(Loader):
+    """Imports a moved module by its earlier name: the same module, not a second one."""
+
+    @classmethod
+    def find_spec(
+        cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(name, cls()) if name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.modules[module.__name__] = importlib.import_module(MOVED[module.__name__])
+
+
+if MovedFinder not in sys.meta_path:
+    sys.meta_path.insert(0, MovedFinder)  # first: a package by its earlier name must not find its modules itself

@@ -1,0 +1,1 @@
+"""What a run came to: report.json and one self-contained HTML page."""

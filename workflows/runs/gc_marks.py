@@ -1,0 +1,99 @@
+"""What is about to be removed, and how a driver says that it knows.
+
+`recua gc` deletes artifacts that no run refers to. A run may come to refer to one at any moment: its driver looks an
+equal call up in the index and, some time later, commits a record that names that call's artifacts. What makes the two
+safe together is one object, `gc/marks.json` = {"epoch", "marks": {location: time}}, and one number in every heartbeat.
+
+1. gc writes the marks with a new epoch N, and withdraws the index entries that lead to them.
+2. A driver reads the marks at every heartbeat. A lookup is labelled, before it reads the index, with the epoch that the
+   driver has read by then, and does not take what is marked in it. So a lookup labelled N or later never ends in a
+   reference to what epoch N marks: marks stay until they are lifted or what they mark is gone.
+3. The heartbeat carries the lowest label among the lookups whose outcome is not yet decided: a lookup counts until it
+   found nothing, or until the slot with its commit has been written.
+4. gc deletes only after every run that has not ended is accounted for: its heartbeat says N or more, or its driver is
+   known dead, or gc has taken its lease, after which no commit of that driver can be written any more. A run that
+   starts later reads the marks before its first lookup.
+5. Then gc reads all journals again. Every commit that came out of a lookup labelled below N was written before the
+   heartbeat of 4 and is seen now; what it refers to is unmarked. No other reference to what is marked can come about,
+   so what is still unreferenced may go, however slow, stopped or cut off any driver is.
+
+The grace period beyond that is for people and for what is under way without a lease, such as an import.
+"""
+
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from infra.errors import StoreError
+from infra.storage import Store
+from workflows.graph.values import artifact_records
+
+FORMAT = 1
+MARKS_KEY = "gc/marks.json"
+
+
+@dataclass(frozen=True)
+class Marks:
+    """`marks`: key of an artifact, an attempt or another object -> when it was first marked, in seconds."""
+
+    epoch: int = 0
+    marks: Mapping[str, float] = field(default_factory=dict)
+
+    def cover(self, location: str) -> bool:
+        """Whether an artifact at `location`, or the attempt that it lies in, is marked."""
+        return location in self.marks or location.rpartition("/")[0] in self.marks
+
+
+def read_marks(store: Store) -> Marks:
+    """The marks of the last `recua gc`; none where it never ran.
+
+    Raises:
+        StoreError: the object is damaged.
+    """
+    raw = store.get(MARKS_KEY)
+    if raw is None:
+        return Marks()
+    try:
+        tree = json.loads(raw)
+        return Marks(int(tree["epoch"]), {str(key): float(value) for key, value in tree["marks"].items()})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise StoreError(f"--store {store.url}: {MARKS_KEY} is damaged") from None
+
+
+def write_marks(store: Store, marks: Marks) -> None:
+    store.put(MARKS_KEY, json.dumps({"format": FORMAT, "epoch": marks.epoch, "marks": dict(marks.marks)}).encode())
+
+
+class KnownMarks:
+    """A driver's side: the marks as last read, and the lookups under way. Safe on any thread."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._marks = read_marks(store)
+        self._labels: dict[str, int] = {}
+
+    def begin(self, call_id: str) -> None:
+        """A lookup for this call is about to read the index."""
+        with self._lock:
+            self._labels[call_id] = self._marks.epoch
+
+    def end(self, call_id: str) -> None:
+        """Its outcome is decided: nothing was found, or the commit is written. No matter where there was no lookup."""
+        with self._lock:
+            self._labels.pop(call_id, None)
+
+    def allow(self, result: Any) -> bool:
+        """Whether an encoded result may be taken over: none of its artifacts is about to be removed."""
+        with self._lock:
+            marks = self._marks
+        return not marks.marks or not any(marks.cover(record["location"]) for record in artifact_records(result))
+
+    def acknowledge(self) -> int:
+        """Read the marks again; the epoch that every undecided and every later lookup respects."""
+        fresh = read_marks(self._store)
+        with self._lock:
+            self._marks = fresh
+            return min(self._labels.values(), default=fresh.epoch)

@@ -1,0 +1,1 @@
+"""The service from outside: submit, watch, start it, take it down."""

@@ -1,0 +1,1 @@
+"""The processes that drive submitted runs, and what the store keeps of them."""

@@ -1,0 +1,30 @@
+"""What the HTTP service can have done. The supervisor does it; tests of the routes bring their own."""
+
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+from workflows.service.schemas import Submission
+
+
+class Control(Protocol):
+    """Errors are RecuaErrors: a UserError is the client's, a StoreError the store's."""
+
+    def active(self) -> list[str]:
+        """Runs that are driven to their ends."""
+        ...
+
+    def is_active(self, run_id: str) -> bool: ...
+
+    def has_package(self, sha256: str) -> bool: ...
+
+    async def put_package(self, sha256: str, content: AsyncIterator[bytes]) -> None: ...
+
+    def submit(self, submission: Submission) -> dict[str, Any]:
+        """{"run_id", "status"} of the run that the submission started, goes on with, or has finished before."""
+        ...
+
+    def cancel(self, run_id: str) -> str:
+        """The run's status, once it was asked to stop."""
+        ...
+
+    def resume(self, run_id: str) -> str: ...

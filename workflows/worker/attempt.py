@@ -1,0 +1,198 @@
+"""The worker's side of one attempt: what runs inside the Ray task.
+
+An attempt is JSON in and JSON out. The body's exceptions travel as records, so a class that only the worker has cannot
+break the driver; standard output and error go to the attempt's log, children's included.
+"""
+
+import contextlib
+import contextvars
+import functools
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from infra import faults
+from infra.errors import SystemFault
+from infra.reaper import Reaper
+from infra.storage import Store, open_store
+from infra.telemetry import hide_secrets_in_logs
+from workflows.graph.artifacts import ArtifactSource
+from workflows.graph.context import StepContext, enter
+from workflows.graph.steps import function_behind
+from workflows.graph.values import decode, encode
+from workflows.identity.names import load_name
+from workflows.runs.journal import check_lease
+from workflows.worker.captured_output import Output
+from workflows.worker.channel import Sender
+from workflows.worker.failures import describe
+from workflows.worker.isolation import Isolation
+from workflows.worker.watchdog import Alarm
+
+Payload = dict[str, Any]
+SHORT_S = 0.1
+"""Nothing is said of a body that takes less than this, but its end."""
+
+
+def run_attempt(run: str, attempt: Payload) -> str:
+    """Run one attempt. `run`: what all attempts of a run share (a JSON object), `attempt`: this one's part.
+
+    Returns `{"ok": true, "result": ...}` or `{"ok": false, "error": ...}`, with times and node, in JSON.
+    """
+    task: Payload = {**_parsed(run), "faults": {}, **attempt}
+    outcome: dict[str, Any] = {"node": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
+    clock = time.perf_counter()
+    hide_secrets_in_logs()
+    try:
+        store = _store(task["store"])
+        scratch = Path(f"{tempfile.gettempdir()}/recua-{task['attempt_id']}")
+        with _output(task, store, scratch) as said:
+            outcome |= _body(task, store, scratch, said)
+        if said:
+            outcome["warning"] = f"attempt {task['attempt']}: {'; '.join(said)}"
+    except Exception as error:  # the log, the lease, this machine: ours, not the user's
+        outcome |= {"ok": False, "error": describe(error)}
+    outcome["seconds"] = time.perf_counter() - clock
+    return json.dumps(outcome)
+
+
+def tell_driver(run: str, message: dict[str, Any]) -> None:
+    """Send a message to the driver of this run. Never raises."""
+    _sender(*_parsed(run)["channel"]).send(message)
+
+
+@contextlib.contextmanager
+def _output(task: Payload, store: Store, scratch: Path) -> Iterator[list[str]]:
+    """Catch what the body prints and remove its scratch folder; the reaper does both where this process dies first.
+    What could not be kept is said in the list that this gives."""
+    output, reaper = _catcher(), _reaper()
+    said: list[str] = []
+    try:
+        log = output.prepare(store, f"runs/{task['run']}/attempts/{task['attempt_id']}/log.txt")
+        reaper.begin(task["timeout"], str(scratch), output.printed, log)
+        output.begin()
+    except OSError as error:  # a full disk or too many open files: no fault of the body
+        raise SystemFault(f"{socket.gethostname()} cannot begin a step: {error}") from error
+    try:
+        yield said
+    finally:
+        if warning := output.end():
+            said.append(warning)
+        shutil.rmtree(scratch, ignore_errors=True)
+        reaper.end(output.printed)
+
+
+def _body(task: Payload, store: Store, scratch: Path, said: list[str]) -> dict[str, Any]:
+    sender, alarm, output = _sender(*task["channel"]), _alarm(), _catcher()
+    who = {"call": task["call"], "attempt_id": task["attempt_id"]}
+
+    def tell(message: dict[str, Any]) -> None:
+        alarm.now()
+        sender.send({**message, **who})
+
+    def show() -> None:
+        sender.send({"kind": "started", "node": socket.gethostname(), "pid": os.getpid(), "time": time.time(), **who})
+        with contextlib.suppress(OSError):
+            output.show()
+
+    source = ArtifactSource(task["store"], task["cache"])
+    step_context = StepContext(
+        run_id=task["run"],
+        call_id=task["call"],
+        attempt=task["attempt"],
+        attempt_id=task["attempt_id"],
+        scratch_path=scratch,
+        store=store,
+        source=source,
+        send=tell,
+        on_file=functools.partial(_fault, task, "artifact.upload"),
+        nodes_come=bool(task.get("nodes_come")),
+    )
+    _check_lease(task, store, sender)
+    alarm.set(show)
+    if task["timeout"] is not None:
+        alarm.now()  # the driver has a clock to start
+    leave = enter(step_context)
+    try:
+        function = _function(task["step"])
+        arguments = decode(task["arguments"], source)
+        _fault(task, "executor.body")
+        with _isolation().around_body(said):
+            value = contextvars.copy_context().run(function, *arguments["args"], **arguments["kwargs"])
+        result = encode(value, "the result")
+        return {"ok": True, "result": result, **({"state": True} if step_context.saves_state else {})}
+    except BaseException as error:  # sys.exit, Ctrl-C in a library, an exception class of the user's own
+        record = describe(error)
+        output.say(record["traceback"])
+        return {"ok": False, "error": record}
+    finally:
+        leave()
+        alarm.clear()
+
+
+def _check_lease(task: Payload, store: Store, driver: Sender) -> None:
+    """No attempt begins for a driver that another one may have replaced: a task can wait in a queue for long. A lease
+    that still runs is not enough: where its driver has ended, the next one need not wait for it."""
+    if time.time() <= task["lease_until"] and driver.open():
+        return
+    check_lease(store, task["run"], task["lease_slot"])
+
+
+def _fault(task: Payload, point: str) -> None:
+    action = task["faults"].pop(point, None)
+    faults.perform(action, point, pid=task["driver_pid"] if action in faults.SIGNALS else None)
+    if action in faults.SIGNALS:
+        time.sleep(30)  # the driver is dying, and this process with it
+
+
+def may_run_more() -> bool:
+    """Whether other attempts may follow in this process."""
+    return not _isolation().given_up
+
+
+# One of each per worker process, made at its first step: processes, connections and clients are reused across steps.
+@functools.cache
+def _reaper() -> Reaper:
+    return Reaper()
+
+
+@functools.cache
+def _isolation() -> Isolation:
+    return Isolation()
+
+
+@functools.cache
+def _catcher() -> Output:
+    return Output()
+
+
+@functools.cache
+def _alarm() -> Alarm:
+    return Alarm(SHORT_S)
+
+
+@functools.cache
+def _function(name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = function_behind(load_name(name))
+    return function
+
+
+@functools.cache
+def _parsed(run: str) -> Payload:
+    parsed: Payload = json.loads(run)
+    return parsed
+
+
+@functools.cache
+def _store(url: str) -> Store:
+    return open_store(url)
+
+
+@functools.cache
+def _sender(host: str, port: int, token: str) -> Sender:
+    return Sender((host, port, token))
