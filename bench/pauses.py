@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from infra.storage import write_text
+from infra.storage.files import write_text
 
 DEADLINE_S = 120.0
 MODEL: dict[str, Any] = {"dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 128}

@@ -29,8 +29,7 @@ from typing import Any, cast
 from data.files import DATASETS, is_saved_dataset, kind_of, parse_dataset, resolve_files
 from data.shapes import Row, Shape, check_row
 from infra.errors import DataError
-from infra.files import LFS_POINTER
-from infra.storage import appear
+from infra.storage.files import LFS_POINTER, appear
 
 _BOM = b"\xef\xbb\xbf"
 _BEGINNINGS = {

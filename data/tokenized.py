@@ -23,7 +23,7 @@ _ENCODED_TOGETHER = 256  # documents
 
 
 class TextEncoder(Protocol):
-    """What writing tokens needs of a tokenizer (models.tokenizer.Tokenizer has it)."""
+    """What writing tokens needs of a tokenizer (models.tokenizers.open.Tokenizer has it)."""
 
     vocab_size: int
     bos_id: int

@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 from engines.quiet import one_line, quiet_transformers
 from infra.errors import CheckpointError
-from infra.storage import write_text
+from infra.storage.files import write_text
 from models.chat import TEMPLATES, render, render_with_mask
 from models.files import read_object
 from models.hf_format import token_ids
-from models.tokenizer import Tokenizer, load_tokenizer, own_template
+from models.tokenizers import Tokenizer, load_tokenizer
+from models.tokenizers.hugging_face import own_template
 
 SYSTEM = {"role": "system", "content": "Be brief; don't guess."}
 ASKED = {"role": "user", "content": "What is  2 + 345?\n\n- añadir: 日本語"}
@@ -31,7 +32,7 @@ PROBES = {
 
 
 class ChatTokenizer:
-    """The tokenizer of a model folder, speaking its chat format. Errors as `models.tokenizer` and `models.chat`."""
+    """The tokenizer of a model folder, speaking its chat format. Errors as `models.tokenizers` and `models.chat`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

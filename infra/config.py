@@ -26,7 +26,7 @@ from pydantic import (
 )
 from pydantic.errors import PydanticUserError
 
-from infra.bundles import check_amount
+from infra.capacity import check_amount
 from infra.errors import ConfigError, nearest
 
 LONGEST_S = 1e9

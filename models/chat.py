@@ -50,7 +50,7 @@ LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
 class Encoder(Protocol):
-    """What rendering needs of a tokenizer; `models.tokenizer_base.Tokenizer` has it."""
+    """What rendering needs of a tokenizer; `models.tokenizers.base.Tokenizer` has it."""
 
     specials: dict[str, int]
     chat_format: str | None

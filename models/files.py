@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import CheckpointError
-from infra.files import LFS_POINTER, sync_file, sync_folder
+from infra.storage.files import LFS_POINTER, sync_file, sync_folder
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from infra.errors import CheckpointError
 from models.files import read_object, refuse_adapter, refuse_pointer
 from models.llama import LlamaConfig, RopeScaling
-from models.tokenizer import Tokenizer
+from models.tokenizers import Tokenizer
 
 FOREIGN_KEYS = (
     "attention_multiplier",

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from infra.errors import CheckpointError, ConfigError
-from infra.storage import write_text
+from infra.storage.files import write_text
 from models.files import read_object, refuse_adapter, refuse_pointer, whole_folder
 from models.hf_format import from_hf_name, hf_config, read_config, to_hf_name, token_ids
 from models.llama import Llama, LlamaConfig, parameter_shapes
-from models.tokenizer import Tokenizer
+from models.tokenizers import Tokenizer
 
 SHARD_BYTES = 5 * 10**9
 """Largest weight file; the ecosystem's custom."""

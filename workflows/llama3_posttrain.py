@@ -11,7 +11,7 @@ best -> DPO -> PPO), every stage's model evaluated on the same held-out problems
 from functools import partial
 from typing import Any
 
-from actors.results import Evaluation
+from actors.posttrain.results import Evaluation
 from workflows.graph import Future, on_end, run_id, workflow
 from workflows.recipes.checks import check_capacity, check_recipe, close_pools
 from workflows.recipes.evaluation import deploy, evaluate

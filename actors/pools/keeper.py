@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.config import GeneratorPoolSettings, LearnerPoolSettings
+from actors.pools.config import GeneratorPoolSettings, LearnerPoolSettings
 from cluster.workers.gather import gather
 from engines.config import GeneratorSettings
 from infra.errors import NodeLost

@@ -1,6 +1,6 @@
 """The learner pool's processes."""
 
-from actors.config import LearnerPoolSettings
+from actors.pools.config import LearnerPoolSettings
 from actors.pools.learner_worker import LearnerWorker
 from cluster.workers.group import WorkerGroup
 

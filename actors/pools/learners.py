@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.config import LearnerPoolSettings
+from actors.pools.config import LearnerPoolSettings
 from actors.pools.micro_batches import Row, plan_micro_batches
 from cluster.workers.gather import gather
 from engines.base import WeightUpdate

@@ -1,4 +1,4 @@
-"""Where a schedule of faults (see `infra.faults`) may break a rank of pretraining. Without a schedule nothing happens.
+"""Where a schedule of faults (`infra.fault_injection`) may break a rank of pretraining; without one nothing happens.
 
 By generation, where no step counts yet: `pretrain.generation-G.rank-R.join` (before the groups are formed), `.load`
 (they are formed, nothing is read), `.step` (before a step's computation: its n-th hit is the process's n-th step of
@@ -26,7 +26,7 @@ import torch
 from actors.pretrain.bit_flips import answered_wrongly, flip_weight
 from engines.base import Batch, LossFn
 from engines.elastic.learner import ElasticLearner
-from infra.faults import FaultSchedule
+from infra.fault_injection import FaultSchedule
 
 BY_GENERATION = ("join", "load", "finish")
 SEAT = re.compile(r"\.seat-(\d+)\.")
@@ -37,7 +37,7 @@ class FaultPoints:
     """See the module's docstring.
 
     Args:
-        schedule: text for `infra.faults`.
+        schedule: text for `infra.fault_injection`.
         taken: folder that remembers which entries have happened, so that a process that replaces a killed one, or a
             step that is computed again, is left alone.
     """

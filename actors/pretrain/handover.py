@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 from infra.errors import StoreError
-from infra.storage import Store, sha256_file
+from infra.storage import Store
+from infra.storage.files import sha256_file
 
 FOLDER = "model"
 LIST = "model.json"

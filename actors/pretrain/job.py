@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from actors.config import PretrainSettings
 from actors.pretrain.agent import ReplicaPlace
+from actors.pretrain.config import PretrainSettings
 from actors.pretrain.handover import Folder, local
 from engines.collectives.process_groups import StoreAddress
 from engines.config import SnapshotSettings

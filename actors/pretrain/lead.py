@@ -35,7 +35,7 @@ from cluster.workers.named_actors import end_group
 from engines.collectives.process_groups import host_store
 from infra.code_root import code_root
 from infra.errors import CheckpointError
-from infra.faults import VARIABLE
+from infra.fault_injection import VARIABLE
 from infra.storage import Store, open_store
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ STEPS = "steps.jsonl"
 def prepare(folder: Path) -> None:
     """Token shards, a tokenizer and the model's configuration, the same every time."""
     from data.tokenized import write_shards
-    from models.tokenizer import load_tokenizer, train_bpe
+    from models.tokenizers import load_tokenizer, train_bpe
 
     draw = random.Random(0)
     texts = [" ".join(f"{draw.randrange(100)} plus" for _ in range(100)) for _ in range(300)]

@@ -53,14 +53,14 @@ class Ear:
 
 def measure(case: str, folder: Path, kills: int) -> tuple[Course, dict[str, Any]]:
     """One run under fire, in `folder` (see `job.prepare`), and the controller's own pauses and lost steps."""
-    from actors.config import PretrainSettings
+    from actors.pretrain.config import PretrainSettings
     from actors.pretrain.job import PretrainJob
     from actors.pretrain.lead import pretrain
     from cluster.core.history import GroupJournal
     from engines.config import LearnerSettings
     from infra.storage import open_store
     from models.llama import LlamaConfig
-    from models.tokenizer import load_tokenizer
+    from models.tokenizers import load_tokenizer
 
     spares, tensor_parallel = CASES[case].get("spares", 0), CASES[case].get("tensor_parallel", 1)
     settings = PretrainSettings.model_validate(

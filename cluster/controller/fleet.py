@@ -25,7 +25,7 @@ from cluster.node.rank_watch import Beat
 from cluster.workers.named_actors import NAMESPACE, agent_name, end_pending, end_workers, worker_name
 from cluster.workers.ray_errors import name_fault
 from infra.addresses import unreachable
-from infra.bundles import show_bundle, unplaceable
+from infra.capacity import show_bundle, unplaceable
 from infra.errors import ResourceError
 
 log = logging.getLogger(__name__)

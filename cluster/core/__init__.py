@@ -1,0 +1,1 @@
+"""The controller's core: a pure state machine of messages, ranks and spares. No Ray, no clock."""

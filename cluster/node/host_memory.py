@@ -24,7 +24,7 @@ from typing import Literal
 from cluster.node.beacons import SUFFIX, BeaconReader
 from infra.errors import StoreError
 from infra.processes import process_start, this_machine
-from infra.storage import write_text
+from infra.storage.files import write_text
 
 SHARED = Path("/dev/shm")
 OWNER, PULSE, BEACONS = "owner.json", "pulse", "beacons"

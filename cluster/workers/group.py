@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.workers.gather import gather
 from cluster.workers.seat import Seat, Worker, WorkerInfo
-from infra.bundles import show_bundle, unplaceable
+from infra.capacity import show_bundle, unplaceable
 from infra.errors import ResourceError, StepTimeout
 from infra.processes import process_start
 

@@ -1,0 +1,1 @@
+"""The DeepSpeed learner of the post-training loops, its state and snapshots."""

@@ -1,0 +1,1 @@
+"""The torch-native learner of elastic pretraining: parallelism, sharded AdamW, replay, burn-in."""

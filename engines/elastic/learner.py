@@ -39,7 +39,7 @@ from engines.snapshots import (
 )
 from infra.errors import CheckpointError, NodeLost
 from infra.storage import Store
-from models.tokenizer import load_tokenizer
+from models.tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from infra.errors import CheckpointError
 from models.hf_format import to_hf_name
 from models.llama import Llama, LlamaConfig, parameter_shapes
 from models.parallelize import fill, materialize, parallelize, stage_of
-from models.tokenizer import Tokenizer, load_tokenizer
+from models.tokenizers import Tokenizer, load_tokenizer
 from models.weights import read_tensors, save_hf
 
 if TYPE_CHECKING:

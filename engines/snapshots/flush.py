@@ -24,7 +24,8 @@ from typing import Any
 from engines.snapshots.memory import Reach, unheard
 from engines.snapshots.shard import Layout, Shard, ShardName, open_shard
 from infra.errors import CheckpointError
-from infra.storage import Moved, Store, sha256_file, unseen
+from infra.storage import Store
+from infra.storage.files import Moved, sha256_file, unseen
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from engines.snapshots.segments import WRITING, node_folder, sealed
 from engines.snapshots.shard import Layout, Shard, ShardName, parse_shard, read_layout
 from infra.addresses import family_of
 from infra.errors import CheckpointError, StoreError
-from infra.storage import Moved, unseen
+from infra.storage.files import Moved, unseen
 
 LINE_BYTES = 1 << 16
 PIECE_BYTES = 8 << 20

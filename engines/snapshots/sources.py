@@ -13,7 +13,7 @@ from engines.snapshots.reader import SnapshotReader
 from engines.snapshots.segments import sealed
 from engines.snapshots.shard import Layout, Shard, ShardName, open_shard, read_layout
 from infra.errors import CheckpointError, StoreError
-from infra.storage import Moved, unseen
+from infra.storage.files import Moved, unseen
 
 T = TypeVar("T")
 

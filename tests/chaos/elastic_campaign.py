@@ -132,7 +132,7 @@ def _longest_pause(run: Run) -> float:
 def _write_corpus(folder: Path) -> int:
     """Token shards and a tokenizer; returns the size of its vocabulary."""
     from data.tokenized import write_shards
-    from models.tokenizer import load_tokenizer, train_bpe
+    from models.tokenizers import load_tokenizer, train_bpe
 
     draw = random.Random(0)
     texts = [" ".join(str(draw.randrange(100)) + " plus" for _ in range(40)) for _ in range(60)]

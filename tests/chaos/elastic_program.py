@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from actors.config import PretrainSettings
+from actors.pretrain.config import PretrainSettings
 from actors.pretrain.job import PretrainJob
 from actors.pretrain.lead import pretrain
 from infra.errors import RecuaError

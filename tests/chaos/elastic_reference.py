@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from actors.config import PretrainSettings
 from actors.pretrain.batches import BatchLoader, next_token_loss
+from actors.pretrain.config import PretrainSettings
 from actors.pretrain.job import PretrainJob, recipe_of
 from engines.collectives.process_groups import Rendezvous, host_store
 from engines.elastic.learner import ElasticLearner

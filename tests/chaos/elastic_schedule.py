@@ -69,7 +69,7 @@ class Fault:
         return replace(self, seat=self.other).point
 
     def entries(self) -> list[str]:
-        """For `infra.faults`."""
+        """For `infra.fault_injection`."""
         if self.kind in VALUES:
             return [f"pretrain.window-{window}.loss:*={self.kind}" for window in BAD_WINDOWS[self.kind]]
         if self.kind in SILENT:
@@ -136,7 +136,7 @@ class Schedule:
 
     @property
     def text(self) -> str:
-        """For `infra.faults`."""
+        """For `infra.fault_injection`."""
         return ",".join(dict.fromkeys(entry for fault in self.faults for entry in fault.entries()))
 
     def has(self, kinds: Sequence[str]) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.faults import FaultSchedule
+from infra.fault_injection import FaultSchedule
 from tests.chaos.elastic_campaign import campaign, summary
 from tests.chaos.elastic_schedule import CELLS, HANDS, VALUES, VARIANTS, Fault, Schedule
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 from typing import Any
 
-from actors.config import PretrainSettings
+from actors.pretrain.config import PretrainSettings
 from engines.config import LearnerSettings
 from workflows.driver import session
 from workflows.driver.settings import RunSettings

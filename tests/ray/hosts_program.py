@@ -10,11 +10,12 @@ from typing import Any
 
 import ray
 
-from actors.config import GeneratorPoolSettings, LearnerPoolSettings, SftSettings
-from actors.conversation import supervised_row
 from actors.pools import Pools
+from actors.pools.config import GeneratorPoolSettings, LearnerPoolSettings
 from actors.pools.weight_sync import WeightSync
-from actors.sft import fine_tune
+from actors.posttrain.config import SftSettings
+from actors.posttrain.conversation import supervised_row
+from actors.posttrain.sft import fine_tune
 from engines.base import Sampling
 from engines.chat import ChatTokenizer
 from engines.config import GeneratorSettings, LearnerSettings

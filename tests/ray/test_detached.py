@@ -28,7 +28,7 @@ from cluster.workers.named_actors import NAMESPACE
 from data.tokenized import write_shards
 from infra.processes import process_start
 from infra.storage import open_store
-from models.tokenizer import load_tokenizer, train_bpe
+from models.tokenizers import load_tokenizer, train_bpe
 from workflows.cli.main import main_group
 from workflows.runs.catalog import cancel_run
 

@@ -16,7 +16,7 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from actors.config import PretrainSettings
+from actors.pretrain.config import PretrainSettings
 from actors.pretrain.job import PretrainJob
 from actors.pretrain.lead import pretrain
 from cluster.core.history import GroupJournal
@@ -27,7 +27,7 @@ from engines.config import LearnerSettings
 from infra.errors import NodeLost, ResourceError
 from infra.storage import open_store
 from models.llama import LlamaConfig
-from models.tokenizer import load_tokenizer, train_bpe
+from models.tokenizers import load_tokenizer, train_bpe
 from tests.cloud_metadata import Metadata, metadata_service
 
 PATIENT: dict[str, Any] = {

@@ -18,7 +18,7 @@ from cluster.core.history import GroupJournal
 from cluster.node.host_memory import node_root
 from data.tokenized import write_shards
 from infra.storage import open_store
-from models.tokenizer import load_tokenizer, train_bpe
+from models.tokenizers import load_tokenizer, train_bpe
 from tests.ray.test_elastic_pretrain import STEPS, Enough, Row, Run, lives, memory_of
 
 THREE: dict[str, Any] = {"workers": 3, "batch_size": 6, "num_cpus": 0.6}

@@ -15,7 +15,7 @@ import pytest
 import ray
 import torch
 
-from actors.config import PretrainSettings
+from actors.pretrain.config import PretrainSettings
 from actors.pretrain.handover import Folder
 from actors.pretrain.job import PretrainJob
 from actors.pretrain.lead import PretrainResult, pretrain
@@ -30,7 +30,7 @@ from infra.errors import CheckpointError, DataError, StepError
 from infra.processes import process_start
 from infra.storage import open_store
 from models.llama import LlamaConfig
-from models.tokenizer import load_tokenizer, train_bpe
+from models.tokenizers import load_tokenizer, train_bpe
 from models.weights import load_llama
 
 STEPS = 24

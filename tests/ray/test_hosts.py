@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from data.tokenized import write_shards
-from models.tokenizer import load_tokenizer, train_bpe
+from models.tokenizers import load_tokenizer, train_bpe
 from tests.net_hosts import REPOSITORY, Host, hosts, no_hosts
 
 DEADLINE_S = 300.0

@@ -13,8 +13,8 @@ import pytest
 import ray
 
 from infra.errors import StoreError
-from infra.s3 import S3Store
 from infra.storage import open_store
+from infra.storage.s3 import S3Store
 from workflows.driver import session
 from workflows.driver.settings import RunSettings
 from workflows.runs.catalog import load_run

@@ -15,7 +15,7 @@ import pytest
 from cluster.core.history import GroupJournal
 from data.tokenized import write_shards
 from infra.storage import Store, open_store
-from models.tokenizer import load_tokenizer, train_bpe
+from models.tokenizers import load_tokenizer, train_bpe
 from tests.ray.test_service import User, wait_for
 from workflows.runs.catalog import load_run
 
@@ -25,7 +25,7 @@ FAULTS = f"pretrain.step-{SLOW}.rank-1.data:1=delay-3,pretrain.step-{HELD}.rank-
 FLOW = f"""
 import json
 import shutil
-from actors.config import PretrainSettings
+from actors.pretrain.config import PretrainSettings
 from engines.config import LearnerSettings
 from workflows.graph import Artifact, context, step, workflow
 from workflows.recipes.settings import ModelSettings

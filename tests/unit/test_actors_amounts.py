@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.amounts import held_out_pairs, require_rollouts, require_steps, sample_count, tell_long_warmup
-from actors.config import DpoSettings, PpoSettings, RewardSettings, SftSettings
-from actors.conversation import Answer
-from actors.dpo import optimise_preferences
-from actors.judging import judge
 from actors.pools.micro_batches import epoch_batches
-from actors.ppo import PpoModels, optimise_policy
-from actors.reward_model import train_reward_model
-from actors.sft import fine_tune
+from actors.posttrain.amounts import held_out_pairs, require_rollouts, require_steps, sample_count, tell_long_warmup
+from actors.posttrain.config import DpoSettings, PpoSettings, RewardSettings, SftSettings
+from actors.posttrain.conversation import Answer
+from actors.posttrain.dpo import optimise_preferences
+from actors.posttrain.judging import judge
+from actors.posttrain.ppo import PpoModels, optimise_policy
+from actors.posttrain.reward_model import train_reward_model
+from actors.posttrain.sft import fine_tune
 from data.tasks import Problem
 from engines.config import LearnerSettings
 from infra.errors import ConfigError, DataError, UserError

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from data.formats import read_rows
-from infra import files as stored
 from infra.errors import DataError
+from infra.storage import files as stored
 from workflows.recipes.inputs import content, require_unchanged
 
 LARGE = (1 << 26) + (1 << 20)

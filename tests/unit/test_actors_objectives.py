@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from actors.config import SftSettings
-from actors.dpo import _sum
 from actors.pools.micro_batches import Row
 from actors.pools.objectives import OBJECTIVES, SCORES
-from actors.ppo import POLICY, prepare
-from actors.sft import _packed, denominator, with_channels
+from actors.posttrain.config import SftSettings
+from actors.posttrain.dpo import _sum
+from actors.posttrain.ppo import POLICY, prepare
+from actors.posttrain.sft import _packed, denominator, with_channels
 from engines.forward import ScalarModel
 
 
@@ -154,8 +154,8 @@ class FixedScores:
 
 
 def test_ppo_rows_carry_reward_at_the_last_token_and_whitened_advantages() -> None:
-    from actors.config import PpoSettings
-    from actors.conversation import Answer
+    from actors.posttrain.config import PpoSettings
+    from actors.posttrain.conversation import Answer
     from data.tasks import Problem
 
     problem = Problem("p", "a", "t/x")

@@ -23,7 +23,7 @@ from infra.machine import local_resources
 from infra.storage import open_store
 from models.llama import Llama
 from models.presets import scratch_config
-from models.tokenizer import train_bpe
+from models.tokenizers import train_bpe
 from models.weights import save_hf
 from workflows.cli import main
 from workflows.graph import ArtifactWriter

@@ -40,7 +40,7 @@ from engines.config import LearnerSettings, SnapshotSettings
 from engines.elastic.learner import ElasticLearner, Recipe
 from engines.snapshots import ShardName, StoreSource, node_folder, sealed
 from infra.errors import ConfigError, PeersUnreachable, StepError, StoreError, SystemFault
-from infra.faults import FaultSchedule
+from infra.fault_injection import FaultSchedule
 from infra.storage import FolderStore, open_store
 from models.llama import LlamaConfig
 from workflows.worker.failures import describe
@@ -75,7 +75,7 @@ def test_chaos_hangs_are_real(action: str, beats: bool) -> None:
     """Another thread of the process goes on, unless the interpreter is locked."""
     program = (
         "import sys, threading, time\n"
-        "from infra.faults import perform\n"
+        "from infra.fault_injection import perform\n"
         f"threading.Thread(target=perform, args=('{action}', 'x'), daemon=True).start()\n"
         "time.sleep(0.5)\n"
         "while True: print('beat', flush=True); time.sleep(0.05)\n"

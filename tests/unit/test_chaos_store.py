@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from infra.errors import StoreError
-from infra.s3 import CONTENT, S3Store
-from infra.storage import FolderStore, sha256_file
+from infra.storage import FolderStore
+from infra.storage.files import sha256_file
+from infra.storage.s3 import CONTENT, S3Store
 
 Inject = Callable[..., dict[str, Any]]
 LOST = ["error-500", "slow-down", "reset-before", "reset-after", "late-error"]

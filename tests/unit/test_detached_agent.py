@@ -20,7 +20,8 @@ from cluster.node.host_memory import Standing, claim, free, survey
 from cluster.node.rank_watch import RankWatch
 from infra.errors import StoreError
 from infra.processes import process_start
-from infra.storage import open_store, write_text
+from infra.storage import open_store
+from infra.storage.files import write_text
 
 DEADLINE = 60.0
 fork = multiprocessing.get_context("fork")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infra.bundles import unplaceable
+from infra.capacity import unplaceable
 from infra.errors import ConfigError, UserError
 from infra.storage import open_store
 from workflows.driver.settings import RunSettings

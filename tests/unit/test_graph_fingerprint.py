@@ -271,7 +271,7 @@ def test_real_steps_cover_what_they_reach_and_no_more(real: dict[str, Fingerprin
         assert not covered[name] & {"actors", "algorithms", "cluster", "serving"}, name
     assert "engines" not in covered["build_corpus"] | covered["tokenize"] | covered["train_tokenizer"]
     assert {name for name in real if "serving" in covered[name]} == {"deploy"}
-    ppo = {name for name, found in real.items() if any("actors.ppo:" in part for part in found.parts)}
+    ppo = {name for name, found in real.items() if any("actors.posttrain.ppo:" in part for part in found.parts)}
     assert ppo == {"optimise_policy"}
 
 
@@ -302,13 +302,15 @@ def test_a_change_reaches_only_the_steps_that_use_it(repository: Path, tmp_path:
         "workflows/driver/executor.py",
         "workflows/cli/main.py",
         "workflows/report/record.py",
-        "infra/storage.py",
+        "infra/storage/open.py",
     ):
         append(file, "\nCHANGED = [2, 1]\nCHANGED.sort()\n")
     assert codes() == before, "the platform is part of no key"
-    ppo = (copy / "actors/ppo.py").read_text()
+    ppo = (copy / "actors/posttrain/ppo.py").read_text()
     assert "def optimise_policy(" in ppo
-    (copy / "actors/ppo.py").write_text(ppo.replace("def optimise_policy(", "def optimise_policy(unused=0, *, ", 1))
+    (copy / "actors/posttrain/ppo.py").write_text(
+        ppo.replace("def optimise_policy(", "def optimise_policy(unused=0, *, ", 1)
+    )
     after = codes()
     assert {name for name in before if after[name] != before[name]} == {"optimise_policy"}
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, RootModel, field
 
 from infra.config import Settings
 from infra.errors import ConfigError, NonDeterminismError, UserError
-from infra.faults import FaultSchedule
+from infra.fault_injection import FaultSchedule
 from infra.storage import FolderStore, open_store
 from workflows.driver.reuse import Known
 from workflows.graph import steps

@@ -9,7 +9,8 @@ from test_models_tokenizer import CORPUS, llama2_folder, llama3_folder, random_t
 
 from infra.errors import ConfigError
 from models.chat import render, render_with_mask
-from models.tokenizer import HFTokenizer, Tokenizer, load_tokenizer, train_bpe
+from models.tokenizers import Tokenizer, load_tokenizer, train_bpe
+from models.tokenizers.hugging_face import HFTokenizer
 
 CONVERSATION = [
     {"role": "system", "content": "  Be brief. "},

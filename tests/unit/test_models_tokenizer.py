@@ -15,8 +15,9 @@ import sentencepiece
 from tiktoken import _educational
 
 from infra.errors import CheckpointError, ConfigError
-from models.tiktoken_format import TiktokenTokenizer, slices
-from models.tokenizer import LLAMA3_SPLIT, Tokenizer, llama3_specials, load_tokenizer, train_bpe
+from models.tokenizers import Tokenizer, load_tokenizer, train_bpe
+from models.tokenizers.open import LLAMA3_SPLIT, llama3_specials
+from models.tokenizers.tiktoken import TiktokenTokenizer, slices
 
 CORPUS = [
     "The llama walked over the hills, and the other llamas followed it slowly.\n\nIt's 12 + 345 = 357; isn't it?",
@@ -221,7 +222,7 @@ def test_trained_digits_are_single_tokens() -> None:
 
 def test_training_is_deterministic_across_processes(tmp_path: Path) -> None:
     program = (
-        "import sys, json; from models.tokenizer import train_bpe; "
+        "import sys, json; from models.tokenizers.open import train_bpe; "
         "train_bpe(json.load(open(sys.argv[1])), 500).save(sys.argv[2])"
     )
     (tmp_path / "texts.json").write_text(json.dumps(CORPUS * 20))

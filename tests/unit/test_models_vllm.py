@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from models.chat import render
 from models.llama import Llama, LlamaConfig, RopeScaling
-from models.tokenizer import train_bpe
+from models.tokenizers import train_bpe
 from models.weights import save_hf
 
 PROGRAM = """

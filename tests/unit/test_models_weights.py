@@ -16,7 +16,7 @@ from models.average import average
 from models.chat import render
 from models.hf_format import config_from_hf, from_hf_name, hf_config, read_config, to_hf_name
 from models.llama import Llama
-from models.tokenizer import train_bpe
+from models.tokenizers import train_bpe
 from models.weights import check, load_llama, read_tensors, save_hf
 
 GQA = VARIANTS["gqa"]

@@ -19,7 +19,7 @@ from test_torch_learner_parallel import (
     train_layout,
 )
 
-from actors.config import PretrainSettings
+from actors.pretrain.config import PretrainSettings
 from data.tokenized import write_shards
 from engines.base import Batch
 from engines.collectives.ranks import Ranks

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pytest
 from pydantic import BaseModel, Field
 
-from actors import config as actors
+from actors.pools.config import GeneratorPoolSettings, LearnerPoolSettings
+from actors.pretrain.config import PretrainSettings
 from cluster.config import ElasticSettings
 from data.config import BatchSettings, CorpusSettings, TaskSettings
 from engines.config import LearnerSettings
@@ -232,12 +233,12 @@ def load_fields(section: type[Settings], fields: dict[str, Any]) -> Settings:
         (CorpusSettings, "files=a.jsonl", 'files: Input should be a valid tuple; write a list: ["a.jsonl"]'),
         (TaskSettings, "kinds={'strings/sort'=0}", "kinds: no kind has a positive weight"),
         (BatchSettings, "growth=[[5, 8], [5, 9]]", "growth: windows must rise"),
-        (actors.PretrainSettings, "batch_growth=[[0, 8]]", "batch_growth: windows must rise"),
-        (actors.PretrainSettings, "snapshot_store=s3:/bucket/x", "snapshot_store: s3:/bucket/x: a folder by that name"),
+        (PretrainSettings, "batch_growth=[[0, 8]]", "batch_growth: windows must rise"),
+        (PretrainSettings, "snapshot_store=s3:/bucket/x", "snapshot_store: s3:/bucket/x: a folder by that name"),
         (CorpusSettings, "held_out_share=1", "held_out_share: "),
-        (actors.LearnerPoolSettings, "num_cpus=0.00001", "num_cpus: Ray counts in steps of 0.0001"),
-        (actors.GeneratorPoolSettings, "num_gpus=1.5", "num_gpus: more than one GPU must be a whole number of them"),
-        (actors.PretrainSettings, "num_gpus=-1", "num_gpus: must not be negative"),
+        (LearnerPoolSettings, "num_cpus=0.00001", "num_cpus: Ray counts in steps of 0.0001"),
+        (GeneratorPoolSettings, "num_gpus=1.5", "num_gpus: more than one GPU must be a whole number of them"),
+        (PretrainSettings, "num_gpus=-1", "num_gpus: must not be negative"),
         (ServingSettings, "num_cpus=0.00001", "num_cpus: Ray counts in steps of 0.0001"),
         (ServingSettings, "request_timeout_s=inf", "request_timeout_s: "),
         (ElasticSettings, "orphan_s=1e300", "orphan_s: "),

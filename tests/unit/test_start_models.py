@@ -21,7 +21,7 @@ from infra.errors import CheckpointError
 from models.chat import TEMPLATES
 from models.llama import Llama
 from models.presets import scratch_config
-from models.tokenizer import load_tokenizer, train_bpe
+from models.tokenizers import load_tokenizer, train_bpe
 from models.weights import load_llama, save_hf
 from workflows.recipes.checks import check_pretraining, check_start_model
 from workflows.recipes.settings import PretrainRecipe

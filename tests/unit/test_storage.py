@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from infra.errors import ConfigError, StoreError
-from infra.storage import FolderStore, Store, open_store, sha256_file
+from infra.storage import FolderStore, Store, open_store
+from infra.storage.files import sha256_file
 from tests.ports import free_ports
 
 

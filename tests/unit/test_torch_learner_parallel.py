@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from actors.config import PretrainSettings
 from actors.pretrain.batches import BatchLoader, next_token_loss
+from actors.pretrain.config import PretrainSettings
 from actors.pretrain.job import PretrainJob
 from algorithms.logprobs import token_logprobs
 from algorithms.sft import sft_loss

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from infra.faults import FaultSchedule
+from infra.fault_injection import FaultSchedule
 from workflows.driver.settings import RunSettings
 from workflows.graph.mapping import Fanout
 from workflows.graph.steps import Step, StepOptions

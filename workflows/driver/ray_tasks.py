@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from infra.bundles import unplaceable
+from infra.capacity import unplaceable
 from infra.errors import ResourceError, StoreError
 from infra.local_ray import LocalRay, RayServers, connect
 from infra.machine import require_ray_token

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.errors import FencedError, NonDeterminismError, StoreError, UserError
-from infra.faults import FaultSchedule
+from infra.fault_injection import FaultSchedule
 from infra.storage import Store, open_store
 from infra.telemetry import hide_secrets_in_logs
 from workflows.driver.call import ClusterCheck, RunContext

@@ -59,4 +59,4 @@ class RunSettings(Settings):
     """True on an autoscaling cluster: a request that no present node can meet is left to the autoscaler."""
 
     faults: str = ""
-    """Fault schedule for tests (infra.faults); default: the variable RECUA_FAULTS."""
+    """Fault schedule for tests (infra.fault_injection); default: the variable RECUA_FAULTS."""

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError
-from infra.storage import Store, sha256_file, sync_file
+from infra.storage import Store
+from infra.storage.files import sha256_file, sync_file
 from workflows.graph.artifacts import (
     FORMAT,
     Artifact,

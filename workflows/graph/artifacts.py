@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import StoreError
-from infra.storage import Store, open_store, sha256_file
+from infra.storage import Store, open_store
+from infra.storage.files import sha256_file
 
 FORMAT = 1
 THREADS = 8

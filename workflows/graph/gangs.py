@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from infra.bundles import STRATEGIES, check_amount, show_bundle
+from infra.capacity import STRATEGIES, check_amount, show_bundle
 from infra.errors import ConfigError
 
 Done = Callable[[bytes | None, BaseException | None], None]

@@ -14,7 +14,8 @@ from collections.abc import Collection
 from urllib.parse import quote
 
 from infra.errors import StoreError
-from infra.storage import LONGEST_NAME, Store
+from infra.storage import Store
+from infra.storage.files import LONGEST_NAME
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from enum import Enum
 from numbers import Integral, Real
 from typing import Any, Generic, NoReturn, ParamSpec, Protocol, TypeVar, overload
 
-from infra.bundles import check_amount, check_number
+from infra.capacity import check_amount, check_number
 from infra.errors import ConfigError, UserError, nearest
 from infra.machine import parse_size
 from workflows.graph.definitions import check_function, users_line, where

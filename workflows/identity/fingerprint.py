@@ -30,7 +30,7 @@ from pathlib import Path
 
 from infra.code_root import code_root
 from infra.errors import ConfigError
-from infra.storage import remembered_sha256
+from infra.storage.files import remembered_sha256
 from workflows.identity.code_paths import PathReader
 from workflows.identity.names import canonical_module, module_of_file
 from workflows.identity.source import Import, Module, SourceIndex, is_text

@@ -13,16 +13,35 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
-    "workflows.waits": "workflows.graph.waits",
+    "actors.config": "actors.posttrain.config",
+    "actors.config:GeneratorPoolSettings": "actors.pools.config:GeneratorPoolSettings",
+    "actors.config:LearnerPoolSettings": "actors.pools.config:LearnerPoolSettings",
+    "actors.config:PretrainSettings": "actors.pretrain.config:PretrainSettings",
     "workflows.recipe": "workflows.recipes.settings",
     "workflows.steps": "workflows.recipes",
     **{
         f"workflows.steps.{name}": f"workflows.recipes.{name}"
         for name in ("amounts", "checks", "evaluation", "inputs", "sampling", "text", "training")
     },
+    "workflows.waits": "workflows.graph.waits",
 }
-"""Name in stores and older scripts -> where the module lies."""
+"""Name in stores and older scripts, of a module or of one thing in it -> where that lies."""
 STORED_AS = {now: before for before, now in MOVED.items()}
+
+
+def place_of(name: str) -> str:
+    """Where a stored `module:qualname` lies."""
+    return _renamed(name, MOVED)
+
+
+def stored_name(name: str) -> str:
+    """What stores know a `module:qualname` as."""
+    return _renamed(name, STORED_AS)
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+    module, _, qualname = name.partition(":")
+    return names.get(name) or f"{names.get(module, module)}:{qualname}"
 
 
 class MovedFinder(Loader):

@@ -21,7 +21,7 @@ from urllib.parse import unquote
 
 from infra.code_root import code_root
 from infra.errors import UserError
-from workflows.identity.moved import MOVED, STORED_AS
+from workflows.identity.moved import place_of, stored_name
 
 OURS = ("actors", "algorithms", "bench", "cluster", "data", "engines", "infra", "models", "serving", "workflows")
 """recua's own packages: no other one of such a name can be imported beside it."""
@@ -152,8 +152,7 @@ def canonical_name(thing: Any) -> str:
         raise UserError(
             f"{thing.__module__}.{qualname} must be defined at the top of a module, so that workers find it"
         )
-    module = canonical_module(thing.__module__)
-    return f"{STORED_AS.get(module, module)}:{qualname}"
+    return stored_name(f"{canonical_module(thing.__module__)}:{qualname}")
 
 
 def load_module(name: str) -> ModuleType:
@@ -174,9 +173,9 @@ def load_name(name: str) -> Any:
     Raises:
         UserError: there is no such module or name (any more).
     """
-    module_name, _, qualname = name.partition(":")
+    module_name, _, qualname = place_of(name).partition(":")
     try:
-        found: Any = load_module(MOVED.get(module_name, module_name))
+        found: Any = load_module(module_name)
         for part in qualname.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:

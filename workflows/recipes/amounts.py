@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from actors.amounts import held_out_pairs, require_rollouts, require_steps, sample_count, tell_long_warmup
+from actors.posttrain.amounts import held_out_pairs, require_rollouts, require_steps, sample_count, tell_long_warmup
 from data.config import CorpusSettings
 from infra.errors import ConfigError, DataError
 from workflows.recipes.settings import PretrainRecipe, Recipe

@@ -10,7 +10,7 @@ from workflows.recipes.amounts import check_amounts, check_pretraining_amounts, 
 from workflows.recipes.settings import ModelSettings, PretrainRecipe, Recipe, TokenizerSettings
 
 if TYPE_CHECKING:
-    from actors.config import PretrainSettings
+    from actors.pretrain.config import PretrainSettings
     from data.formats import Summary
     from models.llama import LlamaConfig
 

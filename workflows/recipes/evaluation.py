@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from actors.config import EvalSettings
-from actors.results import Evaluation
+from actors.posttrain.config import EvalSettings
+from actors.posttrain.results import Evaluation
 from serving.config import ServingSettings
 from workflows.graph import Artifact, context, step
 from workflows.recipes.settings import PoolSettings
@@ -32,10 +32,10 @@ def evaluate(
     judges: list[Artifact], pools: PoolSettings,
 ) -> Evaluation:  # fmt: skip
     """Held-out accuracy, pass@N and safety rates; with `judges` [helpfulness, safety] also reward-model scores."""
-    from actors.evaluation import evaluate as run_evaluation
-    from actors.evaluation import reward_scores
-    from actors.judging import RewardModels
     from actors.pools import Pools
+    from actors.posttrain.evaluation import evaluate as run_evaluation
+    from actors.posttrain.evaluation import reward_scores
+    from actors.posttrain.judging import RewardModels
     from engines.chat import ChatTokenizer
 
     everything = read_problems(held_out)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.files import DATASETS, find_files, parse_dataset
 from infra.errors import DataError
-from infra.storage import remembered_sha256
+from infra.storage.files import remembered_sha256
 
 
 def content(sources: Sequence[str | None]) -> dict[str, str]:

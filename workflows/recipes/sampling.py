@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from actors.config import PreferenceSettings, RejectionSettings
+from actors.posttrain.config import PreferenceSettings, RejectionSettings
 from workflows.graph import Artifact, context, step
 from workflows.recipes.settings import PoolSettings
 from workflows.recipes.text import read_problems, read_rows, write_rows
@@ -36,9 +36,9 @@ def sample_preferences(
     policy: Artifact, prompts: Artifact, section: PreferenceSettings, seed: int, pools: PoolSettings
 ) -> Preferences:
     """Sample the policy and let the checkers rate: right over wrong, refusals over compliance where they belong."""
-    from actors.conversation import sample
     from actors.pools import Pools
-    from actors.preferences import build_pairs
+    from actors.posttrain.conversation import sample
+    from actors.posttrain.preferences import build_pairs
     from engines.base import Sampling
     from engines.chat import ChatTokenizer
 
@@ -67,10 +67,10 @@ def rejection_sample(
     section: RejectionSettings, seed: int, pools: PoolSettings,
 ) -> Rejected:  # fmt: skip
     """The best of K answers per prompt, by `judges` [helpfulness, safety] and checkers; `earlier` rounds' stay."""
-    from actors.conversation import sample
-    from actors.judging import RewardModels
     from actors.pools import Pools
-    from actors.rejection import harvest
+    from actors.posttrain.conversation import sample
+    from actors.posttrain.judging import RewardModels
+    from actors.posttrain.rejection import harvest
     from engines.base import Sampling
     from engines.chat import ChatTokenizer
 

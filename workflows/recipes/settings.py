@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
-from actors.config import (
+from actors.pools.config import GeneratorPoolSettings, LearnerPoolSettings
+from actors.posttrain.config import (
     DpoSettings,
     EvalSettings,
-    GeneratorPoolSettings,
-    LearnerPoolSettings,
     PpoSettings,
     PreferenceSettings,
-    PretrainSettings,
     RejectionSettings,
     RewardSettings,
     SftSettings,
 )
+from actors.pretrain.config import PretrainSettings
 from data.config import CorpusSettings, TaskSettings
 from engines.config import GeneratorSettings
 from infra.config import Seed, Settings

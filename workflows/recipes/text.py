@@ -88,7 +88,7 @@ def train_tokenizer(
     corpus: Artifact, instructions: Artifact | None, section: TokenizerSettings, files: dict[str, str]
 ) -> Artifact:
     """A byte-level BPE with Llama 3's special tokens, or a copy of the folder that the recipe names."""
-    from models.tokenizer import load_tokenizer, train_bpe
+    from models.tokenizers import load_tokenizer, train_bpe
 
     out = context().artifact("tokenizer")
     if section.folder:
@@ -149,7 +149,7 @@ def fit_texts(
 def tokenize(corpus: Artifact, tokenizer: Artifact, file: str = "text.jsonl") -> Artifact:
     """Documents of one of the corpus' files as memory-mapped token shards."""
     from data.tokenized import write_shards
-    from models.tokenizer import load_tokenizer
+    from models.tokenizers import load_tokenizer
 
     run = context()
     out = run.artifact("tokens")

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from actors.config import DpoSettings, PpoSettings, PretrainSettings, RewardSettings, SftSettings
+from actors.posttrain.config import DpoSettings, PpoSettings, RewardSettings, SftSettings
+from actors.pretrain.config import PretrainSettings
 from infra.errors import DataError
 from infra.telemetry import MetricsWriter
 from workflows.graph import Artifact, context, step
@@ -60,7 +61,7 @@ def pretrain(
     from actors.pretrain.lead import pretrain as run_pretrain
     from data.tokenized import token_count
     from models.hf_format import read_config
-    from models.tokenizer import load_tokenizer
+    from models.tokenizers import load_tokenizer
 
     run, curve = context(), Curve(stage)
     out = run.artifact("model")
@@ -113,9 +114,9 @@ def fine_tune(
     base: Artifact, examples: Artifact, section: SftSettings, seed: int, stage: str, pools: PoolSettings
 ) -> Trained:
     """SFT of `base` on instruction examples or on the answers that rejection sampling kept."""
-    from actors.conversation import supervised_row
     from actors.pools import Pools
-    from actors.sft import fine_tune as run_fine_tune
+    from actors.posttrain.conversation import supervised_row
+    from actors.posttrain.sft import fine_tune as run_fine_tune
     from engines.chat import ChatTokenizer
 
     run, curve = context(), Curve(stage)
@@ -137,7 +138,7 @@ def train_reward(
 ) -> Trained:
     """One reward model, initialised from the policy with a scalar head."""
     from actors.pools import Pools
-    from actors.reward_model import train_reward_model
+    from actors.posttrain.reward_model import train_reward_model
 
     run, curve = context(), Curve(stage)
     out = run.artifact("model")
@@ -152,8 +153,8 @@ def optimise_preferences(
     base: Artifact, pairs: Artifact, section: DpoSettings, seed: int, stage: str, pools: PoolSettings
 ) -> Trained:
     """DPO of `base` against itself on best-versus-worst pairs."""
-    from actors.dpo import optimise_preferences as run_dpo
     from actors.pools import Pools
+    from actors.posttrain.dpo import optimise_preferences as run_dpo
     from engines.chat import ChatTokenizer
 
     run, curve = context(), Curve(stage)
@@ -171,11 +172,11 @@ def optimise_policy(
     pools: PoolSettings,
 ) -> Trained:  # fmt: skip
     """PPO of `base` judged by `judges` [helpfulness, safety]; the critic starts as the helpfulness model."""
-    from actors.judging import RewardModels, judge
     from actors.pools import Pools
     from actors.pools.weight_sync import WeightSync
-    from actors.ppo import POLICY, PpoModels
-    from actors.ppo import optimise_policy as run_ppo
+    from actors.posttrain.judging import RewardModels, judge
+    from actors.posttrain.ppo import POLICY, PpoModels
+    from actors.posttrain.ppo import optimise_policy as run_ppo
     from engines.chat import ChatTokenizer
 
     run, curve = context(), Curve(stage)

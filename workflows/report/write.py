@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from infra.storage import write_text
+from infra.storage.files import write_text
 from workflows.report.page import render, saved
 from workflows.report.record import RunRecord, plain_json
 from workflows.report.summary import summarise

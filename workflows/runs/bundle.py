@@ -36,7 +36,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from infra.errors import StoreError, UserError
-from infra.storage import Store, appear, sync_file
+from infra.storage import Store
+from infra.storage.files import appear, sync_file
 from infra.telemetry import redact
 from workflows.graph.artifacts import Artifact, read_manifest
 from workflows.graph.values import artifact_records

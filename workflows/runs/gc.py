@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 
 from infra.errors import StoreError, UserError
 from infra.processes import process_start, this_machine
-from infra.storage import TEMPORARY_PREFIX, Store
+from infra.storage import Store
+from infra.storage.files import TEMPORARY_PREFIX
 from workflows.graph.values import artifact_records
 from workflows.runs.gc_marks import Marks, read_marks, write_marks
 from workflows.runs.journal import Journal, driver_is_gone, lease_key, read_journal, removed_key

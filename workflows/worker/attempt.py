@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from infra import faults
+from infra import fault_injection
 from infra.errors import SystemFault
 from infra.reaper import Reaper
 from infra.storage import Store, open_store
@@ -145,8 +145,8 @@ def _check_lease(task: Payload, store: Store, driver: Sender) -> None:
 
 def _fault(task: Payload, point: str) -> None:
     action = task["faults"].pop(point, None)
-    faults.perform(action, point, pid=task["driver_pid"] if action in faults.SIGNALS else None)
-    if action in faults.SIGNALS:
+    fault_injection.perform(action, point, pid=task["driver_pid"] if action in fault_injection.SIGNALS else None)
+    if action in fault_injection.SIGNALS:
         time.sleep(30)  # the driver is dying, and this process with it
 
 

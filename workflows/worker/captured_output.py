@@ -18,7 +18,8 @@ from typing import TextIO
 
 from infra.errors import StoreError
 from infra.processes import flush_c_streams
-from infra.storage import TEMPORARY_PREFIX, Store
+from infra.storage import Store
+from infra.storage.files import TEMPORARY_PREFIX
 
 
 class Output:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError
-from infra.storage import appear, write_text
+from infra.storage.files import appear, write_text
 from infra.tokens import read_tokens
 
 Record = dict[str, Any]

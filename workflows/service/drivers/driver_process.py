@@ -25,7 +25,8 @@ from infra.errors import RecuaError, RunBusy, StoreError, UserError
 from infra.machine import answers
 from infra.processes import process_start
 from infra.ray_internals import raylet_socket
-from infra.storage import open_store, write_text
+from infra.storage import open_store
+from infra.storage.files import write_text
 from workflows.driver import session
 from workflows.driver.settings import RunSettings
 from workflows.launch import script

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 
 from infra.errors import ConfigError, UserError
 from infra.machine import show_size
-from infra.storage import Store, appear, sha256_file
+from infra.storage import Store
+from infra.storage.files import appear, sha256_file
 
 if TYPE_CHECKING:
     from pathspec import GitIgnoreSpec

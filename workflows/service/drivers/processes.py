@@ -17,7 +17,8 @@ from typing import Any
 
 from infra.code_root import code_root
 from infra.processes import process_start
-from infra.storage import Store, write_text
+from infra.storage import Store
+from infra.storage.files import write_text
 from workflows.service.drivers.packages import package_key, unpack
 
 Record = dict[str, Any]

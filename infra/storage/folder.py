@@ -1,178 +1,26 @@
-"""Object storage: one small protocol, a folder or `s3://bucket/prefix` behind it.
-
-Keys are relative, `/`-separated paths. What the rest of recua builds on is `put_if_absent`: of any number of writers
-of one key, in any number of processes and on any number of nodes, exactly one succeeds, and a reader sees either
-nothing or the whole object. A folder gets that from a fully written temporary file and `link(2)`; S3 from a conditional
-PUT (`If-None-Match: *`).
-"""
+"""A store in a local or shared folder."""
 
 import contextlib
 import itertools
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
-from urllib.parse import unquote
 
 from infra.errors import ConfigError, StoreError, UserError
-from infra.files import (
+from infra.storage.files import (
     CHUNK,
+    LONGEST_NAME,
     TEMPORARY_PREFIX,
     Moved,
     appear,
     checked_key,
-    remembered_sha256,
-    sha256_file,
     sync_file,
     sync_folder,
     unseen,
-    write_text,
 )
-
-__all__ = [
-    "LONGEST_NAME",
-    "TEMPORARY_PREFIX",
-    "FolderStore",
-    "Moved",
-    "Store",
-    "appear",
-    "default_store",
-    "open_store",
-    "parse_store",
-    "remembered_sha256",
-    "sha256_file",
-    "sync_file",
-    "sync_folder",
-    "unseen",
-    "write_text",
-]
-
-LONGEST_NAME = 255
-"""Bytes of one part of a path, on nearly every file system."""
-
-
-class Store(Protocol):
-    """What recua needs of a store. Every method raises StoreError, naming `--store`, when the store fails for good."""
-
-    url: str
-
-    def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write `key` unless it exists. True: this call wrote it (durably); False: it was there already."""
-        ...
-
-    def put(self, key: str, data: bytes, durable: bool = True) -> None:
-        """Write or replace `key` atomically. `durable=False` may be lost in a power cut (heartbeats, indexes)."""
-        ...
-
-    def get(self, key: str) -> bytes | None:
-        """The object, or None where there is none."""
-        ...
-
-    def exists(self, key: str) -> bool: ...
-
-    def list(self, prefix: str) -> Iterator[str]:
-        """All keys that start with the folder `prefix` (no partial names), sorted."""
-        ...
-
-    def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """(key, bytes) of everything that `list` gives."""
-        ...
-
-    def folders(self, prefix: str) -> Iterator[str]:
-        """Names of the folders directly under the folder `prefix`, sorted, without walking into them."""
-        ...
-
-    def delete(self, key: str) -> None:
-        """Remove `key`; no error where there is none."""
-        ...
-
-    def upload_file(self, key: str, source: Path) -> None:
-        """Store a file's content. A reader never sees half of it."""
-        ...
-
-    def download_file(self, key: str, target: Path, sha256: str | None = None, moved: Moved = unseen) -> None:
-        """Fetch into `target`, which appears whole or not at all; a wrong checksum is a StoreError.
-
-        `moved` is called after every few MiB, from any thread.
-        """
-        ...
-
-    def local_path(self, key: str) -> Path | None:
-        """Where `key` lies (or would lie) as a local file or folder; None where the store is not a folder."""
-        ...
-
-    def check_key(self, key: str) -> None:
-        """Tell before anything is written where `key` cannot be kept here.
-
-        Raises:
-            UserError: a name in it, or all of it, is too long.
-        """
-        ...
-
-    def check(self) -> None:
-        """Fail fast, with one line, where the store cannot be read and written."""
-        ...
-
-    def hurry(self, patience_s: float) -> None:
-        """From now on retry for `patience_s` at most, in every thread: the program is leaving."""
-        ...
-
-
-def open_store(url: str | Path) -> Store:
-    """A store from `s3://bucket[/prefix]`, `file:///path` or a plain path (made absolute).
-
-    Raises:
-        ConfigError: nothing, another scheme, or a URL that lacks a slash or its bucket.
-    """
-    scheme, rest = parse_store(str(url))
-    if scheme == "s3":
-        from infra.s3 import S3Store
-
-        return S3Store(f"s3://{rest}")
-    return FolderStore(Path(rest))
-
-
-def parse_store(text: str, setting: str = "--store") -> tuple[str, str]:
-    """("s3", "bucket/prefix") or ("file", path), from what `setting` says.
-
-    A scheme without its two slashes is refused: it is what `Path` makes of a URL, and would name a folder `s3:`.
-
-    Raises:
-        ConfigError: as `open_store`.
-    """
-    said = f"{setting} {text}".strip()
-    scheme, separator, rest = text.partition(":")
-    scheme = scheme.strip().lower()
-    if not text.strip():
-        raise ConfigError(f"{setting} is empty: name a folder or s3://bucket/prefix")
-    if found := re.match(r"(s3|file)//+", text.strip(), re.IGNORECASE):
-        raise ConfigError(f"{said}: a colon is missing; write it as {found[1].lower()}:{text.strip()[found.end(1) :]}")
-    if not separator or not (rest.startswith("/") or scheme in ("s3", "file")) or "/" in scheme:
-        return "file", text  # a folder, colons in its name or not
-    if scheme == "file" and rest.startswith("/"):
-        host, _, path = rest.removeprefix("//").partition("/") if rest.startswith("//") else ("", "", rest.lstrip("/"))
-        if host in ("", "localhost"):
-            return "file", f"/{unquote(path)}"
-        raise ConfigError(f"{said}: {host} stands where a host does; write file:///{host}/{path}, or no file:// at all")
-    if scheme not in ("s3", "file"):
-        raise ConfigError(f"{said}: unknown scheme {scheme}://; use a folder or s3://bucket/prefix")
-    if scheme == "file" or not rest.startswith("//"):
-        right = "s3://bucket/prefix" if scheme == "s3" else "file:///folder"
-        raise ConfigError(f"{said}: a folder by that name would be made; write it as {right}")
-    bucket = rest.removeprefix("//").partition("/")[0]
-    if not bucket:
-        raise ConfigError(f"{said}: no bucket; write it as s3://bucket/prefix")
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,255}|arn:[\w:.-]+", bucket):
-        raise ConfigError(f"{said}: {bucket!r} cannot be a bucket's name; write it as s3://bucket/prefix")
-    return "s3", rest.removeprefix("//")
-
-
-def default_store() -> str:
-    """Where runs are kept when nobody says otherwise: absolute, because jobs run in a copy of the working folder."""
-    return str(Path.home() / ".recua" / "store")
+from infra.storage.store import check_sha256
 
 
 class FolderStore:
@@ -335,9 +183,3 @@ class FolderStore:
         except OSError as error:
             reason = error.strerror or str(error)
             raise StoreError(f"--store {self.url}: cannot use {key}: {reason}") from error
-
-
-def check_sha256(path: Path, expected: str | None, url: str, key: str, moved: Moved = unseen) -> None:
-    """Raise StoreError where the content is not what its manifest says."""
-    if expected is not None and (found := sha256_file(path, moved)) != expected:
-        raise StoreError(f"--store {url}: {key} is damaged: sha256 {found[:12]}, its manifest says {expected[:12]}")

@@ -13,7 +13,7 @@ from tokenizers import decoders
 from tokenizers import models as tokenizer_models
 
 from infra.errors import CheckpointError
-from models.tokenizer_base import LLAMA3_SPLIT, Tokenizer, add_specials, byte_level, llama3_specials
+from models.tokenizers.base import LLAMA3_SPLIT, Tokenizer, add_specials, byte_level, llama3_specials
 
 MAX_ENCODE_CHARS = 400_000
 """tiktoken's Rust code panics on longer strings."""

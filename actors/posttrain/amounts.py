@@ -4,7 +4,7 @@ each stage of what there is. Imports no torch.
 
 import logging
 
-from actors.config import PpoSettings, RewardSettings
+from actors.posttrain.config import PpoSettings, RewardSettings
 from engines.config import LearnerSettings
 from infra.errors import ConfigError, DataError, UserError
 

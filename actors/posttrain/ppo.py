@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.amounts import require_learnt, require_rollouts
-from actors.config import PpoSettings
-from actors.conversation import Answer, answer_row, sample
 from actors.pools.generators import Generators
 from actors.pools.learners import Learners
 from actors.pools.micro_batches import Row, epoch_batches, pad
 from actors.pools.weight_sync import WeightSync
-from actors.sft import OnMetrics
+from actors.posttrain.amounts import require_learnt, require_rollouts
+from actors.posttrain.config import PpoSettings
+from actors.posttrain.conversation import Answer, answer_row, sample
+from actors.posttrain.sft import OnMetrics
 from algorithms import ppo
 from data.tasks import Problem
 from engines.base import Sampling

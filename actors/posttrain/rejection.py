@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from actors.config import RejectionSettings
-from actors.conversation import Answer, answer_row
-from actors.judging import judge
 from actors.pools.learners import Learners
 from actors.pools.micro_batches import Row
-from actors.preferences import pair
+from actors.posttrain.config import RejectionSettings
+from actors.posttrain.conversation import Answer, answer_row
+from actors.posttrain.judging import judge
+from actors.posttrain.preferences import pair
 from algorithms.rejection import best_of_k, preference_pairs
 from data.tasks import prompt_messages
 from infra.errors import DataError

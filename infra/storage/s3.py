@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from infra.errors import ConfigError, RecuaError, StoreError, UserError
-from infra.files import Moved, appear, checked_key, sha256_file, unseen
+from infra.storage.files import Moved, appear, checked_key, sha256_file, unseen
 
 T = TypeVar("T")
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.amounts import require_learnt, require_steps
-from actors.config import DpoSettings
 from actors.pools.learners import Learners
 from actors.pools.micro_batches import Row, epoch_batches
-from actors.rejection import NO_PAIR
-from actors.sft import OnMetrics
+from actors.posttrain.amounts import require_learnt, require_steps
+from actors.posttrain.config import DpoSettings
+from actors.posttrain.rejection import NO_PAIR
+from actors.posttrain.sft import OnMetrics
 from infra.errors import DataError
 
 ROLE = "policy"

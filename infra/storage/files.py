@@ -88,3 +88,7 @@ def checked_key(key: str) -> list[str]:
     parts = [part for part in key.split("/") if part]
     assert ".." not in parts and not key.startswith("/"), f"not a store key: {key!r}"
     return parts
+
+
+LONGEST_NAME = 255
+"""Bytes of one part of a path, on nearly every file system."""

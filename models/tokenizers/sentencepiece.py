@@ -12,7 +12,7 @@ from tokenizers import decoders, normalizers
 from tokenizers import models as tokenizer_models
 
 from infra.errors import CheckpointError
-from models.tokenizer_base import Tokenizer, add_specials, split_on_specials
+from models.tokenizers.base import Tokenizer, add_specials, split_on_specials
 
 SPACE = "\u2581"
 """SentencePiece writes a space as this mark."""

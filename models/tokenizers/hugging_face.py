@@ -1,14 +1,5 @@
-"""One `Tokenizer` for every text format that a Llama comes with, and training a small one.
+"""Tokenizers of Hugging Face folders (tokenizer.json), and training a byte-level BPE one."""
 
-    load_tokenizer(folder)      tokenizer.json (any Hugging Face folder), else tokenizer.model: Llama 3's tiktoken ranks
-                                or Llama 1/2's SentencePiece
-    train_bpe(texts, size)      a byte-level BPE with Llama 3's special names and one token per digit
-
-`encode` never adds a begin-of-text id and, unless told, never turns text into special tokens. `save(folder)` always
-writes tokenizer.json + tokenizer_config.json (chat template included), which transformers and vLLM load.
-"""
-
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +11,7 @@ from tokenizers import models as tokenizer_models
 
 from infra.errors import CheckpointError, ConfigError
 from models.files import read_object, refuse_pointer
-from models.tokenizer_base import LLAMA3_SPLIT, Tokenizer, add_specials, byte_level, llama3_specials
+from models.tokenizers.base import LLAMA3_SPLIT, Tokenizer, add_specials, byte_level, llama3_specials
 
 
 class HFTokenizer(Tokenizer):
@@ -65,50 +56,6 @@ class HFTokenizer(Tokenizer):
         return {**super().config(), **kept}
 
 
-def own_template(folder: Path) -> tuple[Path, str] | None:
-    """(file, Jinja source) of the chat template that a folder brings along; None where it has none.
-
-    Raises:
-        CheckpointError: it has several and none is the default.
-    """
-    refuse_pointer(file := folder / "chat_template.jinja")
-    if file.is_file():
-        return file, file.read_text(encoding="utf-8", errors="replace")
-    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
-        template = read_object(file).get("chat_template") if file.is_file() else None
-        if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
-            named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
-            if "default" not in named:
-                raise CheckpointError(f"{file}: chat_template names no default, only {', '.join(named) or 'nothing'}")
-            template = named["default"]
-        if template:
-            return file, str(template)
-    return None
-
-
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder.
-
-    Raises:
-        CheckpointError: no tokenizer there, or its file is damaged.
-    """
-    folder = Path(folder)
-    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
-        refuse_pointer(folder / name)
-    try:
-        if (folder / "tokenizer.json").is_file():
-            return HFTokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), _read_config(folder))
-        if (folder / "tokenizer.model").is_file():
-            return _load_model_file(folder / "tokenizer.model")
-        if (folder / "tokenizer_config.json").is_file():
-            return _load_through_transformers(folder)
-    except CheckpointError as error:
-        raise error if str(folder) in str(error) else CheckpointError(f"{folder}: {error}") from None
-    except Exception as error:  # each backend has its own exception types for a damaged file
-        raise CheckpointError(f"tokenizer in {folder} cannot be read: {error}") from error
-    raise CheckpointError(f"no tokenizer in {folder}: expected tokenizer.json or tokenizer.model")
-
-
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE in Llama 3's manner, but with one token per digit, so that a small model can do sums.
 
@@ -136,7 +83,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return HFTokenizer(backend, {})
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json over special_tokens_map.json, and the folder's template wherever it lies."""
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -147,20 +94,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _load_model_file(file: Path) -> Tokenizer:
-    """tokenizer.model is tiktoken's text (base64, space, rank) for Llama 3 and SentencePiece's protobuf before."""
-    with file.open("rb") as stream:
-        first_line = stream.readline(4096)
-    if re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", first_line):
-        from models.tiktoken_format import TiktokenTokenizer
-
-        return TiktokenTokenizer.from_file(file)
-    from models.sentencepiece_format import SentencePieceTokenizer
-
-    return SentencePieceTokenizer(file)
-
-
-def _load_through_transformers(folder: Path) -> Tokenizer:
+def load_through_transformers(folder: Path) -> Tokenizer:
     """Older layouts (vocab.json + merges.txt and the like): transformers knows how to convert them."""
     from transformers import AutoTokenizer
 
@@ -174,9 +108,30 @@ def _load_through_transformers(folder: Path) -> Tokenizer:
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise CheckpointError(f"tokenizer in {folder} ({type(loaded).__name__}) has no tokenizer.json form")
-    return HFTokenizer(backend, {**_read_config(folder), "bos_token": loaded.bos_token, "eos_token": loaded.eos_token})
+    return HFTokenizer(backend, {**read_config(folder), "bos_token": loaded.bos_token, "eos_token": loaded.eos_token})
 
 
 def _token_text(value: Any) -> str | None:
     """Configs write a token as its text or as {"content": text, ...}."""
     return value.get("content") if isinstance(value, dict) else value
+
+
+def own_template(folder: Path) -> tuple[Path, str] | None:
+    """(file, Jinja source) of the chat template that a folder brings along; None where it has none.
+
+    Raises:
+        CheckpointError: it has several and none is the default.
+    """
+    refuse_pointer(file := folder / "chat_template.jinja")
+    if file.is_file():
+        return file, file.read_text(encoding="utf-8", errors="replace")
+    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+        template = read_object(file).get("chat_template") if file.is_file() else None
+        if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
+            named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+            if "default" not in named:
+                raise CheckpointError(f"{file}: chat_template names no default, only {', '.join(named) or 'nothing'}")
+            template = named["default"]
+        if template:
+            return file, str(template)
+    return None

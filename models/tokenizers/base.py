@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, pre_tokenizers, processors
 
 from infra.errors import CheckpointError
-from infra.files import write_text
+from infra.storage.files import write_text
 from models.chat import TEMPLATES, chat_format
 
 LLAMA3_SPLIT = "|".join(

@@ -9,8 +9,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actors.conversation import Answer, answer_row, prompt_ids
 from actors.pools.micro_batches import Row
+from actors.posttrain.conversation import Answer, answer_row, prompt_ids
 from data.tasks import Problem, verify
 from data.tasks.safety import REFUSAL
 from engines.chat import ChatTokenizer

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.amounts import require_learnt, require_steps
-from actors.config import SftSettings
 from actors.pools.learners import Learners
 from actors.pools.micro_batches import Row, epoch_batches
+from actors.posttrain.amounts import require_learnt, require_steps
+from actors.posttrain.config import SftSettings
 from data.config import PackingSettings
 from data.packing import pack
 from infra.errors import DataError

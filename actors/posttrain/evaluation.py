@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from actors.config import EvalSettings
-from actors.conversation import Answer, answer_row, sample
-from actors.judging import HELPFULNESS, SAFETY
 from actors.pools.generators import Generators
 from actors.pools.learners import Learners
-from actors.results import Evaluation
-from actors.reward_model import scores
+from actors.posttrain.config import EvalSettings
+from actors.posttrain.conversation import Answer, answer_row, sample
+from actors.posttrain.judging import HELPFULNESS, SAFETY
+from actors.posttrain.results import Evaluation
+from actors.posttrain.reward_model import scores
 from algorithms.bootstrap import mean_interval, paired_difference, pass_at_k
 from data.tasks import Problem, false_refusal_rate, refusal_rate
 from engines.base import Sampling

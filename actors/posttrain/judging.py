@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actors.conversation import Answer, answer_row
 from actors.pools.learners import Learners
-from actors.reward_model import scores
+from actors.posttrain.conversation import Answer, answer_row
+from actors.posttrain.reward_model import scores
 from algorithms.scores import combine_scores, score_answers
 from infra.errors import DataError
 

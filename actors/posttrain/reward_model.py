@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.amounts import held_out_pairs, require_learnt
-from actors.config import RewardSettings
 from actors.pools.learners import Learners
 from actors.pools.micro_batches import Row, epoch_batches
-from actors.sft import OnMetrics
+from actors.posttrain.amounts import held_out_pairs, require_learnt
+from actors.posttrain.config import RewardSettings
+from actors.posttrain.sft import OnMetrics
 from algorithms.reward import accuracy_by_rating, expected_calibration_error
 
 ROLE = "reward"
