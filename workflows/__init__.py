@@ -59,7 +59,7 @@ _HOMES = {
     "workflows.cli.main": ("run_script",),
     "workflows.driver.settings": ("RunSettings",),
     "workflows.graph.gangs": ("Gang",),
-    "workflows.graph": ("Future", "Step", "StepOptions", "Workflow", "on_end", "run_id", "step", "workflow"),
+    "workflows.graph.steps": ("Future", "Step", "StepOptions", "Workflow", "on_end", "run_id", "step", "workflow"),
     "workflows.driver.session": ("RunResult", "run"),
     "workflows.graph.context": ("StepContext", "context"),
     "workflows.graph.waits": ("Approval", "approval", "event"),

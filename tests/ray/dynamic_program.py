@@ -215,8 +215,8 @@ def lend(folder: str, then: str) -> int:
     """Borrow a learner; its process id. "hold": keep it until something ends this process."""
     import ray
 
-    from actors.pools import NAMESPACE, Pools
     from actors.pools.config import LearnerPoolSettings
+    from actors.pools.keeper import NAMESPACE, Pools
 
     pools = Pools(context().run_id, lease_s=2.0, orphan_s=1.0)
     with pools.learners(LearnerPoolSettings(workers=1, num_cpus=0.01, threads=1)) as learners:

@@ -10,8 +10,8 @@ from typing import Any
 
 import ray
 
-from actors.pools import Pools
 from actors.pools.config import GeneratorPoolSettings, LearnerPoolSettings
+from actors.pools.keeper import Pools
 from actors.pools.weight_sync import WeightSync
 from actors.posttrain.config import SftSettings
 from actors.posttrain.conversation import supervised_row

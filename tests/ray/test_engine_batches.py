@@ -10,12 +10,11 @@ import pytest
 import ray
 
 from infra.storage import open_store
-from workflows.driver import session
+from workflows.driver import pace, session
 from workflows.driver.settings import RunSettings
 from workflows.runs.catalog import read_log
 from workflows.runs.fold import JournalState
 from workflows.runs.journal import read_journal
-from workflows.worker import batch
 
 CHAINS, LENGTH = 40, 8
 SPECIAL = 17_005
@@ -34,8 +33,8 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def crowded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else runs here, bodies count as short."""
-    monkeypatch.setattr(batch, "SHORT_S", 1.0)
-    monkeypatch.setattr(batch, "TOGETHER_S", 1.0)
+    monkeypatch.setattr(pace, "SHORT_S", 1.0)
+    monkeypatch.setattr(pace, "TOGETHER_S", 1.0)
 
 
 @dataclass

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import ray
 
-from actors.pools import NAMESPACE, Pools
 from actors.pools.config import LearnerPoolSettings
+from actors.pools.keeper import NAMESPACE, Pools
 from infra.processes import process_start
 
 LEASE_S = 2.0

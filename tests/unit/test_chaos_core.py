@@ -262,7 +262,7 @@ def test_a_lost_log_leaves_the_bodys_end_as_it_was(s3_url: str, tmp_path: Path) 
 import json
 import sys
 from infra.errors import StoreError
-from workflows import worker
+from workflows.worker import attempt as worker
 
 def fail(key, source):
     raise StoreError(f"--store: {key}: unreachable")

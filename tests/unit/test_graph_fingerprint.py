@@ -250,18 +250,18 @@ def real() -> dict[str, Fingerprint]:
 
 
 def _packages(found: Fingerprint) -> set[str]:
-    """Our packages that a fingerprint covers; `workflows.steps` and `workflows.recipes.settings` by their module."""
+    """Our packages that a fingerprint covers; those of `workflows` by their module."""
     modules = {name.partition(":")[0] for name in found.parts if not name.startswith("file ")}
     return {name if name.startswith("workflows.") else name.partition(".")[0] for name in modules}
 
 
 def test_the_platform_is_part_of_no_real_step(real: dict[str, Fingerprint], repository: Path) -> None:
-    kept = {"llama3_posttrain", "llama3_pretrain", "recipe", "__init__"}
-    modules = {file.stem for file in (repository / "workflows").glob("*.py")}
-    assert modules - kept == PLATFORM, "a new module of workflows/ is either the platform's or a recipe's"
+    packages = {file.parent.name for file in (repository / "workflows").glob("*/__init__.py")}
+    assert packages - {"recipes"} == PLATFORM, "a new package of workflows/ is either the platform's or a recipe's"
     for name, found in real.items():
         packages = _packages(found)
-        assert not {package for package in packages if package.removeprefix("workflows.") in PLATFORM}, name
+        ours = {each.split(".")[1] for each in packages if each.startswith("workflows.")}
+        assert not ours & PLATFORM, name
         assert "infra" not in packages, name
 
 

@@ -24,7 +24,7 @@ from infra.errors import ConfigError, NonDeterminismError, UserError
 from infra.fault_injection import FaultSchedule
 from infra.storage import FolderStore, open_store
 from workflows.driver.reuse import Known
-from workflows.graph import steps
+from workflows.graph import context, steps
 from workflows.graph.artifacts import Artifact, ArtifactSource
 from workflows.graph.inputs import Identities
 from workflows.graph.steps import Step, StepOptions, parse_memory, resolve_edges, step, workflow
@@ -481,7 +481,7 @@ def test_misuse_is_named() -> None:
     with pytest.raises(UserError, match="recua run"):
         inner(1)
     with pytest.raises(UserError, match=r"context\(\) works only inside"):
-        steps.context()
+        context()
     with pytest.raises(ConfigError, match="timeout=0"):
         step(timeout=0)(double.fn)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from workflows.cli import main
+from workflows.cli.options import local_folder
 from workflows.driver.session import plain_name
 from workflows.identity.names import canonical_name, load_name, module_of_file
 
@@ -97,7 +98,9 @@ def _loaded(statement: str, repository: Path) -> set[str]:
 
 
 def test_help_teaches_and_imports_next_to_nothing(repository: Path) -> None:
-    statement = "from workflows.cli import main\ntry: main(['--help'])\nexcept SystemExit as end: assert end.code == 0"
+    statement = (
+        "from workflows.cli.main import main\ntry: main(['--help'])\nexcept SystemExit as end: assert end.code == 0"
+    )
     loaded = _loaded(statement, repository)
     heavy = {"torch", "ray", "vllm", "transformers", "pydantic", "rich", "plotly", "boto3", "grpc", "numpy", "asyncio"}
     assert not loaded & heavy
@@ -108,7 +111,8 @@ def test_infra_and_config_modules_import_neither_torch_nor_ray_nor_vllm(reposito
     files = [
         *repository.glob("infra/*.py"),
         *repository.glob("*/config.py"),
-        repository / "workflows/recipes/settings.py",
+        *repository.glob("*/*/config.py"),
+        *repository.glob("workflows/*/settings.py"),
     ]
     names = [".".join(file.relative_to(repository).with_suffix("").parts) for file in files if file.exists()]
     assert {"infra.telemetry", "workflows.driver.settings"} <= set(names)
@@ -245,7 +249,7 @@ def test_a_file_of_another_copy_is_refused(flow: Path, recua: Recua, tmp_path: P
 
 def test_a_script_of_another_copy_is_refused_or_runs_with_its_own_package(flow: Path, tmp_path: Path) -> None:
     package = tmp_path / "clone" / "workflows"
-    shutil.copytree(Path(main.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(main.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
     script = package / "toy_flow.py"
     script.write_text(FLOW)
     mixed = subprocess.run([sys.executable, script, "--plan"], capture_output=True, text=True)
@@ -483,4 +487,4 @@ def test_serve_finds_no_model_where_there_is_none(flow: Path, recua: Recua) -> N
 
 
 def test_a_folder_that_no_shell_has_expanded_is_in_the_home_folder() -> None:
-    assert main._folder("~/runs", "--reports") == Path.home() / "runs"
+    assert local_folder("~/runs", "--reports") == Path.home() / "runs"

@@ -24,7 +24,7 @@ from workflows.graph.values import encode
 from workflows.launch import script
 from workflows.launch.display import PlainDisplay
 from workflows.report import page as report_page
-from workflows.report import record as report
+from workflows.report import write as report_writer
 from workflows.report.record import RunRecord, StepRecord, gather_metrics, plain, read_run
 from workflows.report.summary import summarise, table, table_lines
 from workflows.report.write import write
@@ -259,7 +259,7 @@ def test_what_fails_after_the_end_changes_nothing_of_a_finished_run(
 ) -> None:
     module = ModuleType("flows")
     monkeypatch.setattr(module, "on_finish", lambda result: sys.exit(3), raising=False)
-    monkeypatch.setattr(report, "write", lambda *_: {}["gone"])
+    monkeypatch.setattr(report_writer, "write", lambda *_: {}["gone"])
     settings = RunSettings(store=str(tmp_path / "store"), run_id="r")
     monkeypatch.setitem(sys.modules, "flows", module)
     shown = io.StringIO()

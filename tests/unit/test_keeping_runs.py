@@ -39,7 +39,7 @@ def commit(call: str, **more: Any) -> dict[str, Any]:
 
 
 def wait(call: str, kind: str, **more: Any) -> dict[str, Any]:
-    made = {"type": "wait", "call": call, "step": f"workflows.runs.signals:{kind}", "message": "go on?", "time": 30.0}
+    made = {"type": "wait", "call": call, "step": f"workflows.waits:{kind}", "message": "go on?", "time": 30.0}
     return {**made, "needs": ["a"], "deadline": None, **more}
 
 

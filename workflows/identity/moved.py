@@ -8,7 +8,6 @@ imports by the earlier name.
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -44,14 +43,14 @@ def _renamed(name: str, names: dict[str, str]) -> str:
     return names.get(name) or f"{names.get(module, module)}:{qualname}"
 
 
-class MovedFinder(Loader):
+class MovedFinder:
     """Imports a moved module by its earlier name: the same module, not a second one."""
 
     @classmethod
     def find_spec(
         cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(name, cls()) if name in MOVED else None
+        return ModuleSpec(name, cls()) if name in MOVED else None  # type: ignore[arg-type]  # importlib.abc is dear
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None

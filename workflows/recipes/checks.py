@@ -124,7 +124,7 @@ def check_start_model(folder: Path) -> int:
 
 def close_pools(run_id: str) -> None:
     """End the run's learners and generators, however it ended."""
-    from actors.pools import Pools
+    from actors.pools.keeper import Pools
 
     Pools(run_id).close()
 

@@ -32,7 +32,7 @@ def evaluate(
     judges: list[Artifact], pools: PoolSettings,
 ) -> Evaluation:  # fmt: skip
     """Held-out accuracy, pass@N and safety rates; with `judges` [helpfulness, safety] also reward-model scores."""
-    from actors.pools import Pools
+    from actors.pools.keeper import Pools
     from actors.posttrain.evaluation import evaluate as run_evaluation
     from actors.posttrain.evaluation import reward_scores
     from actors.posttrain.judging import RewardModels

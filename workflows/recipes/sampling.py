@@ -36,7 +36,7 @@ def sample_preferences(
     policy: Artifact, prompts: Artifact, section: PreferenceSettings, seed: int, pools: PoolSettings
 ) -> Preferences:
     """Sample the policy and let the checkers rate: right over wrong, refusals over compliance where they belong."""
-    from actors.pools import Pools
+    from actors.pools.keeper import Pools
     from actors.posttrain.conversation import sample
     from actors.posttrain.preferences import build_pairs
     from engines.base import Sampling
@@ -67,7 +67,7 @@ def rejection_sample(
     section: RejectionSettings, seed: int, pools: PoolSettings,
 ) -> Rejected:  # fmt: skip
     """The best of K answers per prompt, by `judges` [helpfulness, safety] and checkers; `earlier` rounds' stay."""
-    from actors.pools import Pools
+    from actors.pools.keeper import Pools
     from actors.posttrain.conversation import sample
     from actors.posttrain.judging import RewardModels
     from actors.posttrain.rejection import harvest

@@ -114,7 +114,7 @@ def fine_tune(
     base: Artifact, examples: Artifact, section: SftSettings, seed: int, stage: str, pools: PoolSettings
 ) -> Trained:
     """SFT of `base` on instruction examples or on the answers that rejection sampling kept."""
-    from actors.pools import Pools
+    from actors.pools.keeper import Pools
     from actors.posttrain.conversation import supervised_row
     from actors.posttrain.sft import fine_tune as run_fine_tune
     from engines.chat import ChatTokenizer
@@ -137,7 +137,7 @@ def train_reward(
     base: Artifact, pairs: Artifact, section: RewardSettings, seed: int, stage: str, pools: PoolSettings
 ) -> Trained:
     """One reward model, initialised from the policy with a scalar head."""
-    from actors.pools import Pools
+    from actors.pools.keeper import Pools
     from actors.posttrain.reward_model import train_reward_model
 
     run, curve = context(), Curve(stage)
@@ -153,7 +153,7 @@ def optimise_preferences(
     base: Artifact, pairs: Artifact, section: DpoSettings, seed: int, stage: str, pools: PoolSettings
 ) -> Trained:
     """DPO of `base` against itself on best-versus-worst pairs."""
-    from actors.pools import Pools
+    from actors.pools.keeper import Pools
     from actors.posttrain.dpo import optimise_preferences as run_dpo
     from engines.chat import ChatTokenizer
 
@@ -172,7 +172,7 @@ def optimise_policy(
     pools: PoolSettings,
 ) -> Trained:  # fmt: skip
     """PPO of `base` judged by `judges` [helpfulness, safety]; the critic starts as the helpfulness model."""
-    from actors.pools import Pools
+    from actors.pools.keeper import Pools
     from actors.pools.weight_sync import WeightSync
     from actors.posttrain.judging import RewardModels, judge
     from actors.posttrain.ppo import POLICY, PpoModels
