@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.errors import DataError
-from infra.files import appear, sync_file, write_text
+from infra.storage.files import appear, sync_file, write_text
 
 FORMAT = 1
 _INDEX = "index.json"

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from cluster.node.agent import AgentPlace, NodeAgent
-from infra.storage import appear
+from infra.storage.files import appear
 
 SERVED = "replicas.json"
 """Port and token of a node's replica server, in the group's folder."""

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 from workflows.graph import Artifact, context, step, workflow
-from workflows.steps.inputs import content
+from workflows.recipes.inputs import content
 from workflows.graph import approval
 
 @step

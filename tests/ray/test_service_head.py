@@ -29,7 +29,7 @@ from actors.pretrain.config import PretrainSettings
 from engines.config import LearnerSettings
 from workflows.graph import Artifact, context, step, workflow
 from workflows.recipes.settings import ModelSettings
-from workflows.steps.training import Trained, pretrain
+from workflows.recipes.training import Trained, pretrain
 
 SECTION = PretrainSettings(
     optimizer=LearnerSettings(learning_rate=3e-3, warmup_steps=2, timeout=120),
