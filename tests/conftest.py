@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from infra.addresses import GLOO, NCCL, VLLM
-from tests.ports import free_ports
+from tests.helpers.ports import free_ports
 
 STATUS = pytest.StashKey[int]()
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

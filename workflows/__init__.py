@@ -16,12 +16,24 @@ if TYPE_CHECKING:
     from workflows.cli.main import run_script
     from workflows.driver.session import RunResult, run
     from workflows.driver.settings import RunSettings
-    from workflows.graph.artifact_writer import ArtifactWriter
-    from workflows.graph.artifacts import Artifact
-    from workflows.graph.context import StepContext, context
-    from workflows.graph.gangs import Gang
-    from workflows.graph.steps import Future, Step, StepOptions, Workflow, on_end, run_id, step, workflow
-    from workflows.graph.waits import Approval, approval, event
+    from workflows.graph import (
+        Approval,
+        Artifact,
+        ArtifactWriter,
+        Future,
+        Gang,
+        Step,
+        StepContext,
+        StepOptions,
+        Workflow,
+        approval,
+        context,
+        event,
+        on_end,
+        run_id,
+        step,
+        workflow,
+    )
 
 __all__ = [
     "Approval",
@@ -54,15 +66,13 @@ __all__ = [
 _HOMES = {
     "infra.config": ("Settings",),
     "infra.errors": ("Denied", "StepError", "SystemFault", "UserError"),
-    "workflows.graph.artifact_writer": ("ArtifactWriter",),
-    "workflows.graph.artifacts": ("Artifact",),
     "workflows.cli.main": ("run_script",),
-    "workflows.driver.settings": ("RunSettings",),
-    "workflows.graph.gangs": ("Gang",),
-    "workflows.graph.steps": ("Future", "Step", "StepOptions", "Workflow", "on_end", "run_id", "step", "workflow"),
     "workflows.driver.session": ("RunResult", "run"),
-    "workflows.graph.context": ("StepContext", "context"),
-    "workflows.graph.waits": ("Approval", "approval", "event"),
+    "workflows.driver.settings": ("RunSettings",),
+    "workflows.graph": (
+        *("Approval", "Artifact", "ArtifactWriter", "Future", "Gang", "Step", "StepContext", "StepOptions", "Workflow"),
+        *("approval", "context", "event", "on_end", "run_id", "step", "workflow"),
+    ),
 }
 
 

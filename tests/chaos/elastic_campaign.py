@@ -25,7 +25,7 @@ from tests.chaos.elastic_checks import check
 from tests.chaos.elastic_reference import Reference, reference
 from tests.chaos.elastic_run import Run
 from tests.chaos.elastic_schedule import CELLS, DRAWING, KINDS, PHASES, VALUES, Fault, Schedule
-from tests.cloud_metadata import Metadata, metadata_service
+from tests.helpers.cloud_metadata import Metadata, metadata_service
 
 RESULTS = Path("runs") / "chaos" / "elastic.jsonl"
 PREFORKED = {"prestart_worker_first_driver": False, "enable_worker_prestart": False}

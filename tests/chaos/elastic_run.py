@@ -22,7 +22,7 @@ from tests.chaos.campaign_place import MARK, Place
 from tests.chaos.elastic_hands import Hands
 from tests.chaos.elastic_schedule import FLUSH_EVERY, INSIDE, SILENT, STEPS, VALUES, VERIFY_EVERY, Fault, Schedule
 from tests.chaos.elastic_witness import SHARED, Witness
-from tests.cloud_metadata import Metadata
+from tests.helpers.cloud_metadata import Metadata
 
 PROGRAM = Path(__file__).with_name("elastic_program.py")
 START_S, FAULT_S = 150.0, 30.0

@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 import pytest
-from posttrain_mini import miniature
 
 from infra.storage import Store, open_store
+from tests.helpers.posttrain_mini import miniature
 from workflows.graph.artifacts import sha256_file
 from workflows.graph.values import digest
 from workflows.runs.catalog import load_run

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page_site import PATIENCE_MS, TOKEN
+
+from tests.helpers.page_site import PATIENCE_MS, TOKEN
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import page_stores as stores
 import pytest
-from page_site import TOKEN, Asked, Site, click_node, enter, until
-from page_stores import artifact, commit, end, failure, full, start
-from stored_records import append
 
 from infra.storage import Store, open_store
+from tests.helpers import page_stores as stores
+from tests.helpers.page_site import TOKEN, Asked, Site, click_node, enter, until
+from tests.helpers.page_stores import artifact, commit, end, failure, full, start
+from tests.helpers.stored_records import append
 from workflows.runs.journal import Heartbeat, Journal
 
 pytestmark = pytest.mark.page

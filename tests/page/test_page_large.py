@@ -4,13 +4,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import page_stores as stores
 import pytest
-from page_site import TOKEN, Asked, Site, click_node
-from page_stores import commit
-from stored_records import append
 
 from infra.storage import open_store
+from tests.helpers import page_stores as stores
+from tests.helpers.page_site import TOKEN, Asked, Site, click_node
+from tests.helpers.page_stores import commit
+from tests.helpers.stored_records import append
 from workflows.runs.journal import Heartbeat, Journal
 
 pytestmark = pytest.mark.page

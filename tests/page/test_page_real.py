@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page_site import TOKEN, Site, click_node, enter
 
 from infra.storage import Store, open_store
+from tests.helpers.page_site import TOKEN, Site, click_node, enter
 from workflows.service.client.http_client import Client
 from workflows.service.drivers import packages
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import page_stores as stores
 import pytest
-from page_site import PATIENCE_MS, until
-from page_stores import artifact, commit, end, failure, start
-from stored_records import append
 
 from infra.storage import Store, open_store
+from tests.helpers import page_stores as stores
+from tests.helpers.page_site import PATIENCE_MS, until
+from tests.helpers.page_stores import artifact, commit, end, failure, start
+from tests.helpers.stored_records import append
 from workflows.report.record import read_run
 from workflows.report.write import write
 from workflows.runs.catalog import load_run

@@ -17,7 +17,8 @@ from infra.errors import RecuaError
 from workflows.driver import session
 from workflows.driver.call import Call
 from workflows.driver.settings import RunSettings
-from workflows.graph.steps import Future, Gang, _Scope, context, on_end, run_id, step, workflow
+from workflows.graph import Future, Gang, context, on_end, run_id, step, workflow
+from workflows.graph.steps import _Scope
 from workflows.recipes.checks import close_pools
 
 SLEEP = "import time; time.sleep(600)"

@@ -1,4 +1,4 @@
-"""Steps that go wrong in every way, for test_keeping_errors.py: each leaves a trace in a folder."""
+"""Steps that go wrong in every way, for test_errors.py: each leaves a trace in a folder."""
 
 import json
 import os

@@ -14,7 +14,7 @@ import pytest
 
 from data.tokenized import write_shards
 from models.tokenizers import load_tokenizer, train_bpe
-from tests.net_hosts import REPOSITORY, Host, hosts, no_hosts
+from tests.helpers.net_hosts import REPOSITORY, Host, hosts, no_hosts
 
 DEADLINE_S = 300.0
 STEPS = 60

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from infra.storage import open_store
-from tests.ports import free_ports
+from tests.helpers.ports import free_ports
 from workflows.runs.catalog import load_run
 
 PACKAGES = ("infra", "workflows")

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from infra.storage import open_store
-from tests.ports import free_ports
+from tests.helpers.ports import free_ports
 from workflows.runs.catalog import load_run
 
 FLOW = """
@@ -170,16 +170,16 @@ def test_service_survives_the_loss_of_everything(user: User, trace: Path) -> Non
     watching = user.start("watch", "r")
     assert watching.stdout is not None and "run r of flow:toy" in watching.stdout.readline()
     wait_for(lambda: user.get("/api/v1/runs/r/metrics")["events"], "no metrics while it runs")
-    drivers = user.pids("service.driver run")
+    drivers = user.pids("driver_process run")
     assert len(drivers) == 1
 
     user.kill(*user.pids("ray::RecuaService"))
     wait_for(lambda: answers(user), "the service was not started again")
-    assert user.get("/api/v1/service")["active"] == ["r"] and user.pids("service.driver run") == drivers, "adopted"
+    assert user.get("/api/v1/service")["active"] == ["r"] and user.pids("driver_process run") == drivers, "adopted"
 
     user.kill(*drivers)
     wait_for(lambda: begun(trace) == 2, "the driver was not started again")
-    assert len(user.pids("service.driver run")) == 1
+    assert len(user.pids("driver_process run")) == 1
 
     head = json.loads((user.home / ".recua" / "service.json").read_text())["head"]
     everything = [pid for pid in user.processes() if pid != watching.pid]
@@ -230,7 +230,8 @@ def test_service_on_s3_refuses_asks_cancels_and_goes_down(user: User, trace: Pat
     user.environment |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     user.recua("down", code=None)
     with socket.create_server(("127.0.0.1", user.port)):
-        assert user.up(code=2).startswith(f"recua: error: --port: port {user.port}"), "a taken port is named"
+        taken = f"recua: error: --port: cannot listen on 127.0.0.1:{user.port}: "
+        assert user.up(code=2).startswith(taken)
     assert not user.processes()
     assert f"runs in {s3_url}" in user.up("--store", s3_url)
     store = open_store(s3_url)
