@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 from infra.errors import ConfigError, SystemFault
 from infra.processes import process_state
-from infra.ray_internals import own_worker
+from infra.ray_internals import few_servers, own_worker
 from infra.reaper import Guardian
 
 LOOK_S, STOPPED_S = 1.0, 15.0
@@ -242,7 +242,9 @@ class RayServers:
 
     def start(self) -> dict[str, int]:
         self._guardian = Guardian()
-        with self._guardian.guarding():
+        wanted = {"dashboard": "include_dashboard", "log_monitor": "log_to_driver"}
+        keep = tuple(server for server, option in wanted.items() if self._options.get(option))
+        with self._guardian.guarding(), few_servers(self._ray, keep):
             connect(self._ray, "a local Ray", address="local", **self._options)
         node = own_worker(self._ray).node
         self._logs = node.get_logs_dir_path()

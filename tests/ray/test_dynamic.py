@@ -24,6 +24,7 @@ from ray.util.placement_group import placement_group_table
 from infra.errors import NonDeterminismError, ResourceError, StepError, StepTimeout, UserError
 from infra.processes import process_start
 from infra.storage import open_store
+from tests import rays
 from workflows import cli, session
 from workflows.config import RunSettings
 from workflows.events import Event
@@ -35,11 +36,8 @@ from workflows.runs import cancel_run, list_runs, load_run
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[Cluster]:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "object_store_memory": 100 << 20})
-    ray.init(address=cluster.address, log_to_driver=False)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with rays.cluster(num_cpus=4) as made:
+        yield made
 
 
 class Bench:

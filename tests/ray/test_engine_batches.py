@@ -7,9 +7,9 @@ from pathlib import Path
 
 import batches_program as program
 import pytest
-import ray
 
 from infra.storage import open_store
+from tests.rays import local_ray
 from workflows import batches, session
 from workflows.config import RunSettings
 from workflows.fold import JournalState
@@ -25,9 +25,8 @@ TOTAL = sum(1000 * chain + LENGTH for chain in range(CHAINS)) - ODD
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
-    yield
-    ray.shutdown()
+    with local_ray(num_cpus=2):
+        yield
 
 
 @pytest.fixture(autouse=True)

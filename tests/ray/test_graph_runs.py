@@ -13,11 +13,11 @@ from typing import Any
 
 import graph_program as program
 import pytest
-import ray
 
 from infra.errors import NodeLost, NonDeterminismError, ResourceError, StepError, StepTimeout, UserError
 from infra.processes import process_start
 from infra.storage import open_store
+from tests.rays import local_ray
 from workflows import planning, session
 from workflows.config import RunSettings
 from workflows.events import Event
@@ -30,9 +30,8 @@ from workflows.waits import reply
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with local_ray(num_cpus=2):
+        yield
 
 
 class Bench:

@@ -10,11 +10,11 @@ from typing import Any
 
 import keeping_program as program
 import pytest
-import ray
 
 from infra.errors import StoreError
 from infra.s3 import S3Store
 from infra.storage import open_store
+from tests.rays import local_ray
 from workflows import session
 from workflows.config import RunSettings
 from workflows.runs import load_run
@@ -26,9 +26,8 @@ Inject = Callable[..., dict[str, Any]]
 def url(s3_url: str, s3_proxy: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A store behind the proxy, for the driver and for a Ray of its own."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy)
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
-    yield s3_url
-    ray.shutdown()
+    with local_ray(num_cpus=1):
+        yield s3_url
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 90) -> None:

@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from infra.errors import ConfigError, NodeLost, SystemFault
-from infra.local_ray import LocalRay
+from infra.local_ray import LocalRay, RayServers
 from workflows import attempts, session
 from workflows.config import RunSettings
 from workflows.events import Event
@@ -368,3 +369,40 @@ def test_a_cluster_without_any_node_is_waited_for_and_named(run: Run) -> None:
     warnings = [event.data["message"] for event in events if event.kind == "warning"]
     assert warnings == ["the Ray cluster has no live node: steps wait until one joins it"]
     assert cluster.submitted == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "begun"),
+    [({}, []), ({"log_to_driver": True}, ["log_monitor"]), ({"include_dashboard": True}, ["api_server"])],
+)
+def test_a_local_ray_has_no_server_that_nobody_asked_for(options: dict[str, bool], begun: list[str]) -> None:
+    started: list[str] = []
+
+    class Node:
+        def start_api_server(self) -> None:
+            started.append("api_server")
+
+        def start_monitor(self) -> None:
+            started.append("monitor")
+
+        def start_log_monitor(self) -> None:
+            started.append("log_monitor")
+
+    def init(**_: Any) -> None:
+        node = Node()
+        node.start_api_server()
+        node.start_monitor()
+        node.start_log_monitor()
+        raise ValueError("that is enough")
+
+    own = {name: value for name, value in vars(Node).items() if name.startswith("start_")}
+    errors = SimpleNamespace(AuthenticationError=PermissionError)
+    ray = SimpleNamespace(
+        init=init, exceptions=errors, shutdown=lambda: None, _private=SimpleNamespace(node=SimpleNamespace(Node=Node))
+    )
+    servers = RayServers(ray, options)
+    with pytest.raises(ConfigError, match="that is enough"):
+        servers.start()
+    servers.stop()
+    assert started == begun
+    assert own.items() <= vars(Node).items(), "another Ray of this process starts what it wants"
