@@ -1,9 +1,9 @@
 """Object storage: one small protocol, a folder or `s3://bucket/prefix` behind it.
 
-Keys are relative, `/`-separated paths. What the rest of recua builds on is `put_if_absent`: of any number of writers
-of one key, in any number of processes and on any number of nodes, exactly one succeeds, and a reader sees either
-nothing or the whole object. A folder gets that from a fully written temporary file and `link(2)`; S3 from a conditional
-PUT (`If-None-Match: *`).
+Keys are relative, `/`-separated paths. The rest of recua builds on `put_if_absent`: of any number of writers of one
+key, in any number of processes on any number of nodes, exactly one succeeds, and a reader sees either nothing or the
+whole object. A folder implements it by a complete temporary file and `link(2)`; S3 by a conditional PUT
+(`If-None-Match: *`).
 """
 
 import contextlib
@@ -51,46 +51,46 @@ __all__ = [
 ]
 
 LONGEST_NAME = 255
-"""Bytes of one part of a path, on nearly every file system."""
+"""Most bytes of one part of a path, on nearly every file system."""
 
 
 class Store(Protocol):
-    """What recua needs of a store. Every method raises StoreError, naming `--store`, when the store fails for good."""
+    """The store protocol. Every method raises StoreError, naming `--store`, if the store keeps failing."""
 
     url: str
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write `key` unless it exists. True: this call wrote it (durably); False: it was there already."""
+        """Write `key` unless it exists. True: this call wrote it (durably); False: it existed."""
         ...
 
     def put(self, key: str, data: bytes, durable: bool = True) -> None:
-        """Write or replace `key` atomically. `durable=False` may be lost in a power cut (heartbeats, indexes)."""
+        """Write or replace `key` atomically. With `durable=False` a power cut may lose it (heartbeats, indexes)."""
         ...
 
     def get(self, key: str) -> bytes | None:
-        """The object, or None where there is none."""
+        """The object, or None if it does not exist."""
         ...
 
     def exists(self, key: str) -> bool: ...
 
     def list(self, prefix: str) -> Iterator[str]:
-        """All keys that start with the folder `prefix` (no partial names), sorted."""
+        """All keys under the folder `prefix` (whole names only), sorted."""
         ...
 
     def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """(key, bytes) of everything that `list` gives."""
+        """(key, size in bytes) of every key that `list` gives."""
         ...
 
     def folders(self, prefix: str) -> Iterator[str]:
-        """Names of the folders directly under the folder `prefix`, sorted, without walking into them."""
+        """Names of the folders directly under the folder `prefix`, sorted, without listing their contents."""
         ...
 
     def delete(self, key: str) -> None:
-        """Remove `key`; no error where there is none."""
+        """Remove `key`; no error if it does not exist."""
         ...
 
     def upload_file(self, key: str, source: Path) -> None:
-        """Store a file's content. A reader never sees half of it."""
+        """Store a file's content. A reader sees all of it or nothing."""
         ...
 
     def download_file(self, key: str, target: Path, sha256: str | None = None, moved: Moved = unseen) -> None:
@@ -101,23 +101,23 @@ class Store(Protocol):
         ...
 
     def local_path(self, key: str) -> Path | None:
-        """Where `key` lies (or would lie) as a local file or folder; None where the store is not a folder."""
+        """The local path of `key`, which need not exist; None if the store is not a folder."""
         ...
 
     def check_key(self, key: str) -> None:
-        """Tell before anything is written where `key` cannot be kept here.
+        """Check that this store can keep `key`, before anything is written.
 
         Raises:
-            UserError: a name in it, or all of it, is too long.
+            UserError: the key, or a name in it, is too long.
         """
         ...
 
     def check(self) -> None:
-        """Fail fast, with one line, where the store cannot be read and written."""
+        """Raise a one-line error if the store cannot be read and written."""
         ...
 
     def hurry(self, patience_s: float) -> None:
-        """From now on retry for `patience_s` at most, in every thread: the program is leaving."""
+        """From now on retry for `patience_s` at most, in every thread: the program is ending."""
         ...
 
 
@@ -125,7 +125,7 @@ def open_store(url: str | Path) -> Store:
     """A store from `s3://bucket[/prefix]`, `file:///path` or a plain path (made absolute).
 
     Raises:
-        ConfigError: nothing, another scheme, or a URL that lacks a slash or its bucket.
+        ConfigError: an empty text, another scheme, or a URL without its slashes or its bucket.
     """
     scheme, rest = parse_store(str(url))
     if scheme == "s3":
@@ -136,42 +136,42 @@ def open_store(url: str | Path) -> Store:
 
 
 def parse_store(text: str, setting: str = "--store") -> tuple[str, str]:
-    """("s3", "bucket/prefix") or ("file", path), from what `setting` says.
+    """("s3", "bucket/prefix") or ("file", path) from `text`, the value of `setting`.
 
-    A scheme without its two slashes is refused: it is what `Path` makes of a URL, and would name a folder `s3:`.
+    A scheme without its two slashes is refused: `Path` turns a URL into that, and it would name a folder `s3:`.
 
     Raises:
         ConfigError: as `open_store`.
     """
-    said = f"{setting} {text}".strip()
+    given = f"{setting} {text}".strip()
     scheme, separator, rest = text.partition(":")
     scheme = scheme.strip().lower()
     if not text.strip():
         raise ConfigError(f"{setting} is empty: name a folder or s3://bucket/prefix")
     if found := re.match(r"(s3|file)//+", text.strip(), re.IGNORECASE):
-        raise ConfigError(f"{said}: a colon is missing; write it as {found[1].lower()}:{text.strip()[found.end(1) :]}")
+        raise ConfigError(f"{given}: a colon is missing; write it as {found[1].lower()}:{text.strip()[found.end(1) :]}")
     if not separator or not (rest.startswith("/") or scheme in ("s3", "file")) or "/" in scheme:
         return "file", text  # a folder, colons in its name or not
     if scheme == "file" and rest.startswith("/"):
         host, _, path = rest.removeprefix("//").partition("/") if rest.startswith("//") else ("", "", rest.lstrip("/"))
         if host in ("", "localhost"):
             return "file", f"/{unquote(path)}"
-        raise ConfigError(f"{said}: {host} stands where a host does; write file:///{host}/{path}, or no file:// at all")
+        raise ConfigError(f"{given}: {host} is read as a host; write file:///{host}/{path}, or leave file:// out")
     if scheme not in ("s3", "file"):
-        raise ConfigError(f"{said}: unknown scheme {scheme}://; use a folder or s3://bucket/prefix")
+        raise ConfigError(f"{given}: unknown scheme {scheme}://; use a folder or s3://bucket/prefix")
     if scheme == "file" or not rest.startswith("//"):
         right = "s3://bucket/prefix" if scheme == "s3" else "file:///folder"
-        raise ConfigError(f"{said}: a folder by that name would be made; write it as {right}")
+        raise ConfigError(f"{given}: this would create a folder of that name; write it as {right}")
     bucket = rest.removeprefix("//").partition("/")[0]
     if not bucket:
-        raise ConfigError(f"{said}: no bucket; write it as s3://bucket/prefix")
+        raise ConfigError(f"{given}: no bucket; write it as s3://bucket/prefix")
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,255}|arn:[\w:.-]+", bucket):
-        raise ConfigError(f"{said}: {bucket!r} cannot be a bucket's name; write it as s3://bucket/prefix")
+        raise ConfigError(f"{given}: {bucket!r} cannot be a bucket's name; write it as s3://bucket/prefix")
     return "s3", rest.removeprefix("//")
 
 
 def default_store() -> str:
-    """Where runs are kept when nobody says otherwise: absolute, because jobs run in a copy of the working folder."""
+    """The default folder of runs. Absolute, because jobs run in a copy of the working folder."""
     return str(Path.home() / ".recua" / "store")
 
 
@@ -182,7 +182,7 @@ class FolderStore:
         try:
             self.root = root.expanduser().absolute()
         except RuntimeError:
-            raise ConfigError(f"--store {root}: there is no such user's home folder") from None
+            raise ConfigError(f"--store {root}: this user has no home folder") from None
         self.url = str(self.root)
         self._made: set[str] = set()
         self._mine = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
@@ -197,7 +197,7 @@ class FolderStore:
                 os.link(temporary, target)
             except FileExistsError:
                 if os.stat(temporary).st_nlink < 2:
-                    return False  # else a network file system lost its answer to our own link, and asked again
+                    return False  # else our own link succeeded: a network file system lost the answer and retried
             finally:
                 os.unlink(temporary)
             sync_folder(folder)
@@ -235,7 +235,7 @@ class FolderStore:
 
     def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
         for key in self.list(prefix):
-            with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+            with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
                 yield key, os.stat(self._path(key)).st_size
 
     def folders(self, prefix: str) -> Iterator[str]:
@@ -286,7 +286,7 @@ class FolderStore:
 
     def check(self) -> None:
         if self.root.exists() and not self.root.is_dir():
-            raise StoreError(f"--store {self.url}: is no folder; name one, or s3://bucket/prefix")
+            raise StoreError(f"--store {self.url}: is not a folder; name one, or s3://bucket/prefix")
         probe = f"{TEMPORARY_PREFIX}check-{uuid.uuid4().hex}"
         self.put(probe, b"recua", durable=False)
         self.delete(probe)
@@ -298,7 +298,7 @@ class FolderStore:
         return self.root.joinpath(*checked_key(key))
 
     def _where(self, key: str) -> str:
-        """`_path` for the paths that thousands of small objects take."""
+        """`_path` as text, which is faster for thousands of small objects."""
         checked_key(key)
         return f"{self.url}/{key}"
 
@@ -312,7 +312,7 @@ class FolderStore:
         temporary = f"{folder}/{self._mine}-{os.getpid()}-{next(self._numbers)}"
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileNotFoundError:  # somebody removed the folder that we remembered
+        except FileNotFoundError:  # the folder was removed since `_make` created it
             os.makedirs(folder, exist_ok=True)
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
@@ -321,7 +321,7 @@ class FolderStore:
                 rest = rest[os.write(descriptor, rest) :]
             if durable:
                 os.fsync(descriptor)
-        except BaseException:  # a full disk should not keep the half that fitted
+        except BaseException:  # do not leave half a file on a full disk
             os.unlink(temporary)
             raise
         finally:
@@ -338,6 +338,6 @@ class FolderStore:
 
 
 def check_sha256(path: Path, expected: str | None, url: str, key: str, moved: Moved = unseen) -> None:
-    """Raise StoreError where the content is not what its manifest says."""
+    """Raise StoreError if the content differs from its manifest's checksum."""
     if expected is not None and (found := sha256_file(path, moved)) != expected:
         raise StoreError(f"--store {url}: {key} is damaged: sha256 {found[:12]}, its manifest says {expected[:12]}")

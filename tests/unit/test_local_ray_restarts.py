@@ -116,7 +116,7 @@ def test_a_killed_server_is_noticed_at_once_and_all_is_started_anew(watch: Watch
     watched.wait_until_back()
     (message,) = watched.lost
     assert message == (
-        f"the local Ray of this run is gone (its {server} was killed by SIGKILL); another one is started "
+        f"the local Ray of this run is gone (its {server} was killed by SIGKILL); starting another one "
         "(start 1 of local_ray_restarts=3)"
     )
     assert servers.calls == ["start", "kill", "stop", "start"]
@@ -135,7 +135,7 @@ def test_a_server_that_stays_stopped_is_a_dead_one(watch: Watch, servers: Stand,
     watched = watch(stopped_s=0.05)
     servers.started[0][server].send_signal(signal.SIGSTOP)
     watched.wait_until_back()
-    assert f"(its {server} has been stopped for 0.05 s); another one is started" in watched.lost[0]
+    assert f"(its {server} has been stopped for 0.05 s); starting another one" in watched.lost[0]
     assert all(process.poll() is not None for process in servers.started[0].values())
 
 
@@ -183,8 +183,8 @@ def test_the_bound_is_named_with_the_setting_and_the_way_on(watch: Watch, server
         watched.wait_until_back()
     servers.started[2]["GCS"].kill()
     assert watched.wait_for_error() == (
-        "the local Ray of this run is gone (its GCS was killed by SIGKILL), and local_ray_restarts=2 allows no other "
-        "one within retry_window_s=600; Ray's logs: /tmp/logs. What is committed stays: run it again to go on, with "
+        "the local Ray of this run is gone (its GCS was killed by SIGKILL), and local_ray_restarts=2 allows no further "
+        "restart within retry_window_s=600; Ray's logs: /tmp/logs. What is committed stays: run it again to go on, with "
         "--local-ray-restarts for more"
     )
     assert len(watched.lost) == 2 and watched.ray.is_lost()
@@ -193,7 +193,7 @@ def test_the_bound_is_named_with_the_setting_and_the_way_on(watch: Watch, server
 def test_no_restart_at_all_may_be_asked_for(watch: Watch, servers: Stand) -> None:
     watched = watch(restarts=0)
     servers.started[0]["raylet"].kill()
-    assert "local_ray_restarts=0 allows no other one" in watched.wait_for_error()
+    assert "local_ray_restarts=0 allows no further restart" in watched.wait_for_error()
     assert not watched.lost
 
 

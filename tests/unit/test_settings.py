@@ -162,7 +162,7 @@ def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     file.write_bytes('\ufefftext = "é"\n'.encode())
     assert read_text(file) == 'text = "é"\n' and load(file, Kinds).text == "é"
     file.write_bytes('text = "é"\n'.encode("utf-16"))
-    with pytest.raises(ConfigError, match=r"r.toml: not valid TOML: no UTF-8 text at byte 0; save it as UTF-8"):
+    with pytest.raises(ConfigError, match=r"r.toml: not valid TOML: not UTF-8 at byte 0; save it as UTF-8"):
         load(file, Kinds)
     file.write_text("version = 1.10\ntext = 1.10\n")
     with pytest.raises(ConfigError, match=r"text: Input should be a valid string; write it in quotes \(got 1.1\)"):
