@@ -276,8 +276,17 @@ def _is_damaged(error: Exception) -> bool:
     return isinstance(error, _Damaged) or type(error).__name__ == "FlexibleChecksumError"
 
 
+@functools.cache
+def _descriptions(folders: str | None) -> Any:
+    """Reads boto3's descriptions of S3, megabytes of JSON, once and not for every client."""
+    from botocore.loaders import create_loader
+
+    return create_loader(folders)
+
+
 def _client(tries: int, connect_timeout_s: float, read_timeout_s: float) -> Any:
     import boto3
+    import botocore.session
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
@@ -288,7 +297,9 @@ def _client(tries: int, connect_timeout_s: float, read_timeout_s: float) -> Any:
         max_pool_connections=32,
     )
     try:
-        return boto3.session.Session().client("s3", config=config)
+        session = botocore.session.get_session()
+        session.register_component("data_loader", _descriptions(session.get_config_variable("data_path")))
+        return boto3.session.Session(botocore_session=session).client("s3", config=config)
     except (BotoCoreError, ValueError) as error:
         raise ConfigError(f"--store s3://: cannot set up S3: {error}") from None
 
