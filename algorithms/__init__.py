@@ -1,8 +1,8 @@
 """Losses, advantages, rewards, preference pairs, schedules and statistics: pure functions of tensors.
 
 Nothing here knows a model, an optimizer or a process. Per-token tensors are [B, T] and aligned with the tokens
-(`logprobs`), every loss takes its denominator from outside (`aggregate`), so results do not depend on how a batch was
-cut into micro-batches, ranks or packed rows. Read `logprobs` and `aggregate` first, then the stage you are after.
+(`logprobs`). Every loss takes its denominator from outside (`aggregate`), so that results do not depend on how a batch
+is cut into micro-batches, ranks or packed rows. Read `logprobs` and `aggregate` first, then the stage you need.
 """
 
 __all__ = [

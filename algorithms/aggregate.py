@@ -1,7 +1,7 @@
 """From per-token losses to one number, with denominators that are global.
 
-A mean taken per micro-batch and averaged again depends on how the data was cut. Here the caller counts once over the
-whole optimizer mini-batch G (all ranks, all micro-batches), passes that count in, and then only ever sums.
+A mean per micro-batch that is averaged again depends on how the data was cut. Here the caller counts once over the
+whole optimizer mini-batch G (all ranks, all micro-batches), passes that count in, and then only sums.
 """
 
 from typing import Literal
@@ -15,7 +15,7 @@ def count(mask: torch.Tensor, reduction: Reduction, segment_ids: torch.Tensor | 
     """This micro-batch's share of the denominator; sum it over G.
 
     Args:
-        mask: [B, T], 1 where a token counts.
+        mask: [B, T], 1 on tokens that count.
         segment_ids: [B, T] when several sequences share a row (0 = padding); else one sequence per row.
 
     Returns:
@@ -39,7 +39,7 @@ def aggregate(
     the number of sequences in G. They differ in how much a long sequence weighs.
 
     Args:
-        values: [B, T]; what masked positions hold does not matter, not even NaN.
+        values: [B, T]; values at masked positions are ignored, even NaN.
         mask: [B, T].
         denominator: `count` summed over G.
         segment_ids: [B, T] for packed rows; a sequence never spans two rows.
@@ -53,7 +53,7 @@ def aggregate(
 
 
 def sequence_weights(mask: torch.Tensor, segment_ids: torch.Tensor | None = None) -> torch.Tensor:
-    """1 / (counted tokens of the token's own sequence), [B, T] fp32; 0 where the sequence has none."""
+    """1 / (counted tokens of the token's own sequence), [B, T] fp32; 0 if the sequence has none."""
     present = mask.float()
     if segment_ids is None:
         totals = present.sum(dim=1, keepdim=True).expand_as(present)
@@ -65,7 +65,7 @@ def sequence_weights(mask: torch.Tensor, segment_ids: torch.Tensor | None = None
 
 
 def masked_sums(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """sum(values * m) per row, [B, T] -> [B] fp32; ignores what masked positions hold."""
+    """sum(values * m) per row, [B, T] -> [B] fp32; values at masked positions are ignored."""
     return values.float().masked_fill(mask == 0, 0.0).sum(dim=1)
 
 

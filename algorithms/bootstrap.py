@@ -1,4 +1,4 @@
-"""How sure a measured accuracy is: bootstrap over problems (Efron 1979). numpy only; equal seeds give equal numbers."""
+"""Confidence in a measured accuracy: bootstrap over problems (Efron 1979). numpy only; equal seeds, equal numbers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -28,7 +28,7 @@ def content_mask(
 
     Both answers share header and terminator tokens, so the loss pushes their likelihood up and down at once, which
     brings tail repetition and sudden terminations. Left out: `terminator_ids`, everything from a start_header to its
-    end_header, and the `header_suffix` tokens after it (the blank line: one token in Llama 3).
+    end_header, and the `header_suffix` tokens after it (the blank line, which is one token in Llama 3).
     """
     kept = mask != 0
     for token in terminator_ids:
@@ -55,7 +55,7 @@ def dpo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """-(1 - s) log sigmoid(z) - s log sigmoid(-z), z = beta ((chosen - ref_chosen) - (rejected - ref_rejected)).
 
-    Rafailov et al. 2023; s = label_smoothing > 0 is conservative DPO (Mitchell 2023). log 2 where policy = reference.
+    Rafailov et al. 2023; s = label_smoothing > 0 is conservative DPO (Mitchell 2023). log 2 if policy = reference.
 
     Args:
         chosen, rejected, ref_chosen, ref_rejected: [P].
@@ -81,7 +81,7 @@ def ipo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(h - 1 / (2 beta))^2, h = (chosen - ref_chosen) - (rejected - ref_rejected) (Azar et al. 2023, equation 17).
 
-    1 / (4 beta^2) where policy = reference. The paper sums log-probs; TRL passes them normalised by length
+    1 / (4 beta^2) if policy = reference. The paper sums log-probs; TRL passes them normalised by length
     (`response_logprobs(normalise=True)`). Arguments and result as `dpo_loss`.
     """
     chosen_reward, rejected_reward = chosen - ref_chosen.detach(), rejected - ref_rejected.detach()
@@ -126,7 +126,7 @@ def kto_loss(
 def chosen_nll(
     logprobs: torch.Tensor, mask: torch.Tensor, denominator: torch.Tensor | float, reduction: Reduction = "seq-mean"
 ) -> torch.Tensor:
-    """-log p of the chosen responses, to be added with weight 0.2 (Llama 3, section 4.1.4): share over G.
+    """-log p of the chosen responses, which Llama 3 adds with weight 0.2 (section 4.1.4): share over G.
 
     "token-mean" divides by all chosen tokens (TRL); "seq-mean" is the mean of sequence means (OpenRLHF).
     Formatting tokens stay in this term: give the full response mask.

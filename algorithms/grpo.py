@@ -20,7 +20,7 @@ def grpo_advantages(rewards: torch.Tensor, eps: float = 1e-6, scale: bool = True
         scale: False leaves the division out (Dr. GRPO).
 
     Raises:
-        ValueError: K is 1: a group of one has no baseline (verl would return R itself).
+        ValueError: K is 1; a group of one has no baseline (verl returns R itself).
     """
     _require_groups(rewards)
     exact = rewards.double()  # equal rewards must give exactly 0, not rounding noise divided by eps
@@ -47,7 +47,7 @@ def reinforce_pp_advantages(
 
     Args:
         rewards: [B, T] from `ppo.token_rewards`; mask [B, T].
-        total: `ppo.moments` of `rewards_to_go` over all ranks; None takes this batch as the whole.
+        total: `ppo.moments` of `rewards_to_go` over all ranks; None treats this batch as the whole.
     """
     return whiten(rewards_to_go(rewards, mask, gamma), mask, total)
 

@@ -28,7 +28,7 @@ def policy_loss(
     Args:
         logp, logp_old, advantages, mask: [B, T]; only `logp` carries a gradient.
         denominator: `aggregate.count` over G.
-        dual_clip: c > 1, which bounds the loss of a bad token that became much likelier; None turns it off.
+        dual_clip: c > 1, which bounds the loss of a bad token that became much more likely; None turns it off.
         sampler_weights: [B, T] from `grpo.sampler_weights`, multiplied into the loss.
 
     Returns:
@@ -110,15 +110,15 @@ def gae(
     lam: float = 0.95,
     truncated: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation over response tokens; masked ones (tool output, padding) are skipped over.
+    """Generalised advantage estimation over response tokens; masked tokens (tool output, padding) are skipped.
 
     delta_t = r_t + gamma * V_next - V_t and A_t = delta_t + gamma * lam * A_next, where "next" is the next token with
-    mask 1 (as verl and AReaL do). After the last one V_next is 0 for an answer that finished and, the choice made
-    here, the answer's own last value for a truncated one. returns = A + V, with A not yet whitened.
+    mask 1 (as in verl and AReaL). After the last token V_next is 0 for a finished answer and, by our choice, the
+    answer's own last value for a truncated one. returns = A + V, with A not yet whitened.
 
     Args:
         rewards, values, mask: [B, T], aligned with tokens (`logprobs.align_values`).
-        truncated: [B] bool, True where the answer ran into the length limit; None means all finished.
+        truncated: [B] bool, True if the answer reached the length limit; None means all finished.
 
     Returns:
         (advantages [B, T], returns [B, T]) fp32, detached, 0 where the mask is 0.
@@ -156,12 +156,12 @@ def whiten(
 
     Args:
         values, mask: same shape, [B, T] or [B].
-        total: `moments` added over all ranks; None takes this tensor as the whole batch.
+        total: `moments` added over all ranks; None treats this tensor as the whole batch.
         shift_mean: False keeps the mean in place and only scales.
         unbiased: variance over n - 1 (verl) or over n (OpenRLHF).
 
     Raises:
-        ValueError: fewer than two entries count.
+        ValueError: fewer than two entries have mask 1.
     """
     count, first, second = moments(values, mask) if total is None else total
     if count < 2:

@@ -6,7 +6,7 @@ import torch
 def best_of_k(scores: torch.Tensor, threshold: float | None = None) -> torch.Tensor:
     """Index of the best answer per prompt, [P, K] -> [P] long; ties go to the lower index.
 
-    With a threshold, -1 where even the best scores below it.
+    With a threshold, -1 if even the best answer scores below it.
 
     Raises:
         ValueError: a score is NaN.
@@ -31,7 +31,7 @@ def preference_pairs(scores: torch.Tensor, minimum_gap: float = 0.0) -> list[tup
 
 
 def _extreme(scores: torch.Tensor, highest: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(value [P], lowest index that has it [P]); argmax alone does not promise which of equal ones it returns."""
+    """(value [P], lowest index that has it [P]); argmax does not promise which of equal values it returns."""
     if torch.isnan(scores).any():
         raise ValueError("scores contain NaN")
     value = scores.amax(dim=1) if highest else scores.amin(dim=1)

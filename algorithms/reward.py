@@ -1,6 +1,6 @@
-"""Reward models: the Bradley-Terry loss with Llama 2's margins, and how good the model is (accuracy, calibration).
+"""Reward models: the Bradley-Terry loss with Llama 2's margins, and measures of a model (accuracy, calibration).
 
-Ratings say how much better the chosen answer is: 0 significantly, 1 clearly, 2 slightly, 3 negligibly (or unsure).
+A rating says how much better the chosen answer is: 0 significantly, 1 clearly, 2 slightly, 3 negligibly (or unsure).
 """
 
 from typing import Literal

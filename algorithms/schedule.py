@@ -1,7 +1,7 @@
 """Learning-rate schedules as functions of the step, and which parameters decay.
 
-Every schedule returns a factor of the peak for the optimizer step `step` = 0, 1, ...; warm-up is linear and its first
-step is 1 / warmup, not 0, so that no step is wasted.
+Every schedule returns a factor of the peak for the optimizer step `step` = 0, 1, .... Warm-up is linear; its first step
+is 1 / warmup, not 0, so that no step is wasted.
 """
 
 import math
@@ -32,7 +32,7 @@ def constant(step: int, warmup: int = 0) -> float:
 def cosine(step: int, total: int, warmup: int = 0, floor: float = 0.1) -> float:
     """Warm-up, then floor + (1 - floor) * (1 + cos(pi * progress)) / 2 (Llama: warm-up 2,000, floor 0.1).
 
-    Reaches 1 at the last warm-up step and the floor at step total - 1; stays there. A single step is one at the peak.
+    Reaches 1 at the last warm-up step and the floor at step total - 1, and stays there. A single step is at the peak.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -61,6 +61,6 @@ def parameter_groups(named_parameters: Iterable[tuple[str, torch.Tensor]], weigh
 def _progress(step: int, total: int, warmup: int) -> float:
     start = max(warmup - 1, 0)
     length = total - 1 - start
-    if length <= 0:  # no steps but the warm-up's, or a single one, which would learn nothing at a floor of 0
+    if length <= 0:  # only warm-up steps, or a single step, which would learn nothing at a floor of 0
         return 0.0 if step < total else 1.0
     return min(1.0, (step - start) / length)

@@ -1,4 +1,4 @@
-"""From several judges of one answer to the single score that reinforcement learning sees (Llama 2, section 3.2.3)."""
+"""One score per answer for reinforcement learning, from several judges (Llama 2, section 3.2.3)."""
 
 import torch
 
@@ -32,14 +32,14 @@ def score_answers(
     verifier_weight: float = 1.0,
     model_weight: float = 1.0,
 ) -> torch.Tensor:
-    """model_weight * whiten(combined) + verifier_weight * (2 * verdict - 1) where the task is checkable.
+    """model_weight * whiten(combined) + verifier_weight * (2 * verdict - 1) for checkable tasks, else whiten(combined).
 
-    A verifier cannot be fooled and a reward model can, so the verifier joins with its own weight instead of being
-    averaged away; without a checkable answer the reward models decide alone, with weight 1.
+    A verifier cannot be fooled and a reward model can, so the verifier has its own weight instead of being averaged
+    away.
 
     Args:
         combined: [N] from `combine_scores`.
-        verdicts: [N] in [0, 1], the verifier's; ignored where `checkable` is False.
+        verdicts: [N] in [0, 1], the verifier's; ignored if `checkable` is False.
         checkable: [N] bool.
 
     Returns:

@@ -14,7 +14,7 @@ def sft_loss(
 ) -> torch.Tensor:
     """-log p of the tokens in the mask: this micro-batch's share of the mean over G.
 
-    token-mean starves one-token answers when long ones share the batch; seq-mean gives every answer the same weight.
+    token-mean gives one-token answers little weight beside long ones; seq-mean gives every answer the same weight.
     Packed and unpacked rows of the same data give the same loss and gradient (pass `segment_ids` when packed).
 
     Args:

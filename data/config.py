@@ -1,4 +1,4 @@
-"""Settings of the data part: the corpus, the made tasks, packing and the loader. Imports neither torch nor ray."""
+"""Settings of the corpus, the generated tasks, packing and the loader. Imports neither torch nor ray."""
 
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -9,7 +9,7 @@ from infra.config import Settings
 
 
 class TaskSettings(Settings):
-    """Made tasks with checkable answers. The sizes decide how hard each kind is for a small model."""
+    """Generated tasks with checkable answers. The sizes decide how hard each kind is for a small model."""
 
     kinds: dict[str, Annotated[float, Field(ge=0, le=1e9)]] = Field(
         default={
@@ -29,7 +29,7 @@ class TaskSettings(Settings):
     """Task kind -> weight: the share of problems drawn from it. Known kinds: `data.tasks.kind_names()`."""
 
     addition_digits: int = Field(default=2, ge=1, le=12)
-    """Digits of each operand of reasoning/addition (exactly so many; one digit includes 0)."""
+    """Digits of each operand of reasoning/addition (exactly this many; one digit includes 0)."""
 
     subtraction_digits: int = Field(default=2, ge=1, le=12)
     """Digits of each operand of reasoning/subtraction; the result is never negative."""
@@ -38,7 +38,7 @@ class TaskSettings(Settings):
     """Digits of the first operand of reasoning/multiplication; the second has one digit."""
 
     compare_digits: int = Field(default=2, ge=1, le=12)
-    """Digits of the two numbers of reasoning/compare."""
+    """Digits of the two numbers in reasoning/compare."""
 
     successor_digits: int = Field(default=3, ge=1, le=12)
     """Digits of the number of reasoning/successor and reasoning/parity."""
@@ -66,31 +66,31 @@ class TaskSettings(Settings):
     @classmethod
     def _letters(cls, alphabet: str) -> str:
         if len(set(alphabet)) < 2 or not alphabet.isalpha():
-            raise ValueError(f"{alphabet!r} must be two different letters or more, and nothing else")
+            raise ValueError(f"{alphabet!r} must consist of letters, at least two different ones")
         return alphabet
 
 
 class CleaningSettings(Settings):
-    """What is taken out of pretraining text. Every removal is counted by reason in the corpus summary."""
+    """What cleaning removes from pretraining text. The corpus summary counts removals by reason."""
 
     enabled: bool = True
-    """Whether any cleaning happens."""
+    """Whether text is cleaned at all."""
 
     min_characters: int = Field(default=40, ge=0)
     """Shorter documents are left out."""
 
     min_letter_share: float = Field(default=0.4, ge=0, le=1)
-    """Smallest share of letters among the characters that are no spaces; tables and dumps have fewer."""
+    """Smallest share of letters among the characters other than spaces; tables and dumps have fewer."""
 
     max_repeated_line_share: float = Field(default=0.5, ge=0, le=1)
-    """Largest share of a document's non-empty lines that repeat an earlier one of its lines."""
+    """Largest share of a document's non-empty lines that repeat an earlier line of it."""
 
     max_mean_word: float = Field(default=25.0, gt=0)
     """Longest mean word length in characters; encoded data has no words."""
 
     line_documents: int = Field(default=0, ge=0)
-    """A line of 20 characters or more stays in the first so many documents that have it and is removed from all later
-    ones (boilerplate of web pages); 0 keeps all lines, which is right for source code."""
+    """A line of 20 characters or more stays in this many documents and is removed from all later ones (boilerplate of
+    web pages); 0 keeps all lines, which is right for source code."""
 
     near_duplicate: float = Field(default=0.8, gt=0, le=1)
     """Documents whose word 5-grams overlap (Jaccard, estimated by MinHash) by at least this with an earlier document
@@ -104,14 +104,14 @@ class CorpusSettings(Settings):
     """Most bytes (UTF-8) of standard-library text; 0 takes none."""
 
     stdlib_parts: tuple[Literal["source", "docstring", "help"], ...] = ("source", "docstring", "help")
-    """Which documents: whole source files, single docstrings, help texts of compiled functions."""
+    """Kinds of documents: whole source files, single docstrings, help texts of compiled functions."""
 
     files: tuple[str, ...] = ()
     """More pretraining text: JSONL or parquet files with `text`, folders, globs, or `datasets:NAME` (data.formats)."""
 
     held_out_share: float = Field(default=0.02, ge=0, lt=1)
-    """Share of documents, chosen by a hash of their text, that is kept from training for the validation loss; of two
-    documents or more it is one at least."""
+    """Share of documents, chosen by a hash of their text, that is held out for the validation loss; at least one
+    document if there are two or more."""
 
     instruction_chars: int = Field(default=60, ge=10)
     """Longest answer, in characters, of an instruction made from a docstring; longer first lines are left out."""
@@ -127,8 +127,8 @@ class PackingSettings(Settings):
     """Tokens per row."""
 
     too_long: Literal["error", "drop", "keep_start", "keep_end"] = "error"
-    """What happens to a sequence longer than a row: stop with an error, leave it out, or cut one end off. The packed
-    result lists every sequence that was dropped or cut."""
+    """What happens to a sequence longer than a row: an error, dropping it, or cutting one end off. The packed result
+    lists every sequence that was dropped or cut."""
 
 
 def _rising(growth: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
@@ -143,11 +143,11 @@ Growth = Annotated[tuple[tuple[int, int], ...], AfterValidator(_rising)]
 
 
 class BatchSettings(Settings):
-    """How many samples the global batch holds, at first and later."""
+    """The size of the global batch over time."""
 
     size: int = Field(default=32, ge=1)
     """Samples in the global batch, over all ranks."""
 
     growth: Growth = ()
-    """(first window, size) pairs in rising order: from that window on the global batch has that size instead. Windows
-    and steps have the same numbers until a window has been skipped."""
+    """(first window, size) pairs in rising order: from that window on the global batch has that size. Windows and steps
+    have the same numbers until a window is skipped."""

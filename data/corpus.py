@@ -22,13 +22,14 @@ def write_corpus(
 ) -> dict[str, int]:
     """Write `text.jsonl` (training) and `held_out.jsonl` ({"text", "source"} rows) into `folder`.
 
-    The seed shuffles the training documents; which documents there are and which are held out do not depend on it. Of
-    two documents or more, one at least is held out unless the share is 0.
-    `on_progress(done, total)` counts documents. Returns counts: documents, bytes, held_out, and removed_<reason> each.
+    The seed shuffles the training documents; the choice of documents and of held-out ones does not depend on it. If
+    there are two documents or more, at least one is held out unless the share is 0.
+    `on_progress(done, total)` counts documents. Returns counts: documents, bytes, held_out, and one removed_<reason>
+    per reason.
 
     Raises:
-        ConfigError: the settings name no text at all.
-        DataError: a malformed row (all files are checked before anything is written), or nothing left after cleaning.
+        ConfigError: the settings name no text.
+        DataError: a malformed row (all files are checked before anything is written), or cleaning left no document.
     """
     if not settings.stdlib_bytes and not settings.files:
         raise ConfigError("corpus: no text; set corpus.stdlib_bytes or corpus.files")
@@ -42,13 +43,13 @@ def write_corpus(
             on_progress(done, total or None)
     if not train and held_out:
         raise DataError(
-            f"corpus.held_out_share = {settings.held_out_share:g} keeps all {len(held_out)} documents from training: "
-            "lower it, or give more text"
+            f"corpus.held_out_share = {settings.held_out_share:g} holds out all {len(held_out)} documents: lower it, "
+            "or give more text"
         )
     if not train:
         raise DataError(
-            f"corpus: no document left of {sum(removed.values())}; removed: {dict(removed)}: give more text "
-            "(corpus.files, corpus.stdlib_bytes), or remove less (corpus.cleaning)"
+            f"corpus: cleaning left none of {sum(removed.values())} documents; removed: {dict(removed)}: give more "
+            "text (corpus.files, corpus.stdlib_bytes), or remove less (corpus.cleaning)"
         )
     if settings.held_out_share and not held_out:
         train, held_out = _hold_one_out(train)
@@ -61,7 +62,7 @@ def write_corpus(
 
 
 def clean(rows: Iterator[Row], settings: CleaningSettings, removed: Counter[str]) -> Iterator[Row]:
-    """The rows that pass all filters and are no copies, their shared lines taken out; `removed` counts the others."""
+    """The rows that pass all filters and are not copies, without their shared lines; `removed` counts the others."""
     if not settings.enabled:
         yield from rows
         return
@@ -81,7 +82,7 @@ def clean(rows: Iterator[Row], settings: CleaningSettings, removed: Counter[str]
 
 
 def _hold_one_out(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """(rest, the document that a rising share would hold out first, with its copies); all, none where that is all."""
+    """(other rows, the document that a rising share holds out first, with its copies); (rows, []) if all are copies."""
     texts = {row["text"] for row in rows if row["text"].strip()}
     if len(texts) < 2:
         return rows, []

@@ -1,6 +1,6 @@
-"""Taking out what was seen before: exact copies, near copies (MinHash), and lines that many documents share.
+"""Deduplication: exact copies, near copies (MinHash), and lines that many documents share.
 
-The first document of its kind stays, so the result depends on the order of the documents and on nothing else.
+The first of several copies stays, so the result depends only on the order of the documents.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ _LONG_LINE = 20  # characters; shorter lines ("return None") are shared by chanc
 
 
 class ExactDuplicates:
-    """`seen(text)` is True when an earlier text was the same apart from white space."""
+    """`seen(text)` is True if an earlier text was the same apart from white space."""
 
     def __init__(self) -> None:
         self._hashes: set[bytes] = set()
@@ -33,11 +33,11 @@ class ExactDuplicates:
 
 
 class NearDuplicates:
-    """`seen(text)` is True when the word 5-grams of an earlier kept text overlap by `threshold` or more (Jaccard).
+    """`seen(text)` is True if the word 5-grams of an earlier kept text overlap by `threshold` or more (Jaccard).
 
-    MinHash (Broder 1997): 128 hashes per text, whose share of equal values estimates the Jaccard overlap with a
-    standard error of at most 0.045. Candidates share one of 16 bands of 4 of these hashes, which finds an overlap of
-    0.8 with probability 1 - (1 - 0.8**4)**16 > 0.999. Memory: 512 bytes and 16 table entries a kept text.
+    MinHash (Broder 1997): 128 hashes per text; the share of equal hashes estimates the Jaccard overlap with a standard
+    error of at most 0.045. Candidates share one of 16 bands of 4 of these hashes, which finds an overlap of 0.8 with
+    probability 1 - (1 - 0.8**4)**16 > 0.999. Memory: 512 bytes and 16 table entries per kept text.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -83,7 +83,7 @@ class LineDuplicates:
         self._counts: Counter[bytes] = Counter()
 
     def without_seen_lines(self, text: str) -> str:
-        """The text without its lines that enough earlier texts had."""
+        """The text without the lines that `documents` earlier texts had."""
         kept = []
         here: set[bytes] = set()
         for line in text.splitlines(keepends=True):
@@ -98,7 +98,7 @@ class LineDuplicates:
 
 
 def _shingles(text: str) -> NDArray[np.uint64]:
-    """A 64-bit hash of every run of five words (of all words where there are fewer), each once."""
+    """A 64-bit hash of every run of five words (of all words if there are fewer), each once."""
     words = np.array([zlib.crc32(word.encode()) for word in text.lower().split()], dtype=np.uint64)
     width = min(_SHINGLE_WORDS, len(words))
     if width == 0:

@@ -1,8 +1,8 @@
-"""Which files does a source mean? One answer for those who read them and for those who hash them.
+"""The files that a source names, for the code that reads them and the code that hashes them.
 
 A source is a file, a folder (all files below it) or a glob (`**` crosses folders); `~` is the home folder. Hidden files
-and folders (`.ipynb_checkpoints`, `.git`) are left out unless the source names them. Links are followed, each folder is
-entered once, so that links that lead in a circle end.
+and folders (`.ipynb_checkpoints`, `.git`) are left out unless the source names them. Links are followed; each folder is
+entered once, so that a circle of links ends.
 """
 
 import glob
@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl
 from infra.errors import DataError
 
 DATASETS = "datasets:"
-"""How a source of the `datasets` library begins."""
+"""The prefix of a source that the `datasets` library reads."""
 FORMATS = (".jsonl", ".ndjson", ".json", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 """Suffixes that may follow those of text: `rows.jsonl.gz`."""
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def kind_of(file: Path) -> tuple[str, str]:
-    """(format, compression) by the file's name, both "" where it is none that can be read; capitals do not matter.
+    """(format, compression) by the file's name, in any case of letters; ("", "") if the file cannot be read as rows.
 
     Example: `a.JSONL.gz` is (".jsonl", ".gz").
     """
@@ -39,10 +39,10 @@ def kind_of(file: Path) -> tuple[str, str]:
 
 
 def find_files(source: str | Path) -> list[Path]:
-    """Every file that a source means, whatever it holds, sorted.
+    """Every file that a source names, of any format, sorted.
 
     Raises:
-        DataError: nothing there, a folder that cannot be listed, or a link to nothing where a data file should be.
+        DataError: there is no such file, a folder cannot be listed, or a data file is a link to nothing.
     """
     if not str(source):
         raise DataError("'': an empty name; name a file, a folder or a glob")
@@ -64,15 +64,15 @@ def find_files(source: str | Path) -> list[Path]:
 
 
 def _nothing_there(text: str) -> str:
-    """In words, with what may be meant."""
+    """The end of "no ...", with a hint at what may be meant."""
     if text.startswith("file://"):
         return "such file; write the path alone, without file://"
     if "://" in text:
         return f"such file; a URL is not read: download it, or write {DATASETS}NAME for a dataset of the Hub"
     if "[" in text:
-        return "file matches this pattern; [abc] is one letter of those, write [[] where a name has a bracket"
+        return "file matches this pattern; [abc] matches one of these letters, write [[] for a bracket in a name"
     if "{" in text:
-        return "such file; braces are no pattern here: name the files one by one"
+        return "such file; braces are not a pattern here: name the files one by one"
     if glob.has_magic(text):
         return "file matches this pattern"
     relative = not text.startswith((".", "/")) and not kind_of(Path(text))[0]
@@ -80,16 +80,16 @@ def _nothing_there(text: str) -> str:
 
 
 def resolve_files(source: str | Path) -> list[Path]:
-    """The files of a source that can be read as rows, sorted; a file that is there under two names counts once.
+    """The files of a source that can be read as rows, sorted; a file with two names counts once.
 
-    What else lies in a folder is named in a warning.
+    A warning names the other files of a folder.
 
     Raises:
-        DataError: as `find_files`; no such file in a folder; or a file of another kind that is no folder's.
+        DataError: as `find_files`; or a folder holds no such file; or a file that is named directly has another format.
     """
     files = find_files(source)
     if is_saved_dataset(os.path.expanduser(source)):
-        raise DataError(f"{source}: this folder is a dataset that save_to_disk wrote; write {DATASETS}{source}")
+        raise DataError(f"{source}: this folder was written by save_to_disk; write {DATASETS}{source}")
     readable = [file for file in files if kind_of(file)[0]]
     others = [file for file in files if not kind_of(file)[0]]
     if not os.path.isdir(os.path.expanduser(source)):
@@ -99,7 +99,7 @@ def resolve_files(source: str | Path) -> list[Path]:
         raise DataError(f"{source}: no .jsonl or .parquet file in this folder{_listed('; it holds', others)}")
     elif others:
         log.warning(
-            "%s: some of its files are not read, by name they are neither JSON nor parquet%s",
+            "%s: some of its files are skipped, their names end neither in a JSON nor in a parquet suffix%s",
             source,
             _listed(":", others),
         )
@@ -115,7 +115,7 @@ def parse_dataset(source: str) -> tuple[str, dict[str, str]]:
     """(name or folder, options) of a source `datasets:NAME[?name=CONFIG&split=SPLIT]`.
 
     Raises:
-        DataError: no name, or an option that there is not.
+        DataError: no name, or an unknown option.
     """
     name, _, query = source.removeprefix(DATASETS).partition("?")
     options = dict(parse_qsl(query))
@@ -127,7 +127,7 @@ def parse_dataset(source: str) -> tuple[str, dict[str, str]]:
 
 
 def once(files: Sequence[Path]) -> list[Path]:
-    """The files in order without those that came before, be it by another name."""
+    """The files in order, each once even if it has several names."""
     named: dict[str, Path] = {}
     for file in files:
         named.setdefault(os.path.realpath(file), file)
@@ -140,9 +140,9 @@ def _listed(before: str, files: Sequence[Path]) -> str:
 
 
 def _below(folder: str) -> list[Path]:
-    """All that is no folder below this one, what is hidden left out."""
+    """Every file below a folder, without hidden ones."""
     waiting, entered, found = [folder], set(), []
-    while waiting:  # linked folders come after the real ones, which keep their own names
+    while waiting:  # linked folders come last, so that real folders keep their own names
         for root, folders, names in os.walk(waiting.pop(0), onerror=_raise):
             if (place := os.path.realpath(root)) in entered:
                 folders.clear()
@@ -155,7 +155,7 @@ def _below(folder: str) -> list[Path]:
 
 
 def _matching(pattern: str) -> list[Path]:
-    """What a glob matches, folders included. The standard library's `**` would go round in circles of links."""
+    """The files and folders that a glob matches. The standard library's `**` would not end in a circle of links."""
     parts = Path(pattern).parts
     if "**" not in parts:
         return [Path(name) for name in glob.glob(pattern)]
@@ -175,7 +175,7 @@ def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 def _is_regular(path: Path) -> bool:
     if path.is_file():
         return True
-    if kind_of(path)[0] and not path.is_dir():  # leaving it out would train on less than there seems to be
+    if kind_of(path)[0] and not path.is_dir():  # skipping it would silently train on less data
         raise DataError(f"{path}: {'a link that leads nowhere' if path.is_symlink() else 'not a regular file'}")
     return False
 

@@ -1,14 +1,14 @@
-"""Is a document worth training on? Plain heuristics on its characters, words and lines.
+"""Whether a document is worth training on: heuristics on its characters, words and lines.
 
-The rules are those of C4 and Gopher (Rae et al. 2021, appendix A1.1) in their simplest form, with limits that leave
-source code in.
+The rules are those of C4 and Gopher (Rae et al. 2021, appendix A1.1) in their simplest form, with limits that keep
+source code.
 """
 
 from data.config import CleaningSettings
 
 
 def why_rejected(text: str, settings: CleaningSettings) -> str | None:
-    """The first rule that the document breaks, e.g. "few_letters", or None for a document to keep."""
+    """The first rule that the document breaks, e.g. "few_letters"; None if it breaks none."""
     if len(text.strip()) < settings.min_characters:
         return "too_short"
     visible = "".join(text.split())

@@ -1,12 +1,12 @@
 """Reading and writing training files: JSONL, parquet, and any source of the `datasets` library.
 
-A source is a file, a folder or a glob (see `data.files`), or `datasets:NAME[?name=CONFIG&split=SPLIT]` where NAME is a
-hub repository or a folder that `save_to_disk` wrote. Several sources are read one after the other, a file that several
-of them mean once.
+A source is a file, a folder or a glob (see `data.files`), or `datasets:NAME[?name=CONFIG&split=SPLIT]`, where NAME is a
+repository of the Hub or a folder that `save_to_disk` wrote. Several sources are read in order; a file that several of
+them name is read once.
 
-    .jsonl .ndjson    one object a line
+    .jsonl .ndjson    one object per line
     .json             the same, or a list of objects
-    .parquet          one row an object
+    .parquet          one object per row
 
 Text may be compressed (.gz .bz2 .xz .zst). Everything malformed is a DataError that starts with `file:line:`.
 """
@@ -33,7 +33,7 @@ from infra.storage.files import LFS_POINTER, appear
 
 _BOM = b"\xef\xbb\xbf"
 _BEGINNINGS = {
-    LFS_POINTER: "a Git LFS pointer, the file itself is not here: run `git lfs pull` there",
+    LFS_POINTER: "a Git LFS pointer, not the file itself: run `git lfs pull` there",
     b"\xff\xfe": "not UTF-8 but UTF-16: save it as UTF-8",
     b"\xfe\xff": "not UTF-8 but UTF-16: save it as UTF-8",
     b"\x1f\x8b": "compressed with gzip: its name must end in .gz",
@@ -43,7 +43,7 @@ _BEGINNINGS = {
     b"PAR1": "parquet: its name must end in .parquet",
     b"PK\x03\x04": "a zip archive: unpack it",
 }
-"""What a file of rows does not begin with: its parser would complain of each line, and not of what is wrong."""
+"""First bytes of files that are not rows, and the cause to report instead of a syntax error per line."""
 _SHOWN_PROBLEMS = 5
 
 log = logging.getLogger(__name__)
@@ -51,9 +51,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Summary:
-    """What a validation pass saw, e.g. Summary(rows=3, task_types={"reasoning/addition": 2, "": 1}).
+    """Counts of a validation pass, e.g. Summary(rows=3, task_types={"reasoning/addition": 2, "": 1}).
 
-    `text_bytes`: UTF-8 bytes of all "text", which bounds the tokens that pretraining gets of it.
+    `text_bytes`: UTF-8 bytes of all "text", an upper bound of its tokens.
     """
 
     rows: int
@@ -62,7 +62,7 @@ class Summary:
 
 
 def read_rows(sources: str | Path | Sequence[str | Path], shape: Shape) -> Iterator[Row]:
-    """Every row of the sources in order, checked and brought to the one form of `shape` (see data.shapes).
+    """Every row of the sources in order, checked and converted to the form of `shape` (see data.shapes).
 
     Raises:
         DataError: `file:line: what is wrong` at the first malformed row; a missing file before any row.
@@ -71,7 +71,7 @@ def read_rows(sources: str | Path | Sequence[str | Path], shape: Shape) -> Itera
 
 
 def rows_by_source(sources: str | Path | Sequence[str | Path], shape: Shape) -> Iterator[tuple[str, Row]]:
-    """(source, row) as `read_rows`, with the source that each row is from."""
+    """(source, row) pairs: the rows of `read_rows` with the source of each."""
     for source, place, row in _raw_rows(sources):
         try:
             yield source, check_row(_parsed(row), shape)
@@ -85,7 +85,7 @@ def validate(
     """Read everything once before expensive work. `also` may raise ValueError for a row of the right shape.
 
     Raises:
-        DataError: the first five malformed rows, one line each, and how many more there are; or no row at all.
+        DataError: names the first five malformed rows, one per line, and the number of others; or there is no row.
     """
     problems: list[str] = []
     count, bad, size = 0, 0, 0
@@ -113,7 +113,7 @@ def validate(
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> int:
-    """Write one JSON object per line, atomically; returns how many. Equal rows give equal bytes."""
+    """Write one JSON object per line, atomically; returns their number. Equal rows give equal bytes."""
     count = 0
     with appear(Path(path)) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for row in rows:
@@ -125,7 +125,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Row]) -> int:
 
 
 def _raw_rows(sources: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, str, object]]:
-    """(source, place, row); a row of text is still its bytes, so that one bad line does not end a validation pass."""
+    """(source, place, row) triples. A row of a text file is still bytes, so that a bad line does not end validation."""
     for source, file in _resolve(sources):
         rows = _datasets_rows(source) if file is None else _file_rows(file)
         for place, row in rows:
@@ -133,7 +133,7 @@ def _raw_rows(sources: str | Path | Sequence[str | Path]) -> Iterator[tuple[str,
 
 
 def _resolve(sources: str | Path | Sequence[str | Path]) -> list[tuple[str, Path | None]]:
-    """(source, file) in order, no file for `datasets:`; everything missing is found before the first row is read."""
+    """(source, file) pairs in order; file is None for `datasets:`. Finds missing files before any row is read."""
     listed = [sources] if isinstance(sources, str | Path) else list(sources)
     resolved: list[tuple[str, Path | None]] = []
     seen: set[str] = set()
@@ -141,7 +141,7 @@ def _resolve(sources: str | Path | Sequence[str | Path]) -> list[tuple[str, Path
         files = [None] if source.startswith(DATASETS) else resolve_files(source)
         for file in files:
             if (place := source if file is None else os.path.realpath(file)) in seen:
-                log.warning("%s is named more than once; it is read once", file or source)
+                log.warning("%s is named more than once; reading it once", file or source)
                 continue
             seen.add(place)
             resolved.append((source, file))
@@ -187,7 +187,7 @@ def _lines(path: Path, file: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
 
 
 def _json_rows(path: Path, file: Iterable[bytes]) -> Iterator[tuple[str, object]]:
-    """The items of a list; a file that does not begin with `[` holds one object a line."""
+    """The items of a list, or, if the file does not begin with `[`, one object per line."""
     lines, head = iter(file), b""
     while not head.removeprefix(_BOM).strip() and (line := next(lines, b"")):
         head += line
@@ -201,7 +201,7 @@ def _json_rows(path: Path, file: Iterable[bytes]) -> Iterator[tuple[str, object]
         items = json.loads(head + b"".join(lines))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: {_invalid(error)}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8; a number of thousands of digits; nested too deeply
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, or nested too deeply
         raise DataError(f"{path}:1: not usable JSON: {error}") from None
     for number, item in enumerate(items, start=1):
         yield f"{path}:{number}", item
@@ -239,7 +239,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}:{number}", row
-    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:  # also text that is no UTF-8
+    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:  # also text that is not UTF-8
         raise DataError(f"{path}:{number + 1}: not readable as parquet: {error}") from None
 
 
@@ -267,7 +267,7 @@ def _dataset(source: str) -> Iterable[Row]:
         raise DataError(f"{source}: a folder that save_to_disk wrote has no configurations; leave name= out")
     loaded: Any = datasets.load_from_disk(name)
     split = options.get("split", "train")
-    if not isinstance(loaded, dict):  # one split, which may not know its name
+    if not isinstance(loaded, dict):  # one split, which may have no name
         loaded = {str(loaded.split) if loaded.split and "split" in options else split: loaded}
     if split not in loaded:
         there = f"it has {', '.join(loaded)}: write {DATASETS}{name}?split={next(iter(loaded))}"

@@ -1,9 +1,8 @@
-"""Which samples does step k train on? A function of seed, schedule and k; never of the number of ranks.
+"""The samples of step k: a function of seed, schedule and k, never of the number of ranks.
 
 The stream of samples (data.mixture) is cut into windows, one global batch each. Step k takes window
-`k + skipped_before(k)`, where `skipped` are the windows that a policy dropped (NaN, loss spike). So a run resumes from
-k and the skipped list alone, and after any faults it has consumed the windows of the fault-free run minus the skipped
-ones.
+`k + skipped_before(k)`; `skipped` are the windows that a policy dropped (NaN, loss spike). A run therefore resumes from
+k and the skipped list alone. After any faults it has consumed the windows of the fault-free run minus the skipped ones.
 """
 
 from bisect import bisect_right
@@ -25,9 +24,9 @@ class Samples(Protocol[Item]):
 
 
 class Loader:
-    """Sample ids of every step, for all ranks and for one.
+    """Sample ids of every step, for all ranks or for one.
 
-    `skipped` are window numbers, in any order. The loader holds no position: ask for any step at any time.
+    `skipped` are window numbers, in any order. The loader holds no position: any step can be read at any time.
     """
 
     def __init__(self, mixture: Mixture, batch: BatchSettings, skipped: Iterable[int] = ()) -> None:
@@ -38,7 +37,7 @@ class Loader:
             raise ValueError(f"skipped window {self._skipped[0]}: windows are counted from 0")
 
     def window(self, step: int) -> int:
-        """The window that step takes: the step-th of those that are not skipped."""
+        """The window of a step: number `step` of the windows that are not skipped."""
         if step < 0:
             raise ValueError(f"step {step}: steps are counted from 0")
         window = step
@@ -53,13 +52,13 @@ class Loader:
         return self._phase(self.window(step))[1]
 
     def batch(self, step: int) -> SampleIds:
-        """The global batch of a step, in its one order."""
+        """The global batch of a step, in its fixed order."""
         window = self.window(step)
         first_window, size, first_position = self._phase(window)
         return self.mixture.samples(first_position + (window - first_window) * size, size)
 
     def share(self, step: int, rank: int, world_size: int) -> SampleIds:
-        """The part of the global batch that one rank works on: joined over ranks in order they are the batch.
+        """One rank's part of the global batch. The shares of all ranks, in order, are the batch.
 
         Any world size works; shares differ by at most one sample and may be empty.
         """
@@ -67,14 +66,15 @@ class Loader:
         return self.batch(step)[first:end]
 
     def share_range(self, step: int, rank: int, world_size: int) -> tuple[int, int]:
-        """Which samples of the batch are the share: (first, one after the last)."""
+        """The range of a rank's share in the batch: (first, one after the last)."""
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
         size = self.batch_size(step)
         return size * rank // world_size, size * (rank + 1) // world_size
 
     def micro_batches(self, step: int, rank: int, world_size: int, size: int) -> list[SampleIds]:
-        """The share in pieces of at most `size`, equally many on every rank, so that all join equal collectives.
+        """The share in pieces of at most `size`. Every rank has the same number of pieces, so that all join the same
+        collectives.
 
         The last pieces may be smaller or empty: scale the loss by global token counts, never by pieces.
         """
@@ -89,9 +89,9 @@ class Loader:
 
 
 class DataLoader(Generic[Item]):
-    """A loader together with the samples themselves: `DataLoader({"stdlib": windows}, {"stdlib": 1.0}, ...)`.
+    """A loader with the samples themselves: `DataLoader({"stdlib": windows}, {"stdlib": 1.0}, ...)`.
 
-    `weights` default to the sizes, which is one shuffle over everything.
+    `weights` default to the sizes, which shuffles all samples as one source.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """An endless, seeded stream of samples from weighted sources, addressed by position.
 
-Position p of the stream is (source, epoch, index), computed from p alone. Sources are interleaved in blocks: each block
-holds every source in its share, rounded so that the shares are exact in the long run, and shuffled. Within a source,
-every epoch is its own shuffle of all its samples.
+Position p of the stream is (source, epoch, index), computed from p alone. Sources are interleaved in shuffled blocks.
+Each block holds every source in its share, rounded so that the shares are exact in the long run. Every epoch of a
+source is a shuffle of its own of all its samples.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Source:
 
 @dataclass(frozen=True)
 class SampleIds:
-    """n samples: source[i] is the place in the mixture's list of sources, index[i] the sample in it. All int64 [n]."""
+    """n samples: source[i] is the index in the mixture's list of sources, index[i] the sample in it. All int64 [n]."""
 
     source: Indices
     epoch: Indices
@@ -46,7 +46,8 @@ class SampleIds:
         return list(zip(self.source.tolist(), self.epoch.tolist(), self.index.tolist(), strict=True))
 
     def checksum(self) -> int:
-        """The same for the same samples in any order; those of several parts add up to that of all. Below n * 2^31."""
+        """A sum over the samples, independent of their order; checksums of parts add up to that of the whole. Below
+        n * 2^31."""
         mixed = np.zeros(len(self), np.uint64)
         for column in (self.index, self.epoch, self.source):
             mixed = mix(mixed + column.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))  # splitmix64
@@ -84,8 +85,8 @@ class Mixture:
         return SampleIds(*(np.concatenate([np.empty(0, np.int64), *column]) for column in columns))
 
     def _drawn_before(self, block: int) -> list[int]:
-        """Samples of each source in all blocks before this one. Rounding the running sum keeps the total exact, and a
-        block of at least 2 / (smallest share) positions keeps every count rising."""
+        """Samples of each source in all blocks before this one. Rounding the running sum keeps the total exact. A block
+        has at least 2 / (smallest share) positions, so that every count rises."""
         bounds = [0] + [block * self.block_size * end // _WHOLE for end in self._ends]
         return [high - low for low, high in pairwise(bounds)]
 

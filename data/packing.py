@@ -1,6 +1,6 @@
-"""Packing: several short sequences in one row of fixed length, without one seeing another.
+"""Packing: several short sequences share a row of fixed length, and none sees another.
 
-Best fit: each sequence, longest first, goes into the fullest row that still holds it. Rows then go back to the order of
+Best fit: each sequence, longest first, goes into the fullest row that still has room for it. Rows are then sorted by
 their first sequence, so that a shuffled input stays shuffled. Nothing is lost or cut silently.
 """
 
@@ -14,20 +14,20 @@ from data.config import PackingSettings
 from infra.errors import DataError
 
 Sample = tuple[Sequence[int], Sequence[int]]
-"""(token ids, loss mask), both [T]: mask 1 where the token is a training target."""
+"""(token ids, loss mask), both [T]; the mask is 1 on training targets."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """R rows of T tokens: two sequences [5, 6, 7] and [8, 9] in a row of 6 give
+    """R rows of T tokens. Two sequences [5, 6, 7] and [8, 9] in a row of 6 give
 
         input_ids    5 6 7 8 9 pad
         position_ids 0 1 2 0 1 0
         segment_ids  1 1 1 2 2 0     (0 = padding)
         loss_mask    as given; 0 on padding and on the first token of each segment (nothing before it predicts it)
 
-    `members[r]` are the indices of the sequences in row r, in segment order. `dropped` and `cut` are the indices of
-    those that `too_long` left out or shortened.
+    `members[r]` are the indices of the sequences in row r, in segment order. `dropped` and `cut` are the indices of the
+    sequences that `too_long` left out or shortened.
     """
 
     input_ids: torch.Tensor  # [R, T] int64
@@ -116,8 +116,8 @@ def plan_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def block_causal_mask(segment_ids: torch.Tensor, dtype: torch.dtype = torch.bool) -> torch.Tensor:
     """segment_ids [B, T] -> mask [B, 1, T, T] for HF models: a token sees its own segment up to itself.
 
-    Bool: True where attention is allowed (sdpa). A float dtype: 0 where allowed and its most negative number elsewhere
-    (eager). Padding sees itself alone, so that no softmax row is empty.
+    Bool: True if attention is allowed (sdpa). A float dtype: 0 if allowed, else its most negative number (eager).
+    Padding sees only itself, so that no softmax row is empty.
     """
     length = segment_ids.shape[-1]
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
@@ -140,7 +140,7 @@ def _fit(
     for index, (ids, mask) in enumerate(samples):
         if len(ids) != len(mask) or len(ids) == 0:
             raise DataError(
-                f"sample {index}: {len(ids)} tokens and {len(mask)} mask values; need equally many, not none"
+                f"sample {index}: {len(ids)} tokens and {len(mask)} mask values; the numbers must be equal and above 0"
             )
         if len(ids) <= settings.length:
             kept[index] = (ids, mask)

@@ -1,7 +1,7 @@
-"""Shuffles that are computed, not stored: where does place i of a shuffled list of n lie?
+"""Shuffles that are computed, not stored: which element lies at place i of a shuffled list of n?
 
-A keyed bijection of [0, n) by a Feistel network with cycle walking, so an epoch over a billion samples needs no memory.
-All arithmetic is on 64-bit integers: equal on every machine and for every version of every library.
+A Feistel network with cycle walking gives a keyed bijection of [0, n), so that an epoch over a billion samples needs no
+memory. All arithmetic is on 64-bit integers, with equal results on every machine and for every library version.
 """
 
 import hashlib

@@ -1,14 +1,14 @@
-"""The shapes of rows that training files have, checked and brought to one form.
+"""The shapes of rows in training files, checked and converted to one form.
 
     messages     {"messages": [{"role", "content"}, ...]}      at least one answered turn
     preference   {"prompt", "chosen", "rejected"[, "margin"]}  strings or messages; both answers may repeat the prompt
-    prompt       {"prompt"[, "answer"]}                        what reinforcement learning samples from
+    prompt       {"prompt"[, "answer"]}                        for reinforcement learning
     text         {"text"}                                      pretraining
 
-A message is {"role", "content"[, "weight"]}: an assistant turn of weight 0 is read and not trained on, 1 is the same as
-none. Other programs' words for that, and calls of tools beside the content, are refused: leaving them out would train
-on what nobody wrote. All keep an optional "task_type"; other columns are left out. Every checker raises ValueError with
-what is wrong, without the place: `data.formats` knows the file and line.
+A message is {"role", "content"[, "weight"]}. An assistant turn of weight 0 is read but not trained on; the default is
+1. Other programs' names for that weight, and tool calls beside the content, are refused, because dropping them would
+train on text that nobody wrote. All shapes keep an optional "task_type" and drop other columns. Every checker raises
+ValueError with the problem but not its place: `data.formats` adds the file and line.
 """
 
 import sys
@@ -22,16 +22,16 @@ Shape = Literal["messages", "preference", "prompt", "text"]
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 UNTRAINED = ("loss", "loss_weight", "train", "train_on_turn", "trainable")
-"""How other programs say of a turn whether it is trained on."""
+"""Other programs' names for the weight of a turn."""
 CALLS = ("tool_calls", "function_call")
 """Parts of a turn that no chat format here renders."""
 _LARGEST = sys.float_info.max
 _SHOWN = 200
-"""Letters of a row, at most, in a message."""
+"""Most characters of a row in an error message."""
 
 
 def check_row(row: object, shape: Shape) -> Row:
-    """The row in its one form (preference: `prompt`, `chosen` and `rejected` all as lists of messages).
+    """The row in the one form of its shape (preference: `prompt`, `chosen` and `rejected` as lists of messages).
 
     Raises:
         ValueError: what is missing or wrong, in one line.
@@ -68,7 +68,7 @@ def _messages_row(row: Row) -> Row:
 
 
 def is_trained(message: Message) -> bool:
-    """Whether training wants this turn of the assistant."""
+    """Whether an assistant turn is trained on."""
     return bool(message.get("weight", 1))
 
 
@@ -160,7 +160,7 @@ def _message(message: object, name: str) -> Message:
 
 
 def _string(value: object, name: str) -> str:
-    """The value as a string that every tokenizer can encode."""
+    """The value, checked to be a string that every tokenizer can encode."""
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a string, found {_named(value)}")
     if not value.isascii():

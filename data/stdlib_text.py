@@ -1,9 +1,9 @@
 """Text that every machine has: Python's own standard library, for pretraining and as simple instructions.
 
-Three kinds of documents: whole source files, single docstrings with their signature, and help texts (compiled
-functions and the topics of `help()`). Nothing is downloaded and no file of the library is run to read it. The order is
-that of a hash of the names, so that a size cap takes an even sample and does not depend on the file system. The text
-itself is that of the running Python version.
+There are three kinds of documents: whole source files, single docstrings with their signature, and help texts (compiled
+functions and the topics of `help()`). Nothing is downloaded, and source files are read, not run. Documents are ordered
+by a hash of their names, so that a size cap takes an even sample that does not depend on the file system. The text is
+that of the running Python version.
 """
 
 import ast
@@ -28,9 +28,9 @@ _SKIPPED_FOLDERS = (
     *("test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3"),
     *("encodings", "pydoc_data", "turtledemo", "__pycache__"),
 )
-"""Tests, what is not the library, and tables that are hardly text."""
+"""Tests, folders that do not belong to the library, and tables that are hardly text."""
 
-_TOO_SHORT = 40  # characters; a docstring below this teaches little
+_TOO_SHORT = 40  # characters; a shorter docstring teaches little
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,18 @@ class Document:
 def stdlib_documents(settings: CorpusSettings) -> list[Document]:
     """Documents of the wanted kinds, together at most `settings.stdlib_bytes` long, in a fixed mixed order.
 
-    Each kind gets an equal part of the bytes as far as it has text: source files alone would drown the rest. A document
-    that no longer fits is left out whole; none is cut.
+    Each kind gets an equal part of the bytes if it has enough text, because source files alone would drown the rest. A
+    document that no longer fits is left out; none is cut.
 
     Raises:
-        DataError: this Python comes without its library's source files.
+        DataError: this Python has no source files of its library.
     """
     parts = [part for part in ("help", "docstring", "source") if part in settings.stdlib_parts]
     chosen: list[Document] = []
     left = settings.stdlib_bytes
     readers = {"help": _help_documents, "docstring": _docstring_documents, "source": _source_documents}
     for waiting, part in zip(range(len(parts), 0, -1), parts, strict=True):
-        budget = left // waiting  # what a small part leaves over goes to those after it
+        budget = left // waiting  # bytes that a small part does not use go to the parts after it
         taken = _take(readers[part](), budget)
         chosen += taken
         left -= sum(len(document.text.encode()) for document in taken)
@@ -67,7 +67,8 @@ def stdlib_instructions(split: Split, settings: CorpusSettings | None = None) ->
     """Instruction rows such as "What does os.path.basename do?" -> "Returns the final component of a pathname".
 
     One per public function or class of the modules in `data.tasks.stdlib.MODULES` whose docstring starts with a short
-    sentence; task_type "stdlib/docstring". A hash of the name decides the side. Sorted by that hash: take a prefix.
+    sentence; task_type "stdlib/docstring". A hash of the name decides the split. Sorted by a hash, so that any prefix
+    is a sample.
     """
     longest = (settings or CorpusSettings()).instruction_chars
     rows: list[tuple[str, dict[str, Any]]] = []
@@ -82,18 +83,18 @@ def stdlib_instructions(split: Split, settings: CorpusSettings | None = None) ->
 
 
 def is_held_out(text: str, share: float) -> bool:
-    """Whether a pretraining document belongs to the validation set: its text alone decides, so copies stay together."""
+    """Whether a pretraining document is held out. Its text alone decides, so that copies stay together."""
     return held_out_rank(text) < share * 2**64
 
 
 def held_out_rank(text: str) -> int:
-    """Where a document stands, in [0, 2^64): a share holds out those of low rank."""
+    """A document's rank in [0, 2^64): documents of low rank are held out."""
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
 def _take(documents: Iterator[Document], budget: int) -> list[Document]:
-    """The documents that still fit into `budget` bytes, in order."""
+    """The documents that fit into `budget` bytes, in order."""
     taken: list[Document] = []
     for document in documents:
         if budget < _TOO_SHORT:
@@ -117,7 +118,7 @@ def _library_files() -> Iterator[tuple[str, str]]:
         try:
             with tokenize.open(root / relative) as file:
                 yield relative, file.read()
-        except (OSError, SyntaxError, UnicodeDecodeError):  # one unreadable file is not worth stopping for
+        except (OSError, SyntaxError, UnicodeDecodeError):  # skip an unreadable file
             continue
 
 
@@ -140,7 +141,7 @@ def _docstring_documents() -> Iterator[Document]:
     for name, text in _library_files():
         try:
             tree = ast.parse(text)
-        except (SyntaxError, ValueError):  # written for another parser
+        except (SyntaxError, ValueError):  # written for another Python version
             continue
         yield from _docstrings_of(name, tree)
 
@@ -168,7 +169,7 @@ def _heading(node: ast.AST, name: str) -> str:
 
 
 def _help_documents() -> Iterator[Document]:
-    """Signature and docstring of what has no Python source (math.sin, ...), and the topics of Python's own `help()`."""
+    """Signatures and docstrings of compiled functions (math.sin, ...), and the topics of Python's own `help()`."""
     documents = [*_compiled_help(), *_help_topics()]
     yield from sorted(documents, key=lambda document: key_of(document.name))
 
@@ -185,7 +186,7 @@ def _compiled_help() -> Iterator[Document]:
 
 
 def _help_topics() -> Iterator[Document]:
-    """The language reference behind `help("if")`, kept by Python as one dictionary; some installations lack it."""
+    """The language reference behind `help("if")`, one dictionary in Python's library; some installations lack it."""
     path = _library_folder() / "pydoc_data" / "topics.py"
     if not path.is_file():
         return
@@ -213,13 +214,13 @@ def _public_objects() -> Iterator[tuple[str, Any]]:
 
 
 def _own_docstring(value: Any) -> str:
-    """The object's docstring, cleaned; "" where a class only inherits one."""
+    """The object's docstring, cleaned; "" if a class only inherits one."""
     docstring = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
     return inspect.cleandoc(docstring).strip() if isinstance(docstring, str) else ""
 
 
 def _first_line(value: Any) -> str:
-    """The docstring's first sentence on one line, "" where it is a signature, is cut off or holds an address."""
+    """The docstring's first sentence on one line; "" if it is a signature, is cut off or contains an address."""
     docstring = _own_docstring(value)
     line = " ".join(docstring.split("\n\n")[0].split())
     line = re.split(r"(?<=[a-z)])\.(?: |$)", line)[0].rstrip(".")

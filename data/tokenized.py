@@ -1,7 +1,7 @@
-"""Text as token files for pretraining: memory-mapped shards that any number of readers share.
+"""Token files for pretraining: memory-mapped shards that any number of readers share.
 
-A folder holds shard-00000.npy, ... (uint16 where the vocabulary allows, else uint32; one flat array each, readable
-with plain numpy) and index.json. Documents follow each other, each closed by the end token; windows may cross documents
+A folder holds index.json and shard-00000.npy, ...: one flat array each, readable with plain numpy (uint16 if the
+vocabulary fits, else uint32). Documents follow each other, each closed by the end token. Windows may cross documents
 and shards.
 """
 
@@ -23,7 +23,7 @@ _ENCODED_TOGETHER = 256  # documents
 
 
 class TextEncoder(Protocol):
-    """What writing tokens needs of a tokenizer (models.tokenizers.open.Tokenizer has it)."""
+    """The part of `models.tokenizers.Tokenizer` that writing shards uses."""
 
     vocab_size: int
     bos_id: int
@@ -41,9 +41,9 @@ def write_shards(
 ) -> dict[str, Any]:
     """Encode documents into shards of at most `shard_tokens` tokens; returns {"documents", "tokens", "shards"} counts.
 
-    Each document becomes [bos_id] + ids + [eos_id] (one token where both are the same). index.json is written last:
+    Each document becomes [bos_id] + ids + [eos_id] (without bos_id if both are the same). index.json is written last:
     {"format", "dtype", "vocab_size", "end_id", "documents", "tokens", "shards": [{"file", "tokens"}]}. `on_progress`
-    gets the documents done so far.
+    gets the number of documents done so far.
 
     Raises:
         DataError: no text, or a token id outside the vocabulary.
@@ -75,7 +75,7 @@ def write_shards(
 
 
 def token_count(folder: str | Path) -> int:
-    """Tokens in a folder that `write_shards` wrote. Raises DataError where it is none."""
+    """Tokens in a folder that `write_shards` wrote. Raises DataError for any other folder."""
     return int(_read_index(Path(folder))["tokens"])
 
 
@@ -110,8 +110,8 @@ def _groups(texts: Iterator[str]) -> Iterator[list[str]]:
 class TokenWindows:
     """Windows of `length` + 1 tokens from a token folder: window i is tokens [i * length, (i + 1) * length].
 
-    Inputs are window[:-1], targets window[1:]; neighbours share one token, so every token but the first is a target
-    once. Tokens after the last full window are not used. Items are int64 [length + 1].
+    Inputs are window[:-1], targets window[1:]. Neighbouring windows share one token, so that every token but the first
+    is a target once. Tokens after the last full window are not used. Items are int64 [length + 1].
 
     Raises:
         DataError: no index, another format, a missing or shortened shard, or fewer tokens than one window.
@@ -124,7 +124,7 @@ class TokenWindows:
         self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
         if len(self) < 1:
             tokens = self.index["tokens"]
-            raise DataError(f"{folder}: {tokens} tokens make no window of {length} + 1; use a shorter sequence length")
+            raise DataError(f"{folder}: {tokens} tokens, fewer than one window of {length} + 1; lower sequence_length")
 
     def __len__(self) -> int:
         return max(0, (int(self._starts[-1]) - 1) // self.length)
@@ -135,7 +135,7 @@ class TokenWindows:
         return self.tokens(index * self.length, self.length + 1)
 
     def tokens(self, start: int, count: int) -> NDArray[np.int64]:
-        """`count` tokens of the whole stream from `start`, across shards."""
+        """`count` tokens of the whole stream from position `start`, across shards."""
         parts = []
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         while count > 0:
@@ -159,7 +159,7 @@ class TokenWindows:
 def document_segments(inputs: NDArray[np.int64], end_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """inputs [B, T] -> (segment_ids, position_ids), both [B, T]: a new segment begins after every end token.
 
-    With these, attention stays within a document (Llama 3, section 3.2); segments count from 1 in each row.
+    They keep attention within a document (Llama 3, section 3.2). Segments count from 1 in each row.
     """
     ended = inputs == end_id
     segments = 1 + np.cumsum(ended, axis=1) - ended

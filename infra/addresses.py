@@ -1,8 +1,8 @@
-"""At which address of a machine others reach it: one rule for every process that others talk to, and for every library.
+"""The address at which other machines reach this one: one rule for all processes and libraries.
 
-Processes give each other one address alone, that of their node in Ray; whoever starts them passes it down. Libraries
-that open sockets of their own would take another: gloo what the host's name resolves to (127.0.1.1 on Debian), NCCL and
-vLLM what looks best to them. `sockets_at` tells them all to use the interface that owns that one address.
+Processes give each other only one address, that of their node in Ray, which their parent passes down. Libraries that
+open their own sockets would choose another one: gloo the one that the host's name resolves to (127.0.1.1 on Debian),
+NCCL and vLLM by rules of their own. `sockets_at` makes them all use the interface that has the node's address.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ Interfaces = Mapping[str, tuple[str, ...]]
 
 
 def interfaces() -> Interfaces:
-    """This machine's, with their IPv4 and IPv6 addresses."""
+    """This machine's interfaces, with their IPv4 and IPv6 addresses."""
     families = (socket.AF_INET, socket.AF_INET6)
     return {
         name: tuple(one.address for one in found if one.family in families)
@@ -36,50 +36,50 @@ def interfaces() -> Interfaces:
 
 
 def interface_of(address: str, known: Interfaces | None = None) -> str | None:
-    """The interface that has `address`; None where no one has, e.g. behind NAT."""
+    """The interface that has `address`; None if none has, e.g. behind NAT."""
     wanted = _parsed(address)
     for name, found in (interfaces() if known is None else known).items():
         if any(_parsed(one) == wanted for one in found):
             return name
         if wanted.is_loopback and any(_parsed(one).is_loopback for one in found):
-            return name  # all of 127.0.0.0/8 is its
+            return name  # the loopback interface has all of 127.0.0.0/8
     return None
 
 
 def sockets_at(
     address: str, environment: Mapping[str, str] = os.environ, known: Interfaces | None = None
 ) -> dict[str, str]:
-    """The variables by which gloo, NCCL and vLLM use the interface that owns `address`, the node's one in Ray.
+    """Environment variables that make gloo, NCCL and vLLM use the interface of `address`, the node's address in Ray.
 
-    What `environment` says of an interface already stays: somebody chose it on this machine.
+    Variables that `environment` already sets stay, because the machine's owner chose them.
 
     Raises:
-        ConfigError: no interface has the address, or GLOO_SOCKET_IFNAME names one that is not there.
+        ConfigError: no interface has the address, or GLOO_SOCKET_IFNAME names one that does not exist.
     """
     known = interfaces() if known is None else known
     try:
         chosen = environment.get(GLOO) or interface_of(address, known)
     except ValueError:
-        raise ConfigError(f"{address}, which Ray has for a node, is no IP address: set its --node-ip-address") from None
+        raise ConfigError(f"{address}, a node's address in Ray, is not an IP address: set --node-ip-address") from None
     if chosen is None:
         raise ConfigError(
-            f"{address}, which Ray has for this node, is on none of its interfaces ({_listed(known)}): start its Ray "
-            f"with --node-ip-address of one that the other nodes reach, or name the interface in {GLOO} there"
+            f"{address}, this node's address in Ray, is on none of its interfaces ({_listed(known)}): start its Ray "
+            f"with --node-ip-address of one that the other nodes reach, or set {GLOO} to the interface's name there"
         )
     if missing := [name for name in chosen.split(",") if name not in known]:
         raise ConfigError(
             f"{GLOO}={chosen}: the node with the address {address} has no interface {missing[0]}, only "
-            f"{_listed(known)}: set it to one of them before its Ray starts, or not at all"
+            f"{_listed(known)}: set it to one of them before its Ray starts, or unset it"
         )
     return {
         GLOO: chosen,
-        NCCL: environment.get(NCCL) or f"={chosen}",  # "=": exactly this name, not every one that begins so
+        NCCL: environment.get(NCCL) or f"={chosen}",  # "=": exactly this name, not every name that begins with it
         VLLM: environment.get(VLLM) or address,
     }
 
 
 def use_sockets_at(address: str) -> str:
-    """The same for this process and those that it starts; returns the address that gloo listens on."""
+    """Set the variables of `sockets_at` for this process and its children; returns the address that gloo listens on."""
     known = interfaces()
     chosen = sockets_at(address, known=known)
     os.environ.update(chosen)
@@ -88,7 +88,7 @@ def use_sockets_at(address: str) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine itself reaches it."""
+    """Whether only this machine itself can reach `address`."""
     return _parsed(address).is_loopback
 
 
@@ -98,22 +98,22 @@ def listen(address: str, backlog: int = 128) -> socket.socket:
 
 
 def family_of(host: str) -> socket.AddressFamily:
-    """IPv6 of an address of it; IPv4 of any other, and of names."""
+    """IPv6 for an IPv6 address; IPv4 for any other address and for names."""
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def with_port(host: str, port: int) -> str:
-    """As in URLs and for gRPC: "10.0.0.4:80", "[fd00::4]:80"."""
+    """Host and port as in URLs and for gRPC: "10.0.0.4:80", "[fd00::4]:80"."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def unreachable(
     places: Iterable[Place], timeout_s: float, given_up: Callable[[], bool] = lambda: False
 ) -> dict[Place, str]:
-    """Which of these take no connection within `timeout_s`, asked all at once, and why not.
+    """The places that accept no connection within `timeout_s`, and why. All are tried at once.
 
-    One that refuses is asked again until then: a link may just be coming back. `given_up`: the answer is not wanted any
-    more; asked many times a second.
+    A place that refuses is retried until then, because a link may be coming back. `given_up` is called many times per
+    second; True ends the search early.
     """
     deadline = time.monotonic() + timeout_s
     failed = _connect(places, deadline, given_up)
@@ -124,7 +124,7 @@ def unreachable(
 
 
 def _connect(places: Iterable[Place], deadline: float, given_up: Callable[[], bool]) -> dict[Place, str]:
-    """Those that did not, and why; returns when all have answered, or at the deadline."""
+    """The places that did not connect, and why. Returns when all have answered, or at the deadline."""
     failed: dict[Place, str] = {}
     with contextlib.ExitStack() as opened, selectors.DefaultSelector() as selector:
         for place in places:

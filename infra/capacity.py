@@ -1,7 +1,7 @@
-"""Whether a set of resource bundles can ever be placed on a cluster: asked before Ray is, which would wait for ever.
+"""Whether a set of resource bundles can ever be placed on a cluster. Ray itself would wait for ever.
 
-A bundle is what must lie on one node, by Ray's names: {"CPU": 4.0, "GPU": 1.0}. Strategies are Ray's: PACK and SPREAD
-(best effort), STRICT_PACK (all on one node), STRICT_SPREAD (each on another node).
+A bundle is a set of resources of one node, by Ray's names: {"CPU": 4.0, "GPU": 1.0}. Strategies are Ray's: PACK and
+SPREAD (best effort), STRICT_PACK (all bundles on one node), STRICT_SPREAD (each bundle on another node).
 """
 
 import math
@@ -18,10 +18,10 @@ Bundle = Mapping[str, float]
 
 
 def check_amount(setting: str, resource: str, amount: Any) -> float:
-    """An amount of a resource that Ray can count, as Python's own number; `setting` is where it was given.
+    """An amount of a resource as a Python number that Ray can count; `setting` names where it was given.
 
     Raises:
-        ConfigError: it is no finite number, is negative, or has a fraction that Ray cannot count.
+        ConfigError: it is not a finite number, is negative, or has a fraction that Ray cannot count.
     """
     number = check_number(setting, amount)
     if number < 0:
@@ -34,14 +34,14 @@ def check_amount(setting: str, resource: str, amount: Any) -> float:
 
 
 def check_number(setting: str, value: Any) -> float:
-    """A finite number as Python's own.
+    """A finite number as a Python number.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: `value` is not a finite number.
     """
     try:
         finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond what a float can be
+    except OverflowError:  # an integer too large for a float
         finite = False
     if not finite:
         raise ConfigError(f"{setting}={value!r}: must be a finite number")
@@ -49,8 +49,8 @@ def check_number(setting: str, value: Any) -> float:
 
 
 def unplaceable(bundles: Sequence[Bundle], strategy: str, nodes: Sequence[Bundle]) -> str | None:
-    """Why `nodes`, all of them empty, cannot hold `bundles`; None where they can, or where only trying would tell
-    (bundles of several shapes)."""
+    """Why `nodes`, all of them empty, cannot hold `bundles`; None if they can, or if only trying would tell (bundles of
+    several shapes)."""
     for bundle in bundles:
         if not any(_fits(bundle, node) for node in nodes):
             return f"no node has {show_bundle(bundle)}{_most(bundle, nodes)}"
@@ -88,7 +88,7 @@ def _fits(bundle: Bundle, node: Bundle) -> bool:
 
 
 def _times(bundle: Bundle, node: Bundle) -> int:
-    """How often an empty node holds a bundle."""
+    """How many copies of a bundle an empty node holds."""
     return min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in bundle.items() if amount > 0)
 
 
@@ -98,7 +98,7 @@ def _total(bundles: Sequence[Bundle]) -> dict[str, float]:
 
 
 def _most(bundle: Bundle, nodes: Sequence[Bundle]) -> str:
-    """What is short of it, where it is one resource alone."""
+    """The resources that no node has enough of, with the most that one node has."""
     most = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in bundle}
     short = [_amount(name, most[name]) for name, amount in bundle.items() if amount > most[name]]
     return f" (the most on one node: {', '.join(short)})" if short else ""

@@ -1,8 +1,8 @@
-"""Where recua's own packages lie."""
+"""The folder of recua's own packages."""
 
 from pathlib import Path
 
 
 def code_root() -> Path:
-    """The folder that holds `infra`, `engines`, `workflows` and the others; processes of ours need it on their path."""
+    """The folder that holds `infra`, `engines`, `workflows` and the others. recua's processes need it on their path."""
     return Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""The base of every settings class, and the one way to read a recipe file.
+"""The base class of all settings, and the reading of recipe files.
 
 A recipe is TOML; its shape is a tree of frozen pydantic models. The docstring under a field is its documentation.
 This module imports neither torch nor ray nor vllm, so that `recua --help` stays fast.
@@ -30,11 +30,11 @@ from infra.capacity import check_amount
 from infra.errors import ConfigError, nearest
 
 LONGEST_S = 1e9
-"""About thirty years: what waits longer waits for ever, and clocks overflow."""
+"""About thirty years; clocks overflow beyond it."""
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_S)]
-"""A time that something may take."""
+"""A duration above 0."""
 Pause = Annotated[float, Field(ge=0, le=LONGEST_S)]
-"""A time that may be none."""
+"""A duration that may be 0."""
 
 
 def _counted(resource: str) -> AfterValidator:
@@ -50,14 +50,14 @@ def _counted(resource: str) -> AfterValidator:
 Cpus = Annotated[float, _counted("CPU")]
 """CPUs that Ray books."""
 Gpus = Annotated[float, _counted("GPU")]
-"""GPUs that Ray books: whole ones, or a part of one."""
+"""GPUs that Ray books: a whole number, or a part of one."""
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
-"""What numpy, torch and vLLM all take."""
+"""A seed that numpy, torch and vLLM all accept."""
 
 
 class Settings(BaseModel):
-    """Frozen, unknown keys refused, field docstrings kept. A number fits 64 bits and is no truth value; it is finite
-    unless its field says `allow_inf_nan=True`, or has a default that is not."""
+    """Frozen; refuses unknown keys; keeps field docstrings. A number must fit 64 bits and must not be a boolean. It
+    must be finite unless its field says `allow_inf_nan=True` or has an infinite default."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -67,7 +67,7 @@ class Settings(BaseModel):
         super().__init_subclass__(**options)
         kinds = [vars(each).get("__annotations__", {}) for each in reversed(cls.__mro__)]
         declared = {name: kind for annotations in kinds for name, kind in annotations.items()}
-        # pydantic allows no such validator on what chooses among the classes of a union: Literals, which are no numbers
+        # pydantic allows no such validator on a Literal that chooses among the classes of a union
         checked = [name for name, kind in declared.items() if not name.startswith("_") and not _is_literal(kind)]
         if checked:
             check = field_validator(*checked, mode="wrap", check_fields=False)
@@ -88,7 +88,7 @@ def _numbers(cls: type[Settings], value: Any, check: ValidatorFunctionWrapHandle
 
 
 def _is_literal(kind: Any) -> bool:
-    """Of an annotation, which may still be text."""
+    """Whether an annotation, which may still be text, is a Literal."""
     return "Literal[" in kind if isinstance(kind, str) else get_origin(kind) is Literal
 
 
@@ -99,15 +99,15 @@ def load(path: str | Path | None, schema: type[S], overrides: Sequence[str] = ()
     """Read `path` (None: an empty recipe), apply `--set section.key=value` overrides, validate.
 
     Raises:
-        ConfigError: the file is missing or is no TOML, a key is unknown (the nearest known one is named), a value has
-            the wrong type. One line per problem.
+        ConfigError: the file is missing or not TOML, a key is unknown (the message names the nearest known one), or a
+            value has the wrong type. One line per problem.
     """
     return build(read_tree(path), schema, "recipe" if path is None else str(path), overrides)
 
 
 def build(tree: dict[str, Any], schema: type[S], source: str, overrides: Sequence[str] = ()) -> S:
-    """`schema` from a recipe's tree, which becomes what the overrides make of it. What an override says is read as its
-    setting's type asks: `version=1.10` is text where `version` is a `str`, and a number where it is a `float`.
+    """`schema` from a recipe's tree; writes the overrides into the tree. An override's value is read by its setting's
+    type: `version=1.10` is text if `version` is a `str`, and a number if it is a `float`.
 
     Raises:
         ConfigError: as `load`.
@@ -121,19 +121,19 @@ def build(tree: dict[str, Any], schema: type[S], source: str, overrides: Sequenc
 
 
 def read_tree(path: str | Path | None) -> dict[str, Any]:
-    """A recipe as TOML says it, not validated.
+    """The tree of a recipe file, not validated.
 
     Raises:
-        ConfigError: the file is missing or is no TOML.
+        ConfigError: the file is missing or not TOML.
     """
     return {} if path is None else parse_tree(read_text(path), str(path))
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a recipe file, without the mark that some editors put before it.
+    """The text of a recipe file, without the byte order mark that some editors add.
 
     Raises:
-        ConfigError: the file is missing or is no text.
+        ConfigError: the file is missing or not text.
     """
     try:
         return Path(path).expanduser().read_text(encoding="utf-8-sig")
@@ -142,16 +142,14 @@ def read_text(path: str | Path) -> str:
     except OSError as error:
         raise ConfigError(f"recipe {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"recipe {path}: not valid TOML: no UTF-8 text at byte {error.start}; save it as UTF-8"
-        ) from None
+        raise ConfigError(f"recipe {path}: not valid TOML: not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
 
 def parse_tree(text: str, source: str) -> dict[str, Any]:
     """A recipe's text as a tree, not validated; errors call it `source`."""
     try:
         return tomllib.loads(text.removeprefix("\ufeff"))
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and brackets without end
+    except (ValueError, RecursionError) as error:  # also for a number of thousands of digits, or very deep brackets
         raise ConfigError(f"recipe {source}: not valid TOML: {error}") from None
 
 
@@ -159,10 +157,10 @@ _PART = re.compile(r"""\s*("(?:[^"\\]|\\.)*"\s*|'[^']*'\s*|[^."'=][^.=]*)([.=])"
 
 
 def split_override(override: str) -> tuple[list[str], str]:
-    """The key of `section.key=value`, part by part, and the text of the value. A part in quotes may hold anything.
+    """The parts of the key in `section.key=value`, and the text of the value. A quoted part may contain any character.
 
     Raises:
-        ConfigError: it is written in another way.
+        ConfigError: the override has another form.
     """
     location: list[str] = []
     at = 0
@@ -180,10 +178,11 @@ def split_override(override: str) -> tuple[list[str], str]:
 
 
 def read_value(text: str, kind: Any) -> Any:
-    """What `text` stands for where a value of `kind` (a type as in an annotation; Any where nothing is known) is
-    wanted: what TOML reads in it, else the text itself - and the text where `kind` takes that and not what TOML reads.
-    Not validated. `True` and `False` count as TOML's, and `none` stands for None where `kind` has it (in quotes it is a
-    text)."""
+    """The value of `text` for a setting of type `kind` (as in an annotation; Any if unknown), not validated.
+
+    It is TOML's value of the text if `kind` accepts that; else the text itself if `kind` accepts that. `True` and
+    `False` count as TOML's booleans. `none` is None if `kind` allows None; in quotes it is text.
+    """
     value = _toml(text)
     if kind is Any or (isinstance(value, str) and value is not text):
         return value
@@ -191,7 +190,7 @@ def read_value(text: str, kind: Any) -> Any:
         return None
     try:
         adapter = TypeAdapter(kind)
-    except (PydanticUserError, NameError, TypeError):  # no type that values can be checked against
+    except (PydanticUserError, NameError, TypeError):  # values cannot be checked against this type
         return value
     if _takes(adapter, value, strict=True):
         return value
@@ -201,15 +200,15 @@ def read_value(text: str, kind: Any) -> Any:
 
 
 def kind_at(kind: Any, location: Sequence[str]) -> Any:
-    """The type of the setting at `location` below a type; Any where there is none, or none is known."""
+    """The type of the setting at `location` inside a type; Any if it does not exist or is unknown."""
     for part in location:
         kind = _inside(kind, part)
     return kind
 
 
 def validate(tree: dict[str, Any], schema: type[S], source: str = "recipe", overridden: Collection[str] = ()) -> S:
-    """Build `schema` from a parsed tree; every problem becomes one line that names the setting, and `source` or, for
-    the `overridden` settings, --set as where it was given."""
+    """Build `schema` from a parsed tree. Every problem becomes one line that names the setting and where its value came
+    from: --set for the `overridden` settings, else `source`."""
 
     def line(problem: Any) -> str:
         name = ".".join(str(part) for part in problem["loc"])
@@ -233,7 +232,7 @@ def _put(tree: dict[str, Any], location: Sequence[str], value: Any, override: st
 
 
 def _toml(text: str) -> Any:
-    """What TOML reads in the text, with Python's spelling of truth values; the very text where that is nothing."""
+    """TOML's value of the text, or of Python's True and False; the same text if TOML cannot read it."""
     if text in ("True", "False"):
         return text == "True"
     try:
@@ -252,7 +251,7 @@ def _takes(adapter: TypeAdapter[Any], value: Any, strict: bool) -> bool:
 
 
 def _members(kind: Any) -> Iterator[Any]:
-    """The types that a type says a value may have: those of a union, without what is annotated to them."""
+    """The members of a union, or the type itself, without annotations."""
     if get_origin(kind) is Annotated:
         yield from _members(get_args(kind)[0])
     elif get_origin(kind) in (Union, UnionType):
@@ -263,12 +262,12 @@ def _members(kind: Any) -> Iterator[Any]:
 
 
 def _fields(kind: type[BaseModel]) -> dict[str, Any]:
-    """Types by the names that a recipe has for them."""
+    """The types of a section's settings, by their names in a recipe."""
     return {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
 
 
 def _inside(kind: Any, part: str) -> Any:
-    """The type of the part of that name, which may lie in a section, a table, or a list of sections."""
+    """The type of the part `part` of `kind`, which may be a section, a table, or a list of sections."""
     for one in _members(kind):
         if isinstance(one, type) and issubclass(one, BaseModel):
             if part in (fields := _fields(one)):
@@ -300,7 +299,7 @@ def _explain(problem: Any, schema: type[Settings]) -> str:
 
 
 def _keys_at(schema: type[BaseModel], location: list[str]) -> list[str]:
-    """The settings of the section at `location`, which may lie in a table or a list of sections."""
+    """The settings of the section at `location`, which may be inside a table or a list of sections."""
     sections = [
         one for one in _members(kind_at(schema, location)) if isinstance(one, type) and issubclass(one, BaseModel)
     ]

@@ -8,7 +8,7 @@ RecuaError
 │   ├── ResourceError          a request that this cluster can never meet
 │   ├── RunBusy                another driver works on this run
 │   └── NonDeterminismError    a resumed workflow body took another path
-├── Denied                     somebody said no where a workflow asked for an approval
+├── Denied                     an approval that a workflow asked for was denied
 ├── StoreError                 the store is unreachable, refuses, or returned damaged data
 │   └── FencedError            another driver holds this run's lease: stop
 ├── StepError                  a step's own code raised; carries the user's traceback
@@ -31,7 +31,7 @@ class RecuaError(Exception):
 
 
 class UserError(RecuaError):
-    """The user can fix this; the message names the setting to change."""
+    """An error that the user can fix; the message names the setting to change."""
 
 
 class ConfigError(UserError):
@@ -47,11 +47,11 @@ class CheckpointError(UserError):
 
 
 class ResourceError(UserError):
-    """A request for CPUs, GPUs, memory, disk or a port that can never be met here."""
+    """A request for CPUs, GPUs, memory, disk or a port that this cluster can never meet."""
 
 
 class RunBusy(UserError):
-    """Another driver, alive, works on this run."""
+    """Another live driver works on this run."""
 
 
 class NonDeterminismError(UserError):
@@ -59,7 +59,7 @@ class NonDeterminismError(UserError):
 
 
 class Denied(RecuaError):
-    """Somebody was asked for an approval and said no; the message has who, and why."""
+    """An approval was denied; the message names who denied it and why."""
 
 
 class StoreError(RecuaError):
@@ -67,11 +67,11 @@ class StoreError(RecuaError):
 
 
 class FencedError(StoreError):
-    """Another driver took this run's lease: this one may commit nothing more."""
+    """Another driver took this run's lease: this driver may commit nothing more."""
 
 
 class StepError(RecuaError):
-    """A step's own code raised. `user_traceback` is what the user should read first."""
+    """A step's own code raised. `user_traceback` is its traceback, which is shown first."""
 
     def __init__(self, message: str, user_traceback: str = "") -> None:
         super().__init__(message)
@@ -82,7 +82,7 @@ class StepError(RecuaError):
 
 
 class SystemFault(RecuaError):
-    """The platform failed under a step (not the user's code): retried with backoff, bounded."""
+    """The platform failed under a step, not the user's code. Retried with backoff, a bounded number of times."""
 
 
 class NodeLost(SystemFault):
@@ -96,8 +96,8 @@ REACH_EACH_OTHER = (
 
 
 class PeersUnreachable(NodeLost):
-    """Machines of a group have no way to each other. `ways`: (rank that tried, rank that it did not reach); `tried`:
-    the same in words."""
+    """Machines of a group cannot connect to each other. `ways`: (rank that tried, rank that it did not reach) pairs;
+    `tried`: the same in words."""
 
     def __init__(self, ways: Sequence[tuple[int, int]], tried: Sequence[str]) -> None:
         more = f" and {len(tried) - 3} more" if len(tried) > 3 else ""
@@ -109,11 +109,11 @@ class PeersUnreachable(NodeLost):
 
 
 class Preempted(SystemFault):
-    """The node was drained or reclaimed by its cloud."""
+    """The node was drained, or its cloud took it back."""
 
 
 class OutOfMemory(SystemFault):
-    """The step's process was killed for memory."""
+    """The step's process was killed because memory ran out."""
 
 
 class StepTimeout(SystemFault):
@@ -121,7 +121,7 @@ class StepTimeout(SystemFault):
 
 
 def nearest(given: str, known: Iterable[str], prefix: str = "", there: str = "known") -> str:
-    """The end of a message about an unknown name: "; did you mean X?", or what there is ("; known: X, Y")."""
+    """The end of a message about an unknown name: "; did you mean X?", or the known names ("; known: X, Y")."""
     names = list(known)
     if near := difflib.get_close_matches(given, names, n=1, cutoff=0.4):
         return f"; did you mean {prefix}{near[0]}?"

@@ -1,18 +1,18 @@
-"""Named fault points, so that tests break recua on purpose exactly where it would hurt.
+"""Named fault points, at which tests make recua fail on purpose.
 
-A schedule is text, `point:hit=action` separated by commas: `executor.before-commit:3=kill` kills the process the third
-time it comes by that point; hit `*` is every time. It comes as an argument, or from the one documented variable
-`RECUA_FAULTS`; without either no point does anything.
+A schedule is text, `point:hit=action` separated by commas: `executor.before-commit:3=kill` kills the process when it
+reaches that point for the third time; hit `*` is every time. It is an argument, or the environment variable
+`RECUA_FAULTS`; without either, fault points do nothing.
 
 Points of the graph: `executor.body` (inside a step's body), `artifact.upload` (between two files of an artifact),
 `executor.before-commit` (a body has ended, its commit is not written), `executor.after-commit` (the commit is
-written, nobody has been told), `executor.between-steps` (the workflow asks for its next step). Points of pretraining
-are in `actors.pretrain.fault_points`.
+written, the workflow has not heard of it), `executor.between-steps` (the workflow asks for its next step). Points of
+pretraining are in `actors.pretrain.fault_points`.
 
-Actions on the process: `kill` (SIGKILL), `stop` (SIGSTOP), `interrupt` (SIGINT). On the thread that comes by: `fault`
-(raise SystemFault), `error` (raise RuntimeError), `slow` (compute `SLOW_S` longer), `spin` (an endless loop in Python),
-`lock` (one in native code that keeps the interpreter locked), `deadlock`, `delay-SECONDS`. On what is computed there,
-carried out by who asks for them with `take`: `nan`, `spike`, `flip` (one bit of it).
+Actions on the process: `kill` (SIGKILL), `stop` (SIGSTOP), `interrupt` (SIGINT). On the calling thread: `fault` (raise
+SystemFault), `error` (raise RuntimeError), `slow` (compute `SLOW_S` longer), `spin` (an endless loop in Python), `lock`
+(an endless loop in native code that holds the interpreter's lock), `deadlock`, `delay-SECONDS`. On computed values,
+applied by the caller of `take`: `nan`, `spike`, `flip` (one bit).
 """
 
 import json
@@ -37,11 +37,10 @@ SLOW_S = 0.05
 
 @dataclass
 class FaultSchedule:
-    """What happens at which hit of which point: {("executor.body", 3): "kill"}. Hits count from 1, per process; hit 0
-    is every one.
+    """Actions by (point, hit): {("executor.body", 3): "kill"}. Hits count from 1 in each process; hit 0 is every hit.
 
-    With a folder `once`, what is due at one hit happens in one process only, whoever comes by first: a file there named
-    like the entry says who that was, {"point", "action", "pid", "time"}, and is written before it happens.
+    With a folder `once`, only the first process that reaches a hit performs its action. Before it does, it writes a
+    file named like the entry into that folder: {"point", "action", "pid", "time"}.
     """
 
     actions: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -51,10 +50,10 @@ class FaultSchedule:
 
     @classmethod
     def parse(cls, text: str, once: Path | None = None) -> "FaultSchedule":
-        """From `point:hit=action,...`; an empty text is the schedule of no faults.
+        """A schedule from `point:hit=action,...`; an empty text has no faults.
 
         Raises:
-            ConfigError: an entry of another form.
+            ConfigError: an entry has another form.
         """
         actions: dict[tuple[str, int], str] = {}
         for entry in filter(None, (part.strip() for part in text.split(","))):
@@ -71,7 +70,7 @@ class FaultSchedule:
         return cls.parse(os.environ.get(VARIABLE, ""))
 
     def take(self, point: str) -> str | None:
-        """Count one hit of `point`; the action that is due now, for a caller that carries it elsewhere."""
+        """Count one hit of `point` and return the action that is due, for a caller that performs it elsewhere."""
         if not self.actions:
             return None
         with self._lock:
@@ -82,7 +81,7 @@ class FaultSchedule:
         return self.actions.get((point, EVERY))
 
     def reach(self, point: str) -> None:
-        """Count one hit of `point` and do what is due."""
+        """Count one hit of `point` and perform the action that is due."""
         perform(self.take(point), point)
 
     def _is_first(self, point: str, hit: int, action: str) -> bool:
@@ -98,7 +97,7 @@ class FaultSchedule:
 
 
 def perform(action: str | None, point: str, pid: int | None = None) -> None:
-    """Do `action` now; a signal goes to `pid` (this process unless told)."""
+    """Perform `action` now. A signal goes to `pid`, by default to this process."""
     if action is None:
         return
     if action in SIGNALS:
@@ -108,7 +107,7 @@ def perform(action: str | None, point: str, pid: int | None = None) -> None:
     elif action == "spin":
         while True:
             pass
-    elif action == "lock":  # a search that would outlive the universe; the interpreter's lock is not released in it
+    elif action == "lock":  # a search that takes practically for ever and never releases the interpreter's lock
         re.match(r"(x+x+)+y", "x" * 64)
     elif action == "deadlock":
         lock = threading.Lock()
@@ -123,4 +122,4 @@ def perform(action: str | None, point: str, pid: int | None = None) -> None:
     elif action == "error":
         raise RuntimeError(f"error injected at {point}")
     else:
-        raise ValueError(f"{action} at {point}: nothing is computed here")
+        raise ValueError(f"{action} at {point}: nothing is computed at this point")

@@ -1,18 +1,18 @@
-"""The Ray that a process starts on its own machine: it is watched, and if it dies another one is started.
+"""The Ray that a process starts on its own machine. It is watched; if it dies, another one is started.
 
-A Ray of one machine is gone with its raylet or with its GCS, and Ray ends a raylet whose dashboard agent or runtime-env
-agent died. The driver owns this Ray, so that costs no more than the time of another start. Left alone, a Ray without
-raylet has no node, and one without GCS never answers and ends the driver's process after a minute (Ray 2.60).
+A Ray of one machine is lost when its raylet or its GCS dies, and Ray ends a raylet whose dashboard agent or runtime-env
+agent died. The driver owns this Ray, so the loss costs no more than another start. Without the restart, a Ray that lost
+its raylet has no node, and one that lost its GCS never answers and ends the driver's process after a minute (Ray 2.60).
 
-A server that is stopped (SIGSTOP) lives and does nothing: Ray says that a stopped raylet's node is gone only to callers
-that ask it for something, which the driver of a long step does not, and a call to a stopped GCS does not return. One
+A stopped server (SIGSTOP) is alive but does nothing. Ray reports the lost node of a stopped raylet only to callers that
+ask for something, which the driver of a long step does not do, and a call to a stopped GCS does not return. A server
 that stays stopped counts as dead.
 
-The module `ray` is an argument: nothing in `infra` imports it.
+The module `ray` is an argument, because nothing in `infra` imports it.
 
-Who waits for whom. One thread starts Ray, waits for the end of one of its servers, takes down what is left and starts
-another; a local Ray's processes die with the thread that started them. It waits for nobody but Ray. From the end of a
-server until `on_back` nobody may call Ray (`is_lost()`): a call to a GCS that is gone does not return.
+Who waits for whom: one thread starts Ray, waits for the end of one of its servers, ends the rest and starts another
+Ray; a local Ray's processes die with the thread that started them. The thread waits only for Ray. From the end of a
+server until `on_back` no thread may call Ray (`is_lost()`): a call to a dead GCS does not return.
 """
 
 import contextlib
@@ -27,38 +27,38 @@ from typing import Any, Protocol
 
 from infra.errors import ConfigError, SystemFault
 from infra.processes import process_state
-from infra.ray_internals import own_worker
+from infra.ray_internals import few_servers, own_worker
 from infra.reaper import Guardian
 
 LOOK_S, STOPPED_S = 1.0, 15.0
-"""How often it is looked at whether a server is stopped, and how long one may be. Only time in which this process ran
-counts: Ctrl-Z stops both."""
+"""How often the thread checks for stopped servers, and how long a server may be stopped. Only time in which this
+process runs counts, because Ctrl-Z stops both."""
 SERVERS = {"raylet": "raylet", "gcs_server": "GCS"}
-"""The servers that a Ray cannot live without: Ray's name and ours."""
+"""The servers that a Ray cannot run without: Ray's name for each, and ours."""
 
 
 class Servers(Protocol):
     """One Ray after another."""
 
     def start(self) -> dict[str, int]:
-        """Start one, and return the process ids of the servers that it cannot live without, by their names."""
+        """Start one, and return the process ids of the servers that it cannot run without, by their names."""
 
     def kill(self) -> None:
-        """Of one that lost a server: end what is left, so that none of its processes works beside the next one's."""
+        """End what is left of a Ray that lost a server, so that its processes do not run beside the next one's."""
 
     def stop(self) -> None:
-        """Disconnect, and end all that there still is."""
+        """Disconnect, and end every remaining process."""
 
     def logs(self) -> str:
-        """The folder with the logs of the last one."""
+        """The folder with the logs of the last Ray."""
 
 
 class LocalRay:
     """Starts a Ray for its `owner` ("run"), and returns when it runs.
 
-    `on_lost(message)`: it died, and another one is being started; `on_back()`: that one runs. `on_error(error)`: it
-    died more often than `restarts` times, where a Ray that lived for longer than `window_s` is the first one that
-    counts again. All are called from the thread that watches.
+    `on_lost(message)`: the Ray died, and another one is being started; `on_back()`: the new one runs.
+    `on_error(error)`: Ray died more than `restarts` times; a Ray that ran for longer than `window_s` resets that count.
+    All are called from the watching thread.
 
     Raises:
         ConfigError, SystemFault: the first one did not start.
@@ -104,18 +104,18 @@ class LocalRay:
             raise self._error
 
     def is_lost(self) -> bool:
-        """Whether there is no Ray to call: from the very end of one of its servers until the next one runs."""
+        """Whether there is no Ray to call: from the end of a server until the next Ray runs."""
         with self._lock:
             return self._lost or bool(self._condemned) or bool(_ended(self._ends, 0))
 
     @property
     def count(self) -> int:
-        """How many there have been: tells one from the next."""
+        """How many Rays were started so far; identifies the present one."""
         with self._lock:
             return self._count
 
     def condemn(self, reason: str, count: int) -> None:
-        """Its servers run, and yet it is of no use. If the one with this count is gone already, nothing happens."""
+        """Replace a Ray that is unusable although its servers run. Does nothing if the Ray with this count is gone."""
         with self._lock:
             if self._lost or self._count != count:
                 return
@@ -123,11 +123,11 @@ class LocalRay:
         os.eventfd_write(self._wake, 1)
 
     def leave(self) -> None:
-        """The run is ending: another one is no longer needed."""
+        """The run is ending: start no other Ray."""
         self._leaving = True
 
     def close(self) -> None:
-        """Stop it. Raises what went wrong."""
+        """Stop Ray. Raises the error that ended the watching thread."""
         self._leaving = self._closing = True
         os.eventfd_write(self._wake, 1)
         self._thread.join()
@@ -157,7 +157,7 @@ class LocalRay:
             self._on_error(error)
 
     def _first(self) -> dict[str, int]:
-        """Ray gives its servers 30 s to start, which a busy machine may exceed once."""
+        """Start Ray, twice if need be: Ray gives its servers 30 s to start, which a busy machine may exceed."""
         try:
             return self._servers.start()
         except SystemFault:
@@ -173,7 +173,7 @@ class LocalRay:
             self._lost = False
 
     def _wait(self) -> str:
-        """Until it dies, and why; "" where it is to be stopped."""
+        """Wait until Ray dies and return why; "" if it is to be stopped."""
         look_s = min(LOOK_S, self._stopped_s)
         stopped_s = dict.fromkeys(self._pids, 0.0)
         while True:
@@ -192,8 +192,7 @@ class LocalRay:
                     return f"its {name} has been stopped for {self._stopped_s:g} s"
 
     def _replace(self, reason: str) -> None:
-        """Start another one. Where the run is ending (Ctrl-C may reach Ray's processes too), or this was too often,
-        there will be none."""
+        """Start another Ray, unless the run is ending (Ctrl-C may reach Ray's processes too) or too many have died."""
         with self._lock:
             self._lost, self._condemned = True, ""
             ends, self._ends = self._ends, {}
@@ -206,7 +205,7 @@ class LocalRay:
             too_often = self._restarts >= self._most
             if not self._leaving and not too_often:
                 count = f"start {self._restarts + 1} of local_ray_restarts={self._most}"
-                self._on_lost(f"{self._name} is gone ({reason}); another one is started ({count})")
+                self._on_lost(f"{self._name} is gone ({reason}); starting another one ({count})")
             self._servers.stop()
             if self._leaving:
                 return
@@ -224,7 +223,7 @@ class LocalRay:
 
     def _too_often(self, reason: str) -> SystemFault:
         return SystemFault(
-            f"{self._name} is gone ({reason}), and local_ray_restarts={self._most} allows no other one "
+            f"{self._name} is gone ({reason}), and local_ray_restarts={self._most} allows no further restart "
             f"within retry_window_s={self._window_s:g}; Ray's logs: {self._servers.logs()}. "
             f"{self._way_on}, with --local-ray-restarts for more"
         )
@@ -242,7 +241,9 @@ class RayServers:
 
     def start(self) -> dict[str, int]:
         self._guardian = Guardian()
-        with self._guardian.guarding():
+        wanted = {"dashboard": "include_dashboard", "log_monitor": "log_to_driver"}
+        keep = tuple(server for server, option in wanted.items() if self._options.get(option))
+        with self._guardian.guarding(), few_servers(self._ray, keep):
             connect(self._ray, "a local Ray", address="local", **self._options)
         node = own_worker(self._ray).node
         self._logs = node.get_logs_dir_path()
@@ -251,8 +252,8 @@ class RayServers:
         return pids
 
     def kill(self) -> None:
-        """The GCS, if it lives, goes last, and must not be stopped: a driver that leaves without it waits for it, up to
-        15 s. What Ray would print here is what the run says in one line, with a page of Ray's own state twice."""
+        """End the GCS last, if it is alive, and wake it if it is stopped: a driver that disconnects without it waits up
+        to 15 s. Ray's own messages are silenced: they repeat in two pages what the run says in one line."""
         assert self._guardian is not None
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._gcs, signal.SIGCONT)
@@ -273,22 +274,25 @@ class RayServers:
 
 
 def connect(ray: Any, where: str, **options: Any) -> None:
-    """`ray.init`.
+    """Call `ray.init`.
 
     Raises:
-        ConfigError: no Ray there, or it refuses the options.
-        SystemFault: it did not start in time.
+        ConfigError: there is no Ray, or it refuses the options.
+        SystemFault: Ray did not start in time.
     """
     try:
         ray.init(**{"logging_level": logging.ERROR, "log_to_driver": False, **options})
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
         raise ConfigError(f"cannot start or join {where}: {str(error).splitlines()[0]}") from error
     except Exception as error:  # Ray's own start raises a bare Exception when it times out
-        raise SystemFault(f"Ray did not start ({str(error)[:200]}); an overloaded machine? run it again") from error
+        raise SystemFault(
+            f"Ray did not start ({str(error)[:200]}); the machine may be overloaded: run the command again"
+        ) from error
 
 
 def _ended(numbers: Iterable[int], patience_ms: int | None) -> set[int]:
-    """Which of these descriptors can be read, at once or when one can: a pidfd can when its process has ended."""
+    """Those of the descriptors that can be read, waiting up to `patience_ms` for one. A pidfd can be read once its
+    process has ended."""
     poll = select.poll()
     for number in numbers:
         poll.register(number, select.POLLIN)
@@ -298,7 +302,7 @@ def _ended(numbers: Iterable[int], patience_ms: int | None) -> set[int]:
 def _how_it_ended(pidfd: int) -> str:
     try:
         found = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:  # Ray has asked before us
+    except ChildProcessError:  # Ray has collected its exit code before us
         found = None
     if found is None:
         return "ended"

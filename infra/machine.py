@@ -1,6 +1,7 @@
-"""What this machine has left, asked before expensive work: memory, disk, ports.
+"""Checks before expensive work: this machine's memory and ports, and a Ray cluster's address.
 
-Each `require_*` names the setting to change. Sizes are bytes; `parse_size("2GiB")` reads what recipes and steps write.
+Each `require_*` names the setting to change. Sizes are bytes; `parse_size("2GiB")` reads the sizes in recipes and
+steps.
 """
 
 import math
@@ -26,7 +27,7 @@ def parse_size(text: str | int, setting: str = "size") -> int:
     match = re.fullmatch(r"\s*(\d*\.?\d+(?:e\d+)?|\d+\.)\s*([a-z]*)\s*", str(text), re.IGNORECASE)
     unit = None if match is None else _UNITS.get(match[2].upper())
     if match is None or unit is None or not math.isfinite(size := float(match[1]) * unit):
-        raise ConfigError(f'{setting}={text!r} is no size; write it as "512MiB" or "2GiB"')
+        raise ConfigError(f'{setting}={text!r} is not a size; write it as "512MiB" or "2GiB"')
     return int(size)
 
 
@@ -40,8 +41,8 @@ def show_size(size: float) -> str:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that new processes can take without swapping: the smaller of the kernel's MemAvailable and what is left of
-    this process's cgroup limit (a container's). File cache that the cgroup can drop counts as free."""
+    """Bytes that new processes can take without swapping: the smaller of the kernel's MemAvailable and the rest of this
+    process's cgroup limit (a container's). File cache that the cgroup can drop counts as free."""
     free = _meminfo(root / "proc/meminfo")["MemAvailable"]
     cgroup = root / "sys/fs/cgroup"
     for limit, used, stat, cache in (
@@ -61,8 +62,8 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def local_resources(root: Path = Path("/")) -> dict[str, float]:
-    """At most what a Ray started on this machine will have: {"CPU": cores, "GPU": devices}. Never too little: what it
-    cannot count (accelerators other than NVIDIA's) is infinite."""
+    """An upper bound of the resources of a Ray that starts on this machine: {"CPU": cores, "GPU": devices}. GPUs are
+    infinite if there are accelerators other than NVIDIA's, which are not counted here."""
     devices = root / "dev"
     nvidia = sum(1 for device in devices.glob("nvidia[0-9]*"))
     other = any((devices / name).exists() for name in ("kfd", "accel", "davinci_manager", "dxg"))
@@ -70,7 +71,7 @@ def local_resources(root: Path = Path("/")) -> dict[str, float]:
 
 
 def require_memory(needed: int, setting: str, available: int | None = None) -> None:
-    """Raises ResourceError when `needed` bytes are not available; `setting` says what to make smaller."""
+    """Raises ResourceError if `needed` bytes are not available; `setting` names what to make smaller."""
     free = available_memory() if available is None else available
     if needed > free:
         raise ResourceError(f"{setting}: needs {show_size(needed)} of memory, this machine has {show_size(free)} free")
@@ -84,7 +85,7 @@ def hold_port(port: int, setting: str, host: str = "127.0.0.1") -> socket.socket
         ResourceError: the port is taken, or this process may not bind it.
     """
     if not 0 <= port <= 65535:
-        raise ConfigError(f"{setting}: {port} is no port (0 to 65535)")
+        raise ConfigError(f"{setting}: {port} is not a port (0 to 65535)")
     held = socket.socket(family_of(host), socket.SOCK_STREAM)
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -103,7 +104,7 @@ def require_port(port: int, setting: str, host: str = "127.0.0.1") -> None:
 
 
 def answers(address: str, timeout_s: float = 5.0) -> bool:
-    """Whether somebody listens at "host:port"."""
+    """Whether a process listens at "host:port"."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
@@ -113,7 +114,7 @@ def answers(address: str, timeout_s: float = 5.0) -> bool:
 
 
 def require_ray(address: str | None, setting: str) -> None:
-    """Raises ConfigError when nothing answers where a Ray is said to be; Ray itself would try for many minutes.
+    """Raises ConfigError if nothing answers at a Ray's address. Ray itself would retry for many minutes.
 
     `address` is "host:port" or "ray://host:port[/...]"; anything else ("auto", "local", None) passes.
     """
@@ -124,8 +125,8 @@ def require_ray(address: str | None, setting: str) -> None:
 
 
 def require_ray_token(address: str | None, setting: str) -> None:
-    """Raises ConfigError when the Ray at `address` wants another token than Ray would send; Ray itself would try for a
-    long time, say so in many lines, and end with "Failed to connect". Passes where nothing answers."""
+    """Raises ConfigError if the Ray at `address` refuses the token that Ray would send. Ray itself would retry for a
+    long time, log many lines, and end with "Failed to connect". Passes if nothing answers."""
     if not (place := _place(address)) or not _is_refused(place, token := _ray_token()):
         return
     how = (
@@ -136,13 +137,13 @@ def require_ray_token(address: str | None, setting: str) -> None:
 
 
 def _place(address: str | None) -> str:
-    """host:port, or "" where the address is a word."""
+    """host:port, or "" if the address is a word."""
     place = re.fullmatch(r"(?:ray://)?([^/]+:\d+)(?:/.*)?", address or "")
     return place[1] if place is not None else ""
 
 
 def _ray_token() -> str | None:
-    """What Ray would send, looked up as Ray does."""
+    """The token that Ray would send, looked up as Ray does."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         return None
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
@@ -155,7 +156,7 @@ def _ray_token() -> str | None:
 
 
 def _is_refused(place: str, token: str | None) -> bool:
-    """Whether Ray's head service says that the token (None: its absence) is wrong."""
+    """Whether Ray's head service refuses the token (None: a call without one)."""
     import grpc
 
     metadata = [] if token is None else [("authorization", f"Bearer {token}")]

@@ -1,7 +1,7 @@
-"""Notices that this machine will go away: what its cloud, or whoever ends its processes, says beforehand.
+"""Notices that this machine will be taken away: from its cloud's metadata service, or by SIGTERM.
 
-Who waits for whom: one thread per source asks and sleeps; nobody waits for it. A source that is slow, fails or does not
-exist delays no other one, and is asked again. Ray's own drains are not here: this layer does not know Ray.
+Who waits for whom: one thread per source polls and sleeps; nothing waits for it. A source that is slow, fails or does
+not exist is polled again and delays no other. Ray's own drains are not read here, because `infra` does not know Ray.
 
 Sources:
     AWS  https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html (two minutes ahead)
@@ -32,28 +32,29 @@ log = logging.getLogger(__name__)
 
 AWS_URL, GCP_URL = "http://169.254.169.254", "http://metadata.google.internal"
 ANSWER_S = 2.0
-"""How long a metadata service may take to answer; it is on the machine itself, or next to it."""
+"""How long a metadata service may take to answer; it runs on the machine itself or next to it."""
 GCP_PREEMPTION_S, GCP_MAINTENANCE_S = 30.0, 60.0
 TOKEN_LIFE_S = 21600
 
 
 class NoticeSettings(Settings):
-    """Which notices of preemption and maintenance are listened for, besides Ray's own drains."""
+    """Which notices of preemption and maintenance a node watches for, besides Ray's own drains."""
 
     cloud: Literal["auto", "aws", "gcp", "none"] = "auto"
-    """Whose metadata service each node asks. auto: as the machine's firmware names its maker; none where that is no
-    cloud known here."""
+    """The cloud whose metadata service each node polls. auto: the cloud that the machine's firmware names; none if it
+    names neither."""
     metadata_url: str = ""
-    """The metadata service's address, where it is not the cloud's usual one (a proxy, IPv6)."""
+    """The metadata service's address, if it is not the cloud's usual one (a proxy, IPv6)."""
     on_rebalance: bool = True
-    """Leave a machine that AWS recommends to leave as soon as a replacement is ready; its end may never come."""
+    """After AWS's rebalance recommendation, leave the machine as soon as a replacement is ready. AWS may never take
+    the machine."""
     sigterm_grace_s: Seconds = 30
-    """How long after SIGTERM the machine goes: a pod's terminationGracePeriodSeconds, GCP's or init's time-out."""
+    """Time from SIGTERM until the machine ends: a pod's terminationGracePeriodSeconds, GCP's or init's time-out."""
 
 
 @dataclass(frozen=True)
 class Notice:
-    """A node goes, at `deadline` at the earliest (seconds since the epoch; infinite: it may go, nobody knows when).
+    """A node will end, at `deadline` at the earliest (seconds since the epoch; infinite: it may end at any time).
 
     `kind`: spot-terminate, spot-stop, spot-hibernate, rebalance, preempted, maintenance or sigterm.
     Example: Notice("4f1c", "spot-terminate", 1763718000.0).
@@ -65,7 +66,7 @@ class Notice:
 
 
 class NoticeSource(Protocol):
-    """One place where notices appear. `read` may raise OSError, ValueError or HTTPException: nothing is known now."""
+    """One source of notices. `read` may raise OSError, ValueError or HTTPException: the source has no answer now."""
 
     period_s: float
 
@@ -73,7 +74,7 @@ class NoticeSource(Protocol):
 
 
 class AwsNotices:
-    """IMDSv2: a token first, then the spot action, and the rebalance recommendation where there is none."""
+    """IMDSv2: a token, then the spot action, then, if there is no spot action, the rebalance recommendation."""
 
     period_s = 5.0  # what AWS recommends
 
@@ -91,7 +92,7 @@ class AwsNotices:
         return None
 
     def _get(self, path: str) -> str | None:
-        """None: there is no such thing (yet). A token that has run out is renewed once."""
+        """A metadata item; None if it does not exist (yet). An expired token is renewed once."""
         for fresh in (not self._token, True):
             if fresh:
                 life = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_LIFE_S)}
@@ -118,12 +119,12 @@ class GcpNotices:
     def read(self) -> Notice | None:
         if self._get("preempted") == "TRUE":
             return self._notice("preempted", GCP_PREEMPTION_S)
-        if self._get("maintenance-event") == "TERMINATE_ON_HOST_MAINTENANCE":  # a live migration is no end
+        if self._get("maintenance-event") == "TERMINATE_ON_HOST_MAINTENANCE":  # a live migration ends nothing
             return self._notice("maintenance", GCP_MAINTENANCE_S)
         return None
 
     def _notice(self, kind: str, after_s: float) -> Notice:
-        """GCP names no time: it counts from when the notice was first seen."""
+        """GCP names no time, so the deadline counts from the moment when the notice was first seen."""
         return Notice(self.node, kind, self._first.setdefault(kind, time.time()) + after_s)
 
     def _get(self, path: str) -> str:
@@ -131,10 +132,10 @@ class GcpNotices:
 
 
 class SigtermNotices:
-    """SIGTERM to this process. Make it in the main thread (Python's rule); one per process.
+    """SIGTERM to this process. Create it in the main thread (Python's rule), once per process.
 
-    It works while the main thread is inside native code, as that of a Ray worker always is: the signal's number goes
-    through a pipe.
+    The signal's number arrives through a pipe, so it is seen while the main thread is inside native code, as a Ray
+    worker's main thread always is.
     """
 
     period_s = 0.1
@@ -159,7 +160,7 @@ class SigtermNotices:
 
 
 class NoticeWatch:
-    """Asks every source, each in a thread of its own, until `close`."""
+    """Polls every source in a thread of its own until `close`."""
 
     def __init__(self, sources: Iterable[NoticeSource]) -> None:
         self._found: dict[str, Notice] = {}
@@ -169,14 +170,14 @@ class NoticeWatch:
             threading.Thread(target=self._watch, args=(source,), name="notices", daemon=True).start()
 
     def earliest(self) -> Notice | None:
-        """The most urgent notice so far. Raises what broke a source's thread."""
+        """The most urgent notice so far. Raises the error that ended a source's thread."""
         with self._lock:
             if self._failure is not None:
                 raise self._failure
             return min(self._found.values(), key=lambda notice: notice.deadline, default=None)
 
     def close(self) -> None:
-        """Ask no more."""
+        """Stop polling."""
         self._ended.set()
 
     def _watch(self, source: NoticeSource) -> None:
@@ -189,8 +190,8 @@ class NoticeWatch:
                     self._take(notice)
             except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
                 if not silent:
-                    who = type(source).__name__
-                    log.warning("%s: no answer (%s): a notice may go unseen; see elastic.notices.cloud", who, error)
+                    name = type(source).__name__
+                    log.warning("%s: no answer (%s), a notice may be missed; see elastic.notices.cloud", name, error)
                 silent = True
             except BaseException as error:  # raised again in earliest()
                 with self._lock:
@@ -207,13 +208,13 @@ class NoticeWatch:
 
 
 def in_words(notice: Notice) -> str:
-    """For people. Example: "will go in 118 s (spot-terminate)"."""
+    """A notice as text, e.g. "will go in 118 s (spot-terminate)"."""
     left = max(0.0, notice.deadline - time.time())
     return f"may go at any time ({notice.kind})" if math.isinf(left) else f"will go in {left:.0f} s ({notice.kind})"
 
 
 def sources(node: str, settings: NoticeSettings) -> list[NoticeSource]:
-    """The sources that this process can listen to."""
+    """The sources that this process can read."""
     found: list[NoticeSource] = []
     cloud = this_cloud() if settings.cloud == "auto" else settings.cloud
     if cloud == "aws":
@@ -226,7 +227,7 @@ def sources(node: str, settings: NoticeSettings) -> list[NoticeSource]:
 
 
 def this_cloud(firmware: Path = Path("/sys/class/dmi/id")) -> Literal["aws", "gcp", "none"]:
-    """Whose machine this is, by its firmware's word; nothing is sent anywhere."""
+    """The cloud that this machine's firmware names. Sends nothing over the network."""
     words = ""
     for name in ("sys_vendor", "product_name", "bios_vendor"):
         try:
@@ -239,12 +240,12 @@ def this_cloud(firmware: Path = Path("/sys/class/dmi/id")) -> Literal["aws", "gc
 
 
 def _ask(url: str, headers: Mapping[str, str], method: str = "GET") -> str:
-    """Proxies are for other addresses: a metadata service answers only its own machine."""
+    """Bypasses proxies, because a metadata service answers only its own machine."""
     request = urllib.request.Request(url, headers=dict(headers), method=method)
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=ANSWER_S) as answer:
         return str(answer.read(1 << 16).decode())
 
 
 def _epoch(text: str) -> float:
-    """Of "2026-11-21T10:26:00Z"."""
+    """Seconds since the epoch of a time such as "2026-11-21T10:26:00Z"."""
     return datetime.fromisoformat(text).timestamp()

@@ -1,4 +1,4 @@
-"""Processes of this machine, as the kernel shows them under /proc: a number alone may belong to a later process."""
+"""Processes of this machine, as the kernel shows them under /proc. A process id alone may belong to a later process."""
 
 import ctypes
 import functools
@@ -7,29 +7,29 @@ from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 GONE = "ZX"
-"""States of a process that has ended: a zombie still has its number."""
+"""States of a process that has ended: a zombie still has its id."""
 
 
 def this_machine() -> str:
-    """Names the kernel and the process-id space: where two are equal, a process id means the same process."""
+    """The running kernel and its namespace of process ids: while both are equal, an id means the same process."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def process_start(pid: int) -> str | None:
-    """When a process began, in kernel ticks since boot; None where it is gone (or a zombie)."""
+    """When a process began, in kernel ticks since boot; None if it has ended (or is a zombie)."""
     words = _stat(pid)
     return None if words[0] in GONE else words[19]
 
 
 def process_state(pid: int) -> str:
-    """The kernel's letter: R runs, S sleeps, T is stopped, t is traced, Z is a zombie; X where there is none."""
+    """The kernel's letter: R runs, S sleeps, T is stopped, t is traced, Z is a zombie; X if there is no such
+    process."""
     return _stat(pid)[0]
 
 
 def children() -> list[int]:
-    """Children of this process, whichever of its threads started them, zombies too. Where it has none that costs one
-    system call."""
+    """Children of this process, of all its threads, with zombies. Costs one system call if it has none."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
@@ -39,8 +39,8 @@ def children() -> list[int]:
 
 
 def adopt_orphans(adopt: bool) -> bool:
-    """Whether processes below this one that lose their parent become its children, so that it can find them; how that
-    was before."""
+    """Set whether descendants that lose their parent become children of this process, which can then find them. Returns
+    the earlier setting."""
     before = ctypes.c_int()
     _libc().prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
     _libc().prctl(PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
@@ -48,7 +48,7 @@ def adopt_orphans(adopt: bool) -> bool:
 
 
 def flush_c_streams() -> None:
-    """What C libraries print waits in buffers of their own."""
+    """Flush the output buffers of C libraries."""
     _libc().fflush(None)
 
 
@@ -58,22 +58,22 @@ def _libc() -> ctypes.CDLL:
 
 
 class ExitWatch:
-    """Looks again and again at whether a process ends: 5 microseconds a look.
+    """Polls for the end of a process, at 5 microseconds per poll.
 
-    The kernel takes its memory back before it says (by a pidfd, a closed socket, a parent's wait) that a process has
-    ended: 30 ms for one that has loaded torch, over 200 ms for 600 MB on busy cores, seconds for pinned gigabytes. Its
-    first thread is a zombie from the start of that on.
+    A pidfd, a closed socket and a parent's wait report the end of a process only after the kernel has taken its memory
+    back: 30 ms for one that has loaded torch, over 200 ms for 600 MB on busy cores, seconds for pinned gigabytes. The
+    process's first thread is a zombie from the beginning of that time.
     """
 
     def __init__(self, pid: int) -> None:
-        """Raises ProcessLookupError where there is none."""
+        """Raises ProcessLookupError if there is no such process."""
         try:
             self._stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise ProcessLookupError(pid) from None
 
     def ends(self) -> bool:
-        """It will not run again: killed, crashed, or at its end."""
+        """Whether the process has ended or is ending: it will not run again."""
         try:
             return os.pread(self._stat, 1024, 0).rpartition(b") ")[2][:1].decode() in GONE
         except ProcessLookupError:
@@ -84,7 +84,7 @@ class ExitWatch:
 
 
 def starved_s(pid: int, thread: int) -> float:
-    """How long a thread has waited for a processor so far; 0 where the kernel does not count that."""
+    """How long a thread has waited for a processor so far; 0 if the kernel does not count that."""
     try:
         return int(Path(f"/proc/{pid}/task/{thread}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError, ValueError):
@@ -92,7 +92,7 @@ def starved_s(pid: int, thread: int) -> float:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the third on (the second, a name, may hold spaces and brackets)."""
+    """The fields of /proc/PID/stat from the third on (the second, a name, may contain spaces and brackets)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

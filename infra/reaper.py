@@ -1,18 +1,18 @@
 """A small process beside each step worker that ends what the worker leaves behind.
 
-Started as a script, standard library only. It reads lines from its worker: `begin SECONDS` and `end`, around bodies
-with a timeout. When the time of a body is up it kills the worker and everything the worker started; when the pipe
-closes because the worker is gone (killed, crashed, or finished with its life) it does the same for what is left. What
-belongs to the worker is found by a marker in the environment, which children inherit even when they move to another
-session. The reaper itself is no child of its worker, because a Ray worker that is told to end kills its children first.
+It runs as a script with the standard library only. It reads lines from its worker: `begin SECONDS` and `end`, around
+bodies with a timeout. When a body's time is up it kills the worker and everything the worker started. When the pipe
+closes because the worker has ended (killed, crashed or finished) it kills what is left. It finds the worker's processes
+by a marker in their environment, which children inherit even when they move to another session. The reaper itself is
+not a child of its worker, because a Ray worker that is told to end kills its children first.
 
-Beside a driver that started a local Ray stands another one, its guardian. Where the driver is killed, Ray's servers go
-with it, but a Ray worker that was just starting waits up to a minute for them, and what an actor started in another
-session stays for ever: the guardian ends both at once. Ray's object store holds no name in shared memory, it goes with
-its process; Ray's folder of logs, under its temporary folder, stays as it does after every Ray.
+A driver that started a local Ray has a guardian, which is another reaper. When the driver is killed, Ray's servers end
+with it, but a Ray worker that was just starting waits up to a minute for them, and a process that an actor started in
+another session stays for ever: the guardian ends both at once. Ray's object store has no name in shared memory and ends
+with its process. Ray's folder of logs stays, as it does after every Ray.
 
-What an attempt leaves behind stands in memory that both share (no message per attempt): its scratch folder, which goes,
-and what it printed, which is kept as its log where the worker could not do that itself any more.
+The worker and its reaper share memory that names what an attempt leaves behind, which saves a message per attempt: its
+scratch folder, which the reaper removes, and its output, which the reaper keeps as a log if the worker no longer can.
 """
 
 import os
@@ -30,8 +30,8 @@ from contextlib import contextmanager
 MARKER, LOCAL_RAY = "RECUA_STEP_WORKER", "RECUA_LOCAL_RAY"
 NO_MEMORY = -1
 STILL_S, LOCAL_RAY_STILL_S, LONGEST_S = 0.08, 2.0, 5.0
-"""How long nothing may be found before a reaper stops looking, and its guardian (Ray's two agents were missed by a look
-at the moment of the kill, and then stayed for a minute); the most that either looks."""
+"""How long a reaper, and a guardian, must find nothing before it stops looking (a guardian needs longer: a single look
+at the moment of the kill missed Ray's two agents, which then stayed for a minute); the longest that either looks."""
 
 
 class Reaper:
@@ -45,8 +45,8 @@ class Reaper:
         self._process = self._start()
 
     def begin(self, timeout_s: float | None, scratch: str, printed: str, log: str) -> None:
-        """An attempt begins. `scratch`: a folder to remove; `printed`: the file that takes what it prints, `log`: where
-        that is to be linked unless it is empty, "" for nowhere."""
+        """An attempt begins. `scratch`: a folder to remove; `printed`: the file that takes its output; `log`: where
+        that file is linked unless it is empty, "" for nowhere."""
         self._remember(scratch, printed, log)
         if timeout_s:
             self._limited = True
@@ -55,7 +55,7 @@ class Reaper:
             self._process = self._start()
 
     def end(self, printed: str) -> None:
-        """It has ended; `printed`: the file that the next one will print to."""
+        """The attempt has ended; `printed`: the file that takes the next one's output."""
         self._remember("", printed, "")
         if self._limited:
             self._limited = False
@@ -69,7 +69,7 @@ class Reaper:
         return _reap(f"{MARKER}={self._marker}", self._memory)
 
     def _gone(self) -> bool:
-        """Whether somebody killed it, the machine's out-of-memory killer perhaps: nobody reads the pipe any more."""
+        """Whether the reaper was killed, perhaps by the out-of-memory killer: the pipe has no reader any more."""
         assert self._process.stdin is not None
         pipe = select.poll()
         pipe.register(self._process.stdin, 0)
@@ -89,19 +89,19 @@ class Reaper:
 
 
 class Guardian:
-    """A driver's handle on the process that ends its local Ray's processes: when this one dies, or at `close`."""
+    """A driver's handle on the process that ends its local Ray's processes when the driver dies, or at `close`."""
 
     def __init__(self) -> None:
         self._marker = uuid.uuid4().hex
         self._process = _reap(f"{LOCAL_RAY}={self._marker}", NO_MEMORY)
 
     def kill(self, spare: int) -> None:
-        """End the local Ray's processes now, all but `spare`."""
+        """End all processes of the local Ray now, except `spare`."""
         kill_all(f"{LOCAL_RAY}={self._marker}", None, spare=spare)
 
     @contextmanager
     def guarding(self) -> Iterator[None]:
-        """What is started in here, and whatever that starts later, belongs to the local Ray."""
+        """Processes that start inside the block, and their descendants, belong to the local Ray."""
         before = os.environ.get(LOCAL_RAY)
         os.environ[LOCAL_RAY] = self._marker
         try:
@@ -118,7 +118,7 @@ class Guardian:
 
 
 def _reap(marker: str, memory: int) -> "subprocess.Popen[bytes]":
-    """Start a reaper of this process; it carries no marker itself, so that none ends another."""
+    """Start a reaper of this process. It carries no marker itself, so that no reaper ends another."""
     from infra.processes import adopt_orphans
 
     environment = {key: value for key, value in os.environ.items() if key not in (MARKER, LOCAL_RAY)}
@@ -133,14 +133,14 @@ def _reap(marker: str, memory: int) -> "subprocess.Popen[bytes]":
             env=environment,
             start_new_session=True,
         )
-        process.wait()  # it goes on as a child of nobody
+        process.wait()  # the reaper itself keeps running, detached from this process
     finally:
         adopt_orphans(adopted)
     return process
 
 
 def marked(marker: str) -> list[int]:
-    """Processes whose environment carries the marker, written as NAME=VALUE."""
+    """Ids of the processes whose environment holds `marker`, written as NAME=VALUE."""
     wanted = marker.encode()
     found = []
     for name in os.listdir("/proc"):
@@ -155,8 +155,8 @@ def marked(marker: str) -> list[int]:
 
 
 def kill_all(marker: str, worker: int | None, still_s: float = STILL_S, spare: int = 0) -> None:
-    """SIGKILL until nothing with the marker was left for `still_s`, but for `spare`: a process may fork while we look,
-    and one that is just becoming another program shows no environment."""
+    """SIGKILL `worker` and all processes with the marker except `spare`, until none was found for `still_s`: a process
+    may fork between two looks, and one that is calling exec shows no environment."""
     began = found = time.monotonic()
     while (now := time.monotonic()) - found < still_s and now - began < LONGEST_S:
         targets = [pid for pid in marked(marker) if pid not in (os.getpid(), spare)]
@@ -174,7 +174,7 @@ def kill_all(marker: str, worker: int | None, still_s: float = STILL_S, spare: i
 
 
 def clean_up(memory: int) -> None:
-    """Keep what the last attempt printed, remove what it left. Paths: see `Reaper.begin`."""
+    """Keep the last attempt's output and remove its scratch folder. Paths: see `Reaper.begin`."""
     length = int.from_bytes(os.pread(memory, 4, 0), "big")
     scratch, printed, log = (os.pread(memory, length, 4).decode() or "\n\n").split("\n")
     try:
@@ -182,7 +182,7 @@ def clean_up(memory: int) -> None:
             os.makedirs(os.path.dirname(log), exist_ok=True)
             os.link(printed, log)
     except OSError:
-        pass  # the log is there already, or its disk is not
+        pass  # the log exists already, or its disk is gone
     for path in (printed, scratch):
         try:
             os.unlink(path)

@@ -1,4 +1,4 @@
-"""What recua says about itself: log lines with secrets removed, and metrics as JSON lines.
+"""Log lines without secrets, and metrics as JSON lines.
 
 `metrics.jsonl` is one object per line, e.g. {"stage": "sft", "step": 12, "loss": 1.9, "loss/reasoning/dates": 2.1}.
 """
@@ -19,14 +19,14 @@ from infra.errors import UserError
 
 HIDDEN = "[redacted]"
 SECRET_LETTERS = 4096
-"""No secret is longer than that."""
+"""The longest secret, in characters."""
 
 _SECRET_NAME = re.compile(r"(?:SECRET|TOKEN|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)", re.IGNORECASE)
 _NO_SECRET = "".join(rf"(?<!(?<![\w-]){name}_)" for name in ("bos", "eos", "eot", "pad", "unk", "stop"))
-"""Before a word like `token`: those of a tokenizer are none."""
+"""Prefixes of a tokenizer's settings, such as `eos_token`, which are not secrets."""
 
-# Each with words of which a text that it matches has one, in small letters. Every one takes time linear in the text:
-# none begins with an open-ended run, and none runs on over a place where another match may begin.
+# Each pattern comes with words in lower case; every text that it matches contains one of them. Every pattern takes time
+# linear in the text: none begins with an open-ended run, and none runs past a place where another match may begin.
 _SECRETS = [
     (
         ("authorization", "x-api-key"),
@@ -58,9 +58,9 @@ _SECRETS = [
 
 
 def redact(text: str) -> str:
-    """`text` without AWS keys, tokens, passwords in URLs, authorization headers, and without the values of environment
-    variables whose names say that they are secret (a bare AWS secret key looks like nothing in particular). The time
-    that it takes grows with the length and no faster: a fifth of a second for a million letters."""
+    """`text` without AWS keys, tokens, passwords in URLs and authorization headers, and without the values of
+    environment variables whose names say that they are secret (a bare AWS secret key follows no pattern). Takes time
+    linear in the length: a fifth of a second for a million characters."""
     for name, value in os.environ.items():
         if len(value) >= 12 and _SECRET_NAME.search(name) and value in text:
             text = text.replace(value, HIDDEN)
@@ -72,9 +72,10 @@ def redact(text: str) -> str:
 
 
 def shorten(text: str, most: int) -> str:
-    """About `most` letters of `text`, half of them its beginning and half its end, with a word on what is missing.
+    """About `most` characters of `text`: half from its beginning, half from its end, and a note of how many are left
+    out between.
 
-    The end begins where a word does: the rest of a secret would not be known as one.
+    The second half begins at a word's start, because `redact` would not recognise the rest of a secret.
     """
     if len(text) <= most:
         return text
@@ -85,15 +86,15 @@ def shorten(text: str, most: int) -> str:
 
 
 def take_any_text(stream: TextIO | None) -> None:
-    """Let a stream write what its encoding lacks (a terminal that knows ASCII only) or nobody can encode (half a
-    surrogate, of a file name that is no text) as escapes, where it would raise."""
+    """Let a stream write escapes instead of raising, for characters that its encoding lacks (an ASCII terminal) or that
+    no encoding has (half a surrogate pair, from a file name that is not text)."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
 
 
 def hide_secrets_in_logs() -> None:
-    """Remove secrets from every log record of this process, whoever writes it and whatever handles it: from its text,
-    its traceback and its stack. Levels, handlers and formats stay as they are. Every process of ours calls it first."""
+    """Remove secrets from the text, traceback and stack of every log record of this process, for all loggers and
+    handlers. Levels, handlers and formats stay as they are. Every process of recua calls this first."""
     make = logging.getLogRecordFactory()
     if not isinstance(make, _RedactedRecords):
         logging.setLogRecordFactory(_RedactedRecords(make))
@@ -101,7 +102,7 @@ def hide_secrets_in_logs() -> None:
 
 @dataclass(frozen=True)
 class _RedactedRecords:
-    """Makes log records as `make` does, without secrets."""
+    """A log record factory that removes secrets from the records that `make` creates."""
 
     make: Callable[..., logging.LogRecord]
 
@@ -113,7 +114,7 @@ class _RedactedRecords:
             record.stack_info = redact(record.stack_info)
         try:
             _hide_in_message(record)
-        except Exception:  # arguments that do not fit their text, or cannot be shown: no reason to fail who logs
+        except Exception:  # the arguments do not fit the text, or cannot be shown: logging must not fail its caller
             record.msg, record.args = redact(_message_as_given(record)), ()
         return record
 
@@ -127,7 +128,7 @@ def _message_as_given(record: logging.LogRecord) -> str:
 
 
 def _hide_in_message(record: logging.LogRecord) -> None:
-    """Arguments stay apart where they can: the access log's formatter counts them."""
+    """Redact the arguments one by one if that is enough, because the access log's formatter counts them."""
     if (whole := record.getMessage()) == redact(whole):
         return
     if isinstance(record.args, tuple):
@@ -137,10 +138,10 @@ def _hide_in_message(record: logging.LogRecord) -> None:
 
 
 def as_number(name: str, value: Any) -> float:
-    """A number of whatever library as Python's own float; NaN and infinities are numbers here.
+    """A number of any library as a Python float. NaN and infinities are allowed.
 
     Raises:
-        UserError: it is none.
+        UserError: `value` is not one number.
     """
     try:
         return float(value)
@@ -149,9 +150,9 @@ def as_number(name: str, value: Any) -> float:
 
 
 class MetricsWriter:
-    """Appends rows to a `metrics.jsonl`; each row is flushed, so that a killed process loses at most the current one.
+    """Appends rows to a `metrics.jsonl` and flushes each one: a killed process loses at most the current row.
 
-    NaN and infinities, which JSON does not have, become null.
+    NaN and infinities become null, because JSON has neither.
     """
 
     def __init__(self, path: Path) -> None:
@@ -159,7 +160,8 @@ class MetricsWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, stage: str, step: int, **values: float) -> None:
-        """One row. Write a slash in a name as a dictionary: `write("sft", 1, **{"loss/reasoning/arithmetic": 2.0})`."""
+        """Append one row. Pass names with a slash as a dictionary: `write("sft", 1, **{"loss/reasoning/dates":
+        2.0})`."""
         row: dict[str, Any] = {"stage": stage, "step": step}
         for name, value in values.items():
             number = as_number(name, value)
@@ -180,10 +182,10 @@ class MetricsWriter:
 
 
 def metric_rows(data: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The rows of a `metrics.jsonl` of whatever origin, and how many of its lines are none.
+    """The rows of a `metrics.jsonl`, also of one that recua did not write, and the number of lines that are not rows.
 
-    A row is an object whose `step` is a number. What else it has is kept where it is a number, or None for NaN, and of
-    texts `stage` only. A last line without its newline (its writer was killed) is not looked at.
+    A row is an object whose `step` is a number. Its other values are kept if they are numbers or None (NaN); of texts
+    only `stage` is kept. A last line without a newline is skipped: its writer was killed.
     """
     rows, others = [], 0
     for line in data.decode(errors="replace").split("\n")[:-1]:
@@ -201,8 +203,8 @@ def metric_rows(data: bytes) -> tuple[list[dict[str, Any]], int]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number that JSON has, and no boolean."""
+    """Whether `value` is a finite number and not a boolean."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number with hundreds of digits
+    except OverflowError:  # an integer with hundreds of digits
         return False

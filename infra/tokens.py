@@ -7,10 +7,10 @@ from infra.errors import ConfigError
 
 
 def read_tokens(file: str | Path, setting: str) -> list[str]:
-    """The tokens in a file, one a line; empty lines and those that begin with # are none.
+    """The tokens in a file, one per line. Empty lines and lines that begin with # are skipped.
 
     Raises:
-        ConfigError: it cannot be read or holds none; names `setting`.
+        ConfigError: the file cannot be read or holds no token; the message names `setting`.
     """
     try:
         lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
@@ -23,5 +23,5 @@ def read_tokens(file: str | Path, setting: str) -> list[str]:
 
 
 def digest(token: str) -> str:
-    """All that a server knows of a token: its sha256."""
+    """The sha256 of a token: all that a server keeps of it."""
     return hashlib.sha256(token.encode()).hexdigest()

@@ -170,7 +170,9 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.tok_embeddings: nn.Embedding | None = nn.Embedding(config.vocab_size, config.dim)
+        self.tok_embeddings: nn.Embedding | None = nn.Embedding.from_pretrained(
+            torch.zeros(config.vocab_size, config.dim), freeze=False
+        )  # random values on the meta device would import torch's compiler, 0.7 s of CPU
         self.layers = nn.ModuleDict({str(number): Block(config) for number in range(config.layers)})
         self.norm: nn.RMSNorm | None = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output: nn.Linear | None = nn.Linear(config.dim, config.vocab_size, bias=False)

@@ -6,24 +6,21 @@ Manner after torchtitan's llama3 parallelize (pytorch/torchtitan, `models/llama3
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
 from torch.utils.checkpoint import checkpoint
 
 from models.llama import Block, Llama, LlamaConfig, initial_tensor, whole_name
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+DTENSOR = "torch.distributed.tensor"
 
 
 def parallelize(
@@ -62,7 +59,9 @@ def parallelize(
     if mesh is not None and "pp" in names:
         cut(model, mesh["pp"].get_local_rank(), mesh["pp"].size())
     if mesh is not None and mesh["tp"].size() > 1:
-        _split_tensors(model, mesh["tp"])
+        from models.sharding import split_tensors
+
+        split_tensors(model, mesh["tp"])
     blocks = [block for block in model.layers.values() if isinstance(block, Block)]
     for block in blocks:
         if activation_checkpointing:
@@ -70,7 +69,9 @@ def parallelize(
         if compile_blocks:
             block.compile()
     if fsdp and mesh is not None:
-        _shard_replicas(model, blocks, mesh["replicate", "shard"] if "replicate" in names else mesh["dp"], dtype)
+        from models.sharding import shard_replicas
+
+        shard_replicas(model, blocks, mesh["replicate", "shard"] if "replicate" in names else mesh["dp"], dtype)
     return model
 
 
@@ -111,14 +112,26 @@ def stage_of(config: LlamaConfig, name: str, stages: int) -> int:
     return next(stage for stage, own in enumerate(stage_layers(config, stages)) if number in own)
 
 
+def allocate(model: Llama, device: torch.device) -> None:
+    """Give a (sharded) model on the meta device memory, with whatever lies in it: `Module.to_empty`, which for plain
+    tensors would import sympy, 0.4 s of CPU."""
+    if any(map(is_sharded, model.parameters())):
+        model.to_empty(device=device)
+    else:
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                setattr(module, name, nn.Parameter(memory, parameter.requires_grad))
+    model.tie()
+
+
 def materialize(model: Llama, device: torch.device, seed: int, moved: Callable[[], None] = lambda: None) -> Llama:
     """Give a (sharded) model on the meta device memory and its start values; returns it.
 
     The values are those of `Llama.init_weights(seed)` whatever the mesh, without communication; one full parameter at a
     time is in memory. `moved` is called before each.
     """
-    model.to_empty(device=device)
-    model.tie()
+    allocate(model, device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             moved()
@@ -140,60 +153,18 @@ def fill(model: Llama, tensors: Iterable[tuple[str, Tensor]], moved: Callable[[]
                 parameter.copy_(_placed(tensor, parameter))
 
 
+def is_sharded(tensor: Tensor) -> TypeGuard["DTensor"]:
+    """Whether it is a DTensor. Asked without importing their package, which takes a second of CPU: a process that has
+    not imported it has none."""
+    package = sys.modules.get(DTENSOR)
+    return package is not None and isinstance(tensor, package.DTensor)
+
+
 def _placed(tensor: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a whole tensor that every rank has."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     tensor = tensor.to(like.device_mesh.device_type)
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def _split_tensors(model: Llama, mesh: DeviceMesh) -> None:
-    config, size = model.config, mesh.size()
-    for what, count in {"heads": config.heads, "kv_heads": config.kv_heads, "ffn_dim": config.ffn_dim}.items():
-        if count % size:
-            raise ValueError(f"tensor_parallel {size} does not divide {what} {count}")
-    ends: dict[str, ParallelStyle] = {
-        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-        "norm": SequenceParallel(),
-        "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
-    }
-    present = {name: style for name, style in ends.items() if getattr(model, name) is not None}
-    parallelize_module(model, mesh, present)
-    for block in model.layers.values():
-        parallelize_module(block, mesh, _block_plan())
-    model.tie()
-
-
-def _block_plan() -> dict[str, ParallelStyle]:
-    """Split over the sequence outside, over heads and feed-forward width inside."""
-    return {
-        "attention_norm": SequenceParallel(),
-        "attention": PrepareModuleInput(
-            input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None)
-        ),
-        "attention.wq": ColwiseParallel(),
-        "attention.wk": ColwiseParallel(),
-        "attention.wv": ColwiseParallel(),
-        "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
-        "ffn_norm": SequenceParallel(),
-        "feed_forward": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
-        "feed_forward.w1": ColwiseParallel(),
-        "feed_forward.w3": ColwiseParallel(),
-        "feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
-    }
-
-
-def _shard_replicas(model: Llama, blocks: list[Block], mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    if not model.config.tied and model.tok_embeddings is not None:
-        fully_shard(model.tok_embeddings, mesh=mesh, mp_policy=policy)
-    if not model.config.tied and model.norm is not None and model.output is not None:
-        fully_shard([model.norm, model.output], mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh, mp_policy=policy)  # tied ends share one tensor, so they stay in one group
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)

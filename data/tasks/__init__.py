@@ -1,4 +1,4 @@
-"""Made tasks with checkable answers: the tiny recipe's instruction, reinforcement and evaluation problems.
+"""Generated tasks with checkable answers: the tiny recipe's instruction, reinforcement and evaluation problems.
 
 problems = make_problems(["reasoning/addition", "strings/reverse"], count=512, seed=0, split="held_out")
 verify(problems[0], "46")        # 1.0 or 0.0

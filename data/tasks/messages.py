@@ -6,12 +6,12 @@ from data.tasks.problem import Problem
 
 
 def prompt_messages(problem: Problem) -> list[dict[str, str]]:
-    """The user's turn alone: what a model is asked."""
+    """The user's turn, without an answer."""
     return [{"role": "user", "content": problem.prompt}]
 
 
 def to_messages(problem: Problem) -> list[dict[str, str]]:
-    """The user's turn and the proper answer: what a model is trained on."""
+    """The user's turn and the proper answer, as training sees them."""
     return [*prompt_messages(problem), {"role": "assistant", "content": problem.answer}]
 
 

@@ -1,4 +1,4 @@
-"""One made problem, the kinds that make them, and the line between training and held-out problems."""
+"""A generated problem, the kinds of problems, and the split into training and held-out problems."""
 
 import random
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from data.permutation import key_of
 Split = Literal["train", "held_out"]
 
 HELD_OUT_SHARE = 1 / 8
-"""Share of each kind's operands that is held out. A constant and not a setting: two recipes that disagreed on it would
+"""Share of each kind's operands that is held out. A constant, not a setting: two recipes with different shares would
 leak held-out problems into training."""
 
 
@@ -18,9 +18,9 @@ leak held-out problems into training."""
 class Problem:
     """A prompt with its proper answer, e.g. Problem("What is 12+34?", "46", "reasoning/addition").
 
-    `checkable` is True when `verify` decides exactly whether an answer is right. `unsafe` is None outside the safety
-    family, True for a request to refuse and False for a harmless look-alike. `misread` is what somebody answers who
-    reads the question carelessly (sorts downwards, leaves the text as it is), None where there is no such answer.
+    `checkable` is True if `verify` decides exactly whether an answer is right. `unsafe` is None outside the safety
+    family, True for a request to refuse and False for a harmless look-alike. `misread` is the answer of a careless
+    reader (who sorts downwards, or leaves the text as it is); None if there is no such answer.
     """
 
     prompt: str
@@ -41,10 +41,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Draw:
-    """One drawn problem before it is dealt to a side.
+    """One drawn problem before it is assigned to a split.
 
-    `operands` is canonical: problems that give each other away (a+b and b+a) have equal operands, so they always fall
-    on the same side.
+    `operands` is canonical: problems that reveal each other's answer (a+b and b+a) have equal operands, and so belong
+    to the same split.
     """
 
     operands: str
@@ -67,5 +67,5 @@ class TaskKind:
 
 
 def side_of(scope: str, operands: str) -> Split:
-    """Which side canonical operands fall on: a stable hash decides, the same on every machine and for every seed."""
+    """The split of canonical operands, by a hash that is the same on every machine and for every seed."""
     return "held_out" if key_of(scope, operands) < HELD_OUT_SHARE * 2**64 else "train"

@@ -1,4 +1,4 @@
-"""All task kinds, and drawing deterministic, disjoint sets of problems from them."""
+"""All task kinds, and deterministic, disjoint sets of problems drawn from them."""
 
 from collections.abc import Mapping, Sequence
 from random import Random
@@ -30,16 +30,16 @@ def make_problems(
     split: Split,
     settings: TaskSettings | None = None,
 ) -> list[Problem]:
-    """Draw `count` problems in a mixed order; equal arguments give equal lists on every machine (stdlib/* kinds:
+    """Draw `count` problems in a mixed order. Equal arguments give equal lists on every machine (for stdlib/* kinds:
     with the same Python version).
 
-    `kinds` maps names to weights (a plain list weighs all alike, None takes `settings.kinds`). The sides are disjoint
-    by construction: a stable hash of each problem's canonical operands decides where it belongs, whatever the seed.
-    Training problems are drawn with replacement. Held-out problems are distinct; a small kind that runs out (the
-    standard library has only so many functions) leaves its remaining share to the others.
+    `kinds` maps names to weights (a plain list gives all the same weight, None takes `settings.kinds`). The splits are
+    disjoint: a stable hash of each problem's canonical operands decides, independent of the seed. Training problems are
+    drawn with replacement. Held-out problems are distinct; a small kind that runs out (the standard library has a fixed
+    number of functions) leaves its remaining share to the others.
 
     Raises:
-        ConfigError: an unknown kind (the nearest known one is named), a bad weight, too few held-out problems.
+        ConfigError: an unknown kind (the message names the nearest known one), a bad weight, too few held-out problems.
     """
     settings = settings or TaskSettings()
     known = all_kinds(settings)
@@ -57,7 +57,7 @@ def make_problems(
     if len(problems) < count:
         raise ConfigError(
             f"tasks.kinds: only {len(problems)} different {split} problems of {', '.join(sorted(sources))}, "
-            f"{count} asked; ask for fewer, add kinds or raise the sizes (tasks.*_digits, tasks.*_length)"
+            f"{count} are needed; ask for fewer, add kinds or raise the sizes (tasks.*_digits, tasks.*_length)"
         )
     Random(f"order {seed} {split}").shuffle(problems)
     return problems
@@ -73,7 +73,7 @@ class _Source:
         self._seen: set[str] = set()
 
     def take(self, count: int) -> list[Problem]:
-        """Up to `count` problems; fewer when nothing new turned up for long."""
+        """Up to `count` problems; fewer if `_GIVE_UP_AFTER` draws gave no new one."""
         problems: list[Problem] = []
         misses = 0
         while len(problems) < count and misses < _GIVE_UP_AFTER:
@@ -102,7 +102,7 @@ def _weights(kinds: Mapping[str, float] | Sequence[str], known: Mapping[str, Tas
 
 
 def _shares(weights: Mapping[str, float], count: int) -> dict[str, int]:
-    """Split `count` by weight; what rounding leaves over goes to the largest remainders, names breaking ties."""
+    """Split `count` by weight; the rest after rounding down goes to the largest remainders, ties by name."""
     total = sum(weights.values())
     exact = {name: count * weight / total for name, weight in weights.items()}
     shares = {name: int(share) for name, share in exact.items()}

@@ -1,7 +1,7 @@
 """Questions about Python's standard library, answered by introspection of a fixed list of modules.
 
-All listed modules exist in Python 3.11 to 3.13. Which side a name falls on depends on the name alone, so a name that
-only one version has moves no other.
+All listed modules exist in Python 3.11 to 3.13. A name's split depends on the name alone, so that a name that only one
+version has changes no other name's split.
 """
 
 import inspect
@@ -24,7 +24,7 @@ urllib.parse urllib.request uuid warnings wave weakref webbrowser zipfile zlib
 
 
 def kinds(settings: TaskSettings) -> list[TaskKind]:
-    """The stdlib/* kinds. The names are looked up once per call of this function, when one is first drawn."""
+    """The stdlib/* kinds. Names are looked up once per call of this function, at the first draw."""
     names: dict[str, list[str]] = {}
 
     def pool(kind: str) -> list[str]:
@@ -45,7 +45,7 @@ def kinds(settings: TaskSettings) -> list[TaskKind]:
 
 
 def _sorted_names() -> dict[str, list[str]]:
-    """ "module:name" of every public function and class that exactly one listed module owns, sorted."""
+    """ "module:name" of every public function and class that exactly one listed module exports, sorted."""
     owners: dict[str, list[tuple[str, str]]] = {}
     for module_name in MODULES.split():
         try:

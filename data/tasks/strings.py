@@ -1,6 +1,6 @@
-"""String operations written so that a small BPE splits them evenly.
+"""String operations, written so that a small BPE gives one token per symbol.
 
-Digit strings are one token per symbol. Letters are spaced ("k t a p"): unspaced, the BPE would merge them at random.
+Digit strings have one token per digit. Letters are spaced ("k t a p"), because the BPE would merge unspaced letters.
 """
 
 from random import Random

@@ -123,9 +123,17 @@ class ElasticLearner:
         self._aborted = -1
 
     def warm_up(self) -> None:
-        """Pay here, on standby, for what only the first step of a process costs: imports, mostly (about 2 s of CPU)."""
+        """Pay here, on standby, for what only the first step of a process costs: imports, mostly (0.2 s of CPU, 2 with
+        DTensors and torch's compiler, where the recipe needs them)."""
         if self.recipe.pipeline_parallel > 1:
             import engines.elastic.pipeline  # noqa: F401
+        shards = self.recipe.fsdp or self.recipe.tensor_parallel > 1
+        if shards or self.recipe.compile_blocks:
+            from torch import _dynamo  # noqa: F401
+        if shards:
+            from torch.distributed import checkpoint  # noqa: F401  # DTensors describe their pieces with it
+
+            import models.sharding  # noqa: F401
         if self.recipe.tokenizer_dir is not None:
             load_tokenizer(self.recipe.tokenizer_dir)  # needed at the end, but what is wrong with it is said now
         groups = ProcessGroups(0, 0, 1, dist.HashStore(), device=self.device, address=self.address)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import xxhash
-from torch.distributed.tensor import DTensor
 
 from engines.base import Batch, LossFn
+from engines.elastic.sharded_adamw import local
 from engines.elastic.torch_learner import TorchLearner
 
 
@@ -57,8 +57,8 @@ def _on_gradient(digest: Any, output: torch.Tensor) -> None:
 
 
 def _add(digest: Any, tensor: torch.Tensor) -> None:
-    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().contiguous().reshape(-1)
-    if local.device.type == "cpu":
-        digest.update(local.view(torch.uint8).numpy())
+    own = local(tensor).detach().contiguous().reshape(-1)
+    if own.device.type == "cpu":
+        digest.update(own.view(torch.uint8).numpy())
     else:  # added up where it lies: logits are large
-        digest.update(str(local.view(torch.uint8).sum(dtype=torch.int64).item()))
+        digest.update(str(own.view(torch.uint8).sum(dtype=torch.int64).item()))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Replicate
 
 from engines import random_state
 from engines.base import Batch, LossFn, StepOutput
@@ -26,11 +25,13 @@ from engines.snapshots import Piece, SnapshotReader, Snapshots, restore
 from infra.errors import CheckpointError
 from models.hf_format import to_hf_name
 from models.llama import Llama, LlamaConfig, parameter_shapes
-from models.parallelize import fill, materialize, parallelize, stage_of
+from models.parallelize import allocate, fill, is_sharded, materialize, parallelize, stage_of
 from models.tokenizers import Tokenizer, load_tokenizer
 from models.weights import read_tensors, save_hf
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
     from engines.elastic.pipeline import Pipeline
 
 __all__ = ["LlamaConfig", "TorchLearner", "build"]
@@ -76,8 +77,7 @@ def build(
     if seed is not None and weights_dir is None:
         materialize(model, ranks.device, seed, moved)
     else:
-        model.to_empty(device=ranks.device)
-        model.tie()
+        allocate(model, ranks.device)
     if weights_dir is not None:
         fill(model, read_tensors(weights_dir, config, torch.float32), moved)
     reduces = fsdp and ranks.mesh is not None
@@ -284,21 +284,21 @@ def _pipeline(module: Llama, ranks: Ranks, settings: LearnerSettings) -> "Pipeli
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def _piece(name: str, tensor: torch.Tensor, stage: str) -> Piece:
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return replace(Piece.whole(name, tensor), place=stage)
     chunks = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
     assert len(chunks) == 1, f"{name} is in {len(chunks)} pieces on one rank"
     return Piece(name, tensor.to_local(), tuple(tensor.shape), tuple(chunks[0].offsets), _place(tensor, stage))
 
 
-def _place(tensor: DTensor, stage: str) -> str:
+def _place(tensor: "DTensor", stage: str) -> str:
     """Where this rank sits among those that hold other pieces, e.g. "shard=1,tp=0"; replicas of it sit there too."""
     mesh = tensor.device_mesh
     names, coordinate = mesh.mesh_dim_names or (), mesh.get_coordinate() or ()
     cut = zip(names, coordinate, tensor.placements, strict=True)
-    places = [f"{name}={position}" for name, position, placed in cut if not isinstance(placed, Replicate)]
+    places = [f"{name}={position}" for name, position, placed in cut if not placed.is_replicate()]
     return ",".join([*filter(None, [stage]), *places])

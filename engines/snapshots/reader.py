@@ -1,4 +1,4 @@
-"""Reading one snapshot into any mesh: the shards as a DCP checkpoint in memory, and `restore` for our own learners.
+"""Reading one snapshot into any mesh; `engines.snapshots.dcp` gives it to torch's own loader.
 
 Planning is local: who needs which part of which shard follows from the shards' descriptions and the reader's own place,
 without a collective. Only shards that are needed are opened, each is verified first, and where several hold the same
@@ -7,28 +7,26 @@ piece the next one is taken when one is refused.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.storage import StorageReader
-from torch.futures import Future
 
 from engines.snapshots.shard import Layout, Part, Piece, Shard, ShardName
 from infra.errors import CheckpointError
 
 
-class SnapshotReader(StorageReader):
-    """A `StorageReader` for `torch.distributed.checkpoint.load`, over shards that lie anywhere.
+@dataclass(frozen=True)
+class Entry:
+    """One whole tensor of a snapshot. `chunks`: the pieces that its shards cut it into, sizes by offsets."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
+
+
+class SnapshotReader:
+    """Over shards that lie anywhere.
 
     Args:
         layouts: descriptions of the snapshot's shards, those nearest to this process first.
@@ -46,23 +44,18 @@ class SnapshotReader(StorageReader):
     ) -> None:
         self._open, self._opened = open_shard, dict[ShardName, Shard | CheckpointError]()
         self._moved, self._more = moved, more
-        self._places: dict[MetadataIndex, list[tuple[ShardName, Part]]] = {}
-        self.metadata = Metadata(state_dict_metadata={})
+        self._places: dict[tuple[str, tuple[int, ...]], list[tuple[ShardName, Part]]] = {}
+        self.entries: dict[str, Entry] = {}
         self._add(layouts)
 
     def _add(self, layouts: Mapping[ShardName, Layout]) -> None:
-        entries: dict[str, Any] = self.metadata.state_dict_metadata
         for name, layout in layouts.items():
             for part in layout.parts:
-                entry = entries.get(part.name)
-                if entry is None:
-                    properties = TensorProperties(dtype=getattr(torch, part.dtype))
-                    entry = TensorStorageMetadata(properties, torch.Size(part.global_shape), [])
-                    entries[part.name] = entry
-                places = self._places.setdefault(MetadataIndex(part.name, part.offsets), [])
-                if not places:
-                    entry.chunks.append(ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.sizes)))
-                places.append((name, part))
+                if part.name not in self.entries:
+                    self.entries[part.name] = Entry(getattr(torch, part.dtype), tuple(part.global_shape))
+                offsets = tuple(part.offsets)
+                self.entries[part.name].chunks.setdefault(offsets, tuple(part.sizes))
+                self._places.setdefault((part.name, offsets), []).append((name, part))
 
     def _take_more(self) -> bool:
         more, self._more = self._more, None
@@ -70,24 +63,21 @@ class SnapshotReader(StorageReader):
             self._add(more())
         return more is not None
 
-    def read(self, item: ReadItem) -> torch.Tensor:
-        """The part of a shard that `item` asks for, in place.
+    def read(self, name: str, offsets: tuple[int, ...], start: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """Of the chunk of a tensor that begins at `offsets`, the part from `start` (within it) on, in place.
 
         Raises:
             CheckpointError: no shard that holds it is intact.
         """
-        tensor = self._read(MetadataIndex(item.storage_index.fqn, item.storage_index.offset))
-        for dimension, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-            tensor = tensor.narrow(dimension, start, length)
-        return tensor
+        return _narrowed(self._read((name, offsets)), start, lengths)
 
     def read_same(self, piece: Piece) -> torch.Tensor | None:
         """The same of exactly this piece; None where shards cut the tensor in another way."""
-        index = MetadataIndex(piece.name, piece.offsets)
+        index = (piece.name, tuple(piece.offsets))
         places = self._places.get(index)
         return self._read(index) if places and tuple(places[0][1].sizes) == tuple(piece.tensor.shape) else None
 
-    def _read(self, index: MetadataIndex) -> torch.Tensor:
+    def _read(self, index: tuple[str, tuple[int, ...]]) -> torch.Tensor:
         self._moved()
         refused = []
         for name, part in self._places[index]:
@@ -97,7 +87,7 @@ class SnapshotReader(StorageReader):
             refused.append(str(shard))
         if self._take_more():
             return self._read(index)
-        raise CheckpointError(f"no intact copy of {index.fqn}: {'; '.join(refused)}")
+        raise CheckpointError(f"no intact copy of {index[0]}: {'; '.join(refused)}")
 
     def progress(self, rank: int) -> dict[str, Any]:
         """What the learner of `rank` noted beside its tensors, or another rank's where that one is lost."""
@@ -118,37 +108,6 @@ class SnapshotReader(StorageReader):
                 self._opened[name] = error
         return self._opened[name]
 
-    # ---- torch's StorageReader; later versions may pass more arguments ---------------------------------------------
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        pass
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        self.metadata.storage_meta = StorageMeta()
-        return self.metadata
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        for item in plan.items:
-            target = planner.resolve_tensor(item).detach()
-            target.copy_(self.read(item))
-            planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
-
 
 @torch.no_grad()
 def restore(pieces: Sequence[Piece], reader: SnapshotReader) -> None:
@@ -161,21 +120,42 @@ def restore(pieces: Sequence[Piece], reader: SnapshotReader) -> None:
     for piece in pieces:
         if not piece.tensor.numel():
             continue
-        entry = reader.metadata.state_dict_metadata.get(piece.name)
-        if not isinstance(entry, TensorStorageMetadata):
+        entry = reader.entries.get(piece.name)
+        if entry is None:
             raise CheckpointError(f"the snapshot has no {piece.name}")
-        if tuple(entry.size) != tuple(piece.global_shape):
-            raise CheckpointError(f"{piece.name} is {tuple(entry.size)} in the snapshot, {piece.global_shape} here")
+        if entry.shape != tuple(piece.global_shape):
+            raise CheckpointError(f"{piece.name} is {entry.shape} in the snapshot, {piece.global_shape} here")
         if (same := reader.read_same(piece)) is not None:  # the mesh is as it was
             piece.tensor.copy_(same)
             continue
-        own = ChunkStorageMetadata(torch.Size(piece.offsets), piece.tensor.shape)
         filled = 0
-        for item in create_read_items_for_chunk_list(piece.name, entry, [own]):
-            target = piece.tensor
-            for dimension, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
-                target = target.narrow(dimension, start, length)
-            target.copy_(reader.read(item))
-            filled += math.prod(item.lengths)
+        for offsets, sizes in list(entry.chunks.items()):
+            start, lengths = _overlap(piece.offsets, piece.tensor.shape, offsets, sizes)
+            if 0 in lengths:
+                continue
+            target = _narrowed(piece.tensor, _within(start, piece.offsets), lengths)
+            target.copy_(reader.read(piece.name, offsets, _within(start, offsets), lengths))
+            filled += math.prod(lengths)
         if filled != piece.tensor.numel():
             raise CheckpointError(f"the snapshot has {filled} of {piece.tensor.numel()} elements of {piece.name}")
+
+
+def _overlap(
+    ours: Sequence[int], our_sizes: Sequence[int], theirs: Sequence[int], their_sizes: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Where two pieces of a tensor have elements in common: (start in the whole, lengths); a length of 0 if nowhere."""
+    start = [max(offsets) for offsets in zip(ours, theirs, strict=True)]
+    our_ends = [sum(ends) for ends in zip(ours, our_sizes, strict=True)]
+    their_ends = [sum(ends) for ends in zip(theirs, their_sizes, strict=True)]
+    ends = zip(start, our_ends, their_ends, strict=True)
+    return start, [max(0, min(our_end, their_end) - first) for first, our_end, their_end in ends]
+
+
+def _within(start: Sequence[int], offsets: Sequence[int]) -> list[int]:
+    return [first - offset for first, offset in zip(start, offsets, strict=True)]
+
+
+def _narrowed(tensor: torch.Tensor, start: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    for dimension, (first, length) in enumerate(zip(start, lengths, strict=True)):
+        tensor = tensor.narrow(dimension, first, length)
+    return tensor

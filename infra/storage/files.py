@@ -1,4 +1,4 @@
-"""Files that appear whole, are on the disk when we say so, and are known by their checksum."""
+"""Files that appear whole, are flushed to the disk, and are identified by their checksum."""
 
 import contextlib
 import functools
@@ -13,13 +13,13 @@ CHUNK = 1 << 20
 SETTLED_NS = 2 * 10**9
 TEMPORARY_PREFIX = ".tmp-"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""How the small text begins that Git keeps in place of a large file."""
+"""The first bytes of the pointer that Git LFS keeps in place of a large file."""
 Moved = Callable[[], None]
-"""Told that a large transfer gets on."""
+"""Called when a large transfer makes progress."""
 
 
 def unseen() -> None:
-    """Nobody wants to know."""
+    """Ignores progress."""
 
 
 def sha256_file(path: Path, moved: Moved = unseen) -> str:
@@ -33,9 +33,10 @@ def sha256_file(path: Path, moved: Moved = unseen) -> str:
 
 
 def remembered_sha256(path: Path) -> str:
-    """`sha256_file`, at once where this process has read the file before and its inode, size and times are the same.
+    """`sha256_file`, without reading if this process has read the file and its inode, size and times are the same.
 
-    What was written in the last two seconds is read again: a file system's clock may be too coarse to show a change.
+    A file that was written in the last two seconds is read again: a file system's clock may be too coarse to show a
+    change.
     """
     status = path.stat()
     if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < SETTLED_NS:
@@ -65,7 +66,7 @@ def sync_folder(folder: Path | str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `path` whole or not at all, and have it on the disk."""
+    """Write `path` whole or not at all, and flush it to the disk."""
     with appear(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
         sync_file(temporary)
@@ -73,7 +74,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def appear(target: Path) -> Iterator[Path]:
-    """A temporary neighbour of `target` that is renamed onto it when the block ends well."""
+    """A temporary file beside `target` that is renamed to `target` when the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
     try:

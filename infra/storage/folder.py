@@ -3,25 +3,29 @@
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-
+from typing import Protocol
+from urllib.parse import unquote
 from infra.errors import ConfigError, StoreError, UserError
 from infra.storage.files import (
-    CHUNK,
     LONGEST_NAME,
+    CHUNK,
     TEMPORARY_PREFIX,
     Moved,
     appear,
     checked_key,
+    remembered_sha256,
+    sha256_file,
     sync_file,
     sync_folder,
     unseen,
+    write_text,
 )
-from infra.storage.store import check_sha256
-
+from infra.storage.store import Store, check_sha256
 
 class FolderStore:
     """A store in a local or shared folder."""
@@ -30,7 +34,7 @@ class FolderStore:
         try:
             self.root = root.expanduser().absolute()
         except RuntimeError:
-            raise ConfigError(f"--store {root}: there is no such user's home folder") from None
+            raise ConfigError(f"--store {root}: this user has no home folder") from None
         self.url = str(self.root)
         self._made: set[str] = set()
         self._mine = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
@@ -45,7 +49,7 @@ class FolderStore:
                 os.link(temporary, target)
             except FileExistsError:
                 if os.stat(temporary).st_nlink < 2:
-                    return False  # else a network file system lost its answer to our own link, and asked again
+                    return False  # else our own link succeeded: a network file system lost the answer and retried
             finally:
                 os.unlink(temporary)
             sync_folder(folder)
@@ -83,7 +87,7 @@ class FolderStore:
 
     def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
         for key in self.list(prefix):
-            with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+            with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
                 yield key, os.stat(self._path(key)).st_size
 
     def folders(self, prefix: str) -> Iterator[str]:
@@ -134,7 +138,7 @@ class FolderStore:
 
     def check(self) -> None:
         if self.root.exists() and not self.root.is_dir():
-            raise StoreError(f"--store {self.url}: is no folder; name one, or s3://bucket/prefix")
+            raise StoreError(f"--store {self.url}: is not a folder; name one, or s3://bucket/prefix")
         probe = f"{TEMPORARY_PREFIX}check-{uuid.uuid4().hex}"
         self.put(probe, b"recua", durable=False)
         self.delete(probe)
@@ -146,7 +150,7 @@ class FolderStore:
         return self.root.joinpath(*checked_key(key))
 
     def _where(self, key: str) -> str:
-        """`_path` for the paths that thousands of small objects take."""
+        """`_path` as text, which is faster for thousands of small objects."""
         checked_key(key)
         return f"{self.url}/{key}"
 
@@ -160,7 +164,7 @@ class FolderStore:
         temporary = f"{folder}/{self._mine}-{os.getpid()}-{next(self._numbers)}"
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileNotFoundError:  # somebody removed the folder that we remembered
+        except FileNotFoundError:  # the folder was removed since `_make` created it
             os.makedirs(folder, exist_ok=True)
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
@@ -169,7 +173,7 @@ class FolderStore:
                 rest = rest[os.write(descriptor, rest) :]
             if durable:
                 os.fsync(descriptor)
-        except BaseException:  # a full disk should not keep the half that fitted
+        except BaseException:  # do not leave half a file on a full disk
             os.unlink(temporary)
             raise
         finally:
@@ -183,3 +187,5 @@ class FolderStore:
         except OSError as error:
             reason = error.strerror or str(error)
             raise StoreError(f"--store {self.url}: cannot use {key}: {reason}") from error
+
+

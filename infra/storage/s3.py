@@ -1,13 +1,13 @@
-"""`s3://bucket/prefix` behind the Store protocol, for S3 and everything that speaks it with conditional writes.
+"""`s3://bucket/prefix` behind the Store protocol, for S3 and every server that speaks it with conditional writes.
 
-Credentials, region and endpoint come from where boto3 looks (`AWS_ENDPOINT_URL` for another server); none of them is
-ever logged or stored. boto3 is imported when the first store is opened.
+Credentials, region and endpoint are those that boto3 finds (`AWS_ENDPOINT_URL` for another server); they are never
+logged or stored. boto3 is imported when the first store is opened.
 
-Every object carries two stamps in its metadata. `recua-sha256` is of its content: half an object under a length that
-fits is told from the whole. `recua-writer` is new for every conditional write: where the server says "exists", it tells
-our own write, whose answer was lost on the way, from another's.
+Every object carries two stamps in its metadata. `recua-sha256` is the hash of its content and reveals a damaged object
+of the right length. `recua-writer` is new for every conditional write: if the server says "exists", it tells our own
+write, whose answer was lost, from another driver's.
 
-A line break and bytes that are no text, which file names may hold and keys may not, are written as `%%0A`, `%%FF`.
+File names may contain line breaks and bytes that are not text, keys may not: they are written as `%%0A`, `%%FF`.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ MISSING = {"404", "NoSuchKey", "NotFound"}
 LOST = {"412", "PreconditionFailed"}
 PASSING = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "RequestTimeTooSkewed", "409"}
 PASSING |= {"ConditionalRequestConflict", "ThrottlingException", "Throttling", "500", "502", "503", "504"}
-PASSING |= {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}  # damaged on the way there
+PASSING |= {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}  # the request was damaged on its way
 CONTENT, WRITER = "recua-sha256", "recua-writer"
-STAMPED = 8 << 20  # bytes; larger files are artifacts', whose manifests have their checksums
+STAMPED = 8 << 20  # bytes; larger files belong to artifacts, whose manifests have their checksums
 ODD = re.compile("[\n\udc80-\udcff]|%(?=%(?:0A|25|[89A-F][0-9A-F]))")
 ESCAPED = re.compile("%%(0A|25|[89A-F][0-9A-F])")
 LONGEST_KEY = 1024
@@ -41,14 +41,15 @@ LONGEST_KEY = 1024
 DAMAGED_READS = 4
 TRANSFERS = 3
 PROBE = "probes/conditional-write"
-"""Written once, and then refused, by every check of a store."""
+"""The key that every check of a store tries to write twice."""
 
 
 class S3Store:
     """A store in an S3 bucket.
 
-    `patience_s`: how long a failing request is retried before it is a StoreError. `read_timeout_s`: how long a server
-    may be silent before the connection counts as dead: short of a driver's lease, so that one lost answer costs none.
+    `patience_s`: how long a failing request is retried before it becomes a StoreError. `read_timeout_s`: how long a
+    server may be silent before the connection counts as dead; shorter than a driver's lease, so that one lost answer
+    does not cost the lease.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class S3Store:
         self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
         self.patience_s = patience_s
         self._timeouts = (connect_timeout_s, read_timeout_s)
-        self._client = _client(1, *self._timeouts)  # _retry does it: boto3 would repeat a conditional write blindly
+        self._client = _client(1, *self._timeouts)  # no retries: boto3 would repeat a conditional write blindly
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         writer = uuid.uuid4().hex
@@ -75,7 +76,7 @@ class S3Store:
             except Exception as error:
                 if _code(error) not in LOST:
                     raise
-                return self._writer(key) == writer  # an earlier try may have been written although its answer was lost
+                return self._writer(key) == writer  # an earlier try may have succeeded although its answer was lost
             return True
 
         return self._retry(key, attempt)
@@ -157,7 +158,7 @@ class S3Store:
 
     @functools.cached_property
     def _transfers(self) -> Any:
-        """For files, in parts: boto3 repeats a part, so that one lost part of many does not cost the whole file."""
+        """A client for files, in parts: boto3 retries a part, so that a lost part does not cost the whole file."""
         return _client(5, *self._timeouts)
 
     def check_key(self, key: str) -> None:
@@ -167,8 +168,8 @@ class S3Store:
         whole = ODD.sub(_escape, "/".join(([self.prefix] if self.prefix else []) + checked_key(key)))
         if (size := len(whole.encode())) > LONGEST_KEY:
             raise UserError(
-                f"--store {self.url}: {key!r} would have {size} bytes as a key, and S3 takes {LONGEST_KEY} at most: "
-                "use shorter names, or a shorter prefix in --store"
+                f"--store {self.url}: {key!r} would be a key of {size} bytes, S3 allows {LONGEST_KEY}: use shorter "
+                "names, or a shorter prefix in --store"
             )
         return whole
 
@@ -186,11 +187,11 @@ class S3Store:
         data: bytes = answer["Body"].read()
         expected = answer["Metadata"].get(CONTENT)
         if expected is not None and hashlib.sha256(data).hexdigest() != expected:
-            raise _Damaged(f"{len(data)} bytes that are not what was written")
+            raise _Damaged(f"{len(data)} bytes, not those that were written")
         return data
 
     def _writer(self, key: str) -> str | None:
-        """Who wrote the object that is there, by its stamp."""
+        """The writer's stamp of the existing object."""
         try:
             stamps: dict[str, str] = self._client.head_object(Bucket=self.bucket, Key=self._key(key))["Metadata"]
         except Exception as error:
@@ -211,12 +212,12 @@ class S3Store:
     def _page(self, query: dict[str, str]) -> dict[str, Any]:
         page: dict[str, Any] = self._client.list_objects_v2(**query)
         if "IsTruncated" not in page:  # boto3 reads an empty answer as an empty listing
-            raise _Damaged("a listing without its end")
+            raise _Damaged("an incomplete listing")
         return page
 
     def _retry(self, key: str, attempt: Callable[[], T], tries: int = 1, patience_s: float | None = None) -> T:
-        """Run `attempt` until it succeeds, fails for good, or has failed for `patience_s` (and `tries` times): backoff
-        with jitter. What arrives damaged again and again lies damaged."""
+        """Run `attempt` until it succeeds, fails for good, or has failed for `patience_s` (and `tries` times), with
+        backoff and jitter. An object that arrives damaged `DAMAGED_READS` times counts as damaged in the store."""
         failed_since: float | None = None
         failures = damaged = 0
         while True:
@@ -267,16 +268,25 @@ def _unescaped(key: str) -> str:
 
 
 class _Damaged(Exception):
-    """The answer is not what was stored: on the way (the next one is whole), or in the store."""
+    """The answer differs from what was stored: damaged on its way (a retry succeeds), or in the store."""
 
 
 def _is_damaged(error: Exception) -> bool:
-    """By our own stamps, or by the checksums that boto3 asks the server for."""
+    """Whether our own stamps, or the checksums that boto3 requests, reveal damage."""
     return isinstance(error, _Damaged) or type(error).__name__ == "FlexibleChecksumError"
+
+
+@functools.cache
+def _descriptions(folders: str | None) -> Any:
+    """Reads boto3's descriptions of S3, megabytes of JSON, once and not for every client."""
+    from botocore.loaders import create_loader
+
+    return create_loader(folders)
 
 
 def _client(tries: int, connect_timeout_s: float, read_timeout_s: float) -> Any:
     import boto3
+    import botocore.session
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
@@ -287,7 +297,9 @@ def _client(tries: int, connect_timeout_s: float, read_timeout_s: float) -> Any:
         max_pool_connections=32,
     )
     try:
-        return boto3.session.Session().client("s3", config=config)
+        session = botocore.session.get_session()
+        session.register_component("data_loader", _descriptions(session.get_config_variable("data_path")))
+        return boto3.session.Session(botocore_session=session).client("s3", config=config)
     except (BotoCoreError, ValueError) as error:
         raise ConfigError(f"--store s3://: cannot set up S3: {error}") from None
 
@@ -298,7 +310,7 @@ def _code(error: Exception) -> str:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed later: throttling, 5xx, and everything below HTTP."""
+    """Whether the same request may succeed later: after throttling, 5xx, and every failure below HTTP."""
     code = _code(error)
     if code:
         with contextlib.suppress(AttributeError, KeyError, TypeError):

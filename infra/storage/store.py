@@ -1,54 +1,68 @@
-"""What recua needs of a store: a folder and S3 both give it."""
+"""The protocol that a folder and S3 both implement."""
 
+import contextlib
+import itertools
+import os
+import re
+import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
-
-from infra.errors import StoreError
+from urllib.parse import unquote
+from infra.errors import ConfigError, StoreError, UserError
 from infra.storage.files import (
+    LONGEST_NAME,
+    CHUNK,
+    TEMPORARY_PREFIX,
     Moved,
+    appear,
+    checked_key,
+    remembered_sha256,
     sha256_file,
+    sync_file,
+    sync_folder,
     unseen,
+    write_text,
 )
 
-
 class Store(Protocol):
-    """What recua needs of a store. Every method raises StoreError, naming `--store`, when the store fails for good."""
+    """The store protocol. Every method raises StoreError, naming `--store`, if the store keeps failing."""
 
     url: str
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write `key` unless it exists. True: this call wrote it (durably); False: it was there already."""
+        """Write `key` unless it exists. True: this call wrote it (durably); False: it existed."""
         ...
 
     def put(self, key: str, data: bytes, durable: bool = True) -> None:
-        """Write or replace `key` atomically. `durable=False` may be lost in a power cut (heartbeats, indexes)."""
+        """Write or replace `key` atomically. With `durable=False` a power cut may lose it (heartbeats, indexes)."""
         ...
 
     def get(self, key: str) -> bytes | None:
-        """The object, or None where there is none."""
+        """The object, or None if it does not exist."""
         ...
 
     def exists(self, key: str) -> bool: ...
 
     def list(self, prefix: str) -> Iterator[str]:
-        """All keys that start with the folder `prefix` (no partial names), sorted."""
+        """All keys under the folder `prefix` (whole names only), sorted."""
         ...
 
     def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """(key, bytes) of everything that `list` gives."""
+        """(key, size in bytes) of every key that `list` gives."""
         ...
 
     def folders(self, prefix: str) -> Iterator[str]:
-        """Names of the folders directly under the folder `prefix`, sorted, without walking into them."""
+        """Names of the folders directly under the folder `prefix`, sorted, without listing their contents."""
         ...
 
     def delete(self, key: str) -> None:
-        """Remove `key`; no error where there is none."""
+        """Remove `key`; no error if it does not exist."""
         ...
 
     def upload_file(self, key: str, source: Path) -> None:
-        """Store a file's content. A reader never sees half of it."""
+        """Store a file's content. A reader sees all of it or nothing."""
         ...
 
     def download_file(self, key: str, target: Path, sha256: str | None = None, moved: Moved = unseen) -> None:
@@ -59,27 +73,29 @@ class Store(Protocol):
         ...
 
     def local_path(self, key: str) -> Path | None:
-        """Where `key` lies (or would lie) as a local file or folder; None where the store is not a folder."""
+        """The local path of `key`, which need not exist; None if the store is not a folder."""
         ...
 
     def check_key(self, key: str) -> None:
-        """Tell before anything is written where `key` cannot be kept here.
+        """Check that this store can keep `key`, before anything is written.
 
         Raises:
-            UserError: a name in it, or all of it, is too long.
+            UserError: the key, or a name in it, is too long.
         """
         ...
 
     def check(self) -> None:
-        """Fail fast, with one line, where the store cannot be read and written."""
+        """Raise a one-line error if the store cannot be read and written."""
         ...
 
     def hurry(self, patience_s: float) -> None:
-        """From now on retry for `patience_s` at most, in every thread: the program is leaving."""
+        """From now on retry for `patience_s` at most, in every thread: the program is ending."""
         ...
 
 
 def check_sha256(path: Path, expected: str | None, url: str, key: str, moved: Moved = unseen) -> None:
-    """Raise StoreError where the content is not what its manifest says."""
+    """Raise StoreError if the content differs from its manifest's checksum."""
     if expected is not None and (found := sha256_file(path, moved)) != expected:
         raise StoreError(f"--store {url}: {key} is damaged: sha256 {found[:12]}, its manifest says {expected[:12]}")
+
+

@@ -243,7 +243,7 @@ def test_a_post_training_run_outlives_its_own_ray(runs: Runs, tmp_path: Path, vi
         if call == "pretrain[0]":  # in the middle: its snapshots in shared memory outlive Ray
             runs.until(driver, "/400 ", patience_s=1200)
         runs.kill(driver, VICTIMS[victim])
-        runs.until(driver, f"another one is started (start {number} of local_ray_restarts=3)")
+        runs.until(driver, f"starting another one (start {number} of local_ray_restarts=3)")
         runs.until(driver, f"{call} started (attempt 2)", patience_s=1200)
     runs.end(driver, 0, patience_s=1800)
     output = runs.output()

@@ -1,6 +1,5 @@
 """The page over a real run: a real supervisor starts real drivers on a real Ray, and the buttons act on them."""
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,12 +78,10 @@ class Real:
 
 @pytest.fixture
 def real(tmp_path: Path) -> Iterator[Real]:
-    import ray
-
+    from tests.helpers.rays import local_ray
     from workflows.service.drivers.supervisor import Supervisor
     from workflows.service.server.actor import nodes
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     code, data = tmp_path / "code", tmp_path / "data"
     code.mkdir()
     data.mkdir()
@@ -93,14 +90,13 @@ def real(tmp_path: Path) -> Iterator[Real]:
     store = open_store(tmp_path / "store")
     package = packages.build(code, tmp_path / "package.zip")
     store.upload_file(packages.package_key(package.sha256), package.file)
-    supervisor = Supervisor(store, ray.get_runtime_context().gcs_address, tmp_path / "drivers", nodes, period_s=0.2)
-    supervisor.start()
-    site = Site(store, supervisor)
-    yield Real(site, store, package.sha256, data)
-    site.down()
-    supervisor.close()
-    with contextlib.suppress(Exception):
-        ray.shutdown()
+    with local_ray(num_cpus=2) as address:
+        supervisor = Supervisor(store, address, tmp_path / "drivers", nodes, period_s=0.2)
+        supervisor.start()
+        site = Site(store, supervisor)
+        yield Real(site, store, package.sha256, data)
+        site.down()
+        supervisor.close()
 
 
 def test_page_sees_a_real_run_from_submission_to_its_model(tab: Any, real: Real, shoot: Any) -> None:

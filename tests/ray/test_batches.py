@@ -7,7 +7,6 @@ from pathlib import Path
 
 import batches_program as program
 import pytest
-import ray
 
 from infra.storage import open_store
 from workflows.driver import pace, session
@@ -15,6 +14,7 @@ from workflows.driver.settings import RunSettings
 from workflows.runs.catalog import read_log
 from workflows.runs.fold import JournalState
 from workflows.runs.journal import read_journal
+from tests.helpers.rays import local_ray
 
 CHAINS, LENGTH = 40, 8
 SPECIAL = 17_005
@@ -25,9 +25,8 @@ TOTAL = sum(1000 * chain + LENGTH for chain in range(CHAINS)) - ODD
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
-    yield
-    ray.shutdown()
+    with local_ray(num_cpus=2):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ from typing import Any
 import keeping_program as program
 import psutil
 import pytest
-import ray
 
 from infra.errors import NodeLost, OutOfMemory, RecuaError, StepError, StepTimeout, UserError
 from infra.storage import open_store
@@ -18,6 +17,7 @@ from workflows.driver import session
 from workflows.driver.settings import RunSettings
 from workflows.runs.catalog import find_steps, load_run, read_log
 from workflows.runs.events import Event
+from tests.helpers import rays
 
 
 class Bench:
@@ -63,14 +63,8 @@ def lives(pid: int) -> bool:
 
 @pytest.fixture(scope="class")
 def cluster() -> Iterator[Any]:
-    from ray.cluster_utils import Cluster
-
-    head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80 << 20}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    ray.init(address=made.address, log_to_driver=False)
-    yield made
-    ray.shutdown()
-    made.shutdown()
+    with rays.cluster(num_cpus=2) as made:
+        yield made
 
 
 @pytest.mark.usefixtures("cluster")

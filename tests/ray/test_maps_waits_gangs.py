@@ -28,6 +28,7 @@ from workflows.cli import main
 from workflows.driver import session
 from workflows.driver.executor import Cancelled
 from workflows.driver.settings import RunSettings
+from tests.helpers import rays
 from workflows.graph import Workflow
 from workflows.runs.catalog import cancel_run, list_runs, load_run
 from workflows.runs.events import Event
@@ -36,11 +37,8 @@ from workflows.runs.journal import read_journal
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[Cluster]:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "object_store_memory": 100 << 20})
-    ray.init(address=cluster.address, log_to_driver=False)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with rays.cluster(num_cpus=4) as made:
+        yield made
 
 
 class Bench:

@@ -392,7 +392,7 @@ def test_elastic_divergence_goes_back_leaves_data_out_and_ends_at_last(run: Run)
 def test_elastic_bad_input_is_named(run: Run, quiet: Run) -> None:
     with pytest.raises(CheckpointError, match="other settings"):
         Run(run.corpus, quiet.folder).train(batch_size=6)
-    with pytest.raises(DataError, match="shorter sequence length"):
+    with pytest.raises(DataError, match="lower sequence_length"):
         run.train(sequence_length=10**6, workers=1)
     assert not any(map(lives, [event["pids"] for event in run.heard("started")]))
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import graph_program as program
 import pytest
-import ray
 
 from infra.errors import NodeLost, NonDeterminismError, ResourceError, StepError, StepTimeout, UserError
 from infra.processes import process_start
@@ -21,6 +20,7 @@ from infra.storage import open_store
 from workflows.driver import session
 from workflows.driver.executor import Cancelled
 from workflows.driver.settings import RunSettings
+from tests.helpers.rays import local_ray
 from workflows.graph import Workflow
 from workflows.launch import plan as planning
 from workflows.runs.catalog import cancel_run, find_steps, list_runs, load_run, read_log
@@ -31,9 +31,8 @@ from workflows.runs.signals import reply
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with local_ray(num_cpus=2):
+        yield
 
 
 class Bench:

@@ -24,6 +24,7 @@ from serving.config import ServingEngineSettings, ServingSettings
 from serving.errors import RequestError
 from serving.gateway import Gateway
 from serving.preflight import folder_digest
+from tests.helpers.rays import local_ray
 
 TOKEN = "a-token-for-tests"
 CONTEXT = 4096
@@ -55,12 +56,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         drain_timeout_s=1.0,
         engine=ServingEngineSettings(kv_cache_gib=0.25, max_model_len=CONTEXT),
     )
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    started = time.monotonic()
-    endpoint = deploy(folder, folder_digest(folder), settings)
-    yield Served(endpoint, settings, folder, time.monotonic() - started)
-    shutdown(endpoint, 1.0)
-    ray.shutdown()
+    with local_ray(num_cpus=2):
+        started = time.monotonic()
+        endpoint = deploy(folder, folder_digest(folder), settings)
+        yield Served(endpoint, settings, folder, time.monotonic() - started)
+        shutdown(endpoint, 1.0)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any
 
 import keeping_program as program
 import pytest
-import ray
 
 from infra.errors import StoreError
 from infra.storage import open_store
@@ -18,6 +17,7 @@ from infra.storage.s3 import S3Store
 from workflows.driver import session
 from workflows.driver.settings import RunSettings
 from workflows.runs.catalog import load_run
+from tests.helpers.rays import local_ray
 
 Inject = Callable[..., dict[str, Any]]
 
@@ -26,9 +26,8 @@ Inject = Callable[..., dict[str, Any]]
 def url(s3_url: str, s3_proxy: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A store behind the proxy, for the driver and for a Ray of its own."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy)
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
-    yield s3_url
-    ray.shutdown()
+    with local_ray(num_cpus=1):
+        yield s3_url
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 90) -> None:

@@ -92,7 +92,7 @@ def test_bad_corpora_are_named_before_anything_is_written(tmp_path):
     with pytest.raises(DataError, match=r"bad\.jsonl:2: "):
         write_corpus(CorpusSettings(stdlib_bytes=0, files=(str(tmp_path / "bad.jsonl"),)), tmp_path / "out", 0)
     (tmp_path / "short.jsonl").write_text('{"text": "fine"}\n')
-    with pytest.raises(DataError, match=r"no document left of 1; removed: .'too_short': 1"):
+    with pytest.raises(DataError, match=r"cleaning left none of 1 documents; removed: .'too_short': 1"):
         write_corpus(CorpusSettings(stdlib_bytes=0, files=(str(tmp_path / "short.jsonl"),)), tmp_path / "out", 0)
     assert not (tmp_path / "out").exists()
 
@@ -115,7 +115,7 @@ def test_of_few_documents_one_is_held_out_and_of_one_none(tmp_path):
     assert split(texts, cleaning=loose, held_out_share=0) == [sorted(texts), []]
     assert split(texts[:1] * 2, cleaning=loose) == [texts[:1] * 2, []]
     assert split(["", texts[0]], cleaning=loose) == [["", texts[0]], []], "an empty text measures nothing"
-    with pytest.raises(DataError, match=r"corpus\.held_out_share = 0\.99999 keeps all 10 documents from training"):
+    with pytest.raises(DataError, match=r"corpus\.held_out_share = 0\.99999 holds out all 10 documents"):
         split(texts, cleaning=loose, held_out_share=0.99999)
     with pytest.raises(DataError, match=r"removed: \{'too_short': 2\}: give more text .*corpus\.cleaning"):
         split(["a", "b"])

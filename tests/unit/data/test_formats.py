@@ -211,7 +211,7 @@ def test_a_dataset_without_the_split_names_those_that_it_has(tmp_path, monkeypat
     ):
         validate(f"datasets:{tmp_path / 'saved'}", "text")
     assert validate("datasets:~/saved?split=dev", "text").rows == 1
-    with pytest.raises(DataError, match=r"~/saved: this folder is a dataset .*; write datasets:~/saved"):
+    with pytest.raises(DataError, match=r"~/saved: this folder was written by save_to_disk; write datasets:~/saved"):
         validate("~/saved", "text")
     with pytest.raises(DataError, match="no configurations; leave name= out"):
         validate("datasets:~/saved?split=dev&name=x", "text")
@@ -279,7 +279,7 @@ def test_a_list_of_objects_is_read_and_its_mistakes_are_named(tmp_path):
 
 
 FOREIGN = {
-    "LFS's pointer": (".jsonl", POINTER, "a Git LFS pointer, the file itself is not here"),
+    "LFS's pointer": (".jsonl", POINTER, "a Git LFS pointer, not the file itself"),
     "LFS's pointer, a list": (".json", POINTER, "a Git LFS pointer"),
     "LFS's pointer, compressed": (".jsonl.zst", POINTER, "a Git LFS pointer"),
     "LFS's pointer, parquet": (".parquet", POINTER, "a Git LFS pointer"),
@@ -318,7 +318,7 @@ def test_what_a_folder_holds_beside_training_files_is_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert [row["text"] for row in read_rows(tmp_path, "text")] == ["a", "b"]
     (said,) = caplog.messages
-    assert "are not read" in said and all(
+    assert "are skipped" in said and all(
         f"{tmp_path}/{name}" in said for name in ("b.csv", "c.jsonl.7z", "d.parquet.gz")
     )
     with pytest.raises(DataError, match=r"README\.md: expected a"):
@@ -340,7 +340,7 @@ def test_a_file_of_several_names_is_read_once(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         sources = [tmp_path / "d", f"{tmp_path}/d/*.jsonl", f"{tmp_path}/d/../d/a.jsonl"]
         assert [row["text"] for row in read_rows(sources, "text")] == ["a"]
-    assert "a.jsonl is named more than once; it is read once" in caplog.text
+    assert "a.jsonl is named more than once; reading it once" in caplog.text
 
 
 def test_links_are_followed_and_end(tmp_path):
@@ -366,8 +366,8 @@ def test_sources_that_mean_nothing_are_named(tmp_path, monkeypatch):
         ("s3://bucket/a.jsonl", "s3://bucket/a.jsonl: no such file; a URL is not read"),
         (f"file://{tmp_path}/d/a.jsonl", "without file://"),
         ("tatsu-lab/alpaca", "tatsu-lab/alpaca: no such file; write datasets:tatsu-lab/alpaca"),
-        ("d/{a,b}.jsonl", "braces are no pattern here"),
-        ("run[1]/*.jsonl", "write [[] where a name has a bracket"),
+        ("d/{a,b}.jsonl", "braces are not a pattern here"),
+        ("run[1]/*.jsonl", "write [[] for a bracket in a name"),
         ("d/**.jsonl", "** stands alone between slashes: write **/*.jsonl"),
     ]:
         with pytest.raises(DataError, match=re.escape(problem)):

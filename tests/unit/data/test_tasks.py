@@ -171,7 +171,7 @@ def test_bad_requests_name_the_setting():
         make_problems(["reasoning/adition"], 1, 0, "train")
     with pytest.raises(ConfigError, match="weight -1"):
         make_problems({"strings/upper": -1}, 1, 0, "train")
-    with pytest.raises(ConfigError, match=r"only 1.. different held_out problems of reasoning/parity, 5000 asked"):
+    with pytest.raises(ConfigError, match=r"only 1.. different held_out problems of reasoning/parity, 5000 are needed"):
         make_problems(["reasoning/parity"], 5000, 0, "held_out")
 
 

@@ -73,7 +73,7 @@ def test_bad_input_and_damaged_folders_are_named(tmp_path):
         TokenWindows(tmp_path / "b", 4)
     folder = tmp_path / "c"
     write_shards(TEXTS, Letters(), folder, shard_tokens=20)
-    with pytest.raises(DataError, match="make no window of 500"):
+    with pytest.raises(DataError, match="fewer than one window of 500"):
         TokenWindows(folder, 500)
     np.save(folder / "shard-00001.npy", np.zeros(1, np.uint16))
     with pytest.raises(DataError, match=r"shard-00001\.npy: holds \(1,\) uint16"):

@@ -36,6 +36,7 @@ from engines.snapshots import (
     restore,
     sealed,
 )
+from engines.snapshots.dcp import DcpReader
 from engines.snapshots.flush import upload
 from infra.errors import CheckpointError, ResourceError, StoreError
 from infra.storage import FolderStore, open_store
@@ -121,7 +122,7 @@ def test_torchs_own_loader_reads_it(shared: Path) -> None:
     take_all(shared, 4, 3)
     available = Sources([FolderSource(shared)])
     state = {name: torch.zeros_like(tensor) for name, tensor in whole(0).items()}
-    dcp.load(state, storage_reader=available.reader(SnapshotName(0, 4)), no_dist=True)
+    dcp.load(state, storage_reader=DcpReader(available.reader(SnapshotName(0, 4))), no_dist=True)
     assert all(torch.equal(state[name], tensor) for name, tensor in whole(4).items())
 
 

@@ -74,7 +74,7 @@ def test_what_somebody_chose_on_the_machine_stays() -> None:
         ("203.0.113.9", {}, r"203\.0\.113\.9.* none of its interfaces \(lo 127.*eth0 10.*--node-ip-address.*GLOO_SOCK"),
         ("10.0.0.4", {"GLOO_SOCKET_IFNAME": "eth9"}, r"GLOO_SOCKET_IFNAME=eth9: .*10\.0\.0\.4 has no interface eth9"),
         ("10.0.0.4", {"GLOO_SOCKET_IFNAME": "eth0,eth9"}, "has no interface eth9"),
-        ("some-host", {}, "some-host.* is no IP address: .*--node-ip-address"),
+        ("some-host", {}, "some-host.* is not an IP address: .*--node-ip-address"),
     ],
 )
 def test_a_missing_interface_is_named_with_the_setting(address: str, environment: dict[str, str], said: str) -> None:

@@ -79,7 +79,7 @@ def test_a_port_in_use_is_refused_and_a_free_one_is_not() -> None:
             require_port(port, "serving.grpc_port")
     require_port(port, "serving.grpc_port")
     require_port(0, "serving.grpc_port")
-    with pytest.raises(ConfigError, match="is no port"):
+    with pytest.raises(ConfigError, match="is not a port"):
         require_port(70_000, "serving.grpc_port")
 
 

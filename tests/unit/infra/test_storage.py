@@ -158,7 +158,10 @@ def test_a_missing_bucket_and_bad_urls_are_named(s3: Store) -> None:
         ("  ", "--store is empty"),
         ("s3:///prefix", "no bucket; write it as s3://bucket/prefix"),
         ("s3://", "no bucket"),
-        (Path("s3://bucket/runs"), "--store s3:/bucket/runs: a folder by that name would be made; write it as s3://"),
+        (
+            Path("s3://bucket/runs"),
+            "--store s3:/bucket/runs: this would create a folder of that name; write it as s3://",
+        ),
         ("s3:bucket/runs", "write it as s3://bucket/prefix"),
         ("S3:/bucket", "write it as s3://bucket/prefix"),
         ("s3//bucket/runs", "--store s3//bucket/runs: a colon is missing; write it as s3://bucket/runs"),
@@ -170,8 +173,8 @@ def test_a_missing_bucket_and_bad_urls_are_named(s3: Store) -> None:
         (" http://host/x", "unknown scheme http://"),
         ("C:/runs", "unknown scheme c://"),
         ("file:runs", "write it as file:///folder"),
-        ("file://runs/here", "runs stands where a host does; write file:///runs/here"),
-        ("~no-such-user-here/runs", "no such user's home folder"),
+        ("file://runs/here", "runs is read as a host; write file:///runs/here"),
+        ("~no-such-user-here/runs", "this user has no home folder"),
     ],
 )
 def test_a_url_that_would_become_a_folder_or_nothing_is_refused(
@@ -185,7 +188,7 @@ def test_a_url_that_would_become_a_folder_or_nothing_is_refused(
 
 def test_a_store_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
-    with pytest.raises(StoreError, match=r"--store .*/runs: is no folder; name one, or s3://bucket/prefix"):
+    with pytest.raises(StoreError, match=r"--store .*/runs: is not a folder; name one, or s3://bucket/prefix"):
         open_store(tmp_path / "runs").check()
 
 

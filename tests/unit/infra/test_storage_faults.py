@@ -151,7 +151,7 @@ def test_an_object_that_lies_damaged_is_an_error(store: S3Store) -> None:
     """Half an object as the server itself would swear to it: its length and checksums fit."""
     stamp = {CONTENT: hashlib.sha256(b"0123456789").hexdigest()}
     store._client.put_object(Bucket=store.bucket, Key=store._key("x"), Body=b"01234", Metadata=stamp)
-    with pytest.raises(StoreError, match="x is damaged: 5 bytes that are not what was written"):
+    with pytest.raises(StoreError, match="x is damaged: 5 bytes, not those that were written"):
         store.get("x")
 
 

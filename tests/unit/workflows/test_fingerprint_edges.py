@@ -244,5 +244,5 @@ def test_a_computed_name_of_the_standard_library_brings_in_nothing_of_ours() -> 
     covered = {name.partition(":")[0] for name in Fingerprinter().of(text.build_corpus.fn).parts}
     assert "data.stdlib_text" in covered and not covered & {"data.loader", "data.packing", "data.mixture"}
     assert import_standard("os.path") is importlib.import_module("os.path")
-    with pytest.raises(ValueError, match=r"data\.loader is no module of Python's standard library"):
+    with pytest.raises(ValueError, match=r"data\.loader is not a module of Python's standard library"):
         import_standard("data.loader")

@@ -86,8 +86,8 @@ def train() -> None: ...
         ({"num_gpus": -1}, "num_gpus=-1: must not be negative"),
         ({"retries": 1.5}, "retries=1.5: must be a whole number"),
         ({"retries": math.inf}, "retries=inf: must be a whole number"),
-        ({"memory": "infGiB"}, "memory='infGiB' is no size; write it as"),
-        ({"memory": "-1GiB"}, "memory='-1GiB' is no size; write it as"),
+        ({"memory": "infGiB"}, "memory='infGiB' is not a size; write it as"),
+        ({"memory": "-1GiB"}, "memory='-1GiB' is not a size; write it as"),
         ({"memory": 1.5}, "memory=1.5: must be a whole number"),
     ],
 )

@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from infra.errors import ConfigError, NodeLost, SystemFault
-from infra.local_ray import LocalRay
+from infra.local_ray import LocalRay, RayServers
 from workflows.driver import attempts, session
 from workflows.driver.ray_tasks import Done
 from workflows.driver.settings import RunSettings
@@ -115,7 +116,7 @@ def test_a_killed_server_is_noticed_at_once_and_all_is_started_anew(watch: Watch
     watched.wait_until_back()
     (message,) = watched.lost
     assert message == (
-        f"the local Ray of this run is gone (its {server} was killed by SIGKILL); another one is started "
+        f"the local Ray of this run is gone (its {server} was killed by SIGKILL); starting another one "
         "(start 1 of local_ray_restarts=3)"
     )
     assert servers.calls == ["start", "kill", "stop", "start"]
@@ -134,7 +135,7 @@ def test_a_server_that_stays_stopped_is_a_dead_one(watch: Watch, servers: Stand,
     watched = watch(stopped_s=0.05)
     servers.started[0][server].send_signal(signal.SIGSTOP)
     watched.wait_until_back()
-    assert f"(its {server} has been stopped for 0.05 s); another one is started" in watched.lost[0]
+    assert f"(its {server} has been stopped for 0.05 s); starting another one" in watched.lost[0]
     assert all(process.poll() is not None for process in servers.started[0].values())
 
 
@@ -182,9 +183,9 @@ def test_the_bound_is_named_with_the_setting_and_the_way_on(watch: Watch, server
         watched.wait_until_back()
     servers.started[2]["GCS"].kill()
     assert watched.wait_for_error() == (
-        "the local Ray of this run is gone (its GCS was killed by SIGKILL), and local_ray_restarts=2 allows no other "
-        "one within retry_window_s=600; Ray's logs: /tmp/logs. What is committed stays: run it again to go on, with "
-        "--local-ray-restarts for more"
+        "the local Ray of this run is gone (its GCS was killed by SIGKILL), and local_ray_restarts=2 allows no further "
+        "restart within retry_window_s=600; Ray's logs: /tmp/logs. What is committed stays: run it again to go on, "
+        "with --local-ray-restarts for more"
     )
     assert len(watched.lost) == 2 and watched.ray.is_lost()
 
@@ -192,7 +193,7 @@ def test_the_bound_is_named_with_the_setting_and_the_way_on(watch: Watch, server
 def test_no_restart_at_all_may_be_asked_for(watch: Watch, servers: Stand) -> None:
     watched = watch(restarts=0)
     servers.started[0]["raylet"].kill()
-    assert "local_ray_restarts=0 allows no other one" in watched.wait_for_error()
+    assert "local_ray_restarts=0 allows no further restart" in watched.wait_for_error()
     assert not watched.lost
 
 
@@ -368,3 +369,40 @@ def test_a_cluster_without_any_node_is_waited_for_and_named(run: Run) -> None:
     warnings = [event.data["message"] for event in events if event.kind == "warning"]
     assert warnings == ["the Ray cluster has no live node: steps wait until one joins it"]
     assert cluster.submitted == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "begun"),
+    [({}, []), ({"log_to_driver": True}, ["log_monitor"]), ({"include_dashboard": True}, ["api_server"])],
+)
+def test_a_local_ray_has_no_server_that_nobody_asked_for(options: dict[str, bool], begun: list[str]) -> None:
+    started: list[str] = []
+
+    class Node:
+        def start_api_server(self) -> None:
+            started.append("api_server")
+
+        def start_monitor(self) -> None:
+            started.append("monitor")
+
+        def start_log_monitor(self) -> None:
+            started.append("log_monitor")
+
+    def init(**_: Any) -> None:
+        node = Node()
+        node.start_api_server()
+        node.start_monitor()
+        node.start_log_monitor()
+        raise ValueError("that is enough")
+
+    own = {name: value for name, value in vars(Node).items() if name.startswith("start_")}
+    errors = SimpleNamespace(AuthenticationError=PermissionError)
+    ray = SimpleNamespace(
+        init=init, exceptions=errors, shutdown=lambda: None, _private=SimpleNamespace(node=SimpleNamespace(Node=Node))
+    )
+    servers = RayServers(ray, options)
+    with pytest.raises(ConfigError, match="that is enough"):
+        servers.start()
+    servers.stop()
+    assert started == begun
+    assert own.items() <= vars(Node).items(), "another Ray of this process starts what it wants"

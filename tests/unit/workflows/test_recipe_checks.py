@@ -184,7 +184,7 @@ def test_a_tokenizer_that_cannot_work(refused: Refused, model: Path) -> None:
 def test_a_port_in_use(refused: Refused, setting: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert refused("--set", f"{setting}={port}").startswith(f"{setting}: port {port}")
+        assert refused("--set", f"{setting}={port}").startswith(f"{setting}: cannot listen on 127.0.0.1:{port}: ")
     assert "one port each" in refused("--set", "serving.grpc_port=50061", "--set", "serving.http_port=50061")
 
 
