@@ -3,29 +3,25 @@
 import contextlib
 import itertools
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
-from urllib.parse import unquote
+
 from infra.errors import ConfigError, StoreError, UserError
 from infra.storage.files import (
-    LONGEST_NAME,
     CHUNK,
+    LONGEST_NAME,
     TEMPORARY_PREFIX,
     Moved,
     appear,
     checked_key,
-    remembered_sha256,
-    sha256_file,
     sync_file,
     sync_folder,
     unseen,
-    write_text,
 )
-from infra.storage.store import Store, check_sha256
+from infra.storage.store import check_sha256
+
 
 class FolderStore:
     """A store in a local or shared folder."""
@@ -187,5 +183,3 @@ class FolderStore:
         except OSError as error:
             reason = error.strerror or str(error)
             raise StoreError(f"--store {self.url}: cannot use {key}: {reason}") from error
-
-

@@ -6,35 +6,13 @@ whole object. A folder implements it by a complete temporary file and `link(2)`;
 (`If-None-Match: *`).
 """
 
-import contextlib
-import itertools
-import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import unquote
 
-from infra.errors import ConfigError, StoreError, UserError
-from infra.storage.files import (
-    LONGEST_NAME,
-    CHUNK,
-    TEMPORARY_PREFIX,
-    Moved,
-    appear,
-    checked_key,
-    remembered_sha256,
-    sha256_file,
-    sync_file,
-    sync_folder,
-    unseen,
-    write_text,
-)
-from infra.storage.store import Store, check_sha256
+from infra.errors import ConfigError
 from infra.storage.folder import FolderStore
-
+from infra.storage.store import Store
 
 
 def open_store(url: str | Path) -> Store:
@@ -89,7 +67,3 @@ def parse_store(text: str, setting: str = "--store") -> tuple[str, str]:
 def default_store() -> str:
     """The default folder of runs. Absolute, because jobs run in a copy of the working folder."""
     return str(Path.home() / ".recua" / "store")
-
-
-
-

@@ -1,30 +1,16 @@
 """The protocol that a folder and S3 both implement."""
 
-import contextlib
-import itertools
-import os
-import re
-import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote
-from infra.errors import ConfigError, StoreError, UserError
+
+from infra.errors import StoreError
 from infra.storage.files import (
-    LONGEST_NAME,
-    CHUNK,
-    TEMPORARY_PREFIX,
     Moved,
-    appear,
-    checked_key,
-    remembered_sha256,
     sha256_file,
-    sync_file,
-    sync_folder,
     unseen,
-    write_text,
 )
+
 
 class Store(Protocol):
     """The store protocol. Every method raises StoreError, naming `--store`, if the store keeps failing."""
@@ -97,5 +83,3 @@ def check_sha256(path: Path, expected: str | None, url: str, key: str, moved: Mo
     """Raise StoreError if the content differs from its manifest's checksum."""
     if expected is not None and (found := sha256_file(path, moved)) != expected:
         raise StoreError(f"--store {url}: {key} is damaged: sha256 {found[:12]}, its manifest says {expected[:12]}")
-
-

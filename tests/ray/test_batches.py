@@ -9,12 +9,12 @@ import batches_program as program
 import pytest
 
 from infra.storage import open_store
+from tests.helpers.rays import local_ray
 from workflows.driver import pace, session
 from workflows.driver.settings import RunSettings
 from workflows.runs.catalog import read_log
 from workflows.runs.fold import JournalState
 from workflows.runs.journal import read_journal
-from tests.helpers.rays import local_ray
 
 CHAINS, LENGTH = 40, 8
 SPECIAL = 17_005

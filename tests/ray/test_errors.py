@@ -13,11 +13,11 @@ import pytest
 
 from infra.errors import NodeLost, OutOfMemory, RecuaError, StepError, StepTimeout, UserError
 from infra.storage import open_store
+from tests.helpers import rays
 from workflows.driver import session
 from workflows.driver.settings import RunSettings
 from workflows.runs.catalog import find_steps, load_run, read_log
 from workflows.runs.events import Event
-from tests.helpers import rays
 
 
 class Bench:

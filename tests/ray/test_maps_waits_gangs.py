@@ -24,11 +24,11 @@ from ray.util.placement_group import placement_group_table
 from infra.errors import NonDeterminismError, ResourceError, StepError, StepTimeout, UserError
 from infra.processes import process_start
 from infra.storage import open_store
+from tests.helpers import rays
 from workflows.cli import main
 from workflows.driver import session
 from workflows.driver.executor import Cancelled
 from workflows.driver.settings import RunSettings
-from tests.helpers import rays
 from workflows.graph import Workflow
 from workflows.runs.catalog import cancel_run, list_runs, load_run
 from workflows.runs.events import Event

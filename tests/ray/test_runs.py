@@ -17,10 +17,10 @@ import pytest
 from infra.errors import NodeLost, NonDeterminismError, ResourceError, StepError, StepTimeout, UserError
 from infra.processes import process_start
 from infra.storage import open_store
+from tests.helpers.rays import local_ray
 from workflows.driver import session
 from workflows.driver.executor import Cancelled
 from workflows.driver.settings import RunSettings
-from tests.helpers.rays import local_ray
 from workflows.graph import Workflow
 from workflows.launch import plan as planning
 from workflows.runs.catalog import cancel_run, find_steps, list_runs, load_run, read_log

@@ -14,10 +14,10 @@ import pytest
 from infra.errors import StoreError
 from infra.storage import open_store
 from infra.storage.s3 import S3Store
+from tests.helpers.rays import local_ray
 from workflows.driver import session
 from workflows.driver.settings import RunSettings
 from workflows.runs.catalog import load_run
-from tests.helpers.rays import local_ray
 
 Inject = Callable[..., dict[str, Any]]
 

@@ -13,7 +13,7 @@ def loads(code: str, modules: tuple[str, ...], repository: Path) -> list[str]:
 
 
 def test_a_node_agent_and_what_it_is_told_come_without_torch(repository: Path) -> None:
-    told = "import actors.pretrain.agent, cluster.workers.named_actors, workflows.status"
+    told = "import actors.pretrain.agent, cluster.workers.named_actors, workflows.runs.status"
     assert loads(told, ("torch", "transformers", "pandas", "vllm"), repository) == []
 
 

@@ -222,7 +222,7 @@ def test_trained_digits_are_single_tokens() -> None:
 
 def test_training_is_deterministic_across_processes(tmp_path: Path) -> None:
     program = (
-        "import sys, json; from models.tokenizers.open import train_bpe; "
+        "import sys, json; from models.tokenizers import train_bpe; "
         "train_bpe(json.load(open(sys.argv[1])), 500).save(sys.argv[2])"
     )
     (tmp_path / "texts.json").write_text(json.dumps(CORPUS * 20))
