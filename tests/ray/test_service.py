@@ -230,7 +230,8 @@ def test_service_on_s3_refuses_asks_cancels_and_goes_down(user: User, trace: Pat
     user.environment |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     user.recua("down", code=None)
     with socket.create_server(("127.0.0.1", user.port)):
-        assert user.up(code=2).startswith(f"recua: error: --port: port {user.port}"), "a taken port is named"
+        taken = f"recua: error: --port: cannot listen on 127.0.0.1:{user.port}: "
+        assert user.up(code=2).startswith(taken)
     assert not user.processes()
     assert f"runs in {s3_url}" in user.up("--store", s3_url)
     store = open_store(s3_url)
