@@ -154,7 +154,7 @@ def test_a_run_survives_the_loss_of_each_of_its_local_rays_servers(start: Start,
     assert driver.process.returncode == 1
     told = [line for line in output.splitlines() if line.startswith("warning")]
     assert [line.partition("(start ")[2] for line in told] == [f"{n} of local_ray_restarts=4)" for n in range(1, 5)]
-    assert "(its GCS was killed by SIGKILL); another one is started" in told[2]
+    assert "(its GCS was killed by SIGKILL); starting another one" in told[2]
     last = output.splitlines()[-1]
     assert last.startswith("SystemFault: the local Ray of this run is gone (its raylet was killed by SIGKILL), and ")
     assert "local_ray_restarts=4 allows no further restart" in last and "run it again to go on" in last
@@ -184,8 +184,8 @@ def test_a_run_survives_a_raylet_and_a_gcs_that_stay_stopped(start: Start, tmp_p
         (tmp_path / f"go-{server}").touch()
     output = driver.end()
     assert output.splitlines()[-1] == str(program.expected(names))
-    assert "gone (its raylet has been stopped for 15 s); another one" in output
-    assert "gone (its GCS has been stopped for 15 s); another one" in output
+    assert "gone (its raylet has been stopped for 15 s); starting another one" in output
+    assert "gone (its GCS has been stopped for 15 s); starting another one" in output
 
 
 @pytest.mark.long
@@ -194,7 +194,7 @@ def test_an_interrupt_while_another_ray_is_started_leaves_nothing_behind(start: 
     driver = start(names=["only"])
     driver.wait(lambda: driver.bodies("only"))
     old = driver.kill("only", "raylet")
-    driver.wait(lambda: "another one is started" in driver.said())
+    driver.wait(lambda: "starting another one" in driver.said())
     os.killpg(driver.process.pid, signal.SIGINT)
     output = driver.end()
     assert driver.process.returncode != 0 and output.splitlines()[-1] == "KeyboardInterrupt", output
