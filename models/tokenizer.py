@@ -1,11 +1,11 @@
-"""One `Tokenizer` for every text format that a Llama comes with, and training a small one.
+"""One `Tokenizer` class for every tokenizer format of a Llama, and the training of a small one.
 
     load_tokenizer(folder)      tokenizer.json (any Hugging Face folder), else tokenizer.model: Llama 3's tiktoken ranks
                                 or Llama 1/2's SentencePiece
     train_bpe(texts, size)      a byte-level BPE with Llama 3's special names and one token per digit
 
-`encode` never adds a begin-of-text id and, unless told, never turns text into special tokens. `save(folder)` always
-writes tokenizer.json + tokenizer_config.json (chat template included), which transformers and vLLM load.
+`encode` never adds a begin-of-text id, and turns text into special tokens only with `allow_special`. `save(folder)`
+always writes tokenizer.json and tokenizer_config.json (with the chat template), which transformers and vLLM load.
 """
 
 import re
@@ -24,7 +24,7 @@ from models.tokenizer_base import LLAMA3_SPLIT, Tokenizer, add_specials, byte_le
 
 
 class HFTokenizer(Tokenizer):
-    """A tokenizer.json, of any model."""
+    """A tokenizer from any model's tokenizer.json."""
 
     def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
         added = backend.get_added_tokens_decoder()
@@ -40,7 +40,7 @@ class HFTokenizer(Tokenizer):
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
-        """A twin that reads special tokens' texts as ordinary text (the switch is not safe to flip between threads)."""
+        """A copy that reads the names of special tokens as ordinary text. (Flipping the switch is not thread-safe.)"""
         twin = tokenizers.Tokenizer.from_str(self._backend.to_str())
         twin.encode_special_tokens = True
         return twin
@@ -58,18 +58,18 @@ class HFTokenizer(Tokenizer):
         return self._backend
 
     def config(self) -> dict[str, Any]:
-        """As the folder says, but for the tokens that we use, and for its class: one with a name builds the tokenizer
-        anew from its vocabulary, by rules of its own, and gives other ids than tokenizer.json."""
+        """The folder's config with the tokens that we use and another class: a class with a name of its own rebuilds
+        the tokenizer from its vocabulary by its own rules, and gives other ids than tokenizer.json."""
         ours = ("tokenizer_class", "bos_token", "eos_token", "pad_token")
         kept = {key: value for key, value in self._config.items() if value is not None and key not in ours}
         return {**super().config(), **kept}
 
 
 def own_template(folder: Path) -> tuple[Path, str] | None:
-    """(file, Jinja source) of the chat template that a folder brings along; None where it has none.
+    """(file, Jinja source) of a folder's chat template; None if it has none.
 
     Raises:
-        CheckpointError: it has several and none is the default.
+        CheckpointError: the folder has several templates and none is the default.
     """
     refuse_pointer(file := folder / "chat_template.jinja")
     if file.is_file():
@@ -90,7 +90,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a model folder.
 
     Raises:
-        CheckpointError: no tokenizer there, or its file is damaged.
+        CheckpointError: the folder has no tokenizer, or its file is damaged.
     """
     folder = Path(folder)
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
@@ -110,9 +110,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE in Llama 3's manner, but with one token per digit, so that a small model can do sums.
+    """Train a byte-level BPE like Llama 3's, but with one token per digit, so that a small model can do arithmetic.
 
-    The ids are: 256 bytes, merges, then the first 16 of Llama 3.1's special tokens. `vocab_size` counts all of them; a
+    The ids are 256 bytes, merges, then the first 16 of Llama 3.1's special tokens. `vocab_size` counts all of them; a
     small corpus may give fewer. Equal texts in equal order give an equal tokenizer.
 
     Raises:
@@ -137,7 +137,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json over special_tokens_map.json, and the folder's template wherever it lies."""
+    """tokenizer_config.json over special_tokens_map.json, with the folder's template from any of its places."""
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -148,7 +148,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _load_model_file(file: Path) -> Tokenizer:
-    """tokenizer.model is tiktoken's text (base64, space, rank) for Llama 3 and SentencePiece's protobuf before."""
+    """tokenizer.model is tiktoken's text (base64, space, rank) for Llama 3, SentencePiece's protobuf for older
+    models."""
     with file.open("rb") as stream:
         first_line = stream.readline(4096)
     if re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", first_line):
@@ -161,7 +162,7 @@ def _load_model_file(file: Path) -> Tokenizer:
 
 
 def _load_through_transformers(folder: Path) -> Tokenizer:
-    """Older layouts (vocab.json + merges.txt and the like): transformers knows how to convert them."""
+    """Older layouts (vocab.json with merges.txt, and others), which transformers converts."""
     from transformers import AutoTokenizer
 
     try:
@@ -178,5 +179,5 @@ def _load_through_transformers(folder: Path) -> Tokenizer:
 
 
 def _token_text(value: Any) -> str | None:
-    """Configs write a token as its text or as {"content": text, ...}."""
+    """A token's text from a config, which writes it as text or as {"content": text, ...}."""
     return value.get("content") if isinstance(value, dict) else value
