@@ -1,4 +1,4 @@
-"""Learners and generators that outlive a step: started once per run, lent from step to step."""
+"""Learners and generators that outlive a step: started once per run and lent from step to step."""
 
 from actors.pools.keeper import NAMESPACE, Pools
 
