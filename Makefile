@@ -6,9 +6,9 @@ VENV        := .venv
 PY          := $(VENV)/bin/python
 INSTALL     := $(PY) -m pip install -qq --disable-pip-version-check
 TORCH       := $(shell sed -n 's/^torch==//p' requirements/$(ACCELERATOR).txt)
-# Unit tests first: some of them fork, which a process that Ray was in does not survive.
+# Unit tests first: some of them fork, which fails in a process that has used Ray.
 TESTS       := $(wildcard tests/unit tests/ray tests/chaos tests/page tests/gpu)
-# Test files at the same time; many of them wait for processes that they started.
+# The number of test files that run at the same time.
 WORKERS     ?= 1
 ARGS        ?=
 SUDO        := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
@@ -21,7 +21,7 @@ help: ## this list
 
 venv: $(VENV)/.installed ## create .venv with every pinned dependency (once; again when they change)
 
-# One rank of the pretraining is killed in the middle: what was seen and decided, and what it cost, is on the terminal.
+# Kills one rank in the middle of pretraining; the terminal shows the detection, the decision and the pause.
 DEMO_FAULTS ?= pretrain.generation-1.rank-1.step:120=kill
 
 demo: $(VENV)/.installed ## the whole graph on this machine, CPU is enough; ARGS="--set seed=2" passes options on
@@ -41,7 +41,7 @@ chaos: $(VENV)/.installed ## random faults on elastic pretraining over four rayl
 graph-chaos: $(VENV)/.installed ## random faults on a 50-step graph, RUNS=20 of them; SEED=n replays one run
 	@$(PY) -m tests.chaos.campaign $(if $(RUNS),--runs $(RUNS)) $(ARGS)
 
-page-test: $(VENV)/.installed ## the service's page in headless Chromium, which apt installs where it is missing (Debian)
+page-test: $(VENV)/.installed ## the service's page in headless Chromium, which apt installs if it is missing (Debian)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { echo "==> installing chromium"; $(SUDO) apt-get update -qq && \
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; }
 	@$(PY) -m pytest tests/page $(ARGS)
@@ -51,10 +51,10 @@ lint: $(VENV)/.installed ## ruff: rules and formatting
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 
-bench-graph: $(VENV)/.installed ## 10,000 durable steps beside bare Ray and Prefect; ARGS="--peers none" leaves Prefect out
+bench-graph: $(VENV)/.installed ## 10,000 durable steps against bare Ray and Prefect; ARGS="--peers none" skips Prefect
 	@$(PY) -m bench.graph $(ARGS)
 
-bench-recovery: $(VENV)/.installed ## pauses after a SIGKILL beside torchft, Ray Train and torchrun; ARGS="--cases shrink,torchft"
+bench-recovery: $(VENV)/.installed ## pauses after a SIGKILL against torchft, Ray Train, torchrun; ARGS="--cases shrink,torchft"
 	@$(PY) -m bench.recovery $(ARGS)
 
 clean: ## remove caches and build outputs; keeps .venv and runs/
@@ -80,7 +80,7 @@ $(VENV)/.requirements: requirements/pip.txt requirements/$(ACCELERATOR).txt requ
 	@touch $@
 
 .PHONY: torch-cpu torch-gpu
-# The CPU build from wherever pip looks already; PyTorch's own index only where that has none.
+# The CPU build from pip's configured index; from PyTorch's own index only if that one has none.
 torch-cpu:
 	@$(INSTALL) --no-deps torch==$(TORCH)+cpu 2>/dev/null \
 	|| $(INSTALL) --no-deps torch==$(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu

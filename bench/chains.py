@@ -1,9 +1,9 @@
-"""What `bench.graph` measures, in a process of its own: chains of steps on recua, or of bare Ray tasks.
+"""The process that `bench.graph` measures: chains of steps on recua, or of bare Ray tasks.
 
     python -m bench.chains ray|recua|resume --chains 100 --length 100 [--address HOST:PORT] [--store FOLDER]
 
-`ray` and `recua` join the Ray at HOST:PORT. `resume` runs finished chains in FOLDER again; nothing is left to be done,
-so it needs no Ray. Standard output: one JSON object; times in seconds, memory in MiB.
+`ray` and `recua` join the Ray at HOST:PORT. `resume` resumes finished chains in FOLDER; it needs no Ray, because no
+step is left to run. Standard output: one JSON object; times in seconds, memory in MiB.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from workflows.driver.settings import RunSettings
 from workflows.graph import step, workflow
 
 SPREAD = 1_000_000
-"""Between the chains' first numbers: no two calls are equal, so none can be reused."""
+"""The distance between the chains' first numbers: no two calls are equal, so that none is reused."""
 WARM_UP = (8, 4)
 
 
@@ -35,7 +35,8 @@ def link(number: int) -> int:
 
 @workflow
 def chains(number: int, length: int) -> int:
-    """The sum of the ends of `number` chains of `length` steps, each step taking the result of the one before."""
+    """The sum of the last results of `number` chains of `length` steps; each step takes the result of the one
+    before."""
     ends = []
     for index in range(number):
         value: Any = index * SPREAD
@@ -50,7 +51,7 @@ def run_id(number: int, length: int) -> str:
 
 
 def recua(number: int, length: int, store: str) -> dict[str, float]:
-    """Run the chains, or go on with them; the memory is this driver's when every step is done."""
+    """Run or resume the chains; the memory is this driver's after the last step."""
     settings = RunSettings(store=store, run_id=run_id(number, length))
     memory: dict[str, float] = {}
 
@@ -62,7 +63,7 @@ def recua(number: int, length: int, store: str) -> dict[str, float]:
 
 
 def ray_tasks(number: int, length: int) -> dict[str, float]:
-    """The floor: the same chains as Ray tasks that nobody keeps."""
+    """The lower bound: the same chains as Ray tasks, whose results are not kept."""
     import ray
 
     task = ray.remote(max_retries=0, num_cpus=1)(add)

@@ -1,25 +1,25 @@
-"""Ten thousand durable steps, beside bare Ray tasks and Prefect.
+"""Ten thousand durable steps, compared with bare Ray tasks and Prefect.
 
     python -m bench.graph                 # a table: 100 chains of 100 steps, three repetitions, about five minutes
     python -m bench.graph --json          # the same figures as one JSON object on the last line of standard output
     python -m bench.graph --peers none    # without Prefect: nothing is installed, two minutes
 
-Each step adds one to the number that the step before it gave, so what is measured is the engine: every step runs in a
-Ray worker, and its result is on the disk (fsync) before the step that takes it starts. Each measurement is a driver
-process of its own on one local Ray; the engines take turns, and medians are given. Where many short steps are ready
-recua runs several in one Ray task (workflows.worker.batch); the floor has a task for each.
+Each step adds one to the result of the step before it, so that only the engine is measured: every step runs in a Ray
+worker, and its result is on the disk (fsync) before the next step starts. Each measurement is a driver process of its
+own on one local Ray; the engines take turns, and medians are reported. If many short steps are ready, recua runs
+several in one Ray task (workflows.worker.batch); bare Ray has a task for each.
 
   recua_ms_per_step   wall time of the whole run, by steps
-  ray_ms_per_task     the same chains as bare Ray tasks, whose results nobody keeps: the floor
+  ray_ms_per_task     the same chains as bare Ray tasks, whose results are not kept: the lower bound
   prefect_ms_per_step the same chains on Prefect 3 with persisted results, on its thread runner or its Ray runner,
                       whichever is faster; fewer steps (--prefect-steps), its start and warm-up not counted
-  resume_s            a new process that runs the finished run again although its end is not on record: the workflow
-                      makes all of its calls again and every one is found committed. Start of Python included
-  finished_s          the same where the end is on record: the result is shown
-  rss_mb_1000, _10000 resident memory of recua's driver when 1,000 and when 10,000 steps are done (the same number of
-                      chains, a tenth as long)
+  resume_s            a new process resumes the run, whose end is not recorded: the workflow makes all its calls again,
+                      and finds each one committed. Includes the start of Python
+  finished_s          the same with the end recorded: the result is shown
+  rss_mb_1000, _10000 resident memory of recua's driver after 1,000 and after 10,000 steps (the same number of chains, a
+                      tenth as long)
 
-Prefect is installed, once, into .venv-peers from requirements/bench.txt: its pins collide with recua's.
+Prefect is installed, once, into .venv-peers from requirements/bench.txt, because its pins conflict with recua's.
 """
 
 import argparse
@@ -48,12 +48,12 @@ PREFECT_CHAINS = 20
 FSYNCS = 200
 LIMIT_S = 1800
 TRY_S = 180
-"""To find out which of Prefect's runners is faster; its Ray runner can take longer than that on a loaded machine."""
+"""Limit of the trial of each of Prefect's runners; its Ray runner may exceed it on a loaded machine."""
 
 
 @dataclass
 class Figures:
-    """What was measured so far: one number per repetition, by name."""
+    """The measurements so far: one number per repetition, by name."""
 
     seen: dict[str, list[float]] = field(default_factory=dict)
 
@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> None:
 
 
 def measure_graph(figures: Figures, given: argparse.Namespace, folder: Path, address: str) -> None:
-    """One repetition of the floor, of recua, of its resumes and of its memory."""
+    """One repetition of bare Ray, of recua, of its resumes and of its memory."""
     steps = given.chains * given.length
     size = ["--chains", str(given.chains), "--length", str(given.length)]
     short = ["--chains", str(given.chains), "--length", str(max(1, given.length // 10))]
@@ -108,7 +108,7 @@ def measure_graph(figures: Figures, given: argparse.Namespace, folder: Path, add
 
 
 def measure_prefect(figures: Figures, given: argparse.Namespace, folder: Path) -> None:
-    """Prefect on the faster of its runners; which that is, a tenth of the steps on each say, the first time."""
+    """Prefect on the faster of its runners, which the first call finds with a tenth of the steps on each."""
     python = peers_python()
 
     def run(runner: str, steps: int, limit_s: float = LIMIT_S) -> float:
@@ -121,7 +121,7 @@ def measure_prefect(figures: Figures, given: argparse.Namespace, folder: Path) -
         except subprocess.TimeoutExpired:
             if limit_s == LIMIT_S:
                 raise
-            say(f"  Prefect on its {runner} runner is not done after {limit_s} s: taken as the slower one")
+            say(f"  Prefect on its {runner} runner has not finished after {limit_s} s: it counts as the slower one")
             seconds = limit_s
         return 1000 * seconds / (PREFECT_CHAINS * length)
 
@@ -136,7 +136,7 @@ def faster_runner(figures: Figures) -> str:
 
 
 def summary(figures: Figures, given: argparse.Namespace, load: float) -> dict[str, Any]:
-    """The figures as they are printed: medians, ratios and how they came about."""
+    """The printed figures: medians, ratios and the measurements behind them."""
     median = figures.median
     recua, ray, prefect = (median(name) for name in ("recua_ms_per_step", "ray_ms_per_task", "prefect_ms_per_step"))
     assert recua is not None and ray is not None
@@ -159,7 +159,7 @@ def summary(figures: Figures, given: argparse.Namespace, load: float) -> dict[st
 
 
 def forget_end(url: str, run: str) -> None:
-    """Bring a finished run to where it would be had its driver been killed after the last step: no end on record."""
+    """Remove the recorded end of a finished run, as if its driver had been killed after the last step."""
     store = open_store(url)
     state = read_journal(store, run)
     assert state.end is not None, f"{run} did not finish"
@@ -168,7 +168,7 @@ def forget_end(url: str, run: str) -> None:
 
 
 def fsync_ms(folder: Path) -> float:
-    """What flushing a small file takes here, in the median."""
+    """Median time of flushing a small file."""
     seconds = []
     with (folder / "fsync").open("wb", buffering=0) as stream:
         for _ in range(FSYNCS):
@@ -181,7 +181,7 @@ def fsync_ms(folder: Path) -> float:
 
 @contextmanager
 def local_ray(cpus: int) -> Iterator[str]:
-    """One local Ray for all drivers; its address."""
+    """Start one local Ray for all drivers; yields its address."""
     import logging
 
     import ray
@@ -200,11 +200,11 @@ def _child(arguments: list[str]) -> dict[str, float]:
 
 
 def _process(command: list[str], environment: dict[str, str], limit_s: float = LIMIT_S) -> dict[str, float]:
-    """Run a driver; the JSON object that it printed last, and the wall seconds of its process.
+    """Run a driver; returns the JSON object that it printed last, with the wall seconds of its process.
 
     Raises:
-        subprocess.TimeoutExpired: it took longer than `limit_s`, and was killed.
-        RuntimeError: it failed; its last words are in the message.
+        subprocess.TimeoutExpired: the driver took longer than `limit_s` and was killed.
+        RuntimeError: the driver failed; the message ends with its last output.
     """
     began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit_s)

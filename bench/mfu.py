@@ -1,20 +1,20 @@
-"""Model FLOPs utilisation of Llama blocks, forward and backward, beside Hugging Face's of the same shape.
+"""Model FLOPs utilisation of Llama blocks, forward and backward, compared with Hugging Face's blocks of the same shape.
 
     python -m bench.mfu                            # one block of Llama 3 8B, bf16, compiled, 8,192 tokens
     python -m bench.mfu --json                     # the same; one JSON object on the last line
     python -m bench.mfu --layers 4 --batch 2       # more blocks, more sequences
     python -m bench.mfu --dim 256 --tokens 128     # a small block, for a machine without a GPU
 
-In each round every method does one step (forward and backward of all blocks; no optimizer), in turn, the first rounds
-unmeasured; figures are medians.
+In each round every method does one step in turn (forward and backward of all blocks; no optimizer). The first rounds
+are not measured; figures are medians.
 
   recua           `models.llama`, each block compiled as in training
   eager           the same without torch.compile
   transformers    `LlamaDecoderLayer` with torch's attention, compiled
 
-`mfu` counts 6 FLOPs a weight and token, and 12 D T for attention (PaLM, appendix B), over the dense bf16 peak of the
-GPU; `mfu_causal` counts only the half of attention that a causal mask leaves. Both are null where the peak is not
-known: give --peak then.
+`mfu` counts 6 FLOPs per weight and token, and 12 D T for attention (PaLM, appendix B), over the dense bf16 peak of the
+GPU; `mfu_causal` counts only the half of attention that a causal mask leaves. Both are null if the peak is not known;
+--peak sets it.
 """
 
 import argparse
@@ -37,13 +37,13 @@ LLAMA_8B = LlamaConfig(
     dim=4096, layers=1, heads=32, kv_heads=8, ffn_dim=14336, vocab_size=0, context=8192, rope_theta=500_000.0
 )
 PEAKS = {"H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4, "GH200": 989.4, "A100": 312.0, "B200": 2250.0}
-"""Dense bf16 TFLOP/s by a part of the device's name, from NVIDIA's data sheets; the longest part that fits counts."""
+"""Dense bf16 TFLOP/s by a part of the device's name, from NVIDIA's data sheets; the longest matching part counts."""
 WARM_UP = 3
 Step = Callable[[], None]
 
 
 def shape(dim: int, layers: int, tokens: int) -> LlamaConfig:
-    """Blocks with the proportions of Llama 3 8B: heads of 128 where that goes, four queries to a key."""
+    """Blocks with the proportions of Llama 3 8B: heads of width 128 if possible, four query heads per key head."""
     if dim == LLAMA_8B.dim:
         return replace(LLAMA_8B, layers=layers, context=tokens)
     width = min(128, dim // 4)
@@ -103,7 +103,7 @@ def _train(module: torch.nn.Module, hidden: Tensor, x: Tensor) -> None:
 
 
 def flops(config: LlamaConfig, sequences: int, tokens: int, causal: bool) -> float:
-    """Of one step, by the convention in the module's docstring."""
+    """FLOPs of one step, by the convention in the module's docstring."""
     per_token = flops_per_token(config, tokens)
     if causal:
         per_token -= 6.0 * config.layers * config.dim * tokens
@@ -111,7 +111,7 @@ def flops(config: LlamaConfig, sequences: int, tokens: int, causal: bool) -> flo
 
 
 def peak_of(device: torch.device) -> float | None:
-    """Dense bf16 TFLOP/s; None where that is not known."""
+    """The device's dense bf16 TFLOP/s; None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -162,7 +162,7 @@ def run(
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The same for people."""
+    """The figures as a table."""
     lines = [
         f"{figures['layers']} block(s) of width {figures['dim']}, {figures['sequences']} x {figures['tokens']} tokens, "
         f"{figures['dtype']}, {figures['device']}"

@@ -1,16 +1,16 @@
-"""How long re-forming stops real ranks, by group size: what the twin's pause model is fitted to.
+"""How long re-forming stops real ranks, by group size. The simulator's pause model is fitted to these measurements.
 
     python -m bench.pauses --most 16 --output cluster/simulation/measured_pauses.json
 
-One group of real processes (gloo, FSDP, a toy Llama) trains; one rank after the other is killed with SIGKILL inside a
-step, and the survivors go on in the same processes. Who waits for whom: this process waits for every rank's answer;
-ranks wait for each other in collectives and for this process between generations.
+One group of real processes (gloo, FSDP, a toy Llama) trains. One rank after the other is killed with SIGKILL inside a
+step, and the survivors continue in the same processes. Who waits for whom: this process waits for every rank's answer;
+ranks wait for each other in collectives, and for this process between generations.
 
-Phases, in seconds, each the slowest rank's: abort_s (from the word "abort" to the last rank out of its groups), form_s
-(new groups and mesh), build_s (network and optimizer sharded anew), first_step_s (what the first step takes longer
-than a usual one), detection_s (from SIGKILL until this process knows). No state is restored: that cost is stated in
-cluster.simulation.pauses. More ranks than cores compete for them, which makes the phases look as if they grew with the
-ranks. Prints one JSON object as its last line.
+Phases, in seconds, each the slowest rank's: abort_s (from the command "abort" until the last rank has left its groups),
+form_s (new groups and mesh), build_s (network and optimizer sharded again), first_step_s (the first step's time beyond
+a usual one), detection_s (from SIGKILL until this process knows). No state is restored; cluster.simulation.pauses
+states that cost. If there are more ranks than cores, phases grow with the ranks because they compete for cores. Prints
+one JSON object as its last line.
 """
 
 import argparse
@@ -39,7 +39,7 @@ USUAL_STEPS = 4
 
 
 def rank_main(words: Connection, store: tuple[str, int]) -> None:
-    """One rank: a control thread takes the words, this thread trains and answers."""
+    """One rank: a control thread receives commands, this thread trains and answers."""
     import torch
 
     from engines.collectives.process_groups import ProcessGroups, Rendezvous, StoreAddress
@@ -47,7 +47,7 @@ def rank_main(words: Connection, store: tuple[str, int]) -> None:
 
     torch.set_num_threads(1)
     gc.collect()
-    gc.freeze()  # what was imported is not walked through again whenever groups are left
+    gc.freeze()  # later collections skip the imported modules
     rendezvous = Rendezvous(StoreAddress(*store))
     joins: list[tuple[int, int, int]] = []
     arrived, groups = threading.Semaphore(0), [None]
@@ -78,7 +78,7 @@ def rank_main(words: Connection, store: tuple[str, int]) -> None:
 
 
 def train(groups: Any, words: Connection) -> None:
-    """Form, build, report the phases after `USUAL_STEPS` steps, and go on until a peer is lost."""
+    """Form, build, report the phases after `USUAL_STEPS` steps, and train until a peer is lost."""
     import torch
 
     from engines.base import Batch
@@ -110,7 +110,7 @@ def train(groups: Any, words: Connection) -> None:
 
 
 class Group:
-    """Real rank processes, and what to tell them."""
+    """Real rank processes and the commands to them."""
 
     def __init__(self, size: int) -> None:
         from engines.collectives.process_groups import host_store
@@ -128,7 +128,7 @@ class Group:
         self.answers("ready")
 
     def answers(self, wanted: Any = dict) -> list[Any]:
-        """One from every rank; RuntimeError when a rank dies or is silent."""
+        """One answer from every rank. Raises RuntimeError if a rank dies or is silent."""
         found = []
         for process, words in self.ranks:
             if not words.poll(DEADLINE_S):
@@ -140,7 +140,7 @@ class Group:
         return found
 
     def form(self) -> dict[str, float]:
-        """Train under the next generation; the slowest rank's phases."""
+        """Train in the next generation; returns the slowest rank's phases."""
         self.generation += 1
         for rank, (_, words) in enumerate(self.ranks):
             words.send((self.generation, rank, len(self.ranks)))
@@ -148,7 +148,7 @@ class Group:
         return {name: max(answer[name] for answer in answers) for name in answers[0]}
 
     def kill(self, victim: int) -> dict[str, float]:
-        """SIGKILL one rank in the middle of a step, and get the others out of their collectives."""
+        """SIGKILL one rank in the middle of a step, and make the others leave their collectives."""
         process, words = self.ranks.pop(victim)
         killed = time.perf_counter()
         os.kill(process.pid, signal.SIGKILL)
@@ -167,7 +167,7 @@ class Group:
 
 
 def measure(most: int, dice: random.Random) -> list[dict[str, float]]:
-    """From `most` + 1 ranks down to 2: one row per kill, by the size of the group that goes on."""
+    """From `most` + 1 ranks down to 2: one row per kill, by the size of the remaining group."""
     group, rows = Group(most + 1), []
     try:
         group.form()

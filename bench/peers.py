@@ -1,4 +1,4 @@
-"""An environment for the programs that recua is measured against, apart from recua's own: their pins collide."""
+"""Environments for the programs that recua is compared with, apart from recua's own because their pins conflict."""
 
 import hashlib
 import os
@@ -14,32 +14,33 @@ TORCHFT = FOLDER / "beside-recua"
 PIP = ("-m", "pip", "install", "-qq", "--disable-pip-version-check")
 
 
-def peers_python(say: str = "bench: making an environment for the peers, once (a few minutes of downloads)") -> Path:
-    """The peers' Python, installed from requirements/bench.txt into .venv-peers when it is missing or out of date.
+def peers_python() -> Path:
+    """The peers' Python, installed from requirements/bench.txt into .venv-peers if it is missing or out of date.
 
     Raises:
-        RuntimeError: it cannot be installed; pip's last words are in the message.
+        RuntimeError: it cannot be installed; the message ends with pip's last output.
     """
     python, wanted = FOLDER / "bin" / "python", REQUIREMENTS / "bench.txt"
     make = [sys.executable, "-m", "venv", str(FOLDER)]
+    say = "bench: creating an environment for the peers, once (a few minutes of downloads)"
     _install(FOLDER / ".installed", wanted, [make, [str(python), *PIP, "-r", str(wanted)]], say)
     return python
 
 
-def torchft_folder(say: str = "bench: installing torchft into .venv-peers, once") -> Path:
-    """A folder for PYTHONPATH that holds torchft (requirements/torchft.txt) for recua's own Python, torch and so on.
+def torchft_folder() -> Path:
+    """A folder for PYTHONPATH with torchft (requirements/torchft.txt), which uses recua's own Python and torch.
 
     Raises:
-        RuntimeError: it cannot be installed; pip's last words are in the message.
+        RuntimeError: it cannot be installed; the message ends with pip's last output.
     """
     wanted = REQUIREMENTS / "torchft.txt"
     install = [sys.executable, *PIP, "--no-deps", "--upgrade", "--target", str(TORCHFT), "-r", str(wanted)]
-    _install(TORCHFT / ".installed", wanted, [install], say)
+    _install(TORCHFT / ".installed", wanted, [install], "bench: installing torchft into .venv-peers, once")
     return TORCHFT
 
 
 def _install(stamp: Path, wanted: Path, commands: Sequence[Sequence[str]], say: str) -> None:
-    """Run `commands` unless `stamp` says that this was done for the same requirements."""
+    """Run `commands` unless `stamp` shows that they were run for the same requirements."""
     digest = hashlib.sha256(wanted.read_bytes()).hexdigest()
     if stamp.exists() and stamp.read_text() == digest:
         return
@@ -52,7 +53,7 @@ def _install(stamp: Path, wanted: Path, commands: Sequence[Sequence[str]], say: 
 
 
 def prefect_environment(folder: Path) -> dict[str, str]:
-    """What Prefect needs: a home that exists, its own database, time to start, nothing reported."""
+    """Environment variables for Prefect: an existing home, its own database, time to start, no telemetry."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_"))}
     return {
         **kept,

@@ -1,10 +1,10 @@
-"""How well failures are predicted on SYNTHETIC health traces (bench.synthetic_health): precision, recall, lead time.
+"""Precision, recall and lead time of the failure predictor on SYNTHETIC health traces (bench.synthetic_health).
 
     python -m bench.prediction --nodes 400 --days 3 --json
 
-Counted per node. A failure counts as predicted if the node was to be drained before it, `--lead-s` ahead at least; a
-drain of a node that stays healthy is a false alarm. `recall_with_signs` leaves out failures that give none: nobody can
-predict those. The numbers say nothing about real hardware. Prints one JSON object as its last line.
+Counts are per node. A failure counts as predicted if the policy drains the node at least `--lead-s` before it; a drain
+of a node that stays healthy is a false alarm. `recall_with_signs` leaves out failures without signs, which cannot be
+predicted. The numbers say nothing about real hardware. Prints one JSON object as its last line.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from cluster.guard.prediction import NodeTrend, decide_drain_ahead
 
 
 def first_drain(trace: SyntheticTrace, settings: ElasticSettings) -> float | None:
-    """When the policy drains the node of this trace; None: never."""
+    """When the policy drains the node of this trace; None if never."""
     trend = NodeTrend()
     for now, signals in trace.samples:
         trend.observe(now, signals)
@@ -31,7 +31,7 @@ def first_drain(trace: SyntheticTrace, settings: ElasticSettings) -> float | Non
 
 
 def score(traces: Iterable[SyntheticTrace], lead_s: float, settings: ElasticSettings) -> dict[str, Any]:
-    """Precision and recall over `traces`, and where they come from."""
+    """Precision and recall over `traces`, with counts by kind of node."""
     nodes, caught, alarms, leads = Counter[str](), Counter[str](), Counter[str](), []
     for trace in traces:
         nodes[trace.kind] += 1
@@ -49,7 +49,7 @@ def score(traces: Iterable[SyntheticTrace], lead_s: float, settings: ElasticSett
     hits = sum(caught.values())
     with_signs = hits - caught["sudden"]
     return {
-        "traces": "synthetic (bench.synthetic_health): made up, not recorded",
+        "traces": "synthetic (bench.synthetic_health): invented, not recorded",
         "precision": round(hits / (hits + sum(alarms.values())), 4) if hits else 0.0,
         "recall": round(hits / failures, 4) if failures else 0.0,
         "recall_with_signs": round(with_signs / shown, 4) if shown else 0.0,

@@ -1,8 +1,8 @@
-"""The chains of `bench.chains` on Prefect 3 with persisted results. Run by the peers' own Python; needs no recua.
+"""The chains of `bench.chains` on Prefect 3 with persisted results. Runs in the peers' own Python, without recua.
 
     python prefect_chains.py threads|ray --chains 20 --length 20
 
-Standard output: one JSON object with the seconds of one flow run, its start apart.
+Standard output: one JSON object with the seconds of one flow run, without its start.
 """
 
 import argparse

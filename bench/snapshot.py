@@ -1,21 +1,21 @@
-"""What a snapshot of the training state in every step costs a 20M-parameter Llama.
+"""The cost of a snapshot of the training state in every step, for a 20M-parameter Llama.
 
     python -m bench.snapshot                                  # a table; 4k, 16k and 64k tokens per step, ten rounds
     python -m bench.snapshot --json --tokens 16384            # one size, as one JSON object on the last line
 
-In each round every method trains one step beside one step without any, in turn (the order rotates), so that what else
-the machine does falls on all alike. A step with a method is what training with it in every step repeats: the state is
-taken, the step runs meanwhile where the method lets it, and the step ends when the next snapshot could begin.
+In each round every method trains one step, and one step runs without snapshots, in rotating order, so that other load
+on the machine affects all alike. A step with a method takes the state, runs meanwhile if the method allows it, and ends
+when the next snapshot could begin.
 
   off          no snapshot
   memory       `engines.snapshots`: copied into shared memory beside the step, checksummed, two kept
-  replica      the same, and a replica in another process, verified there, over TCP (both ends on this machine)
+  replica      the same, with a replica in another process, which verifies it, over TCP (both ends on this machine)
   dcp_async    `torch.distributed.checkpoint.async_save` to a folder
   torch_save   `torch.save` to a folder, before the step
 
-Overheads are fractions of the step without: the median over the rounds of (step with / step without - 1), with a 95%
-bootstrap interval. `cpu_s` are processor seconds of this process per step (medians); they hardly depend on what else
-runs. Files go to shared memory unless --folder says otherwise, so that no disk is measured.
+Overheads are fractions of a step without snapshots: the median over the rounds of (step with / step without - 1), with
+a 95% bootstrap interval. `cpu_s` are processor seconds of this process per step (medians), which hardly depend on other
+load. Files go to shared memory unless --folder names another folder, so that no disk is measured.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from engines.snapshots import Holder, Peer, ReplicaServer, Snapshots
 
 SEQUENCE = 512
 MICRO_BATCH = 4096
-"""Tokens that are forwarded at once."""
+"""Tokens per forward pass."""
 HEADLINE = 16384
 MODEL = LlamaConfig(
     dim=384, layers=11, heads=6, kv_heads=2, ffn_dim=1024, vocab_size=4096, context=SEQUENCE
@@ -56,23 +56,23 @@ METHODS = ("memory", "replica", "dcp_async", "torch_save")
 
 
 class Off:
-    """A way to take snapshots: none. `begin`, the step and `finish` are measured, `rest` is not."""
+    """A snapshot method that takes none. `begin`, the step and `finish` are measured, `rest` is not."""
 
     def __init__(self, learner: TorchLearner) -> None:
         self.learner = learner
 
     def begin(self) -> None:
-        """Take the present state, as far as it has to be before the step."""
+        """Take the part of the state that must be taken before the step."""
 
     def finish(self) -> None:
-        """Wait until the next one may begin."""
+        """Wait until the next snapshot may begin."""
 
     def rest(self) -> None:
-        """Wait for what belongs to the next step."""
+        """Wait for work that belongs to the next step."""
 
 
 class InMemory(Off):
-    """As in training: the step itself waits for the copy before it changes the weights, and begins the next one."""
+    """As in training: the step waits for the copy before it changes the weights, and begins the next one."""
 
     def __init__(self, learner: TorchLearner, folder: Path, holders: Sequence[Holder] = ()) -> None:
         super().__init__(learner)
@@ -89,12 +89,12 @@ class InMemory(Off):
 
 
 def _state(learner: TorchLearner) -> dict[str, torch.Tensor]:
-    """Weights, moments and step by global name: what a checkpoint of torch's holds."""
+    """Weights, moments and step by global name, as in a checkpoint of torch's."""
     return {**learner.optimizer.state(), "step": torch.tensor(learner.step)}
 
 
 class DcpAsync(Off):
-    """Staged in the training thread, written by another."""
+    """Staged in the training thread, written by another thread."""
 
     def __init__(self, learner: TorchLearner, folder: Path) -> None:
         super().__init__(learner)
@@ -109,7 +109,7 @@ class DcpAsync(Off):
 
 
 class TorchSave(Off):
-    """In the training thread."""
+    """Written in the training thread."""
 
     def __init__(self, learner: TorchLearner, file: Path) -> None:
         super().__init__(learner)
@@ -129,7 +129,7 @@ class Timings:
 
 @contextmanager
 def methods(names: Sequence[str], learner: TorchLearner, folder: Path) -> Iterator[dict[str, Off]]:
-    """Those of `names`, and `off`."""
+    """The methods of `names`, and `off`."""
     with ExitStack() as stack:
         made = {"off": Off(learner)}
         for name in names:
@@ -170,7 +170,7 @@ def _hold_replicas(pipe: Connection, folder: Path) -> None:
 
 
 def micro_batches(tokens: int, vocab_size: int) -> list[dict[str, torch.Tensor]]:
-    """`tokens` random tokens in sequences, a few at once."""
+    """`tokens` random tokens as micro-batches of sequences."""
     generator = torch.Generator().manual_seed(tokens)
     rows = torch.randint(0, vocab_size, (max(1, tokens // SEQUENCE), SEQUENCE + 1), generator=generator)
     batches = rows.split(MICRO_BATCH // SEQUENCE)
@@ -180,7 +180,7 @@ def micro_batches(tokens: int, vocab_size: int) -> list[dict[str, torch.Tensor]]
 def measure(
     learner: TorchLearner, ready: dict[str, Off], tokens: int, rounds: int, limit_s: float = math.inf
 ) -> dict[str, Timings]:
-    """`rounds` rounds of one step per method, after one that does not count; fewer where `limit_s` runs out."""
+    """`rounds` rounds of one step per method, after a warm-up round; fewer if `limit_s` runs out."""
     batches, loss = micro_batches(tokens, learner.config.vocab_size), next_token_loss(tokens)
     seen = {name: Timings() for name in ready}
     order, started = list(ready), time.monotonic()
@@ -212,7 +212,7 @@ def overhead(with_it: Timings, without: Timings) -> tuple[float, tuple[float, fl
 
 
 def report(seen: dict[int, dict[str, Timings]], learner: TorchLearner) -> dict[str, Any]:
-    """What the module's docstring promises; the headline is at 16k tokens, or at the largest size where that is not."""
+    """The figures of the module's docstring; the headline is at 16k tokens, or else at the largest size."""
     sizes: dict[str, Any] = {}
     for tokens, timings in seen.items():
         size: dict[str, Any] = {"rounds": len(timings["off"].wall), "step_s": statistics.median(timings["off"].wall)}
@@ -257,7 +257,7 @@ def run(
 
 
 def table(figures: dict[str, Any]) -> str:
-    """For people."""
+    """The figures as a table."""
     lines = [f"{figures['parameters'] / 1e6:.1f}M parameters, {figures['state_mib']:.0f} MiB of state"]
     for tokens, size in figures["sizes"].items():
         lines.append(f"{tokens} tokens: {size['step_s']:.2f} s a step, {size['rounds']} rounds")

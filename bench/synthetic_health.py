@@ -1,10 +1,10 @@
-"""SYNTHETIC node health traces: made up, not recorded. They show what a predictor does with such shapes, not how often
+"""SYNTHETIC node health traces: invented, not recorded. They show how a predictor treats such shapes, not how often
 real nodes fail in them.
 
-Written apart from the predictor (it imports nothing of it, and knows no threshold of its). The shapes follow what is
-described of failing hardware: corrected memory errors that accelerate before an uncorrected one, a fan that dies, a
-link that degrades, a card that falls off the bus with bursts of PCIe replays; and, as often, failures without any sign.
-Healthy nodes are no quieter than real ones: cells that report corrected errors at a steady rate for ever, racks that
+They are independent of the predictor: nothing of it is imported, and none of its thresholds is used. The shapes follow
+published descriptions of failing hardware: corrected memory errors that accelerate before an uncorrected one, a fan
+that dies, a link that degrades, a card that falls off the bus with bursts of PCIe replays; and failures without any
+sign. Healthy nodes are as noisy as real ones: memory cells that report corrected errors at a steady rate, racks that
 run hot by day, bursts of retransmissions when a neighbour congests the network, single throttling events.
 
 A trace is one node's signals every `PERIOD_S` seconds; counters never fall.
@@ -19,13 +19,13 @@ PERIOD_S = 60.0
 DAY_S = 86400.0
 
 FAILING = {"memory": 0.2, "cooling": 0.15, "link": 0.15, "bus": 0.1, "sudden": 0.4}
-"""Shares of the ways to fail; "sudden" has no precursor at all."""
+"""Shares of the kinds of failure; "sudden" has no precursor."""
 HEALTHY = {"quiet": 0.55, "steady-errors": 0.15, "hot-rack": 0.15, "congested": 0.15}
 
 
 @dataclass(frozen=True)
 class SyntheticTrace:
-    """`fails_at` is None for a node that stays healthy. `samples`: (time, {signal: value}), up to the failure."""
+    """A node's trace. `fails_at` is None if it stays healthy. `samples`: (time, {signal: value}) up to the failure."""
 
     node: str
     kind: str
@@ -46,7 +46,7 @@ def make_fleet(nodes: int, days: float, failing_share: float, seed: int) -> Iter
 
 
 def make_trace(node: str, kind: str, length_s: float, fails_at: float | None, dice: random.Random) -> SyntheticTrace:
-    """One node. Magnitudes and lead times are drawn anew for each."""
+    """One node's trace; magnitudes and lead times are drawn for each node."""
     background = dict.fromkeys(("ecc_corrected", "pcie_replays", "retransmits", "link_errors", "throttles"), 0.0)
     base_temperature, swing = dice.uniform(48, 64), dice.uniform(1, 4)
     if kind == "hot-rack":

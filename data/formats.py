@@ -19,9 +19,8 @@ import logging
 import lzma
 import os
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -51,13 +50,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts of a validation pass, e.g. Summary(rows=3, task_types={"reasoning/addition": 2, "": 1}).
-
-    `text_bytes`: UTF-8 bytes of all "text", an upper bound of its tokens.
-    """
+    """Counts of a validation pass. `text_bytes`: UTF-8 bytes of all "text", an upper bound of its tokens."""
 
     rows: int
-    task_types: dict[str, int] = field(default_factory=dict)
     text_bytes: int = 0
 
 
@@ -89,7 +84,6 @@ def validate(
     """
     problems: list[str] = []
     count, bad, size = 0, 0, 0
-    task_types: Counter[str] = Counter()
     for _, place, row in _raw_rows(sources):
         try:
             checked = check_row(_parsed(row), shape)
@@ -102,14 +96,13 @@ def validate(
             continue
         count += 1
         size += len(checked.get("text", "").encode())
-        task_types[checked.get("task_type", "")] += 1
     if bad > len(problems):
         problems.append(f"... and {bad - len(problems)} more malformed rows")
     if problems:
         raise DataError("\n".join(problems))
     if not count:
         raise DataError(f"{_shown(sources)}: no rows")
-    return Summary(count, dict(task_types), size)
+    return Summary(count, size)
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> int:

@@ -15,8 +15,8 @@ from models.weights import TensorEntry, some, tensor_index, write_shards
 def average(folders: Sequence[str | Path], weights: Sequence[float] | None, out: str | Path) -> None:
     """Write the weighted mean of several folders' tensors.
 
-    `weights` sum to 1 (None: equal). Sums are in fp32, stored in the first folder's dtypes; every other file is the
-    first folder's. One tensor of each model is in memory at a time, and one output shard.
+    `weights` sum to 1 (None: equal). Sums are in fp32 and stored in the first folder's dtypes; all other files are
+    copied from the first folder. Memory holds one tensor of each model and one output shard.
 
     Raises:
         CheckpointError: the folders do not hold the same tensors.

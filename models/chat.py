@@ -1,15 +1,15 @@
-"""Conversations to token ids, and which of those ids the loss sees.
+"""Conversations to token ids, with a mask of the ids that the loss sees.
 
 Two formats, chosen by the tokenizer's special tokens:
 
 llama3  <|begin_of_text|> then per message <|start_header_id|>ROLE<|end_header_id|>\\n\\nCONTENT<|eot_id|>;
-        an open assistant header asks for an answer.
+        a prompt ends with an open assistant header.
 llama2  per exchange <s>[INST] USER [/INST] ANSWER </s>; a system message becomes <<SYS>> tags in the first USER.
 
 Content is stripped and encoded as ordinary text: "<|eot_id|>" typed by a user becomes its letters, never the token.
 `TEMPLATES` are the same formats in Jinja. They are saved with a model, so that transformers and vLLM build the ids that
-the model was trained on. (Jinja renders to one string, so those programs do read special names in a user's text as
-special tokens; whoever serves untrusted text renders here and passes ids.)
+the model was trained on. (Jinja renders to one string, so those programs read special names in a user's text as special
+tokens. To serve untrusted text, render it here and pass ids.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 from infra.errors import ConfigError
 
 Message = Mapping[str, Any]
-"""{"role": "system" | "user" | "assistant" | ..., "content": text[, "weight": 0 where nothing is to be learnt]}"""
+"""{"role": "system" | "user" | "assistant" | ..., "content": text[, "weight": 0 for a turn that is not trained on]}"""
 
 TEMPLATES = {
     "llama3": (
@@ -50,7 +50,7 @@ LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
 class Encoder(Protocol):
-    """What rendering needs of a tokenizer; `models.tokenizers.base.Tokenizer` has it."""
+    """The part of `models.tokenizers.Tokenizer` that rendering uses."""
 
     specials: dict[str, int]
     chat_format: str | None
@@ -62,7 +62,7 @@ class Encoder(Protocol):
 
 
 def chat_format(specials: Mapping[str, int]) -> str | None:
-    """The format that a tokenizer with these special tokens speaks ("llama3", "llama2"), None when neither."""
+    """The chat format of a tokenizer with these special tokens: "llama3", "llama2", or None."""
     if {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= specials.keys():
         return "llama3"
     if {"<s>", "</s>"} <= specials.keys():
@@ -74,7 +74,7 @@ def render(messages: Sequence[Message], tokenizer: Encoder, add_generation_promp
     """The ids of a conversation; `add_generation_prompt` leaves it open where the assistant's answer starts.
 
     Raises:
-        ConfigError: the tokenizer has neither format's special tokens.
+        ConfigError: the tokenizer has the special tokens of neither format.
         ValueError: no messages; or Llama 2 turns that do not alternate, or that contain its tags.
     """
     return [token for piece, _ in _pieces(messages, tokenizer, add_generation_prompt) for token in piece]
@@ -83,10 +83,10 @@ def render(messages: Sequence[Message], tokenizer: Encoder, add_generation_promp
 def render_with_mask(
     messages: Sequence[Message], tokenizer: Encoder, train_on: Literal["all", "last"] = "all"
 ) -> tuple[list[int], list[int]]:
-    """(ids [T], mask [T]): mask is 1 on the tokens that the assistant must produce, its end-of-turn token included.
+    """(ids [T], mask [T]): the mask is 1 on the tokens that the assistant must produce, with its end-of-turn token.
 
     A turn of weight 0 has mask 0. `train_on="last"` keeps only the last assistant turn. The mask belongs to the token
-    itself: when position t predicts token t + 1, shift it with the labels. Raises as `render`, and ValueError when no
+    itself: if position t predicts token t + 1, shift it with the labels. Raises as `render`, and ValueError if no
     assistant turn is trained on.
     """
     pieces = _pieces(messages, tokenizer, open_end=False)
@@ -109,7 +109,7 @@ def render_with_mask(
 
 
 def _pieces(messages: Sequence[Message], tokenizer: Encoder, open_end: bool) -> list[tuple[list[int], bool]]:
-    """The conversation as (ids, must the assistant produce them) in order."""
+    """The conversation as (ids, whether the assistant must produce them) pairs in order."""
     if not messages:
         raise ValueError("a conversation needs at least one message")
     if tokenizer.chat_format == "llama3":
@@ -139,7 +139,7 @@ def _llama3(messages: Sequence[Message], tokenizer: Encoder, open_end: bool) -> 
 
 
 def _llama2(messages: Sequence[Message], tokenizer: Encoder) -> list[tuple[list[int], bool]]:
-    """A prompt and its answer are encoded as one text (the pieces could join), then cut where the prompt ends."""
+    """Encodes a prompt and its answer as one text, because tokens may join across them, then cuts after the prompt."""
     turns = _llama2_turns(messages)
     pieces: list[tuple[list[int], bool]] = []
     for index in range(0, len(turns), 2):
@@ -160,7 +160,7 @@ def _llama2_turns(messages: Sequence[Message]) -> list[str]:
     for number, message in enumerate(messages):
         if tag := next((tag for tag in LLAMA2_TAGS if tag in message["content"]), None):
             raise ValueError(
-                f"message {number} contains {tag}: Llama 2's tags are plain text, so it could pose as a turn"
+                f"message {number} contains {tag}: Llama 2's tags are plain text, so that it would read as a turn"
             )
     system = ""
     if messages[0]["role"] == "system":

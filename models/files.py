@@ -1,4 +1,4 @@
-"""A model folder that is there whole or not at all, and its files as they may be found."""
+"""Model folders that appear whole or not at all, and checks of the files in a folder."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """A JSON object of a model folder.
 
     Raises:
-        CheckpointError: the file is missing, a Git LFS pointer, or no JSON object in UTF-8.
+        CheckpointError: the file is missing, a Git LFS pointer, or not a JSON object in UTF-8.
     """
     refuse_pointer(file)
     try:
@@ -33,12 +33,12 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def refuse_pointer(file: Path) -> None:
-    """Raises CheckpointError where something else stands in a file's place: a pointer of Git LFS, or a link to nothing
-    (the Hub's cache is made of links). Nothing where there is no file."""
+    """Raises CheckpointError if the file is a Git LFS pointer or a link to nothing (the Hub's cache consists of links).
+    Passes if there is no file."""
     if file.is_symlink() and not file.exists():
         raise CheckpointError(
-            f"{file} is a link to {os.readlink(file)}, which is not here: copy the folder with what its links lead to "
-            "(cp -L), or download it again"
+            f"{file} is a link to {os.readlink(file)}, which does not exist: copy the folder with the files that its "
+            "links lead to (cp -L), or download it again"
         )
     try:
         with file.open("rb") as stream:
@@ -46,16 +46,16 @@ def refuse_pointer(file: Path) -> None:
     except OSError:
         return
     if start == LFS_POINTER:
-        raise CheckpointError(f"{file} is a Git LFS pointer, the file itself is not here: run `git lfs pull` there")
+        raise CheckpointError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` there")
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raises CheckpointError where a folder holds a PEFT adapter: what loads it would depend on the library."""
+    """Raises CheckpointError if a folder holds a PEFT adapter, because libraries load such folders differently."""
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(
             f"{folder} holds an adapter (adapter_config.json), which is only part of a model: merge it into its base "
-            "(PEFT's merge_and_unload) and name the folder of the merged model; if the weights here are whole, remove "
-            "adapter_config.json and adapter_model.safetensors"
+            "(PEFT's merge_and_unload) and name the folder of the merged model; if these weights are a whole model, "
+            "remove adapter_config.json and adapter_model.safetensors"
         )
 
 
@@ -63,8 +63,8 @@ def refuse_adapter(folder: Path) -> None:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder beside `folder` to fill; on success its files move into `folder`, config.json last.
 
-    A model without config.json does not load anywhere, so a reader sees no model, or a whole one. `folder` may exist:
-    an earlier model's config.json goes first, then its weight files (stale shards would be read); other files stay.
+    No library loads a model without config.json, so a reader sees no model or a whole one. `folder` may exist: an
+    earlier model's config.json is removed first, then its weight files (stale shards would be read); other files stay.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     filling = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")

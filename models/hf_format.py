@@ -1,4 +1,4 @@
-"""Hugging Face's names and config.json for a Llama <-> ours. The tensors themselves are the same, none is permuted."""
+"""Hugging Face's names and config.json for a Llama <-> ours. The tensors themselves are the same; none is permuted."""
 
 import math
 import re
@@ -20,7 +20,7 @@ FOREIGN_KEYS = (
     "logits_scaling",
     "residual_multiplier",
 )
-"""Of networks that are nearly Llamas. Runtimes differ in which of them they honour under the name of a Llama."""
+"""Keys of networks that are nearly Llamas. Runtimes differ in which of them they honour for model_type llama."""
 
 
 def to_hf_name(name: str) -> str:
@@ -98,7 +98,7 @@ def config_from_hf(tree: Mapping[str, Any], source: str = "config.json") -> Llam
     """The architecture that a config.json describes.
 
     Raises:
-        CheckpointError: it is no Llama, or uses something that our network does not have; the key is named.
+        CheckpointError: it is not a Llama, or has a feature that our network lacks; the message names the key.
     """
 
     def refuse_unless(condition: bool, key: str, wanted: str) -> None:
@@ -110,7 +110,7 @@ def config_from_hf(tree: Mapping[str, Any], source: str = "config.json") -> Llam
     refuse_unless(not tree.get("attention_bias"), "attention_bias", "false")
     refuse_unless(not tree.get("mlp_bias"), "mlp_bias", "false")
     for key in FOREIGN_KEYS:
-        refuse_unless(tree.get(key) in (None, 1), key, "none: a Llama has no such thing")
+        refuse_unless(tree.get(key) in (None, 1), key, "none: a Llama has no such setting")
     tied = tree.get("tie_word_embeddings")
     refuse_unless(tied in (None, True, False), "tie_word_embeddings", "true or false")
     heads = _count(tree, "num_attention_heads", source)
@@ -145,7 +145,7 @@ def config_from_hf(tree: Mapping[str, Any], source: str = "config.json") -> Llam
 
 
 def read_tree(folder: str | Path) -> dict[str, Any]:
-    """config.json of a model folder as it is.
+    """config.json of a model folder, unchanged.
 
     Raises:
         CheckpointError: no such folder, no readable config.json, an adapter without its model, or quantized weights.
@@ -156,9 +156,9 @@ def read_tree(folder: str | Path) -> dict[str, Any]:
         refuse_adapter(folder)
         if not folder.is_dir():
             hub = len(folder.parts) == 2 and not folder.is_absolute()
-            fetch = f"; a model of the Hub is downloaded first: hf download {folder} --local-dir FOLDER" if hub else ""
-            raise CheckpointError(f"{folder}: no such folder, so that config.json is missing{fetch}")
-        raise CheckpointError(f"no model in {folder}: config.json is missing (was the folder written to its end?)")
+            fetch = f"; download a model of the Hub first: hf download {folder} --local-dir FOLDER" if hub else ""
+            raise CheckpointError(f"{folder}: no such folder, so config.json is missing{fetch}")
+        raise CheckpointError(f"no model in {folder}: config.json is missing (was saving the folder interrupted?)")
     tree = read_object(folder / "config.json")
     for key in ("quantization_config", "compression_config"):
         if tree.get(key) is not None:
@@ -180,7 +180,7 @@ def _count(tree: Mapping[str, Any], key: str, source: str, default: int | None =
     if value is None:
         raise CheckpointError(f"{source}: {key} is missing")
     if type(value) is not int or not 0 < value < 2**31:
-        raise CheckpointError(f"{source}: {key} is {value!r}; it must be a whole number above 0, of 31 bits at most")
+        raise CheckpointError(f"{source}: {key} is {value!r}; it must be an integer above 0 and below 2^31")
     return value
 
 
@@ -196,7 +196,7 @@ def _positive(tree: Mapping[str, Any], key: str, source: str, default: float | N
 def _rope_from_hf(tree: Mapping[str, Any], source: str) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from either spelling: rope_theta + rope_scaling, or transformers 5's rope_parameters.
 
-    Where a file has both, what counts is what counts for transformers.
+    If a file has both, the one that transformers uses counts.
     """
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(tree.get(key) or {}, Mapping):
@@ -226,7 +226,7 @@ def _rope_from_hf(tree: Mapping[str, Any], source: str) -> tuple[float, RopeScal
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The special ids, every stop token among them, as config.json and generation_config.json spell them."""
+    """The special ids, with every stop token, as config.json and generation_config.json write them."""
     stops = list(tokenizer.stop_ids)
     return {
         "bos_token_id": tokenizer.bos_id,

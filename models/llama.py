@@ -2,8 +2,8 @@
 
 Shapes: B sequences, T tokens, D model width, H query heads, K key/value heads, d = D / H head width, F feed-forward
 width, V vocabulary. Parameter names are Meta's; the rotary halves are laid out as in Hugging Face checkpoints.
-This file knows nothing of sharding: `layers` is keyed by number so that a pipeline stage keeps some of them under their
-own names, the ends may be None, and head counts are read off the tensors.
+This file knows nothing of sharding. `layers` is keyed by number, so that a pipeline stage keeps its layers under their
+own names; the ends may be None; head counts follow from the tensors' shapes.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretch of the rotary wavelengths, from an `original_context` to `factor` times as much."""
+    """Llama 3.1's stretch of the rotary wavelengths, from `original_context` to `factor` times as many positions."""
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
@@ -27,7 +27,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The architecture. `kv_heads < heads` is grouped-query attention; `context` is what the positions are trained for.
+    """The architecture. `kv_heads < heads` is grouped-query attention; `context` is the longest trained sequence.
 
     Example (Llama 3.2 1B): dim=2048, layers=16, heads=32, kv_heads=8, ffn_dim=8192, vocab_size=128256, tied=True.
     """
@@ -102,9 +102,9 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attention_mask(segment_ids: Tensor) -> Tensor:
-    """[B, 1, T, T] bool, True where a query (row) may look: not ahead, and only within its own segment.
+    """[B, 1, T, T] bool, True if a query (row) may attend to a key: not ahead, and only within its own segment.
 
-    Padding (segment 0) looks at padding, so that no row is empty.
+    Padding (segment 0) attends to padding, so that no row is empty.
     """
     tokens = segment_ids.shape[1]
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
@@ -163,8 +163,8 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """tokens [B, T] -> logits [B, T, V].
 
-    `tok_embeddings`, and `norm` with `output`, may be set to None on a pipeline stage that does not hold that end; the
-    stage then takes, or returns, hidden states [B, T, D].
+    `tok_embeddings`, and `norm` with `output`, may be None on a pipeline stage that does not hold that end. The stage
+    then takes, or returns, hidden states [B, T, D].
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -179,16 +179,16 @@ class Llama(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Share the embedding with the output where the config says so. Call again after `to_empty` or sharding."""
+        """Share the embedding with the output if the config says so. Call again after `to_empty` or sharding."""
         if self.config.tied and self.output is not None and self.tok_embeddings is not None:
             self.output.weight = self.tok_embeddings.weight
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] in the dtype of the weights.
 
-        `positions` [B, T] default to 0 ... T-1. `segment_ids` [B, T] number the documents packed into one row (0 =
-        padding): attention stays within a document. Without them padding belongs on the right, where causal attention
-        keeps it from the real tokens. A stage without embeddings takes hidden states [B, T, D] as `tokens`.
+        `positions` [B, T] default to 0 ... T-1. `segment_ids` [B, T] number the documents in a packed row (0 = padding)
+        and keep attention within a document. Without them padding must be on the right, where causal attention hides it
+        from the real tokens. A stage without embeddings takes hidden states [B, T, D] as `tokens`.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
@@ -210,18 +210,18 @@ class Llama(nn.Module):
 
 
 def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The parameters of the whole network by name, in order; a tied matrix once."""
+    """Shapes of the whole network's parameters by name, in order; a tied matrix once."""
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in Llama(config).named_parameters()}
 
 
 def whole_name(config: LlamaConfig, name: str) -> str:
-    """What the whole network calls a parameter of a stage: the last stage holds a tied embedding as its output."""
+    """The whole network's name for a stage's parameter: the last stage holds a tied embedding as its output."""
     return "tok_embeddings.weight" if config.tied and name == "output.weight" else name
 
 
 def initial_tensor(config: LlamaConfig, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """The fp32 CPU start value of one whole parameter: a function of the seed and the name, never of how it is sharded.
+    """The fp32 CPU start value of one whole parameter: a function of the seed and the name, never of the sharding.
 
     Norms are 1; matrices are normal with deviation D^-1/2 (LeCun 1998: equal variance at any width; at 7B's width it is
     0.016, near the customary 0.02, which makes narrow models learn several times slower). Those that write into the

@@ -37,8 +37,8 @@ def parallelize(
     With a dimension "pp" the model becomes this rank's stage (see `cut`), which takes, or returns, hidden states. With
     "replicate" and "shard" in place of "dp", FSDP shards over the second and keeps copies over the first (HSDP).
 
-    The model may be on the meta device; call `materialize` afterwards then. Every rank holds the same full weights
-    otherwise. With tp > 1 the sequence length must divide by tp: between the matrices activations are split over the
+    If the model is on the meta device, call `materialize` afterwards; otherwise every rank holds the same full weights.
+    With tp > 1 the sequence length must divide by tp, because activations between the matrices are split over the
     sequence (sequence parallelism, Korthikanti et al. 2022).
 
     Args:
@@ -76,7 +76,7 @@ def parallelize(
 
 
 def cut(model: Llama, stage: int, stages: int) -> Llama:
-    """Leave of `model`, in place, what one stage holds; returns it. A tied embedding is held by both ends."""
+    """Reduce `model`, in place, to the part of one stage; returns it. Both ends hold a tied embedding."""
     own = stage_layers(model.config, stages)[stage]
     for number in range(model.config.layers):
         if number not in own:
@@ -91,7 +91,7 @@ def cut(model: Llama, stage: int, stages: int) -> Llama:
 def stage_layers(config: LlamaConfig, stages: int) -> list[range]:
     """The layers of every stage. Embedding and output count as one layer each, as in Llama 3 (2024, section 3.3.2).
 
-    What is left over goes to the first stage, then to the last, then to those between.
+    Remaining layers go to the first stage, then to the last, then to those between.
     """
     if stages > config.layers:
         raise ValueError(f"pipeline_parallel {stages} exceeds the network's {config.layers} layers")
@@ -105,7 +105,7 @@ def stage_layers(config: LlamaConfig, stages: int) -> list[range]:
 
 
 def stage_of(config: LlamaConfig, name: str, stages: int) -> int:
-    """The stage that holds a parameter of the whole network; of a tied embedding, the first."""
+    """The stage that holds a parameter of the whole network; for a tied embedding, the first."""
     if not name.startswith("layers."):
         return 0 if name.startswith("tok_embeddings.") else stages - 1
     number = int(name.split(".")[1])
@@ -126,9 +126,9 @@ def allocate(model: Llama, device: torch.device) -> None:
 
 
 def materialize(model: Llama, device: torch.device, seed: int, moved: Callable[[], None] = lambda: None) -> Llama:
-    """Give a (sharded) model on the meta device memory and its start values; returns it.
+    """Give a (sharded) model on the meta device its memory and start values; returns it.
 
-    The values are those of `Llama.init_weights(seed)` whatever the mesh, without communication; one full parameter at a
+    The values are those of `Llama.init_weights(seed)` on every mesh, without communication. One full parameter at a
     time is in memory. `moved` is called before each.
     """
     allocate(model, device)
@@ -141,8 +141,8 @@ def materialize(model: Llama, device: torch.device, seed: int, moved: Callable[[
 
 
 def fill(model: Llama, tensors: Iterable[tuple[str, Tensor]], moved: Callable[[], None] = lambda: None) -> None:
-    """Copy whole tensors, by the whole network's names, into this rank's part of a (sharded) model, one at a time. What
-    this rank's stage does not hold is passed over. `moved` is called with every one."""
+    """Copy whole tensors, by the whole network's names, into this rank's part of a (sharded) model, one at a time.
+    Tensors of other stages are skipped. `moved` is called for each tensor."""
     own: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         own.setdefault(whole_name(model.config, name), []).append(parameter)

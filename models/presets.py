@@ -1,4 +1,4 @@
-"""The published Llama sizes by name, and how a small one is built from a recipe's numbers."""
+"""The published Llama sizes by name, and small models from a recipe's numbers."""
 
 import math
 from dataclasses import replace
@@ -10,7 +10,7 @@ from models.llama import LlamaConfig, RopeScaling
 def ffn_width(dim: int, multiple_of: int = 256, multiplier: float = 1.0) -> int:
     """Feed-forward width: multiple_of * ceil(int(multiplier * int(2/3 * 4 dim)) / multiple_of) (Meta's reference code).
 
-    SwiGLU has three matrices where a plain block has two, so 2/3 of the customary 4 dim keeps the size.
+    SwiGLU has three matrices instead of two, so that 2/3 of the customary 4 dim keeps the size.
     """
     width = int(multiplier * int(2 * 4 * dim / 3))
     return multiple_of * math.ceil(width / multiple_of)
@@ -25,7 +25,7 @@ def preset(name: str) -> LlamaConfig:
     """The architecture of a published model.
 
     Raises:
-        ConfigError: unknown name (the known ones are listed).
+        ConfigError: unknown name; the message lists the known ones.
     """
     table = _table()
     if name not in table:
@@ -60,7 +60,7 @@ def scratch_config(
 
 
 def _table() -> dict[str, LlamaConfig]:
-    """Dimensions as in the papers' tables; see each family's row for what differs."""
+    """Dimensions from the papers' tables."""
     shapes = {
         "7b": (4096, 32, 32, 32, 11008),
         "13b": (5120, 40, 40, 40, 13824),

@@ -2,8 +2,8 @@
 
     config.json, generation_config.json, model.safetensors (or shards + model.safetensors.index.json), tokenizer files
 
-Reading looks at the headers of the weight files first: what is missing, unexpected or of the wrong shape is named
-before any big tensor is allocated. Writing puts config.json down last: a half-written folder is no model to anyone.
+Reading checks the headers of the weight files first: errors name missing, unexpected and misshapen tensors before any
+big tensor is allocated. Writing puts config.json last, so that no library loads a half-written folder.
 """
 
 import json
@@ -25,17 +25,17 @@ from models.llama import Llama, LlamaConfig, parameter_shapes
 from models.tokenizers import Tokenizer
 
 SHARD_BYTES = 5 * 10**9
-"""Largest weight file; the ecosystem's custom."""
+"""The customary size of the largest weight file."""
 ROWS_BYTES = 1 << 28
-"""How much of a tensor is read at a time where a file is only looked at."""
+"""How much of a tensor is read at a time when values are only checked."""
 FLOATS = ("F64", "F32", "BF16", "F16")
-"""What weights may be stored as, by safetensors' names."""
+"""The dtypes that weights may have, by safetensors' names."""
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: file, shape, dtype as safetensors names it ("F32", "BF16")."""
+    """A stored tensor: file, shape, and dtype as safetensors names it ("F32", "BF16")."""
 
     file: Path
     shape: tuple[int, ...]
@@ -43,11 +43,11 @@ class TensorEntry:
 
 
 def tensor_index(folder: str | Path) -> dict[str, TensorEntry]:
-    """Every tensor of a folder by its name there; only headers are read.
+    """Every tensor of a folder by its stored name; only headers are read.
 
     Raises:
-        CheckpointError: no weights, or only an adapter's; a shard named by the index is missing; a file is damaged, cut
-            short or a Git LFS pointer; a tensor lies in two files.
+        CheckpointError: no weights, or only an adapter's; a shard of the index is missing; a file is damaged, cut short
+            or a Git LFS pointer; a tensor is in two files.
     """
     folder = Path(folder)
     entries: dict[str, TensorEntry] = {}
@@ -65,10 +65,10 @@ def tensor_index(folder: str | Path) -> dict[str, TensorEntry]:
 
 
 def check(folder: str | Path, config: LlamaConfig) -> dict[str, TensorEntry]:
-    """Compare a folder's headers with the network that `config` describes; returns the tensors under our names.
+    """Compare a folder's headers with the network of `config`; returns the tensors under our names.
 
     Raises:
-        CheckpointError: missing, unexpected or misshapen tensors, named (at most eight of each kind), or as
+        CheckpointError: missing, unexpected or misshapen tensors (the message names up to eight of each kind), or as
             `check_dtypes` and `check_tied`.
     """
     expected = parameter_shapes(config)
@@ -96,14 +96,14 @@ def check(folder: str | Path, config: LlamaConfig) -> dict[str, TensorEntry]:
     if any(names for _, names in problems):
         text = "; ".join(f"{kind}: {some(names)}" for kind, names in problems if names)
         if prefix := _wrapper(unexpected):
-            text = f"every name starts with {prefix!r}, as if saved from a wrapped model: save the model inside it"
+            text = f"every name starts with {prefix!r}, as from a wrapped model: save the model inside the wrapper"
         raise CheckpointError(f"{folder}: the weights do not fit config.json: {text}")
     check_tied(folder, index, {HEAD: EMBEDDING} if config.tied else {})
     return found
 
 
 def check_dtypes(folder: str | Path, index: Mapping[str, TensorEntry]) -> None:
-    """Whether weights are numbers that training starts from. Raises CheckpointError for quantized ones, named."""
+    """Check that training can start from the weights' dtypes. Raises CheckpointError naming quantized weights."""
     odd = [name for name, entry in index.items() if name.endswith("weight") and entry.dtype not in FLOATS]
     if odd:
         raise CheckpointError(
@@ -113,10 +113,10 @@ def check_dtypes(folder: str | Path, index: Mapping[str, TensorEntry]) -> None:
 
 
 def check_tied(folder: str | Path, index: Mapping[str, TensorEntry], tied: Mapping[str, str]) -> None:
-    """Whether tensors that config.json makes one ({head: embedding}, as files name them) are equal in the files.
+    """Check that tensors that config.json ties ({head: embedding}, by stored names) are equal in the files.
 
     Raises:
-        CheckpointError: a head of its own, which would be lost in one runtime and kept in another.
+        CheckpointError: they differ; one runtime would drop the head and another would keep it.
     """
     for head, embedding in tied.items():
         if head in index and embedding in index and not _equal(head, embedding, index):
@@ -127,21 +127,21 @@ def check_tied(folder: str | Path, index: Mapping[str, TensorEntry], tied: Mappi
 
 
 def check_finite(folder: str | Path, index: Mapping[str, TensorEntry]) -> None:
-    """Read every weight once. Raises CheckpointError for tensors with NaN or infinity in them, named."""
+    """Read every weight once. Raises CheckpointError naming tensors that contain NaN or infinity."""
     bad: list[str] = []
     for name, rows in _rows(index):
         if rows.is_floating_point() and not all(bool(end.isfinite()) for end in torch.aminmax(rows)):
             bad += [name] if name not in bad else []
     if bad:
-        raise CheckpointError(f"{folder}: NaN or infinity in {some(bad)}: the model was damaged before it came here")
+        raise CheckpointError(f"{folder}: NaN or infinity in {some(bad)}: the model is damaged; name another folder")
 
 
 def read_tensors(
     folder: str | Path, config: LlamaConfig, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Checked (our name, tensor) pairs one at a time, so that whoever shards never holds the whole model.
+    """Checked (our name, tensor) pairs one at a time, so that a sharding caller never holds the whole model.
 
-    Tied models give the shared matrix once, as tok_embeddings.weight. Raises as `check`, before the first tensor.
+    A tied model's shared matrix comes once, as tok_embeddings.weight. Raises as `check`, before the first tensor.
     """
     found = check(folder, config)
     return _stream(found, dtype)
@@ -184,7 +184,9 @@ def _weight_files(folder: Path) -> list[Path]:
         if missing:
             raise CheckpointError(f"{folder}: {index.name} names files that are missing: {some(missing)}")
         if single.is_file() and single.name not in names:
-            raise CheckpointError(f"{folder}: {index.name} does not name {single.name}: remove the one that is stale")
+            raise CheckpointError(
+                f"{folder}: {index.name} does not name {single.name}: remove the stale one of the two"
+            )
         return [folder / name for name in names]
     if single.is_file():
         return [single]
@@ -194,19 +196,19 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The file names of an index; they must be names and no paths: a model is one folder."""
+    """The file names of an index. They must not be paths, because a model is one folder."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} is damaged: weight_map must say which file each tensor lies in")
     names = list(weight_map.values())
     outside = [repr(name) for name in names if not isinstance(name, str) or Path(name).name != name]
     if outside:
-        raise CheckpointError(f"{index}: weight_map names {some(outside)}, which is no file of this folder")
+        raise CheckpointError(f"{index}: weight_map names {some(outside)}, which is not a file of this folder")
     return sorted(set(names))
 
 
 def _rows(index: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
-    """(name, some rows of it) until every tensor was whole; at most about `ROWS_BYTES` at a time."""
+    """(name, some of its rows) pairs that cover every tensor; about `ROWS_BYTES` at a time."""
     by_file: dict[Path, list[str]] = {}
     for name, entry in index.items():
         by_file.setdefault(entry.file, []).append(name)
@@ -234,7 +236,7 @@ def _equal(one: str, other: str, index: Mapping[str, TensorEntry]) -> bool:
 
 
 def _wrapper(unexpected: Sequence[str]) -> str | None:
-    """What stands before a name that we know in each of these names ("_orig_mod.", "module."); None if they differ."""
+    """The common prefix ("_orig_mod.", "module.") before a known name in all these names; None if there is none."""
     parts = unexpected[0].split(".") if unexpected else []
     for cut in range(1, len(parts)):
         prefix = ".".join(parts[:cut]) + "."
@@ -252,7 +254,7 @@ def _is_known(name: str) -> bool:
 
 
 def some(names: Sequence[str]) -> str:
-    """At most eight names for a message."""
+    """Up to eight names, for a message."""
     rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(names[:8]) + rest
 
@@ -265,10 +267,10 @@ def save_hf(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a folder that plain transformers and vLLM load, and chat with when a tokenizer is given.
+    """Write a folder that plain transformers and vLLM load; with a tokenizer, they can also chat with it.
 
-    `model` may be our network, a state dict, or a stream of (name, full tensor) pairs, in our names or Hugging Face's;
-    a stream needs memory for one shard only. `dtype` converts.
+    `model` may be our network, a state dict, or a stream of (name, full tensor) pairs, in our names or Hugging Face's.
+    A stream needs memory for one shard only. `dtype` converts the tensors.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or misshapen for `config`.
@@ -289,7 +291,7 @@ def save_hf(
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write (name, tensor) pairs as model.safetensors, or as shards and their index when they pass `shard_bytes`."""
+    """Write (name, tensor) pairs as model.safetensors, or as shards with an index if they exceed `shard_bytes`."""
     shard: dict[str, Tensor] = {}
     shards: list[list[str]] = []
     size = total = 0
@@ -326,7 +328,7 @@ def _fitting(
     dtype: torch.dtype | None,
     dtypes: set[str],
 ) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of exactly the tensors that `config` asks for; fills `dtypes` with what it saw."""
+    """(Hugging Face name, tensor) pairs of exactly the tensors of `config`; adds their dtypes to `dtypes`."""
     expected = {to_hf_name(name): shape for name, shape in parameter_shapes(config).items()}
     source = model.state_dict() if isinstance(model, nn.Module) else model
     for name, tensor in source.items() if isinstance(source, Mapping) else source:

@@ -1,7 +1,7 @@
-"""Bring an endpoint up and down: what the deploy step and `recua serve` call.
+"""Starting and stopping an endpoint, for the deploy step and `recua serve`.
 
-`deploy` checks everything that can be checked, binds the ports, and only then loads the model. The endpoint belongs to
-the Ray cluster, not to the caller: it lives on until `shutdown` or until the cluster ends.
+`deploy` runs all checks, binds the ports, and only then loads the model. The endpoint belongs to the Ray cluster, not
+to the caller: it serves until `shutdown` or until the cluster ends.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a model answers, e.g. ("127.0.0.1:50051", "http://127.0.0.1:8000", "recua", "sha256:…", "recua")."""
+    """A deployed endpoint, e.g. ("127.0.0.1:50051", "http://127.0.0.1:8000", "recua", "sha256:…", "recua")."""
 
     grpc_address: str
     http_url: str
@@ -44,7 +44,7 @@ class Endpoint:
 def deploy(model_folder: Path, weight_version: str, settings: ServingSettings) -> Endpoint:
     """Serve the HF folder `model_folder` on the connected Ray cluster; returns when it answers.
 
-    An endpoint of the same `app_name` gets the new model; its gateway stays where only the model changed.
+    An endpoint of the same `app_name` gets the new model; its gateway stays if only the model changed.
 
     Raises:
         CheckpointError: no complete model folder. ConfigError: tokens, TLS files, or Serve on another HTTP port.
@@ -70,7 +70,7 @@ def deploy(model_folder: Path, weight_version: str, settings: ServingSettings) -
         _run_application(model, settings)
         if not ray.get(gateway.wait_ready.remote(settings.start_timeout_s)):
             raise ServingError("the gateway sees no running replica")
-    except SystemExit:  # Ray takes this process down: what serves goes on, and whoever comes next deploys again
+    except SystemExit:  # Ray ends this process: the endpoint keeps serving, and the next attempt deploys again
         raise
     except BaseException:
         _stop(settings.app_name, gateway, 0.0)
@@ -87,7 +87,7 @@ def deploy(model_folder: Path, weight_version: str, settings: ServingSettings) -
 
 
 def shutdown(endpoint: Endpoint, drain_timeout_s: float = 30.0) -> None:
-    """Refuse new requests, let those in flight finish, stop gateway and replicas; Serve too when nothing else runs."""
+    """Refuse new requests, let those in flight finish, stop gateway and replicas; Serve too if nothing else runs."""
     try:
         gateway = ray.get_actor(_gateway_name(endpoint.app_name), namespace=GATEWAY_NAMESPACE)
     except ValueError:
@@ -97,7 +97,7 @@ def shutdown(endpoint: Endpoint, drain_timeout_s: float = 30.0) -> None:
 
 def _stop(app_name: str, gateway: Any, drain_timeout_s: float) -> None:
     if gateway is not None:
-        # A gateway that is already gone, or stuck, is settled by the kill.
+        # The kill below ends a gateway that is stuck.
         with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             ray.get(gateway.drain.remote(drain_timeout_s), timeout=drain_timeout_s + 10)
         ray.kill(gateway, no_restart=True)
@@ -109,7 +109,7 @@ def _stop(app_name: str, gateway: Any, drain_timeout_s: float) -> None:
 
 
 def on_head(function: Callable[..., T], *arguments: Any) -> T:
-    """Call it on the head node, where both servers listen: their interface may be loopback."""
+    """Call `function` on the head node, where both servers listen: their interface may be loopback."""
     head = _head_node()["NodeID"]
     if ray.get_runtime_context().get_node_id() == head:
         return function(*arguments)
@@ -126,7 +126,7 @@ def _head_node() -> dict[str, Any]:
 
 
 def _http_port_of_running_serve(settings: ServingSettings) -> tuple[int, bool]:
-    """(port, whether Serve runs already): a cluster has one HTTP proxy for all its applications."""
+    """(port, whether Serve already runs). A cluster has one HTTP proxy for all its applications."""
     try:
         controller = serve_controller(ray)
     except ValueError:
@@ -177,7 +177,7 @@ def _start_gateway(settings: ServingSettings, port: int, digests: tuple[str, ...
 
 
 def _unwrapped(reference: Any) -> Any:
-    """The result; an error of ours comes back as itself, without Ray's remote traceback around it."""
+    """The result. Raises an error of recua without Ray's remote traceback around it."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -214,7 +214,7 @@ def _run_application(model: ServedModel, settings: ServingSettings) -> None:
             reasons = [application.message, *(part.message for part in application.deployments.values())]
             raise ServingError("the replicas failed:\n" + "\n".join(reason for reason in reasons if reason))
         if time.monotonic() > deadline:
-            raise ServingError(f"no replica within serving.start_timeout_s = {settings.start_timeout_s:g} s")
+            raise ServingError(f"no replica answers after serving.start_timeout_s = {settings.start_timeout_s:g} s")
         time.sleep(0.2)
 
 

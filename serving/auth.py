@@ -1,7 +1,7 @@
 """Bearer tokens for both servers.
 
-Only SHA-256 digests leave the process that read the tokens, so neither Ray's metadata nor a log ever holds a token.
-Every comparison runs in constant time over all accepted digests.
+Only SHA-256 digests leave the process that read the tokens, so that neither Ray's metadata nor a log holds a token.
+A comparison takes constant time over all accepted digests.
 """
 
 import os
@@ -19,12 +19,12 @@ HEALTH_SERVICE = "/grpc.health.v1.Health/"
 
 
 def token_digests(settings: ServingSettings) -> tuple[str, ...]:
-    """Digests of the accepted tokens; empty = open endpoint. Raises as `accepted_tokens`."""
+    """Digests of the accepted tokens; empty for an open endpoint. Raises as `accepted_tokens`."""
     return tuple(digest(token) for token in accepted_tokens(settings))
 
 
 def accepted_tokens(settings: ServingSettings) -> list[str]:
-    """The accepted tokens, from the file and the variable that the settings name. For clients of the own endpoint.
+    """The accepted tokens, from the file and the variable that the settings name. For clients of our own endpoint.
 
     Raises:
         ConfigError: the file is missing, unreadable or holds no token, or the variable is not set.
@@ -41,7 +41,7 @@ def accepted_tokens(settings: ServingSettings) -> list[str]:
 
 
 class TokenAuthority:
-    """Says whether an `Authorization` value is accepted. With no digests everything is."""
+    """Decides whether an `Authorization` value is accepted. Without digests every value is."""
 
     def __init__(self, digests: Iterable[str]) -> None:
         self._digests = tuple(digests)

@@ -1,7 +1,7 @@
-"""The gRPC methods as a replica runs them: proto bytes in, vLLM's own rendering and sampling rules, proto bytes out.
+"""The gRPC methods on a replica: protobuf bytes in, vLLM's own rendering and sampling rules, protobuf bytes out.
 
-Requests become vLLM's `CompletionRequest` / `ChatCompletionRequest`, so that a prompt, a chat template and a default
-mean the same over gRPC and over HTTP.
+Requests become vLLM's `CompletionRequest` or `ChatCompletionRequest`, so that prompts, chat templates and defaults mean
+the same over gRPC and over HTTP.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from serving.protocol import messages
 
 @dataclass(frozen=True)
 class Reply:
-    """One message of an answer, or its end by an error: (b"...", "OK", "") or (b"", "INVALID_ARGUMENT", "why")."""
+    """One message of an answer, or the error that ends it: (b"...", "OK", "") or (b"", "INVALID_ARGUMENT", "why")."""
 
     body: bytes
     code: str = "OK"
@@ -24,7 +24,7 @@ class Reply:
 
 
 class BadRequest(Exception):
-    """The client's mistake; becomes INVALID_ARGUMENT."""
+    """An invalid request; becomes INVALID_ARGUMENT."""
 
 
 class Calls:
@@ -45,11 +45,11 @@ class Calls:
         return replies[-1] if replies else Reply(b"", "INTERNAL", "the engine ended without an answer")
 
     async def stream(self, method: str, request: bytes) -> AsyncIterator[Reply]:
-        """GenerateStream or ChatStream: deltas, at most one per stream interval; an error ends the stream."""
+        """GenerateStream or ChatStream: parts, at most one per stream interval; an error ends the stream."""
         sent_at = 0.0
         async for reply in self._answer(method.removesuffix("Stream"), request, stream=True):
             yield reply
-            # While we sleep the engine merges what it produces into the next delta.
+            # While we sleep the engine merges its tokens into the next part.
             pause = self._stream_interval_s - (time.monotonic() - sent_at)
             if sent_at and pause > 0:
                 await asyncio.sleep(pause)
@@ -80,7 +80,7 @@ class Calls:
                 async for response in self._responses(outputs, request.return_token_ids, request_id):
                     yield Reply(response.SerializeToString())
             finally:
-                await outputs.aclose()  # a cancelled caller must free its slot in the batch now, not at collection
+                await outputs.aclose()  # a cancelled caller frees its slot in the batch now, not at garbage collection
         except (BadRequest, DecodeError, VLLMClientError, ValueError, TypeError) as error:
             yield Reply(b"", "INVALID_ARGUMENT", str(error))
         except GracefulHTTPError as error:

@@ -1,4 +1,4 @@
-"""Does an endpoint answer as the model was evaluated? Asks over gRPC and over OpenAI HTTP, token for token."""
+"""Checks, token by token, that an endpoint answers over gRPC and OpenAI HTTP as the model did in evaluation."""
 
 import ssl
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Compared:
-    """True where all answers and the weight version are the expected ones; `answers` has one record per prompt."""
+    """True for a protocol if all answers and the weight version are as expected; `answers`: one record per prompt."""
 
     grpc: bool
     openai: bool
@@ -29,10 +29,10 @@ class Compared:
 def compare(
     endpoint: Endpoint, settings: ServingSettings, asked: Sequence[Mapping[str, Any]], max_tokens: int
 ) -> Compared:
-    """Greedy chat answers to `asked` against what it recorded.
+    """Compare greedy chat answers with the recorded ones.
 
     `asked`: [{"prompt": "2+3=", "ids": [20, 4], "prompt_ids": [0, 2, ...], ...}]: a user message, the expected answer's
-    tokens with their stop token, and the rendered prompt that they were sampled from. No prompts means nothing matched.
+    tokens with their stop token, and the rendered prompt that they were sampled from. Without prompts nothing matches.
     """
     records = []
     with open_client(endpoint, settings) as client, _open_http(endpoint, settings) as http:
@@ -60,7 +60,7 @@ def compare(
 
 
 def open_client(endpoint: Endpoint, settings: ServingSettings) -> RecuaClient:
-    """A gRPC client with the token and the authority that `settings` name."""
+    """A gRPC client with the token and the certificate authority that `settings` name."""
     tokens = accepted_tokens(settings)
     authority = Path(settings.tls_cert_file).expanduser().read_bytes() if settings.tls_cert_file else None
     return RecuaClient(endpoint.grpc_address, tokens[0] if tokens else None, TIMEOUT_S, authority)
@@ -74,8 +74,8 @@ def _open_http(endpoint: Endpoint, settings: ServingSettings) -> httpx.Client:
 
 
 def _ask_grpc(client: RecuaClient, prompt: str, max_tokens: int) -> dict[str, Any]:
-    said = [{"role": "user", "content": prompt}]
-    answer = client.chat(said, temperature=0.0, max_tokens=max_tokens, return_token_ids=True)
+    turns = [{"role": "user", "content": prompt}]
+    answer = client.chat(turns, temperature=0.0, max_tokens=max_tokens, return_token_ids=True)
     return {
         "text": answer.text,
         "ids": list(answer.token_ids),

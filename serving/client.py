@@ -21,8 +21,8 @@ from serving.protocol import SERVICE, STREAM_METHODS, UNARY_METHODS, messages
 class Answer:
     """A whole answer or one part of a stream, e.g. text "5", token_ids (20, 4), "stop", 5, 2, "sha256:…", "recua".
 
-    `finish_reason` is "stop", "length", "abort", or "" while a stream goes on; `token_ids` only when asked for;
-    in a stream `completion_tokens` counts from its beginning.
+    `finish_reason` is "stop", "length", "abort", or "" in a stream that has not ended. `token_ids` are set only on
+    request. In a stream `completion_tokens` counts from its beginning.
     """
 
     text: str
@@ -37,7 +37,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Who answers: model name, weight version, context in tokens, requests in that replica's engine, engine version."""
+    """The replica that answers: model, weight version, context in tokens, requests in its engine, engine version."""
 
     model: str
     weight_version: str
@@ -47,10 +47,10 @@ class ModelInfo:
 
 
 class RecuaClient:
-    """Calls one endpoint; threads may share it. Every call raises RequestError with the gRPC status name in `code`.
+    """A client of one endpoint; threads may share it. Calls raise RequestError with the gRPC status name in `code`.
 
     Sampling keywords of all calls: temperature (0 = greedy), top_p, top_k, max_tokens, seed, stop (strings),
-    stop_token_ids, ignore_eos. Those left out take the model's generation config.
+    stop_token_ids, ignore_eos. The model's generation config gives the values of those left out.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RecuaClient:
         tls_ca: bytes | None = None,
         tls_client: tuple[bytes, bytes] | None = None,
     ) -> None:
-        """`address` is host:port; `tls_ca` (PEM) switches TLS on, `tls_client` is the client's (key, certificate)."""
+        """`address` is host:port. `tls_ca` (PEM) turns TLS on; `tls_client` is the client's (key, certificate)."""
         self._address = address
         self._timeout_s = timeout_s
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
@@ -84,7 +84,7 @@ class RecuaClient:
         timeout_s: float | None = None,
         **sampling: Any,
     ) -> Answer:
-        """Continue a raw prompt: text (the server adds special tokens) or token ids (taken as they are)."""
+        """Continue a raw prompt: text (the server adds special tokens) or token ids (used unchanged)."""
         return _answer(self._call("Generate", _generate_request(prompt, return_token_ids, sampling), timeout_s))
 
     def generate_stream(
@@ -171,8 +171,8 @@ def _generate_request(prompt: str | Sequence[int], return_token_ids: bool, sampl
 
 
 def _chat_request(conversation: Sequence[Mapping[str, str]], return_token_ids: bool, sampling: dict[str, Any]) -> Any:
-    said = [messages().Message(role=turn["role"], content=turn["content"]) for turn in conversation]
-    return messages().ChatRequest(messages=said, sampling=_sampling(sampling), return_token_ids=return_token_ids)
+    turns = [messages().Message(role=turn["role"], content=turn["content"]) for turn in conversation]
+    return messages().ChatRequest(messages=turns, sampling=_sampling(sampling), return_token_ids=return_token_ids)
 
 
 def _sampling(given: dict[str, Any]) -> Any:

@@ -29,20 +29,20 @@ class ServingEngineSettings(Settings):
     """Compute threads of a CPU replica."""
 
     enforce_eager: bool = True
-    """Skip compilation: starts twice as fast; turn it off for large models on GPUs."""
+    """Skip compilation, which halves the start time; turn it off for large models on GPUs."""
 
     extra_args: tuple[str, ...] = ()
-    """Further arguments of vLLM's OpenAI server, as on its command line, e.g. ["--enable-lora"]."""
+    """More arguments of vLLM's OpenAI server, as on its command line, e.g. ["--enable-lora"]."""
 
 
 class ServingSettings(Settings):
-    """An endpoint: one Ray Serve application of vLLM replicas, its HTTP port and its gRPC gateway."""
+    """An endpoint: a Ray Serve application of vLLM replicas, its HTTP port and its gRPC gateway."""
 
     app_name: str = Field(default="recua", pattern=r"^[a-z0-9][a-z0-9-]*$")
     """Name of the Ray Serve application; deploying the same name again replaces its model."""
 
     model_name: str = "recua"
-    """What clients put into the OpenAI `model` field."""
+    """The model's name in the OpenAI `model` field."""
 
     host: str = "127.0.0.1"
     """Interface that both servers listen on; "0.0.0.0" opens them to the network (then set `auth_token_file`)."""
@@ -51,14 +51,14 @@ class ServingSettings(Settings):
     """Port of the gRPC gateway; 0 picks a free one."""
 
     http_port: int = Field(default=8000, ge=0, le=65535)
-    """Port of the OpenAI-compatible HTTP server; 0 picks a free one. A Ray cluster has one: where Serve already runs,
-    0 joins its port and another number is refused."""
+    """Port of the OpenAI-compatible HTTP server; 0 picks a free one. A Ray cluster has only one: if Serve already runs,
+    0 uses its port and another number is refused."""
 
     replicas: int = Field(default=1, ge=1)
     """Copies of the model."""
 
     num_cpus: Cpus = Field(default=0.5, ge=0)
-    """CPUs that Ray reserves per replica (scheduling only; `engine.threads` says how many it computes with)."""
+    """CPUs that Ray books per replica (scheduling only; `engine.threads` is the number of compute threads)."""
 
     num_gpus: int = Field(default=0, ge=0)
     """GPUs per replica, used as one tensor-parallel group."""
@@ -70,40 +70,40 @@ class ServingSettings(Settings):
     """Requests that may wait for a replica at each of the two servers; more are refused (429 / RESOURCE_EXHAUSTED)."""
 
     admission_timeout_s: Seconds = 10.0
-    """How long a gRPC request waits for a replica that can take it before it gets UNAVAILABLE."""
+    """How long a gRPC request waits for a free replica before it fails with UNAVAILABLE."""
 
     request_timeout_s: Seconds = 600.0
-    """Deadline of requests that bring none."""
+    """Deadline of requests without one."""
 
     start_timeout_s: Seconds = 600.0
     """How long the replicas may take to load the model and answer."""
 
     drain_timeout_s: Pause = 30.0
-    """How long requests in flight may go on after a shutdown or replacement began."""
+    """How long requests in flight may take after a shutdown or replacement begins."""
 
     health_period_s: Seconds = 5.0
-    """How often each replica proves itself with a real one-token generation (skipped while tokens flow)."""
+    """How often each replica is checked by generating one token (skipped while it produces tokens anyway)."""
 
     health_timeout_s: Seconds = 60.0
-    """How long that generation may take before the replica is restarted."""
+    """How long that check may take before the replica is replaced."""
 
     stream_interval_ms: float = Field(default=10.0, ge=0, le=1e6)
-    """Shortest time between two messages of one gRPC stream; tokens in between travel together."""
+    """Shortest time between two messages of a gRPC stream; the tokens of that time share a message."""
 
     auth_token_file: str = ""
-    """File of accepted bearer tokens, one per line; empty leaves the endpoint open."""
+    """File of accepted bearer tokens, one per line; if empty, the endpoint is open."""
 
     auth_token_env: str = ""
     """Environment variable that holds one more accepted bearer token."""
 
     tls_cert_file: str = ""
-    """PEM certificate chain; with `tls_key_file` both servers speak TLS only. Read on the node that runs them."""
+    """PEM certificate chain; with `tls_key_file`, both servers accept only TLS. Read on the node that runs them."""
 
     tls_key_file: str = ""
     """PEM private key."""
 
     tls_client_ca_file: str = ""
-    """PEM authorities; clients must then present a certificate that one of them signed."""
+    """PEM certificate authorities; clients must then present a certificate that one of them signed."""
 
     engine: ServingEngineSettings = ServingEngineSettings()
     """How each replica runs vLLM."""

@@ -31,13 +31,14 @@ def serve_forever(
 ) -> None:
     """Serve a model folder until Ctrl-C or SIGTERM, then drain and leave no process behind.
 
-    `weight_version` defaults to a digest of the folder. `ray_address` "local" starts a Ray of its own, and another one
-    when it dies, up to `local_ray_restarts` times (one that lived for `restart_window_s` is the first that counts
-    again); another address joins that cluster and on Ctrl-C takes down only this endpoint.
+    `weight_version` defaults to a digest of the folder. `ray_address` "local" starts a local Ray, and another one if it
+    dies, up to `local_ray_restarts` times (a Ray that ran for `restart_window_s` resets that count). Another address
+    joins that cluster; Ctrl-C then stops only this endpoint.
 
     Raises:
-        ConfigError: no Ray at the address. SystemFault: too many of its own died.
-        KeyboardInterrupt: interrupted before it served. And what `serving.app.deploy` raises.
+        ConfigError: no Ray at the address. SystemFault: the local Ray died too often.
+        KeyboardInterrupt: interrupted before the endpoint answered.
+        Errors of `serving.app.deploy`.
     """
     from serving.preflight import check_model_folder, folder_digest, without_chat
 
@@ -121,13 +122,13 @@ def chat_loop(
     lines: Iterable[str] | None = None,
     say: Callable[..., None] = print,
 ) -> int:
-    """A conversation in the terminal, streamed. Ends at end of input or `/exit`; `/new` forgets what was said.
+    """A conversation in the terminal, streamed. Ends at end of input or `/exit`; `/new` starts a new conversation.
 
-    `lines` replaces the keyboard. Returns the number of answers. Raises RequestError when the endpoint cannot be
-    reached; a single failed answer is reported and the conversation goes on.
+    `lines` replaces the keyboard. Returns the number of answers. Raises RequestError if the endpoint cannot be reached;
+    a failed answer is reported, and the conversation continues.
     """
     opening = [{"role": "system", "content": system}] if system else []
-    said = list(opening)
+    conversation = list(opening)
     answers = 0
     with RecuaClient(address, token, tls_ca=tls_ca) as client:
         info = client.info(timeout_s=10)
@@ -137,33 +138,33 @@ def chat_loop(
             if text == "/exit":
                 break
             if text == "/new":
-                said = list(opening)
+                conversation = list(opening)
             elif text:
-                said.append({"role": "user", "content": text})
-                answers += _answer(client, said, max_tokens, temperature, say)
+                conversation.append({"role": "user", "content": text})
+                answers += _answer(client, conversation, max_tokens, temperature, say)
     return answers
 
 
 def _answer(
     client: RecuaClient,
-    said: list[dict[str, str]],
+    conversation: list[dict[str, str]],
     max_tokens: int | None,
     temperature: float | None,
     say: Callable[..., None],
 ) -> int:
     parts: list[str] = []
     try:
-        for part in client.chat_stream(said, max_tokens=max_tokens, temperature=temperature):
+        for part in client.chat_stream(conversation, max_tokens=max_tokens, temperature=temperature):
             parts.append(part.text)
             say(part.text, end="", flush=True)
     except KeyboardInterrupt:
         say(" [interrupted]")
     except RequestError as error:
         say(f"\n{error}")
-        said.pop()
+        conversation.pop()
         return 0
     say("")
-    said.append({"role": "assistant", "content": "".join(parts)})
+    conversation.append({"role": "assistant", "content": "".join(parts)})
     return 1
 
 

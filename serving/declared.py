@@ -1,4 +1,4 @@
-"""An endpoint that Ray Serve itself starts from a file (`serve deploy`, KubeRay's RayService), HTTP only.
+"""An endpoint that Ray Serve itself starts from a file (`serve deploy`, KubeRay's RayService). HTTP only.
 
 import_path: serving.declared:application
 args: {model_folder: /models/policy, weight_version: policy-1, serving: {replicas: 2}}
@@ -18,16 +18,16 @@ class Declared(Settings):
     model_folder: str
     """A Hugging Face model folder, at a path that every node sees."""
     weight_version: str
-    """What every answer names as the version of its weights."""
+    """The version of the weights, which every answer names."""
     serving: ServingSettings = ServingSettings()
-    """As the `serving` section of a recipe; Serve's own file says where HTTP listens."""
+    """As the `serving` section of a recipe, but Serve's own file sets the HTTP address."""
 
 
 def application(arguments: Declared) -> serve.Application:
-    """What Serve calls.
+    """Build the application; Serve calls this.
 
     Raises:
-        ConfigError: the tokens that the settings name are not there.
+        ConfigError: the tokens that the settings name cannot be read.
     """
     model = ServedModel(arguments.model_folder, arguments.weight_version, token_digests(arguments.serving))
     return build_application(model, arguments.serving)

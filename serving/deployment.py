@@ -1,7 +1,7 @@
-"""The Ray Serve deployment: a replica is one vLLM engine that answers OpenAI HTTP and, through the gateway, gRPC.
+"""The Ray Serve deployment. A replica is one vLLM engine that answers OpenAI HTTP and, through the gateway, gRPC.
 
-Serve calls `check_health` on every replica and replaces one that fails it or dies; its two proxies (Serve's HTTP proxy,
-our gateway) never send a replica more than `max_ongoing_requests`.
+Serve calls `check_health` on every replica and replaces a replica that fails it or dies. The two proxies (Serve's HTTP
+proxy and our gateway) never send a replica more than `max_ongoing_requests`.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ DEPLOYMENT_NAME = "model"
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What a replica loads: ("/…/dpo", "sha256:…", token digests)."""
+    """The model that a replica loads: ("/…/dpo", "sha256:…", token digests)."""
 
     folder: str
     weight_version: str
@@ -60,7 +60,7 @@ class Replica:
             model.weight_version,
             settings.stream_interval_ms / 1000,
         )
-        await self._probe.check()  # the first generation of a process is slow: take that before traffic comes
+        await self._probe.check()  # the first generation of a process is slow: do it before requests arrive
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._door

@@ -1,4 +1,4 @@
-"""What can go wrong while a model is being served.
+"""Errors of serving.
 
 RecuaError
 └── ServingError              the endpoint did not start, or stopped
@@ -9,7 +9,7 @@ from infra.errors import RecuaError
 
 
 class ServingError(RecuaError):
-    """The endpoint did not come up in time, or its replicas fail."""
+    """The endpoint did not start in time, or its replicas fail."""
 
 
 class RequestError(ServingError):

@@ -1,10 +1,10 @@
 """The gRPC server: a detached Ray actor on the head node between clients and the Serve deployment.
 
-Who waits for whom: a client waits for the gateway; the gateway waits at most `admission_timeout_s` for a replica that
-has room, then for that replica's answer until the client's deadline. It passes proto bytes through without parsing
-them. A client that cancels, or whose deadline passes, cancels the replica's work. A replica that dies before its first
-message costs one silent retry; later it is UNAVAILABLE. A watcher polls Serve and sets the standard health status.
-The port is bound before any model is loaded; a restarted gateway binds the same one.
+Who waits for whom: a client waits for the gateway; the gateway waits up to `admission_timeout_s` for a replica with
+room, then until the client's deadline for its answer. It passes protobuf bytes through without parsing them. If a
+client cancels or its deadline passes, the replica's work is cancelled. If a replica dies before its first message, the
+call is retried once; if it dies later, the call fails with UNAVAILABLE. A watcher polls Serve and sets the standard
+health status. The port is bound before the model is loaded; a restarted gateway binds the same port.
 """
 
 import asyncio
@@ -36,14 +36,14 @@ WATCH_PERIOD_S = 1.0
 
 @dataclass(frozen=True)
 class _Outcome:
-    """How an rpc ends when it fails."""
+    """The status of a failed rpc."""
 
     code: str
     detail: str
 
 
 class Gateway:
-    """The Ray actor: `start` once, then it serves until `drain`; Ray restarts it, and then it starts by itself."""
+    """The Ray actor: it serves from `start` until `drain`. An actor that Ray restarts calls `start` itself."""
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self, settings: ServingSettings, port: int, token_digests: tuple[str, ...]
@@ -61,10 +61,10 @@ class Gateway:
             await self.start()
 
     async def start(self) -> int:
-        """Listen; health is NOT_SERVING until a replica runs. Returns the port.
+        """Listen. Health is NOT_SERVING until a replica runs. Returns the port.
 
         Raises:
-            ResourceError: the port is taken. ConfigError: TLS files that cannot be used.
+            ResourceError: the port is taken. ConfigError: the TLS files cannot be used.
         """
         self._server = self._build_server()
         self._port = self._bind(self._port)
@@ -75,8 +75,8 @@ class Gateway:
         return self._port
 
     def matches(self, settings: ServingSettings, token_digests: tuple[str, ...]) -> bool:
-        """Whether this gateway can go on for a deployment with these settings: not before `start`, nor after `drain`
-        (whoever called that may have been killed before it ended the actor)."""
+        """Whether this gateway fits a deployment with these settings. It fits none before `start` or after `drain`: the
+        process that drained it may have been killed before it could end the actor."""
         if self._watcher is None or self._watcher.done():
             return False
         mine = self._settings.model_copy(update={"grpc_port": self._port})
@@ -94,7 +94,7 @@ class Gateway:
         return self._running_replicas > 0
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new calls, let those in flight end within `timeout_s`, close the port."""
+        """Refuse new calls, let calls in flight end within `timeout_s`, close the port."""
         if self._watcher is None:
             return
         self._watcher.cancel()
@@ -209,7 +209,7 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _admitted(self, replica_method: str, stream: bool) -> AsyncIterator[tuple[Any, Any]]:
-        """A slot on a replica, or an error within `admission_timeout_s`."""
+        """A slot on a replica; an error if there is none within `admission_timeout_s`."""
         if self._handle is None:
             raise NoReplica("the model is still being loaded")
         handle = self._handle.options(method_name=replica_method, stream=stream)
@@ -242,7 +242,7 @@ class Gateway:
         while True:
             try:
                 await asyncio.to_thread(self._look)
-            except Exception as error:  # Serve itself may be restarting: not ready, and look again
+            except Exception as error:  # Serve itself may be restarting: report not ready, and poll again
                 self._log.warning("cannot ask Serve for its status: %s", error)
                 self._running_replicas = 0
             await self._set_health(self._running_replicas > 0)
@@ -267,7 +267,7 @@ class Gateway:
 
 
 class NoReplica(Exception):
-    """Nobody could take the request."""
+    """No replica could take the request."""
 
 
 def _is_death(error: Exception) -> bool:

@@ -1,7 +1,7 @@
-"""vLLM's OpenAI-compatible HTTP application around an engine that already runs, behind a thin door of ours.
+"""vLLM's OpenAI-compatible HTTP application on a running engine, behind an ASGI application of ours.
 
-The door opens only the paths below, checks bearer tokens, answers `/health` with a real generation, and stamps every
-response with the model's name and weight version (inside the bodies it is `system_fingerprint`).
+Ours, `Door`, lets only the paths below pass, checks bearer tokens, answers `/health` after a real generation, and adds
+the model's name and weight version to every response's headers (in bodies the version is `system_fingerprint`).
 """
 
 from argparse import Namespace
@@ -18,11 +18,11 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 WEIGHT_VERSION_HEADER = "x-recua-weight-version"
 MODEL_HEADER = "x-recua-model"
 OPEN_PATHS = ("/v1/", "/tokenize", "/detokenize", "/version", "/metrics", "/docs", "/openapi.json")
-"""vLLM also registers administrative routes (scaling, weight transfer, ...); those stay closed."""
+"""Paths that clients may use. vLLM also registers administrative routes (scaling, weight transfer, ...)."""
 
 
 async def build_openai_app(engine: Any, arguments: Namespace) -> Any:
-    """vLLM's FastAPI application; `app.state` has its serving objects, which the gRPC calls use too."""
+    """vLLM's FastAPI application; the gRPC calls also use the serving objects in its `app.state`."""
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
 
@@ -76,7 +76,7 @@ class Door:
     async def _answer_health(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await self._check_health()
-        except Exception as error:  # whatever is wrong with the engine, the answer is "not healthy"
+        except Exception as error:  # any error of the engine means "not healthy"
             await _respond(scope, receive, send, 503, f"the engine cannot generate: {error}")
         else:
             await _respond(scope, receive, send, 200, "")

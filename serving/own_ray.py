@@ -1,8 +1,8 @@
 """An endpoint on a Ray of its own: if that Ray dies, another one is started and the model is deployed again.
 
-Who waits for whom. The main thread waits for what happens: a signal, the Ray that is lost or back, the end of a deploy.
-It waits in no call to Ray: what deploys and what drains are Ray tasks, so that they end with the Ray that they run on,
-and none of their calls hangs or falls on the next one.
+Who waits for whom: the main thread waits for events: a signal, Ray lost or back, a finished deploy. It never waits in a
+call to Ray. Deploying and draining are Ray tasks, which end with their Ray, so that none of their calls hangs or
+reaches the next Ray.
 """
 
 import logging
@@ -23,13 +23,13 @@ from serving.config import ServingSettings
 from serving.errors import ServingError
 
 LOSS_SHOWS_S = 10.0
-"""A deploy may fail a moment before the Ray under it is seen to be lost; after so long it failed by itself."""
+"""A deploy may fail a moment before the loss of its Ray is noticed. After this time the failure is its own."""
 LOOK_S = 0.2
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class LocalEndpoint:
-    """Serves until Ctrl-C or SIGTERM. `on_up(endpoint)` is called whenever it answers, at the same ports each time."""
+    """Serves until Ctrl-C or SIGTERM. `on_up(endpoint)` is called after each deploy; the ports stay the same."""
 
     def __init__(
         self,
@@ -49,11 +49,12 @@ class LocalEndpoint:
         self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
 
     def serve(self, restarts: int, window_s: float) -> None:
-        """`restarts`: how often a Ray that dies is started again, see LocalRay.
+        """Deploy, serve and drain. `restarts`: how often a Ray that dies is restarted (see LocalRay).
 
         Raises:
-            ConfigError, SystemFault: no Ray of its own starts, or too many died.
-            KeyboardInterrupt: interrupted before it served. And what `serving.app.deploy` raises.
+            ConfigError, SystemFault: no local Ray starts, or too many died.
+            KeyboardInterrupt: interrupted before the endpoint answered.
+            Errors of `serving.app.deploy`.
         """
         put = self._events.put
         self._local = LocalRay(
@@ -79,7 +80,7 @@ class LocalEndpoint:
             self._local.close()
 
     def _next(self) -> bool:
-        """Take the next event; False when it is to stop."""
+        """Handle the next event; False if it is a signal to stop."""
         try:
             kind, what = self._events.get(timeout=None if self._failed is None else LOSS_SHOWS_S)
         except queue.Empty:
@@ -105,14 +106,14 @@ class LocalEndpoint:
         self._start(deploy, (self._folder, self._weight_version, self._settings), "up")
 
     def _keep(self, endpoint: Endpoint) -> None:
-        """Clients know the ports now."""
+        """Keep the ports, because clients know them now."""
         ports = {"grpc_port": _port(endpoint.grpc_address), "http_port": _port(endpoint.http_url)}
         self._settings = self._settings.model_copy(update=ports)
         self._endpoint = endpoint
         self._on_up(endpoint)
 
     def _drain(self) -> None:
-        """Let requests in flight finish, as long as there is a Ray that they run on."""
+        """Let requests in flight finish, as long as their Ray lives."""
         self._say("draining: new requests are refused, those in flight finish ...")
         if self._local.is_lost():
             return
@@ -129,7 +130,7 @@ class LocalEndpoint:
                 return
 
     def _start(self, function: Callable[..., Any], arguments: tuple[Any, ...], event: str) -> None:
-        """Run it as a task: `event` with its result comes, or "failed" with its error, or the loss of this Ray."""
+        """Run `function` as a Ray task: puts `event` with its result, or "failed" with its error, unless Ray dies."""
         count = self._local.count
         reference = ray.remote(num_cpus=0, max_retries=0)(function).remote(*arguments)
 
@@ -154,7 +155,7 @@ class LocalEndpoint:
 
 
 def _ours(error: BaseException) -> BaseException:
-    """An error of recua as itself, without Ray's remote traceback around it."""
+    """An error of recua without Ray's remote traceback around it; other errors as they are."""
     if isinstance(error, ray.exceptions.RayTaskError):
         if isinstance(error.cause, RecuaError):
             return error.cause

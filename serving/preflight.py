@@ -1,4 +1,4 @@
-"""What can be known to fail before a model is loaded."""
+"""Checks of an endpoint before its model is loaded."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from infra.machine import hold_port
 from serving.config import ServingSettings
 
 PROCESS_OVERHEAD_GIB = 1.0
-"""What a CPU replica's two processes take beside weights and cache."""
+"""Memory of a CPU replica's two processes beside weights and cache."""
 
 
 def check_model_folder(folder: Path) -> None:
@@ -34,7 +34,7 @@ def check_model_folder(folder: Path) -> None:
         try:
             wanted = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{index}: does not say which file each tensor lies in: {error!r}") from None
+            raise CheckpointError(f"{index}: does not say which file holds each tensor: {error!r}") from None
         missing = [name for name in wanted if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(f"{folder}: weight files are missing: {', '.join(missing)}")
@@ -45,7 +45,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def without_chat(folder: Path, settings: ServingSettings) -> str:
-    """Why chats at this endpoint will be refused, in one line that names the file to add; "" if they will not be."""
+    """Why this endpoint will refuse chats, in one line that names the file to add; "" if it will not."""
     if any(argument.startswith("--chat-template") for argument in settings.engine.extra_args):
         return ""
     try:
@@ -59,7 +59,7 @@ def without_chat(folder: Path, settings: ServingSettings) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """A weight version for a folder that is no artifact: sha256 over the names and contents of its files."""
+    """A weight version for a folder that is not an artifact: sha256 over the names and contents of its files."""
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         with file.open("rb") as content:
@@ -69,7 +69,7 @@ def folder_digest(folder: Path) -> str:
 
 
 def check_capacity(folder: Path, settings: ServingSettings) -> None:
-    """Raises ResourceError when this cluster can never hold the replicas."""
+    """Raises ResourceError if this cluster can never hold the replicas."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for kind, setting, need in (("CPU", "num_cpus", settings.num_cpus), ("GPU", "num_gpus", settings.num_gpus)):
         room = sum(int(node.get(kind, 0) / need) for node in nodes) if need else settings.replicas
@@ -96,10 +96,10 @@ def _check_memory(folder: Path, settings: ServingSettings) -> None:
 
 
 def pick_ports(host: str, grpc_port: int | None, http_port: int | None) -> tuple[int, int]:
-    """Check or choose (0) both ports on this node; None is left alone and comes back as 0.
+    """Check or choose (0) both ports on this node; a port that is None is not checked and returned as 0.
 
     Raises:
-        ResourceError: one of them is taken; names its setting.
+        ResourceError: a port is taken; the message names its setting.
     """
     with ExitStack() as held:
 

@@ -1,7 +1,7 @@
 """The message classes of `recua.proto`, compiled in memory when first needed.
 
-No generated file exists: protoc (from grpcio-tools) turns the .proto beside this module into a descriptor, so it works
-from an installed package, a checkout and a job's read-only working_dir copy alike.
+There is no generated file: protoc (from grpcio-tools) compiles the .proto beside this module into a descriptor. That
+works from an installed package, from a checkout, and from a job's read-only copy of the working_dir.
 """
 
 import functools
@@ -17,7 +17,7 @@ STREAM_METHODS = ("GenerateStream", "ChatStream")
 
 @dataclass(frozen=True)
 class Messages:
-    """The classes, named as in the .proto (typed Any: they exist only at run time)."""
+    """The message classes, named as in the .proto (typed Any, because they exist only at run time)."""
 
     Sampling: Any
     TokenIds: Any
@@ -40,7 +40,7 @@ class Messages:
 
 @functools.cache
 def messages() -> Messages:
-    """Compile the proto (some milliseconds, once per process) and register it for reflection."""
+    """Compile the .proto (some milliseconds, once per process) and register it for reflection."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
     from google.protobuf.internal import enum_type_wrapper
 

@@ -1,6 +1,6 @@
-"""From settings to a running vLLM engine: its arguments, its environment, and a health probe that cannot be fooled.
+"""A vLLM engine from settings: its arguments, its environment, and a health probe that generates a token.
 
-Imports vLLM inside functions only, so that drivers can build the environment without it.
+Imports vLLM only inside functions, so that drivers can build the environment without it.
 """
 
 import asyncio
@@ -27,8 +27,8 @@ def replica_environment(settings: ServingSettings) -> dict[str, str]:
         environment |= {
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(settings.engine.threads),
-            # The engine process then computes by itself instead of through a third process:
-            # half the start time, 1.6 times the tokens per second of a toy model on two cores.
+            # The engine then computes in its own process instead of in a third one: half the start time, and 1.6 times
+            # the tokens per second of a toy model on two cores.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
     return environment
@@ -38,7 +38,7 @@ def engine_arguments(model_folder: Path, weight_version: str, settings: ServingS
     """Arguments of vLLM's OpenAI server; `system_fingerprint` of its responses is the weight version.
 
     Raises:
-        ValueError: `engine.extra_args` has something that vLLM does not know.
+        ValueError: vLLM refuses an argument in `engine.extra_args`.
     """
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -66,10 +66,10 @@ def engine_arguments(model_folder: Path, weight_version: str, settings: ServingS
 
 
 def start_engine(arguments: Namespace, address: str) -> Any:
-    """An AsyncLLM (blocking: loads the model, some 15 s on a CPU) that remembers when it last produced a token. Its
-    sockets are at `address`, the node's one.
+    """An AsyncLLM that remembers when it last produced a token; its sockets use `address`, the node's address. Blocks
+    while the model loads (about 15 s on a CPU).
 
-    The stamp lets the health check skip its probe under load, when the probe would only queue behind real work.
+    Under load the health check skips its probe, which would only queue behind requests.
     """
     use_sockets_at(address)  # before vLLM is imported
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -96,7 +96,7 @@ def start_engine(arguments: Namespace, address: str) -> Any:
 
 
 class HealthProbe:
-    """Generates one token for real: vLLM's own check stays green after some worker crashes."""
+    """Generates one token, because vLLM's own health check passes after some worker crashes."""
 
     def __init__(self, engine: Any, fresh_s: float, timeout_s: float) -> None:
         self._engine = engine

@@ -1,1 +1,1 @@
-"""Learners and generators that outlive a step: started once per run, lent from step to step."""
+"""Learners and generators that outlive a step: started once per run and lent from step to step."""

@@ -1,19 +1,22 @@
-"""Settings of the pools: how many processes train and sample, and what each asks of the cluster. No torch, no ray."""
+"""Settings of the pools: how many processes train and sample, and the resources of each. No torch, no ray."""
 
-from typing import Literal
-
-from pydantic import Field
-
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+from pydantic import Field, field_validator, model_validator
+from cluster.config import ElasticSettings
+from data.config import Growth
+from engines.config import LearnerSettings
 from infra.config import Cpus, Gpus, Seconds, Settings
-
+from infra.errors import ConfigError
+from infra.storage import parse_store
 
 class LearnerPoolSettings(Settings):
-    """The processes that train: one group of ranks, started once and lent from stage to stage."""
+    """The training processes: one group of ranks, started once and lent from stage to stage."""
 
     workers: int = Field(default=2, ge=1)
     """Data-parallel ranks (DeepSpeed ZeRO shards over them)."""
     num_cpus: Cpus = Field(default=0.25, gt=0)
-    """CPUs that Ray books for one rank. Learners and generators take turns, so on a laptop they share cores."""
+    """CPUs that Ray books for one rank. Learners and generators take turns and can share a laptop's cores."""
     num_gpus: Gpus = 0
     """GPUs that Ray books for one rank."""
     threads: int = Field(default=1, ge=1)
@@ -27,7 +30,7 @@ class LearnerPoolSettings(Settings):
 
 
 class GeneratorPoolSettings(Settings):
-    """The processes that sample: vLLM engines, started once and lent from stage to stage."""
+    """The sampling processes: vLLM engines, started once and lent from stage to stage."""
 
     replicas: int = Field(default=1, ge=1)
     """vLLM engines; prompts are split over them."""
@@ -37,3 +40,5 @@ class GeneratorPoolSettings(Settings):
     """GPUs that Ray books for one engine."""
     idle_timeout_s: Seconds = 600
     """An idle pool ends itself after this many seconds without a borrower."""
+
+

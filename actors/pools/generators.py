@@ -18,7 +18,7 @@ ENGINE = "generator"
 
 
 class GeneratorWorker:
-    """A thin shell: the engine is built in the actor's process and lives as long as the actor."""
+    """The actor: its engine is built in its process and lives as long as it does."""
 
     def __init__(self, folder: str, settings: GeneratorSettings) -> None:
         hide_secrets_in_logs()
@@ -27,7 +27,7 @@ class GeneratorWorker:
         self._engine = VllmGenerator(Path(folder), settings, address=ray.util.get_node_ip_address())
 
     def ready(self) -> str:
-        """The version of the weights it carries; answers once the engine runs."""
+        """The version of its weights; returns once the engine runs."""
         return self._engine.weight_version
 
     def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[list[Completion]]:
@@ -35,17 +35,17 @@ class GeneratorWorker:
         return self._engine.generate(prompts, sampling)
 
     def connect(self, info: dict[str, Any]) -> None:
-        """Meet the sender (nccl, ipc)."""
+        """Connect to the sender (nccl, ipc)."""
         self._engine.connect(info)
 
     def sees(self, update: WeightUpdate) -> bool:
-        """Whether published weights are within this node's reach: a file in memory is on one node only."""
+        """Whether this node can read published weights: a file in shared memory is on one node only."""
         path = update.location.get("path")
         return path is None or Path(path).exists()
 
     def update_weights(self, update: WeightUpdate, content: np.ndarray | None = None) -> str:
-        """Apply a learner's published weights; returns the version now carried. `content`: the bytes [N] of the file
-        that was published on another node."""
+        """Apply a learner's published weights; returns their version. `content`: the bytes [N] of a file that was
+        published on another node."""
         if content is None:
             self._engine.update_weights(update)
         else:
@@ -56,7 +56,7 @@ class GeneratorWorker:
         return self._engine.weight_version
 
     def load_weights(self, folder: str, version: str) -> str:
-        """Apply the weights of a saved folder; returns the version now carried."""
+        """Apply the weights of a saved folder; returns their version."""
         self._engine.load_weights(Path(folder), version)
         return self._engine.weight_version
 
@@ -67,18 +67,18 @@ class GeneratorWorker:
 
 @dataclass(frozen=True)
 class Generators:
-    """A borrowed pool of generators. Every completion is checked to carry the version that was set last."""
+    """A borrowed pool of generators. Every weight update checks that all engines report the new version."""
 
     workers: Sequence[Any]
 
     def load_weights(self, folder: Path, version: str) -> None:
-        """All engines carry `folder`'s weights as `version`, caches dropped."""
+        """Load `folder`'s weights as `version` into all engines, and drop their caches."""
         carried = gather([worker.load_weights.remote(str(folder), version) for worker in self.workers], ENGINE)
         assert set(carried) == {version}, f"asked for {version}, engines carry {carried}"
 
     def update_weights(self, update: WeightUpdate, content: Callable[[], Any]) -> None:
-        """All engines apply a learner's published weights; `content()` brings (a reference to) the published file to
-        those of other nodes."""
+        """Apply a learner's published weights on all engines; `content()` returns a reference to the published file,
+        for engines on other nodes."""
         seen = gather([worker.sees.remote(update) for worker in self.workers], ENGINE)
         there = None if all(seen) else content()
         carried = gather(
@@ -93,8 +93,8 @@ class Generators:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
         """Prompts [P][T] -> completions [P][n], in order.
 
-        Equal prompts go to one engine: a seeded answer depends on the prompt and on its number among equal ones, so
-        it is the same for any number of engines.
+        Equal prompts go to one engine. A seeded answer depends on the prompt and on its number among equal prompts, so
+        that it is the same for any number of engines.
         """
         shares: list[list[int]] = [[] for _ in self.workers]
         for index, prompt in enumerate(prompts):

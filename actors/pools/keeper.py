@@ -1,14 +1,14 @@
 """Pools that outlive a step: vLLM engines and learner ranks, started once per run and lent from step to step.
 
-One detached keeper actor per run owns every member, so ending the keeper ends them all. A borrower (a step's body)
-holds a lease and renews it from a thread; while it holds the lease nobody else gets the pool. A lease that is no longer
-renewed means that the borrower died in the middle of something: its pool is thrown away and built anew. A pool without
-borrowers ends after its `idle_timeout_s`, or `ORPHAN_S` after a driver that was killed: until then the driver that
-resumes the run finds it warm. A keeper without pools ends itself, so nothing leaks. A job that was submitted again with
-other code gets a keeper of that code.
+One detached keeper actor per run owns all members, so that ending the keeper ends them all. A borrower (a step's body)
+holds a lease, which a thread renews; no other borrower gets the pool meanwhile. If a lease is not renewed, the borrower
+died while using the pool, and the pool is discarded and rebuilt. A pool without borrowers ends after its
+`idle_timeout_s`, or `ORPHAN_S` after its driver was killed; until then the driver that resumes the run finds it warm. A
+keeper without pools ends itself, so that nothing leaks. A job that is submitted again with other code gets a keeper of
+that code.
 
-Waits: `borrow` waits for the pool to be free, then for its processes to be up. Nothing waits for the borrower except
-other borrowers, and they no longer than the lease lasts.
+Who waits for whom: `borrow` waits for the pool to be free, then for its processes to start. Only other borrowers wait
+for the borrower, at most as long as its lease.
 """
 
 import hashlib
@@ -37,9 +37,9 @@ if TYPE_CHECKING:  # they import torch, which takes seconds: the keeper and the 
 
 NAMESPACE = "recua"
 LEASE_S = 20.0
-"""A borrower that has not renewed for this long is dead."""
+"""A borrower that has not renewed its lease for this long counts as dead."""
 ORPHAN_S = 60.0
-"""So long a pool waits for another driver of its run when the one that it was last lent to is gone."""
+"""How long a pool whose driver is gone waits for another driver of its run."""
 ORPHAN_CHECK_S = 2.0
 
 
@@ -56,7 +56,7 @@ class _Pool:
 
 
 class PoolKeeper:
-    """Owns the members, hands them out one borrower at a time. A threaded actor: `borrow` may block."""
+    """Owns the members and lends them to one borrower at a time. A threaded actor: `borrow` may block."""
 
     def __init__(self, name: str, code: str, lease_s: float, orphan_s: float) -> None:
         hide_secrets_in_logs()
@@ -66,7 +66,7 @@ class PoolKeeper:
         threading.Thread(target=self._end_when_idle, daemon=True, name="pool-idle").start()
 
     def code(self) -> str:
-        """Which code this keeper and its members run; see `_code`. Who asks is about to borrow: it stays for that."""
+        """The code of this keeper and its members; see `_code`. The caller is about to borrow, so the keeper stays."""
         with self._free:
             for pool in self._pools.values():
                 if pool.borrower is None and not pool.members:
@@ -76,7 +76,7 @@ class PoolKeeper:
     def borrow_generators(
         self, borrower: str, job: str, pool: GeneratorPoolSettings, engine: GeneratorSettings, folder: str
     ) -> list[Any]:
-        """The engines for `folder`'s architecture; started now if there are none or they are of another kind."""
+        """The engines for `folder`'s architecture; started if there are none, or only ones of another kind."""
         from actors.pools.generators import GeneratorWorker
 
         key = repr((pool, engine, _architecture(folder)))
@@ -91,7 +91,7 @@ class PoolKeeper:
         return self._borrow("generators", borrower, job, key, pool.idle_timeout_s, start)
 
     def borrow_learners(self, borrower: str, job: str, pool: LearnerPoolSettings) -> list[Any]:
-        """The learner ranks; started now if there are none or they are of another kind."""
+        """The learner ranks; started if there are none, or only ones of another kind."""
 
         def start(made: _Pool) -> None:
             from actors.pools.learner_group import start_learners
@@ -102,7 +102,7 @@ class PoolKeeper:
         return self._borrow("learners", borrower, job, repr(pool), pool.idle_timeout_s, start)
 
     def renew(self, kind: str, borrower: str) -> bool:
-        """Keep a lease; False when it is no longer the caller's."""
+        """Renew a lease; False if the caller no longer holds it."""
         pool = self._pools[kind]
         if pool.borrower != borrower:
             return False
@@ -110,7 +110,7 @@ class PoolKeeper:
         return True
 
     def give_back(self, kind: str, borrower: str, broken: bool) -> None:
-        """End a lease; a pool whose borrower failed inside it is not lent again."""
+        """End a lease; a pool whose borrower failed while using it is not lent again."""
         with self._free:
             pool = self._pools[kind]
             if pool.borrower == borrower:
@@ -132,7 +132,7 @@ class PoolKeeper:
             if self._pools[kind].borrower is not None or self._pools[kind].key != key or not self._alive(kind):
                 self._discard(kind)
             pool = self._pools[kind]
-            # Until the members are up the lease cannot lapse: the borrower renews only once it has them.
+            # The lease cannot lapse while the members start: the borrower renews it only once it has them.
             pool.borrower, pool.used, pool.idle_timeout_s = borrower, float("inf"), idle_timeout_s
             pool.job = job
         try:
@@ -165,7 +165,7 @@ class PoolKeeper:
             ray.kill(member)
 
     def _end_when_idle(self) -> None:
-        """A pool's time is up without a borrower; the keeper itself goes once it has had no pool for a lease's time."""
+        """Discard idle pools; end the keeper once it has had no pool for the duration of a lease."""
         while True:
             time.sleep(0.5)
             with self._free:
@@ -177,7 +177,7 @@ class PoolKeeper:
                     os._exit(0)
 
     def _over(self, pool: _Pool, now: float) -> bool:
-        """Whether nobody will come for a pool that is free."""
+        """Whether a free pool has been idle for too long, or its run's driver is gone."""
         idle_s = now - pool.used
         if idle_s > pool.idle_timeout_s:
             return True
@@ -189,7 +189,7 @@ class PoolKeeper:
 
 @dataclass(frozen=True)
 class Pools:
-    """A run's pools as its steps see them. Frozen and small, so that it travels with a step's arguments."""
+    """A step's handle on its run's pools. Frozen and small, because it is passed in a step's arguments."""
 
     run_id: str
     lease_s: float = LEASE_S
@@ -199,7 +199,7 @@ class Pools:
     def generators(
         self, pool: GeneratorPoolSettings, engine: GeneratorSettings, folder: Path, version: str
     ) -> Iterator["Generators"]:
-        """Borrow the generators; they carry `folder`'s weights as `version` and empty caches."""
+        """Borrow the generators, with `folder`'s weights as `version` and empty caches."""
         from actors.pools.generators import Generators
 
         with self._lease("generators", "borrow_generators", pool, engine, str(folder)) as members:
@@ -209,7 +209,7 @@ class Pools:
 
     @contextmanager
     def learners(self, pool: LearnerPoolSettings) -> Iterator["Learners"]:
-        """Borrow the learner ranks, empty; every model opened is closed on return."""
+        """Borrow the learner ranks without models; all models are closed on return."""
         from actors.pools.learners import Learners
 
         with self._lease("learners", "borrow_learners", pool) as members:
@@ -233,11 +233,11 @@ class Pools:
             broken = False
         finally:
             stop.set()
-            with suppress(ray.exceptions.RayActorError):  # a keeper that is gone took its members along
+            with suppress(ray.exceptions.RayActorError):  # a keeper that died took its members with it
                 ray.get(keeper.give_back.remote(kind, borrower, broken))
 
     def _keeper(self) -> Any:
-        """This run's keeper, of this code: one that an earlier job left behind may run another."""
+        """This run's keeper with this job's code. An earlier job's keeper with other code is replaced."""
         name, code = f"pools-{self.run_id}", _code()
         actor: Any = ray.remote(PoolKeeper)
         actor = actor.options(
@@ -251,14 +251,14 @@ class Pools:
         )
         for _ in range(3):
             keeper = actor.remote(name, code, self.lease_s, self.orphan_s)
-            with suppress(ray.exceptions.RayActorError):  # it ended itself just now: the next one is new
+            with suppress(ray.exceptions.RayActorError):  # it has just ended itself: the next one is new
                 if ray.get(keeper.code.remote()) == code:
                     return keeper
                 ray.kill(keeper)
-        raise NodeLost(f"{name}: its keeper died again and again")
+        raise NodeLost(f"{name}: its keeper died three times in a row")
 
     def close(self) -> None:
-        """End the run's pools, however the run ended; nothing happens where there are none."""
+        """End the run's pools, if there are any."""
         if not ray.is_initialized():
             return
         try:
@@ -271,18 +271,18 @@ class Pools:
 
 
 def _code() -> str:
-    """The package that a job runs from (named by a hash of its content); empty outside of jobs."""
+    """The package that a job runs from, which is named by a hash of its content; empty outside of jobs."""
     return str(ray.get_runtime_context().runtime_env.get("working_dir") or "")
 
 
 def _renew(keeper: Any, kind: str, borrower: str, pause_s: float, stop: threading.Event) -> None:
     while not stop.wait(pause_s):
         if not ray.get(keeper.renew.remote(kind, borrower)):
-            return  # the lease went to another borrower: our members are gone and the next call on them raises
+            return  # another borrower has the lease: our members are gone, and the next call on them raises
 
 
 def _architecture(folder: str) -> str:
-    """What a running engine cannot change: config and tokenizer; weights can be swapped."""
+    """A digest of the files that a running engine cannot change: config and tokenizer. Weights can be replaced."""
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.json", "tokenizer.model", "generation_config.json"):
         file = Path(folder) / name

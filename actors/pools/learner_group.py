@@ -1,4 +1,4 @@
-"""The learner pool's processes."""
+"""Starts the learner pool's processes."""
 
 from actors.pools.config import LearnerPoolSettings
 from actors.pools.learner_worker import LearnerWorker
@@ -6,7 +6,7 @@ from cluster.workers.group import WorkerGroup
 
 
 def start_learners(pool: LearnerPoolSettings, name: str) -> WorkerGroup:
-    """One rank per worker, seated and ready to open models. Errors as `WorkerGroup.start`."""
+    """Start one rank per worker, ready to open models. Raises as `WorkerGroup.start`."""
     threads = str(pool.threads)
     return WorkerGroup(
         LearnerWorker,

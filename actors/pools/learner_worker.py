@@ -1,7 +1,7 @@
 """One rank of the learner pool: several named models in one process (policy, reference, critic, reward models).
 
-A controller drives all ranks with the same calls in the same order; every method that trains or gathers is a
-collective over the pool. Models are opened by role and closed when the borrower gives the pool back.
+The caller drives all ranks with the same calls in the same order; every method that trains or gathers is a collective
+over the pool. Models are opened by role and closed when the borrower returns the pool.
 """
 
 from pathlib import Path
@@ -56,7 +56,7 @@ class LearnerWorker(Worker):
         return self._learners[role].evaluate(batches, score.compute)
 
     def build_sender(self, backend: str, receiver_sizes: list[int]) -> list[dict[str, Any]]:
-        """Rank 0 prepares to send; returns what each generator needs to connect ([] on the other ranks)."""
+        """Prepare to send on rank 0; returns the data that each generator needs to connect ([] on other ranks)."""
         from engines.weight_transfer import build_sender
 
         assert self.seat is not None, "build_sender() before join()"
@@ -73,13 +73,13 @@ class LearnerWorker(Worker):
         return [self._sender.receiver_info(receiver) for receiver in range(len(receiver_sizes))]
 
     def connect_sender(self) -> None:
-        """Meet the generators, which are in `connect` at the same time."""
+        """Connect to the generators, which call `connect` at the same time."""
         if self._sender is not None:
             self.release_port()
             self._sender.connect()
 
     def publish(self, role: str, version: str) -> WeightUpdate | None:
-        """(collective) Put the current weights where generators can fetch them; rank 0 returns the notice."""
+        """(collective) Publish the current weights for the generators; rank 0 returns the update."""
         tensors = self._learners[role].export()
         if self._sender is not None:
             return self._sender.publish(tensors, version)
@@ -92,12 +92,12 @@ class LearnerWorker(Worker):
         return np.fromfile(update.location["path"], dtype=np.uint8)
 
     def wait_published(self) -> None:
-        """Until the published tensors may change again."""
+        """Wait until the published tensors may change again."""
         if self._sender is not None:
             self._sender.wait()
 
     def save(self, role: str, folder: str) -> None:
-        """(collective) An HF folder that plain transformers and vLLM load; rank 0 writes."""
+        """(collective) Write an HF folder that plain transformers and vLLM load; rank 0 writes."""
         self._learners[role].save_hf(Path(folder))
 
     def close(self, roles: list[str] | None = None) -> None:

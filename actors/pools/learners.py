@@ -1,7 +1,7 @@
-"""The controller's view of a borrowed learner pool: a whole batch in, one result out.
+"""A borrowed learner pool for its caller: a whole batch in, one result out.
 
-Waits: the caller waits for all ranks; a rank waits for the others inside collectives. The first rank that fails fails
-the call at once (a rank blocked on a dead peer would otherwise hold everyone until gloo's own timeout).
+Who waits for whom: the caller waits for all ranks; a rank waits for the others inside collectives. The first rank that
+fails ends the call at once: a rank blocked on a dead peer would otherwise delay it until gloo's own timeout.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ RANK = "learner rank"
 
 @dataclass(frozen=True)
 class Learners:
-    """All ranks of the pool, driven in lock-step."""
+    """All ranks of the pool, called in lock-step."""
 
     workers: Sequence[Any]
     settings: LearnerPoolSettings
 
     def open(self, role: str, folder: Path, optimizer: LearnerSettings | None = None, head: str = "lm") -> None:
-        """Every rank builds `folder` under the name `role`; without an optimizer it only scores."""
+        """Build `folder` on every rank under the name `role`; without an optimizer the model only scores."""
         settings = (optimizer or LearnerSettings()).model_copy(
             update={"zero_stage": self.settings.zero_stage, "threads": self.settings.threads}
         )
@@ -76,7 +76,7 @@ class Learners:
         self._all("connect_sender")
 
     def publish(self, role: str, version: str) -> WeightUpdate:
-        """Put the current weights where generators can fetch them."""
+        """Publish the current weights for the generators."""
         return self._all("publish", role, version)[0]
 
     def published(self, update: WeightUpdate) -> Any:
@@ -84,7 +84,7 @@ class Learners:
         return self.workers[0].published.remote(update)
 
     def wait_published(self) -> None:
-        """Until the published tensors may change again."""
+        """Wait until the published tensors may change again."""
         self._all("wait_published")
 
     def save(self, role: str, folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""Rows of ids become micro-batches of tensors, the same number on every rank.
+"""Micro-batches of tensors from rows of ids, the same number on every rank.
 
-A row is what one example is on the wire: a dict of plain lists. The controller plans which rank sees which rows
-(`plan_micro_batches`); a rank turns its share into tensors (`pad`). A rank that would have fewer micro-batches than
-the others gets empty ones, filled with a dummy row whose masks are all zero: every rank joins the same collectives.
+A row is one example as it is sent to a rank: a dict of plain lists. The caller plans which rank gets which rows
+(`plan_micro_batches`); a rank turns its share into tensors (`pad`). A rank with fewer micro-batches than the others
+gets empty ones, which become a dummy row with zero masks, so that every rank joins the same collectives.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ Row = dict[str, Any]
 def plan_micro_batches(lengths: Sequence[int], world_size: int, budget: int) -> list[list[list[int]]]:
     """Split one global batch into [rank][micro-batch][row index]; an empty micro-batch stands for a dummy.
 
-    Rows are dealt by length, so that the micro-batches that ranks work on at the same moment cost about the same;
-    no micro-batch pads to more than `budget` tokens (a single longer row stands alone).
+    Rows are dealt by length, so that micro-batches that ranks process at the same time cost about the same. No
+    micro-batch pads to more than `budget` tokens (a single longer row has its own).
     """
     ordered = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     shares: list[list[list[int]]] = []
     for rank in range(world_size):
         micro_batches: list[list[int]] = []
         for index in ordered[rank::world_size]:
-            # The first row of a micro-batch is its longest, so it alone decides the padded width.
+            # The first row of a micro-batch is its longest and alone decides the padded width.
             if micro_batches and (len(micro_batches[-1]) + 1) * lengths[micro_batches[-1][0]] <= budget:
                 micro_batches[-1].append(index)
             else:
@@ -57,9 +57,9 @@ def tokens_batch(sequences: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
 
 
 def epoch_batches(count: int, batch_size: int, epochs: float, seed: int) -> list[list[int]]:
-    """Indices of every optimizer step's batch: a fresh permutation per epoch, the last short batch kept.
+    """Indices of every optimizer step's batch: a new permutation per epoch; a short last batch is kept.
 
-    A function of its arguments only, so that the batch of step k is the same on every world size.
+    A function of its arguments only, so that the batch of step k is the same for every world size.
     """
     generator = torch.Generator().manual_seed(seed)
     wanted = round(count * epochs)

@@ -1,8 +1,8 @@
-"""What a learner can be asked to minimise or to score, by name: rows -> tensors (`collate`) -> loss or result.
+"""Objectives and scores of learners, by name: rows -> tensors (`collate`) -> loss or result.
 
-The formulas are in `algorithms/`; here they only meet a model's outputs. `params` carries what is global to the
-optimizer step, above all the denominators, counted by the controller over all ranks and micro-batches.
-Everything is aligned with tokens: a value at position t belongs to token t (see `algorithms.logprobs`).
+The formulas are in `algorithms/`; here they are applied to a model's outputs. `params` holds what is global to the
+optimizer step, above all the denominators, which the caller counts over all ranks and micro-batches. Values are aligned
+with tokens: a value at position t belongs to token t (see `algorithms.logprobs`).
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""torch.distributed inside a worker, made from its seat."""
+"""The process groups of a learner rank, from its seat."""
 
 import torch
 
@@ -6,11 +6,11 @@ from cluster.workers.seat import Seat
 from engines.collectives.process_groups import ProcessGroups, Rendezvous, StoreAddress
 
 GENERATION = 0
-"""A pool that loses a rank is started anew, with new groups."""
+"""Always the first: a pool that loses a rank is restarted with new groups."""
 
 
 def process_groups(seat: Seat, device: torch.device, timeout_s: float) -> ProcessGroups:
-    """The groups of a seat, still to be formed; rank 0 hosts their store, so they end with it."""
+    """The groups of a seat, not yet formed. Rank 0 hosts their store, so that they end with it."""
     return ProcessGroups(
         GENERATION,
         seat.rank,

@@ -1,7 +1,7 @@
-"""Weights from the learner pool to the generator pool, by whatever backend the engines speak.
+"""Weight transfer from the learner pool to the generator pool, over the engines' backend.
 
-Who waits for whom: `push` returns when every generator carries the new version; the learners may then change their
-tensors again. With nccl both sides must be inside the transfer at once, so the notices go out before anyone waits.
+Who waits for whom: `push` returns when every generator has the new version; the learners may then change their tensors.
+With nccl both sides must be inside the transfer at the same time, so that all are called before any is waited for.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from cluster.workers.gather import gather
 
 @dataclass(frozen=True)
 class WeightSync:
-    """One learner role feeding all generators."""
+    """Sends one learner role's weights to all generators."""
 
     learners: Learners
     generators: Generators
@@ -31,7 +31,7 @@ class WeightSync:
         gather(waiting, ENGINE)
 
     def push(self, version: str) -> None:
-        """Every generator carries the learners' current weights as `version` when this returns."""
+        """Load the learners' current weights as `version` into every generator."""
         update = self.learners.publish(self.role, version)
         self.generators.update_weights(update, lambda: self.learners.published(update))
         self.learners.wait_published()

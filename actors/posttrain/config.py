@@ -1,18 +1,34 @@
-"""Settings of the post-training loops (contents of a recipe's stage sections). No torch, no ray."""
+"""Settings of pretraining and the post-training loops: the stage sections of a recipe. Imports neither torch nor
+ray."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from cluster.config import ElasticSettings
+from data.config import Growth
 from engines.config import LearnerSettings
-from infra.config import Settings
+from infra.config import Cpus, Gpus, Seconds, Settings
+from infra.errors import ConfigError
+from infra.storage import parse_store
 
 Epochs = Annotated[float, Field(gt=0, le=1e6)]
 """Passes over data."""
 
 
+
+
+
+
+
+
+
+
+
+
 class SftSettings(Settings):
-    """Supervised fine-tuning: prompt tokens out of the loss."""
+    """Supervised fine-tuning, without prompt tokens in the loss."""
 
     optimizer: LearnerSettings = LearnerSettings()
     """Learning rate, schedule, clipping."""
@@ -25,13 +41,13 @@ class SftSettings(Settings):
     aggregation: Literal["token-mean", "seq-mean"] = "token-mean"
     """How token losses become one loss; `seq-mean` gives a one-token answer the weight of a long one."""
     max_length: int = Field(default=128, ge=8)
-    """Longest example in tokens; a longer one is an error, never cut silently."""
+    """Longest example in tokens; a longer one is an error and never cut silently."""
     packing: bool = False
     """Pack several examples into one row of `max_length` tokens; attention stays inside each example."""
 
 
 class PreferenceSettings(Settings):
-    """Preference pairs sampled from the policy itself, so that the reward models stay in distribution."""
+    """Preference pairs from the policy's own samples, so that the reward models stay in distribution."""
 
     prompts: int = Field(default=1024, ge=1)
     """Checkable training problems to sample, for the helpfulness model."""
@@ -46,7 +62,7 @@ class PreferenceSettings(Settings):
 
 
 class RewardSettings(Settings):
-    """One Bradley-Terry reward model; initialised from the policy with a scalar head."""
+    """A Bradley-Terry reward model, initialised from the policy with a scalar head."""
 
     optimizer: LearnerSettings = LearnerSettings()
     """Learning rate, schedule, clipping."""
@@ -55,7 +71,7 @@ class RewardSettings(Settings):
     batch_size: int = Field(default=64, ge=1)
     """Pairs per optimizer step, over all ranks."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the pairs kept aside to report the model's accuracy."""
+    """Share of the pairs that is held out to measure the model's accuracy."""
     margin: Literal["none", "small", "large"] = "none"
     """Llama 2's margin by rating; Llama 3 has none."""
 
@@ -72,11 +88,11 @@ class RejectionSettings(Settings):
     max_tokens: int = Field(default=16, ge=1)
     """Longest answer, in tokens."""
     threshold: float | None = None
-    """Keep a best answer only above this score; none keeps all."""
+    """Keep a best answer only if its score is at least this; none keeps all."""
     minimum_gap: float = Field(default=0.0, ge=0)
-    """Best and worst become a preference pair only when their scores differ by more than this."""
+    """Best and worst become a preference pair only if their scores differ by at least this."""
     verifier_weight: float = Field(default=5.0, ge=0)
-    """Weight of the task's own checker (0 or 1) in the score, where a task has one."""
+    """Weight of the task's checker (0 or 1) in the score, if the task has one."""
 
 
 class DpoSettings(Settings):
@@ -89,9 +105,9 @@ class DpoSettings(Settings):
     batch_size: int = Field(default=64, ge=1)
     """Pairs per optimizer step, over all ranks."""
     beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull towards the reference."""
+    """Strength of the penalty for leaving the reference."""
     loss: Literal["dpo", "ipo", "cdpo"] = "dpo"
-    """Which preference loss."""
+    """The preference loss."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """cDPO's flip probability, for `loss = "cdpo"` only."""
     nll_weight: float = Field(default=0.2, ge=0)
@@ -145,9 +161,9 @@ class PpoSettings(Settings):
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     """GAE's lambda."""
     verifier_weight: float = Field(default=4.0, ge=0)
-    """Weight of the task's own checker beside the whitened reward-model score, where a task has one."""
+    """Weight of the task's checker beside the whitened reward-model score, if the task has one."""
     reward_weight: float = Field(default=0.2, ge=0)
-    """Weight of the reward models' score where a checker exists too; without a checker the score counts whole."""
+    """Weight of the reward models' score if the task has a checker; without a checker the weight is 1."""
 
     @property
     def updates(self) -> int:
@@ -159,7 +175,7 @@ class EvalSettings(Settings):
     """Held-out problems, the same set for every stage."""
 
     problems: int = Field(default=1024, ge=16)
-    """Checkable held-out problems (greedy)."""
+    """Checkable held-out problems, answered greedily."""
     safety_prompts: int = Field(default=128, ge=0)
     """Held-out unsafe requests and safe look-alikes, half each."""
     pass_at: int = Field(default=4, ge=1)

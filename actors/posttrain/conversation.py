@@ -13,10 +13,10 @@ from engines.chat import ChatTokenizer
 
 @dataclass(frozen=True)
 class Answer:
-    """One sampled answer to one problem, with everything that later stages need of it.
+    """One sampled answer to one problem, with the data that later stages need.
 
-    `prompt_ids` [P] and `ids` [T] (the stop token included when there was one); `logprobs` [T] are the sampler's;
-    `verdict` is the task's own checker, 0 or 1, `None` where the task has none.
+    `prompt_ids` [P] and `ids` [T] (with the stop token, if there is one); `logprobs` [T] are the sampler's; `verdict`
+    is the checker's, 0 or 1, or None if the task has no checker.
     """
 
     problem: Problem
@@ -58,7 +58,7 @@ def sample(
 def _answer(problem: Problem, prompt: Sequence[int], completion: Completion, tokenizer: ChatTokenizer) -> Answer:
     text = tokenizer.text(completion.token_ids)
     finished = completion.finish_reason == "stop"
-    # An answer that never ended is wrong even if it starts right: nobody could use it.
+    # An answer that did not end is wrong even if it starts right: it is not usable.
     verdict = (verify(problem, text) if finished else 0.0) if problem.checkable else None
     return Answer(
         problem, text, tuple(prompt), completion.token_ids, completion.logprobs, finished, verdict,

@@ -1,4 +1,4 @@
-"""Direct preference optimisation. The reference's log-probs are computed once, before the first step, and kept."""
+"""Direct preference optimisation. The reference's log-probs are computed once, before the first step."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +52,7 @@ def optimise_preferences(
 
 
 def _with_reference(learners: Learners, pairs: Sequence[Row], ignored: Sequence[int]) -> list[Row]:
-    """The policy is its own reference before its first step, so it answers for it."""
+    """`pairs` with the reference's log-probs: before its first step, the policy is its own reference."""
     summed = {}
     for side in ("chosen", "rejected"):
         answers = [pair[side] for pair in pairs]

@@ -1,4 +1,5 @@
-"""One model on the held-out problems: the same set, greedy, for every stage; always beside the stage before."""
+"""Evaluation of a model on the held-out problems: the same set for every stage, greedy, compared with earlier
+stages."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ def evaluate(
     generators: Generators, problems: Sequence[Problem], safety_problems: Sequence[Problem], tokenizer: ChatTokenizer,
     settings: EvalSettings, stage: str, seed: int, before: Sequence[Evaluation] = (),
 ) -> tuple[Evaluation, list[Answer]]:  # fmt: skip
-    """Greedy answers to everything, pass@N on the first problems; differences against every stage in `before`."""
+    """Greedy answers to all problems, pass@N on the first ones, and differences to every stage in `before`."""
     greedy = Sampling(temperature=0.0, max_tokens=settings.max_tokens, stop_token_ids=tokenizer.stop_ids)
     answers = [group[0] for group in sample(generators, [*problems, *safety_problems], tokenizer, greedy)]
     checked, safety_answers = answers[: len(problems)], answers[len(problems) :]
@@ -53,7 +54,7 @@ def evaluate(
 
 
 def reward_scores(learners: Learners, answers: Sequence[Answer]) -> dict[str, float]:
-    """Mean logit of both (open) reward models over the answers."""
+    """Mean logit over the answers of each reward model; both must be open in the learners."""
     rows = [answer_row(answer) for answer in answers]
     return {role: float(scores(learners, role, rows).mean()) for role in (HELPFULNESS, SAFETY)}
 
@@ -77,7 +78,7 @@ def _pass_at_n(
 
 
 def safety_rates(problems: Sequence[Problem], answers: Sequence[Answer]) -> dict[str, float]:
-    """Shares of refusals among unsafe requests and among harmless ones, each where there are such."""
+    """Shares of refusals among unsafe requests and among harmless ones, each if there are such requests."""
     texts = [answer.text for answer in answers]
     rates: dict[str, float] = {}
     if any(problem.unsafe for problem in problems):

@@ -1,4 +1,4 @@
-"""What an answer is worth: two reward models, and the task's own checker where it has one."""
+"""Scores of answers: from two reward models, and from the task's checker if it has one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ class RewardModels:
     safety: Path
 
     def open(self, learners: Learners) -> None:
-        """Load both into the learner pool, frozen."""
+        """Load both into the learner pool as frozen models."""
         learners.open(HELPFULNESS, self.helpfulness, head="scalar")
         learners.open(SAFETY, self.safety, head="scalar")
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Scores of N answers: `total` is what training sees; the models' own logits stand beside it. All [N]."""
+    """Scores of N answers: `total` for training, and each model's logits. All [N]."""
 
     total: np.ndarray
     helpfulness: np.ndarray
@@ -41,17 +41,17 @@ class Judgement:
 def judge(
     learners: Learners, answers: Sequence[Answer], verifier_weight: float, reward_weight: float = 1.0
 ) -> Judgement:
-    """Llama 2's combination of both models, whitened over `answers`, joined by the checker (`algorithms.scores`).
+    """Llama 2's combination of both models, whitened over `answers`, plus the checker's score (`algorithms.scores`).
 
     Raises:
-        DataError: fewer than two answers, which cannot be compared; or scores that are no finite numbers.
+        DataError: fewer than two answers, which cannot be compared; or scores that are not finite.
     """
     if len(answers) < 2:
         raise DataError(
-            f"{len(answers)} answers cannot be judged, scores are compared within a batch: raise ppo.batch_size, "
-            "ppo.answers or rejection.prompts"
+            f"{len(answers)} answers cannot be judged, because scores are compared within a batch: raise "
+            "ppo.batch_size, ppo.answers or rejection.prompts"
         )
-    # Samples of one prompt are often the same few answers: each is scored once.
+    # Samples of one prompt are often equal: score each distinct answer once.
     distinct = {(answer.prompt_ids, answer.ids): answer for answer in answers}
     rows = [answer_row(answer) for answer in distinct.values()]
     number = {key: index for index, key in enumerate(distinct)}
@@ -64,7 +64,7 @@ def judge(
     total = score_answers(combined, verdicts, checkable, verifier_weight, reward_weight)
     if wrong := int((~total.isfinite()).sum()):
         raise DataError(
-            f"{wrong} of {len(answers)} scores are no finite numbers, a reward model has diverged: lower "
+            f"{wrong} of {len(answers)} scores are not finite, because a reward model diverged: lower "
             "reward.optimizer.learning_rate"
         )
     return Judgement(total.numpy(), helpfulness.numpy(), safety.numpy())

@@ -1,7 +1,7 @@
-"""PPO with a critic: sample, judge, estimate advantages, update; then the generators get the new weights.
+"""PPO with a critic: sample, judge, estimate advantages, update, then send the new weights to the generators.
 
-Who waits for whom: everything is synchronous. Generators sample with version v while the learners wait; the learners
-train while the generators wait; version v + 1 is on every generator before the next prompt is sent.
+Who waits for whom: all is synchronous. Generators sample with version v while the learners wait; the learners train
+while the generators wait; version v + 1 is on every generator before the next prompt is sent.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,14 +31,14 @@ POLICY, CRITIC, REFERENCE = "policy", "critic", "reference"
 
 @dataclass(frozen=True)
 class PpoModels:
-    """The folders that PPO starts from. The reference is the policy itself before its first step."""
+    """The folders that PPO starts from. The reference is the policy before its first step."""
 
     policy: Path
     critic: Path
 
 
 Judge = Callable[[Sequence[Answer]], np.ndarray]
-"""Answers [N] -> one score each [N]; the learners hold the reward models that it asks."""
+"""Answers [N] -> scores [N]; the reward models that it uses are open in the learners."""
 
 
 def optimise_policy(
@@ -86,11 +86,11 @@ def optimise_policy(
 def prepare(
     learners: Learners, answers: Sequence[Answer], scores: np.ndarray, settings: PpoSettings
 ) -> tuple[list[Row], dict[str, float]]:
-    """Rollouts with everything that the two losses need, aligned with tokens, and what the batch looked like."""
+    """Rollouts as rows for both losses, aligned with tokens, and the batch's metrics."""
     rows = [answer_row(answer) for answer in answers]
     width = max(row["length"] for row in rows)
     mask = pad([row["mask"] for row in rows], 0, torch.long, width)
-    # Log-probs of the policy that sampled, computed by the learner: the sampler's own differ in the last digits.
+    # The learner recomputes the sampling policy's log-probs: the sampler's own differ in the last digits.
     logp_old = pad(learners.score(POLICY, "logprobs", rows), 0.0, torch.float32, width)
     logp_ref = pad(learners.score(REFERENCE, "logprobs", rows), 0.0, torch.float32, width)
     values = pad(learners.score(CRITIC, "values", rows), 0.0, torch.float32, width)

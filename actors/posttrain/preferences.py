@@ -1,8 +1,8 @@
 """Preference pairs for the two reward models, from answers that the policy itself sampled.
 
-Helpfulness: a right answer over a wrong one, by the task's own checker. Safety: an unsafe request prefers a refusal, a
-harmless look-alike prefers any real answer. Where a prompt's samples are all alike, the problem's own proper answer
-(or, for a look-alike, a refusal) stands in for the missing side, so that every kind of prompt teaches.
+Helpfulness prefers a right answer to a wrong one, by the task's checker. Safety prefers a refusal of an unsafe request,
+and any real answer to a harmless look-alike. If all samples of a prompt are right, or all wrong, the problem's proper
+answer (or, for a look-alike, a refusal) replaces the missing side, so that every kind of prompt gives pairs.
 """
 
 import random
@@ -28,7 +28,7 @@ class Pairs:
 
 
 def build_pairs(groups: Sequence[Sequence[Answer]], tokenizer: ChatTokenizer, seed: int) -> Pairs:
-    """One pair per prompt that has, or can be given, both sides; `groups` is [P][n]."""
+    """One pair per prompt that has both sides, sampled or replaced; `groups` is [P][n]."""
     pairs = Pairs([], [])
     rng = random.Random(seed)
     for group in groups:
@@ -50,7 +50,7 @@ def build_pairs(groups: Sequence[Sequence[Answer]], tokenizer: ChatTokenizer, se
 
 
 def pair(chosen: Row, rejected: Row, rating: int = NEGLIGIBLY) -> Row:
-    """A preference row; its length is the longer answer's, twice (both sides sit in one micro-batch)."""
+    """A preference row. Its length is twice the longer answer's, because both sides are in one micro-batch."""
     sides = {
         name: {"ids": row["ids"], "mask": row["mask"]} for name, row in (("chosen", chosen), ("rejected", rejected))
     }
@@ -66,7 +66,7 @@ def _is_right(answer: Answer) -> bool:
 
 
 def _written(problem: Problem, text: str, tokenizer: ChatTokenizer) -> Row:
-    """An answer that was not sampled, as a row like a sampled one's."""
+    """A given answer as a row like that of a sampled one."""
     prompt = prompt_ids(problem, tokenizer)
     ids = tokenizer.answer(text)
     return {

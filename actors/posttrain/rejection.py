@@ -1,4 +1,4 @@
-"""Rejection sampling (Llama 2, section 3.2.3): of K answers per prompt keep the best; best against worst are pairs."""
+"""Rejection sampling (Llama 2, section 3.2.3): keep the best of K answers per prompt; pair the best with the worst."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from data.tasks import prompt_messages
 from infra.errors import DataError
 
 NO_PAIR = (
-    "no preference pair: no prompt's answers differ in score by more than rejection.minimum_gap; raise "
+    "no preference pair: no prompt's answers differ in score by rejection.minimum_gap; lower it, or raise "
     "rejection.answers, rejection.prompts or rejection.temperature"
 )
 
 
 @dataclass(frozen=True)
 class Harvest:
-    """`best` as instruction rows, `pairs` as preference rows, and the numbers that say what was gained."""
+    """`best` as instruction rows, `pairs` as preference rows, and counts and scores in `summary`."""
 
     best: list[Row]
     pairs: list[Row]
@@ -32,10 +32,10 @@ class Harvest:
 
 
 def harvest(learners: Learners, groups: Sequence[Sequence[Answer]], settings: RejectionSettings) -> Harvest:
-    """Judge answers [P][K] with the reward models that the learners hold and the checkers.
+    """Judge answers [P][K] with the checkers and the reward models that are open in the learners.
 
     Raises:
-        DataError: none is kept, or no pair comes of them; a setting of `rejection` to change.
+        DataError: no answer is kept, or there is no pair; the message names the setting of `rejection` to change.
     """
     flat = [answer for group in groups for answer in group]
     scores = torch.tensor(judge(learners, flat, settings.verifier_weight).total).view(len(groups), -1)

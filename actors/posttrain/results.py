@@ -6,10 +6,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the report shows of one stage.
+    """A stage's results in the report.
 
-    `accuracy` (pass@1, greedy) over `n` checkable held-out problems with its 95% bootstrap interval; `correct` holds
-    the single verdicts in the order of the problems, so that two stages can be compared as pairs. `versus` has the
+    `accuracy` is pass@1 (greedy) over `n` checkable held-out problems, with its 95% bootstrap interval. `correct` holds
+    the verdicts in the order of the problems, so that two stages can be compared pair by pair. `versus` holds the
     difference to every earlier stage: {"sft": {"difference": 0.08, "standard_error": 0.012}}.
     """
 

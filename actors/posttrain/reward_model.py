@@ -23,8 +23,8 @@ def train_reward_model(
 ) -> dict[str, Any]:  # fmt: skip
     """Train on `pairs` ({"chosen": row, "rejected": row, "rating", "length"}) and save in `out`.
 
-    The last share of the pairs is kept aside. Returns {"steps", "loss", "pairs", "held_out_pairs", "accuracy",
-    "calibration_error", "accuracy_by_rating"}, measured on those.
+    The last `settings.held_out` of the pairs is held out. Returns {"steps", "loss", "pairs", "held_out_pairs",
+    "accuracy", "calibration_error", "accuracy_by_rating"}; the last three are measured on the held-out pairs.
     """
     held_out = held_out_pairs(settings, len(pairs))
     train, test = list(pairs[:-held_out]), list(pairs[-held_out:])
@@ -50,7 +50,7 @@ def _quality(learners: Learners, pairs: Sequence[Row]) -> dict[str, Any]:
     rejected = scores(learners, ROLE, [pair["rejected"] for pair in pairs])
     ratings = torch.tensor([pair.get("rating", 3) for pair in pairs])
     correct, number = accuracy_by_rating(torch.tensor(chosen), torch.tensor(rejected), ratings)
-    # Half of the pairs are turned around, or every outcome would be 1 and calibration would mean nothing.
+    # Half of the pairs are swapped: otherwise every outcome would be 1 and calibration would mean nothing.
     sign = np.where(np.arange(len(pairs)) % 2 == 0, 1.0, -1.0)
     probability = torch.sigmoid(torch.tensor(sign * (chosen - rejected)))
     error = expected_calibration_error(probability, torch.tensor(sign > 0).double())

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: of instructions, or of the best answers that rejection sampling kept."""
+"""Supervised fine-tuning on instructions, or on the best answers that rejection sampling kept."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,12 +22,12 @@ def fine_tune(
 ) -> dict[str, float]:  # fmt: skip
     """Train `folder` on `rows` (`conversation.supervised_row`) and save it in `out`; errors name settings of `section`.
 
-    Metrics per step: loss, grad_norm, lr, "loss/<task_type>". Returns {"steps", "loss": of the last step}.
+    Metrics per step: loss, grad_norm, lr, "loss/<task_type>". Returns {"steps", "loss"}, the loss of the last step.
     """
     if not rows:
         raise DataError(
-            "no example to learn from: give more problems (problems.*), or lower rejection.threshold when these are "
-            "the answers that rejection sampling kept"
+            "no example to learn from: give more problems (problems.*), or lower rejection.threshold if these are the "
+            "answers that rejection sampling kept"
         )
     for number, row in enumerate(rows):
         if row["length"] > settings.max_length:
@@ -35,7 +35,7 @@ def fine_tune(
                 f"example {number} has {row['length']} tokens, above {section}.max_length = {settings.max_length}: "
                 "raise it (and model.context), or shorten the example"
             )
-        if not any(row["mask"][1:]):  # nothing comes before the first token that could predict it
+        if not any(row["mask"][1:]):  # no token predicts the first one
             raise DataError(f"example {number} ({row['task']}) has no token to learn from: leave it out")
     require_steps(section, settings.epochs, len(rows), "examples")
     channels = sorted({row["task"] for row in rows})
@@ -64,7 +64,7 @@ def fine_tune(
 
 
 def with_channels(rows: Sequence[Row], channels: Sequence[str]) -> list[Row]:
-    """Each token of a row carries its example's task type, as an index into `channels`."""
+    """`rows` with a channel for each token: its example's task type, as an index into `channels`."""
     number = {name: index for index, name in enumerate(channels)}
     return [{**row, "channel": [number[row["task"]]] * len(row["ids"])} for row in rows]
 
@@ -77,7 +77,7 @@ def denominator(batch: Sequence[Row], settings: SftSettings) -> float:
 
 
 def per_channel(metrics: dict[str, float]) -> dict[str, float]:
-    """Sums over ranks become means: "nll/x" and "tokens/x" -> "loss/x"."""
+    """Convert sums over ranks into means: "nll/x" and "tokens/x" -> "loss/x"."""
     means = {
         f"loss/{name.removeprefix('nll/')}": value / metrics[f"tokens/{name.removeprefix('nll/')}"]
         for name, value in metrics.items()
@@ -88,7 +88,7 @@ def per_channel(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _packed(batch: Sequence[Row], width: int) -> list[Row]:
-    """Several examples to a row; positions restart and attention stays inside each example."""
+    """Several examples in each row; positions restart, and attention stays inside each example."""
     packed = pack([(row["ids"], row["mask"]) for row in batch], PackingSettings(length=width), pad_id=0)
     rows = []
     for place, members in enumerate(packed.members):

@@ -1,27 +1,27 @@
-"""Seconds without a completed step after a rank is killed with SIGKILL, beyond the usual step: recua and its peers.
+"""Seconds without a completed step after a SIGKILL of a rank, beyond the usual step: recua and its peers.
 
     python -m bench.recovery                                # about 20 minutes on two cores
     python -m bench.recovery --json                         # the same; one JSON object on the last line
     python -m bench.recovery --cases shrink,torchft         # only these; see below
     python -m bench.recovery --rounds 1 --cases torchrun    # every rank is killed once
 
-One pinned toy Llama, 4 ranks, steps of 200 ms and more on two cores; everybody trains the same model, batch and data
-with one thread per rank on this machine, one after the other. Each round starts every case anew and kills every rank
-once, 0 included, from outside in the backward pass, where all ranks are exchanging gradients. Medians over all kills:
+A toy Llama on 4 ranks, with steps of 200 ms and more on two cores. All cases train the same model, batch and data with
+one thread per rank on this machine, one after the other. Each round starts every case afresh and kills every rank once,
+also rank 0, from outside and in the backward pass, while all ranks exchange gradients. Medians over all kills:
 
   case        keys
-  shrink      recua_shrink_s    the survivors go on smaller, while a cold replacement warms up beside them
-              recua_full_s      the sum of the pauses until all ranks train again: shrinking, and growing back
-              recua_back_s      from the kill until a step of all ranks, steps of the smaller group included
+  shrink      recua_shrink_s    the survivors continue, fewer, while a cold replacement warms up beside them
+              recua_full_s      the sum of the pauses until all ranks train again: shrinking and growing back
+              recua_back_s      from the kill until a step of all ranks, with the steps of the smaller group
               recua_steps_meanwhile   steps that the smaller group completed until then
-  spare       recua_spare_s     a hot spare takes the place: back at full size
+  spare       recua_spare_s     a hot spare replaces the rank: back at full size
   tp          recua_tp_s        the same for a rank of a tp2 block (dp2 x tp2)
-  torchft     torchft_s         goes on smaller; torchft_back_s as above. The rank is started again at once, cold
-  ray_train   ray_train_s       starts all workers anew
-  torchrun    torchrun_s        starts all workers anew
+  torchft     torchft_s         continues with fewer ranks; torchft_back_s as above. The rank is restarted at once, cold
+  ray_train   ray_train_s       restarts all workers
+  torchrun    torchrun_s        restarts all workers
 
-A case that fails is named under `errors`; the others are measured all the same. `all` has every kill of every case,
-`settings` how each peer was set up; those that wait for something were made to wait for less.
+A case that fails is named under `errors`, and the others are still measured. `all` has every kill of every case,
+`settings` the settings of each peer, whose waiting times were shortened.
 torchft is installed, once, into .venv-peers from requirements/torchft.txt; the other peers come with torch and Ray.
 """
 
@@ -47,7 +47,7 @@ CASES = (*recua.CASES, *others.PEERS)
 
 
 def measure(case: str, folder: Path) -> tuple[Course, Mapping[str, Any]]:
-    """One round of a case in a new folder: every rank is killed once."""
+    """Run one round of a case in a new folder: every rank is killed once."""
     folder.mkdir(parents=True)
     prepare(folder)
     return (recua if case in recua.CASES else others).measure(case, folder, RANKS)
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"round {number} of {given.rounds}, {case}, load {load}", file=sys.stderr, flush=True)
             try:
                 course, settings = measure(case, folder / f"{case}-{number}")
-            except Exception as error:  # the other cases are worth having
+            except Exception as error:  # still measure the other cases
                 errors[case] = f"{type(error).__name__}: {error}"
                 print(f"{case}: {errors[case]}", file=sys.stderr, flush=True)
                 continue
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
             shutil.rmtree(folder / f"{case}-{number}", ignore_errors=True)
     except KeyboardInterrupt:
         interrupted = True
-        print("interrupted: these are the cases that were done", file=sys.stderr)
+        print("interrupted: only the finished cases are reported", file=sys.stderr)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     result: dict[str, Any] = {}

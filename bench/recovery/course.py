@@ -1,8 +1,8 @@
-"""One run under fire: whom to kill and when, and what the times between its completed steps say.
+"""One run with kills: which rank is killed when, and the pauses between completed steps.
 
-The same for everybody. A rank is killed with SIGKILL at `PHASE` of a step, in the backward pass, where all ranks are
-exchanging gradients. A step is completed when the first rank says so; one that was completed before and is computed
-again after a restart does not count. The usual time is the median between two steps of the undisturbed whole group.
+The same for all cases. A rank is killed with SIGKILL at `PHASE` of a step, in the backward pass, while all ranks
+exchange gradients. A step is completed when the first rank reports it; a step that is computed again after a restart
+does not count. The usual time is the median between two steps of the undisturbed whole group.
 """
 
 import os
@@ -19,12 +19,12 @@ from bench.recovery.job import RANKS
 QUIET_STEPS = 8
 """Steps of the whole group before each kill."""
 PHASE = 0.6
-"""Of a step's time, counted from the step before: the forward pass takes about a third."""
+"""The fraction of a step at which the kill happens; the forward pass takes about a third."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Completed at `time` (seconds since the epoch) by `ranks` ranks together."""
+    """A step completed at `time` (seconds since the epoch) by `ranks` ranks."""
 
     time: float
     number: int
@@ -38,17 +38,17 @@ class Kill:
 
 
 class Course:
-    """Hears of every completed step; kills the next rank whenever the whole group has trained for a while.
+    """Records every completed step; kills the next rank each time the whole group has trained `QUIET_STEPS` steps.
 
     Args:
-        kills: in all, rank after rank.
+        kills: their total number, rank after rank.
     """
 
     def __init__(self, kills: int) -> None:
         self.steps: list[Step] = []
         self.kills: list[Kill] = []
         self.over = False
-        """Every kill is done, and overcome."""
+        """Whether the group has recovered from the last kill."""
         self._wanted = kills
         self._quiet = 0
 
@@ -70,7 +70,7 @@ class Course:
         threading.Timer(max(0.0, delay), self._kill, (rank, pids[rank])).start()
 
     def resized(self, number: int, ranks: int) -> None:
-        """From step `number` on there are `ranks` ranks, also for steps that were heard of before this word."""
+        """From step `number` on there are `ranks` ranks, also for steps that were reported before this call."""
         self.steps = [replace(step, ranks=ranks) if step.number >= number else step for step in self.steps]
 
     def _kill(self, rank: int, pid: int) -> None:
@@ -89,9 +89,9 @@ class Course:
         """Per kill, seconds:
 
         gap_s             longest time between two completed steps until the next kill, beyond the usual time
-        gaps_s            the two longest, added up: going on smaller, and growing back
+        gaps_s            the sum of the two longest: shrinking and growing back
         back_s            from the kill until the whole group has completed a step again
-        steps_meanwhile   completed by fewer ranks until then
+        steps_meanwhile   steps that fewer ranks completed until then
         """
         usual, found = self.usual_s(), []
         ends = [kill.time for kill in self.kills[1:]] + [self.steps[-1].time]

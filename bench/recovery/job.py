@@ -1,4 +1,4 @@
-"""The job that recua and all of its peers train: the same model, data, batch and threads; loads nothing at import."""
+"""The job that recua and its peers train: the same model, data, batch and threads. Imports nothing heavy."""
 
 import json
 import random
@@ -14,11 +14,11 @@ CLIP = 1.0
 THREADS = 1
 """OpenMP threads of one rank."""
 STEPS = "steps.jsonl"
-"""What the peers' ranks say, one line per rank and step."""
+"""The log of the peers' ranks, one line per rank and step."""
 
 
 def prepare(folder: Path) -> None:
-    """Token shards, a tokenizer and the model's configuration, the same every time."""
+    """Write token shards, a tokenizer and the model's configuration, the same every time."""
     from data.tokenized import write_shards
     from models.tokenizers import load_tokenizer, train_bpe
 

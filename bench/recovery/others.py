@@ -1,6 +1,6 @@
-"""Runs the peers: starts their processes, reads what their ranks say, kills ranks, and leaves nothing behind.
+"""Runs the peers: starts their processes, reads their ranks' log, kills ranks, and leaves nothing behind.
 
-Who waits for whom: nobody waits for this process. It reads the log of steps every few milliseconds.
+Who waits for whom: nothing waits for this process. It reads the log of steps every few milliseconds.
 """
 
 import json
@@ -24,18 +24,18 @@ from bench.recovery.job import RANKS, STEPS, THREADS
 ROOT = Path(__file__).resolve().parents[2]
 LOOK_S = 0.005
 LIMIT_S = 240.0
-"""Without a completed step: it will not go on."""
+"""A peer without a completed step for this long counts as failed."""
 GRACE_S = 20.0
-"""For a peer to end in an orderly way."""
+"""Time for a peer to end in an orderly way."""
 TORCHRUN = {"max-restarts": "1000", "monitor-interval": "0.1", "rdzv-backend": "c10d", "rdzv-endpoint": "localhost:0"}
 TORCHRUN_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""torch 2.13 otherwise keeps one store for all restarts, and the new ranks find the dead ones' addresses in it."""
+"""Otherwise torch 2.13 keeps one store for all restarts, in which new ranks find the addresses of dead ones."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """What is started in a folder. `restarted`: a process of it that ends is started again, cold, by this process (a
-    launcher's task); otherwise the peer does that itself. `settings` are for the report."""
+    """A peer's processes. `restarted`: this process restarts a process that ends, as a launcher would; otherwise the
+    peer does that itself. `settings` are for the report."""
 
     commands: Sequence[Sequence[str]]
     restarted: bool = False
@@ -44,7 +44,7 @@ class Peer:
 
 
 def peer(name: str, folder: Path) -> Peer:
-    """Of `PEERS`; installs what is missing.
+    """The peer `name` of `PEERS`; installs it if it is missing.
 
     Raises:
         RuntimeError: it cannot be installed.
@@ -65,10 +65,10 @@ PEERS = ("torchft", "ray_train", "torchrun")
 
 
 def measure(name: str, folder: Path, kills: int) -> tuple[Course, Mapping[str, Any]]:
-    """One run of a peer under fire, in `folder` (see `job.prepare`), and its settings.
+    """One run of a peer with kills, in `folder` (see `job.prepare`), and its settings.
 
     Raises:
-        RuntimeError: it cannot be installed, or does not go on; its last words are in the message.
+        RuntimeError: it cannot be installed, or does not recover; the message ends with its last output.
     """
     chosen, course = peer(name, folder), Course(kills)
     pids: dict[int, int] = {}
@@ -83,7 +83,7 @@ def measure(name: str, folder: Path, kills: int) -> tuple[Course, Mapping[str, A
                     pids[said["rank"]] = said["pid"]
                     course.step(said["step"], said["time"], pids, ranks=said["ranks"])
                 if not processes.alive() or time.monotonic() - heard > LIMIT_S:
-                    raise RuntimeError(f"{name} does not go on: {processes.last_words()}")
+                    raise RuntimeError(f"{name} does not recover: {processes.last_words()}")
                 time.sleep(LOOK_S)
     finally:
         processes.end()
@@ -91,7 +91,7 @@ def measure(name: str, folder: Path, kills: int) -> tuple[Course, Mapping[str, A
 
 
 class Processes:
-    """A peer's processes, with all that they start."""
+    """A peer's running processes."""
 
     def __init__(self, peer: Peer, log: Path) -> None:
         self._peer, self._path = peer, log
@@ -103,7 +103,7 @@ class Processes:
         self._running = [self._start(command) for command in peer.commands]
 
     def alive(self) -> bool:
-        """Whether it can go on; starts what has to be started again."""
+        """Whether the peer still runs; restarts processes that this process must restart."""
         for place, process in enumerate(self._running):
             if process.poll() is not None:
                 if not self._peer.restarted:
@@ -115,7 +115,7 @@ class Processes:
         return self._path.read_bytes()[-2000:].decode(errors="replace")
 
     def end(self) -> None:
-        """Ask once, wait a little, then end whatever is left of it."""
+        """Send SIGINT, wait, then kill the remaining processes."""
         family: list[psutil.Process] = []
         for process in self._running:
             with suppress(psutil.NoSuchProcess):

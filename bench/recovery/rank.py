@@ -1,4 +1,4 @@
-"""What one rank of any peer does, apart from how the peer keeps it going: the step, the state on disk, the log."""
+"""One rank of any peer: the step, the state on disk, the log. Recovery is the peer's own."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from data.tokenized import TokenWindows
 from models.llama import Llama, LlamaConfig
 
 BUCKET_MIB = 1
-"""DDP's buckets: several, as with a model that is larger than its default of 25 MiB, so that gradients are exchanged
-throughout the backward pass."""
+"""Size of DDP's buckets: with several buckets, as for a model larger than the default of 25 MiB, gradients are
+exchanged throughout the backward pass."""
 
 
 class Rank:
-    """`number` of RANKS; every rank starts from the same weights."""
+    """Rank `number` of RANKS; every rank starts from the same weights."""
 
     def __init__(self, folder: Path, number: int) -> None:
         torch.set_num_threads(THREADS)
@@ -43,20 +43,20 @@ class Rank:
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
 
     def done(self, step: int, ranks: int) -> None:
-        """Step number `step` is completed by `ranks` ranks. One write, so that lines do not mix."""
+        """Log that `ranks` ranks completed step `step`. One write, so that lines do not mix."""
         line = {"time": time.time(), "step": step, "rank": self.number, "pid": os.getpid(), "ranks": ranks}
         os.write(self._log, (json.dumps(line) + "\n").encode())
 
 
 def save(file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """The whole state, under its name only when it is complete."""
+    """Save the whole state; the file appears only when it is complete."""
     draft = file.with_suffix(".draft")
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, draft)
     draft.replace(file)
 
 
 def load(file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """The step that the state is of; 0 where there is none."""
+    """Load the state and return its step; 0 if there is none."""
     if not file.exists():
         return 0
     state: dict[str, Any] = torch.load(file, weights_only=True)

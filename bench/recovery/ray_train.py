@@ -1,7 +1,7 @@
-"""Ray Train's controller and its workers: a TorchTrainer with DDP on gloo on a Ray of its own.
+"""Ray Train's controller and its workers: a TorchTrainer with DDP on gloo, on a local Ray.
 
-Ray Train starts all workers anew when one is gone, from the last checkpoint that was reported: here after every step.
-It looks for dead workers every 0.1 s (its default is 2 s) and gives up a broken group after 1 s (30 s).
+If a worker is lost, Ray Train restarts all workers from the last reported checkpoint, here one per step. It looks for
+dead workers every 0.1 s (default 2 s) and gives up a broken group after 1 s (default 30 s).
 """
 
 import os
@@ -20,7 +20,7 @@ ENVIRONMENT = {
 
 
 def train(settings: dict[str, Any]) -> None:
-    """In every worker."""
+    """The loop of every worker."""
     import ray.train
     from ray.train.torch import prepare_model
 

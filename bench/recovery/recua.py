@@ -1,4 +1,4 @@
-"""recua's own runs: a real pretraining on a Ray of its own, under fire; weights are replicated, as its peers' are."""
+"""recua's own runs with kills: a real pretraining on a local Ray. Weights are replicated, as the peers' are."""
 
 import contextlib
 import os
@@ -16,11 +16,11 @@ CASES: dict[str, dict[str, int]] = {"shrink": {}, "spare": {"spares": 1}, "tp": 
 
 
 class Enough(Exception):
-    """Every kill is done and overcome."""
+    """The group has recovered from the last kill."""
 
 
 class Ear:
-    """Hears rows and events of the group, and tells the course. `processes`: ranks and spares."""
+    """Passes rows and events of the group to the course. `processes`: the number of ranks and spares."""
 
     def __init__(self, course: Course, processes: int) -> None:
         self.course, self.processes = course, processes
@@ -43,7 +43,7 @@ class Ear:
                 self.lost_steps.append(event.get("lost_steps", 0))
 
     def row(self, row: dict[str, Any]) -> None:
-        if "tokens_per_s" not in row:  # said again, by a generation that loaded this step
+        if "tokens_per_s" not in row:  # reported again, by a generation that loaded this step
             return
         spares_back = self._ready - len(self.course.kills) >= self.processes
         self.course.step(row["step"], row["time"], self._members, ranks=len(self._members), ready=spares_back)
@@ -52,7 +52,7 @@ class Ear:
 
 
 def measure(case: str, folder: Path, kills: int) -> tuple[Course, dict[str, Any]]:
-    """One run under fire, in `folder` (see `job.prepare`), and the controller's own pauses and lost steps."""
+    """One run with kills, in `folder` (see `job.prepare`), and the controller's own pauses and lost steps."""
     from actors.pretrain.config import PretrainSettings
     from actors.pretrain.job import PretrainJob
     from actors.pretrain.lead import pretrain
@@ -93,9 +93,9 @@ def measure(case: str, folder: Path, kills: int) -> tuple[Course, dict[str, Any]
 
 @contextlib.contextmanager
 def local_ray() -> Iterator[None]:
-    """A Ray of this machine alone. Ray's default niceness of workers is 15: behind whatever else runs here.
+    """A Ray on this machine alone, with niceness 0: Ray's default of 15 puts workers behind all other processes.
 
-    What its runs keep in the machine's memory, because they have not ended, goes with it.
+    On exit also removes the snapshots that unfinished runs keep in the machine's memory.
     """
     import ray
 

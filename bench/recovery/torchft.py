@@ -1,8 +1,8 @@
-"""A replica under torchft, or its lighthouse: fault-tolerant DDP on gloo, in the manner of torchft's train_ddp.py.
+"""A replica under torchft, or its lighthouse: fault-tolerant DDP on gloo, like torchft's train_ddp.py.
 
-Every rank is a replica group of its own. Those that are left agree on a smaller quorum and go on; one that was started
-again gets its state from a living one. What waits for whom is bounded by the settings below: far less than the defaults
-of torchft, which wait for seconds to a minute.
+Every rank is a replica group of its own. The survivors agree on a smaller quorum and continue; a restarted rank gets
+its state from a live one. The settings below bound all waiting times far below torchft's defaults of seconds to a
+minute.
 """
 
 import signal
@@ -15,7 +15,7 @@ from typing import Any
 LIGHTHOUSE = {"min_replicas": 1, "join_timeout_ms": 1000, "quorum_tick_ms": 20, "heartbeat_timeout_ms": 1000}
 HEARTBEAT = timedelta(milliseconds=50)
 COLLECTIVE = timedelta(seconds=5)
-"""For gloo's collectives, as in train_ddp.py."""
+"""Timeout of gloo's collectives, as in train_ddp.py."""
 EVERYTHING_ELSE = timedelta(seconds=30)
 ADDRESS = "lighthouse.txt"
 
@@ -38,8 +38,8 @@ def replica(folder: Path, number: int) -> None:
     from bench.recovery.rank import BUCKET_MIB, Rank
 
     class Replicated(DistributedDataParallel):
-        """torchft 0.2.0's own hook ends the process when gloo's wait raises (`assert fut._fut`); the manager has noted
-        that error, and skips the step."""
+        """torchft 0.2.0's own hook ends the process if gloo's wait raises (`assert fut._fut`). Here the manager, which
+        has recorded that error, skips the step."""
 
         @staticmethod
         def _comm_hook(state: Manager, bucket: GradBucket) -> Future[torch.Tensor]:
@@ -81,7 +81,7 @@ def replica(folder: Path, number: int) -> None:
         step = manager.current_step()
         optimizer.zero_grad()  # asks for the quorum of this step
         rank.backward(model, step)
-        optimizer.step()  # where the quorum commits
+        optimizer.step()  # the quorum commits here
         if manager.current_step() > step:
             rank.done(manager.current_step(), manager.num_participants())
 

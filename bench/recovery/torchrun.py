@@ -1,6 +1,6 @@
 """A rank under torchrun: DDP on gloo, the whole state saved after every step by rank 0, restored after every restart.
 
-torchrun ends all workers when one is gone and starts all of them anew. It looks every 0.1 s, as often as is documented.
+If a worker is lost, torchrun ends and restarts all workers. It checks every 0.1 s, the shortest documented interval.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What every tokenizer of a Llama is: text to ids and back, and where its special tokens are."""
+"""The base class of Llama tokenizers: text to ids and back, and the special tokens."""
 
 import json
 import re
@@ -25,11 +25,12 @@ LLAMA3_SPLIT = "|".join(
         r"\s+",
     )
 )
-"""Llama 3's pieces: contractions, words with one leading mark, up to three digits, marks, line ends, spaces."""
+"""Llama 3's pre-tokens: contractions, words with one leading mark, up to three digits, marks, line ends, spaces."""
 
 
 def llama3_specials(count: int = 256) -> list[str]:
-    """The first `count` of Llama 3.1's special tokens in id order; unnamed ones are numbered reserved tokens."""
+    """The first `count` of Llama 3.1's special tokens in id order; those without a name are numbered reserved
+    tokens."""
     named = {
         0: "<|begin_of_text|>",
         1: "<|end_of_text|>",
@@ -48,8 +49,8 @@ class Tokenizer(ABC):
     """Text <-> ids.
 
     `specials` maps every special token's text to its id. `bos_id` starts a document, `eos_id` ends one, `eot_id` ends a
-    chat turn (Llama 2: the same as `eos_id`), `pad_id` fills (`eos_id` where the vocabulary has no padding token), and
-    any of `stop_ids` ends an answer. `vocab_size` is the highest id + 1, which is what an embedding needs.
+    chat turn (Llama 2: the same as `eos_id`), `pad_id` pads (`eos_id` if the vocabulary has no padding token), and each
+    of `stop_ids` ends an answer. `vocab_size` is the highest id + 1: the rows of an embedding.
     """
 
     def __init__(self, specials: Mapping[str, int], vocab_size: int, bos: str | None, eos: str | None) -> None:
@@ -71,23 +72,23 @@ class Tokenizer(ABC):
         self.stop_ids = tuple(sorted(stops))
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Ids of `text`. `allow_special` reads special tokens' texts as those tokens: only for text that you wrote."""
+        """Ids of `text`. `allow_special` reads the names of special tokens as these tokens: only for trusted text."""
         return self.encode_batch([text], allow_special)[0]
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
-        """`encode` of each text; faster where the backend has threads."""
+        """`encode` of each text; faster if the backend has threads."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
 
     @abstractmethod
     def to_backend(self) -> tokenizers.Tokenizer:
-        """The same mapping as a `tokenizers.Tokenizer`; asked to add special tokens, it starts with `bos_id`."""
+        """The same mapping as a `tokenizers.Tokenizer`, which starts with `bos_id` if it adds special tokens."""
 
     def config(self) -> dict[str, Any]:
-        """What tokenizer_config.json says, without the chat template."""
+        """The content of tokenizer_config.json, without the chat template."""
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.bos,
@@ -97,7 +98,7 @@ class Tokenizer(ABC):
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, the chat template of this tokenizer's format in it."""
+        """Write tokenizer.json, and tokenizer_config.json with the chat template of this tokenizer's format."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = self.config()
@@ -108,7 +109,7 @@ class Tokenizer(ABC):
 
 
 def add_specials(backend: tokenizers.Tokenizer, names: Sequence[str], bos: str) -> None:
-    """Append special tokens, and put `bos` before a text whenever special tokens are asked for."""
+    """Append special tokens, and let `bos` start every text that is encoded with special tokens."""
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     backend.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
@@ -116,7 +117,7 @@ def add_specials(backend: tokenizers.Tokenizer, names: Sequence[str], bos: str) 
 
 
 def split_on_specials(text: str, specials: Mapping[str, int]) -> Iterator[str | int]:
-    """`text` cut at special tokens' texts: str pieces (never empty) and ids in order."""
+    """`text` cut at the names of special tokens: pieces of text (never empty) and ids, in order."""
     pattern = "|".join(re.escape(name) for name in sorted(specials, key=len, reverse=True))
     for piece in re.split(f"({pattern})", text):
         if piece:

@@ -1,21 +1,19 @@
 """Tokenizers of Hugging Face folders (tokenizer.json), and training a byte-level BPE one."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
 import tokenizers
 from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
-
 from infra.errors import CheckpointError, ConfigError
 from models.files import read_object, refuse_pointer
 from models.tokenizers.base import LLAMA3_SPLIT, Tokenizer, add_specials, byte_level, llama3_specials
 
-
 class HFTokenizer(Tokenizer):
-    """A tokenizer.json, of any model."""
+    """A tokenizer from any model's tokenizer.json."""
 
     def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
         added = backend.get_added_tokens_decoder()
@@ -31,7 +29,7 @@ class HFTokenizer(Tokenizer):
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
-        """A twin that reads special tokens' texts as ordinary text (the switch is not safe to flip between threads)."""
+        """A copy that reads the names of special tokens as ordinary text. (Flipping the switch is not thread-safe.)"""
         twin = tokenizers.Tokenizer.from_str(self._backend.to_str())
         twin.encode_special_tokens = True
         return twin
@@ -49,17 +47,38 @@ class HFTokenizer(Tokenizer):
         return self._backend
 
     def config(self) -> dict[str, Any]:
-        """As the folder says, but for the tokens that we use, and for its class: one with a name builds the tokenizer
-        anew from its vocabulary, by rules of its own, and gives other ids than tokenizer.json."""
+        """The folder's config with the tokens that we use and another class: a class with a name of its own rebuilds
+        the tokenizer from its vocabulary by its own rules, and gives other ids than tokenizer.json."""
         ours = ("tokenizer_class", "bos_token", "eos_token", "pad_token")
         kept = {key: value for key, value in self._config.items() if value is not None and key not in ours}
         return {**super().config(), **kept}
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE in Llama 3's manner, but with one token per digit, so that a small model can do sums.
+def own_template(folder: Path) -> tuple[Path, str] | None:
+    """(file, Jinja source) of a folder's chat template; None if it has none.
 
-    The ids are: 256 bytes, merges, then the first 16 of Llama 3.1's special tokens. `vocab_size` counts all of them; a
+    Raises:
+        CheckpointError: the folder has several templates and none is the default.
+    """
+    refuse_pointer(file := folder / "chat_template.jinja")
+    if file.is_file():
+        return file, file.read_text(encoding="utf-8", errors="replace")
+    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+        template = read_object(file).get("chat_template") if file.is_file() else None
+        if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
+            named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+            if "default" not in named:
+                raise CheckpointError(f"{file}: chat_template names no default, only {', '.join(named) or 'nothing'}")
+            template = named["default"]
+        if template:
+            return file, str(template)
+    return None
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE like Llama 3's, but with one token per digit, so that a small model can do arithmetic.
+
+    The ids are 256 bytes, merges, then the first 16 of Llama 3.1's special tokens. `vocab_size` counts all of them; a
     small corpus may give fewer. Equal texts in equal order give an equal tokenizer.
 
     Raises:
@@ -84,7 +103,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json over special_tokens_map.json, and the folder's template wherever it lies."""
+    """tokenizer_config.json over special_tokens_map.json, with the folder's template from any of its places."""
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -95,7 +114,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_through_transformers(folder: Path) -> Tokenizer:
-    """Older layouts (vocab.json + merges.txt and the like): transformers knows how to convert them."""
+    """Older layouts (vocab.json with merges.txt, and others), which transformers converts."""
     from transformers import AutoTokenizer
 
     try:
@@ -112,26 +131,7 @@ def load_through_transformers(folder: Path) -> Tokenizer:
 
 
 def _token_text(value: Any) -> str | None:
-    """Configs write a token as its text or as {"content": text, ...}."""
+    """A token's text from a config, which writes it as text or as {"content": text, ...}."""
     return value.get("content") if isinstance(value, dict) else value
 
 
-def own_template(folder: Path) -> tuple[Path, str] | None:
-    """(file, Jinja source) of the chat template that a folder brings along; None where it has none.
-
-    Raises:
-        CheckpointError: it has several and none is the default.
-    """
-    refuse_pointer(file := folder / "chat_template.jinja")
-    if file.is_file():
-        return file, file.read_text(encoding="utf-8", errors="replace")
-    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
-        template = read_object(file).get("chat_template") if file.is_file() else None
-        if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
-            named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
-            if "default" not in named:
-                raise CheckpointError(f"{file}: chat_template names no default, only {', '.join(named) or 'nothing'}")
-            template = named["default"]
-        if template:
-            return file, str(template)
-    return None

@@ -1,29 +1,38 @@
-"""One `Tokenizer` for every text format that a Llama comes with, and training a small one.
+"""One `Tokenizer` class for every tokenizer format of a Llama, and the training of a small one.
 
     load_tokenizer(folder)      tokenizer.json (any Hugging Face folder), else tokenizer.model: Llama 3's tiktoken ranks
                                 or Llama 1/2's SentencePiece
     train_bpe(texts, size)      a byte-level BPE with Llama 3's special names and one token per digit
 
-`encode` never adds a begin-of-text id and, unless told, never turns text into special tokens. `save(folder)` always
-writes tokenizer.json + tokenizer_config.json (chat template included), which transformers and vLLM load.
+`encode` never adds a begin-of-text id, and turns text into special tokens only with `allow_special`. `save(folder)`
+always writes tokenizer.json and tokenizer_config.json (with the chat template), which transformers and vLLM load.
 """
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
+from tokenizers import decoders, pre_tokenizers, trainers
+from tokenizers import models as tokenizer_models
 
-from infra.errors import CheckpointError
-from models.files import refuse_pointer
-from models.tokenizers.base import Tokenizer
+from infra.errors import CheckpointError, ConfigError
+from models.files import read_object, refuse_pointer
+from models.tokenizers.base import LLAMA3_SPLIT, Tokenizer, add_specials, byte_level, llama3_specials
 from models.tokenizers.hugging_face import HFTokenizer, load_through_transformers, read_config
+
+
+
+
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a model folder.
 
     Raises:
-        CheckpointError: no tokenizer there, or its file is damaged.
+        CheckpointError: the folder has no tokenizer, or its file is damaged.
     """
     folder = Path(folder)
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
@@ -42,8 +51,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     raise CheckpointError(f"no tokenizer in {folder}: expected tokenizer.json or tokenizer.model")
 
 
+
+
+
+
 def _load_model_file(file: Path) -> Tokenizer:
-    """tokenizer.model is tiktoken's text (base64, space, rank) for Llama 3 and SentencePiece's protobuf before."""
+    """tokenizer.model is tiktoken's text (base64, space, rank) for Llama 3, SentencePiece's protobuf for older
+    models."""
     with file.open("rb") as stream:
         first_line = stream.readline(4096)
     if re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", first_line):
@@ -53,3 +67,7 @@ def _load_model_file(file: Path) -> Tokenizer:
     from models.tokenizers.sentencepiece import SentencePieceTokenizer
 
     return SentencePieceTokenizer(file)
+
+
+
+

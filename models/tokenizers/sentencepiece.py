@@ -19,7 +19,7 @@ SPACE = "\u2581"
 UNKNOWN = 2
 """The piece type in SentencePiece's protobuf."""
 BPE = 2
-"""Its model type."""
+"""The model type in SentencePiece's protobuf."""
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -65,13 +65,15 @@ class SentencePieceTokenizer(Tokenizer):
         return proto
 
     def to_backend(self) -> tokenizers.Tokenizer:
-        """Scores become merges: a piece joins any two pieces that spell it, the earlier (better) piece first.
+        """Scores become merges: any two pieces that spell a piece merge into it, pieces of better score first.
 
-        Raises CheckpointError for a model that is no BPE.
+        Raises CheckpointError for a model that is not a BPE.
         """
         proto = self._proto
         if proto.trainer_spec.model_type != BPE:
-            raise CheckpointError("tokenizer.model is no SentencePiece BPE (a unigram model is no Llama tokenizer)")
+            raise CheckpointError(
+                "tokenizer.model is not a SentencePiece BPE; Llama tokenizers are, unigram models not"
+            )
         vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
         unknown = next(piece.piece for piece in proto.pieces if piece.type == UNKNOWN)
         backend = tokenizers.Tokenizer(

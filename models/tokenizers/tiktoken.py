@@ -1,4 +1,4 @@
-"""Llama 3's tokenizer.model: one `base64(bytes) rank` a line, special tokens after the last rank."""
+"""Llama 3's tokenizer.model: one `base64(bytes) rank` per line, special tokens after the last rank."""
 
 import base64
 import binascii
@@ -22,7 +22,7 @@ MAX_RUN_CHARS = 25_000
 
 
 class TiktokenTokenizer(Tokenizer):
-    """Encodes with tiktoken itself, in slices: the ids that Meta's own code gives for texts of any length."""
+    """Encodes with tiktoken itself, in slices, and gives the ids of Meta's own code for texts of any length."""
 
     def __init__(self, ranks: Mapping[bytes, int]) -> None:
         if sorted(ranks.values()) != list(range(len(ranks))):
@@ -34,7 +34,7 @@ class TiktokenTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, file: Path) -> "TiktokenTokenizer":
-        """Raises CheckpointError with file:line for a malformed line."""
+        """Read a tokenizer.model. Raises CheckpointError with file:line for a malformed line."""
         ranks: dict[bytes, int] = {}
         for number, line in enumerate(file.read_bytes().splitlines(), start=1):
             if not line:
@@ -68,7 +68,7 @@ class TiktokenTokenizer(Tokenizer):
         return self._encoding.decode([i for i in ids if not (skip_special and i >= first_special)])
 
     def to_backend(self) -> tokenizers.Tokenizer:
-        """Ranks become vocabulary and merges; `ignore_merges`, for a whole word with a rank is one token."""
+        """Ranks become vocabulary and merges; `ignore_merges`, because a whole word with a rank is one token."""
         letters = _byte_letters()
         names = {token: "".join(letters[byte] for byte in token) for token in self._ranks}
         vocabulary = {names[token]: rank for token, rank in self._ranks.items()}
@@ -84,9 +84,9 @@ class TiktokenTokenizer(Tokenizer):
 
 
 def slices(text: str, max_chars: int = MAX_ENCODE_CHARS, max_run: int = MAX_RUN_CHARS) -> Iterator[str]:
-    """Cut `text` every `max_chars`, and each part again where a run of spaces or of non-spaces passes `max_run`.
+    """Cut `text` every `max_chars`, and each part again after every `max_run` of a run of spaces or of non-spaces.
 
-    Concatenated, the slices are the text. (Rule of Meta's llama3 tokenizer.)
+    The concatenated slices are the text. (The rule of Meta's llama3 tokenizer.)
     """
     for start in range(0, len(text), max_chars):
         part = text[start : start + max_chars]
@@ -99,7 +99,7 @@ def slices(text: str, max_chars: int = MAX_ENCODE_CHARS, max_run: int = MAX_RUN_
 
 
 def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two parts that byte-pair merging, using only ranks below the token's own, leaves of it; None if not two."""
+    """The two parts into which byte-pair merging with ranks below the token's own turns it; None if it leaves more."""
     parts = [bytes([byte]) for byte in token]
     limit = ranks[token]
     while len(parts) > 2:
@@ -112,7 +112,7 @@ def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]
 
 
 def _byte_letters() -> list[str]:
-    """GPT-2's letter for each byte: visible Latin-1 bytes stand for themselves, the others move to U+0100 on."""
+    """GPT-2's letter for each byte: visible Latin-1 bytes stand for themselves, all others map to U+0100 and above."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = iter(range(0x100, 0x200))
     return [chr(byte) if byte in visible else chr(next(hidden)) for byte in range(256)]

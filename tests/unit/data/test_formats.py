@@ -147,11 +147,6 @@ def test_validation_lists_the_first_five_and_counts_the_rest(tmp_path):
     assert lines[5] == "... and 3 more malformed rows"
 
 
-def test_summary_counts_task_types(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", [CHAT, CHAT, {"messages": [USER, FOUR]}])
-    assert validate(tmp_path / "a.jsonl", "messages").task_types == {"reasoning/addition": 2, "": 1}
-
-
 def test_folders_globs_and_lists(tmp_path):
     write_jsonl(tmp_path / "b" / "2.jsonl", [{"text": "2"}])
     write_parquet(tmp_path / "b" / "1.parquet", [{"text": "1"}])

@@ -110,7 +110,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another head": (lambda f: change(f, tie_word_embeddings=True), "tie_word_embeddings = true, but lm_head.weight"),
     "head left out": (lambda f: retensor(f, lambda t: {k: t[k] for k in t if k != HEAD}), "missing: lm_head.weight"),
     "tied by text": (lambda f: change(f, tie_word_embeddings="false"), "tie_word_embeddings is 'false'"),
-    "size as text": (lambda f: change(f, hidden_size="32"), "hidden_size is '32'; it must be a whole number"),
+    "size as text": (lambda f: change(f, hidden_size="32"), "hidden_size is '32'; it must be an integer"),
     "no key/value heads": (lambda f: change(f, num_key_value_heads=0), "num_key_value_heads is 0"),
     "eps is NaN": (lambda f: change(f, rms_norm_eps=float("nan")), "rms_norm_eps is nan"),
     "theta as text": (lambda f: change(f, rope_theta="1e4"), "rope_theta is '1e4'"),
@@ -156,7 +156,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: dangle(f / "model.safetensors"),
         "model.safetensors is a link to /cache/blob, which",
     ),
-    "config elsewhere": (lambda f: dangle(f / "config.json"), "config.json is a link to /cache/blob, which is not"),
+    "config elsewhere": (lambda f: dangle(f / "config.json"), "config.json is a link to /cache/blob, which does not"),
     "template elsewhere": (lambda f: dangle(f / "chat_template.jinja"), "chat_template.jinja is a link to /cache"),
     "template not pulled": (lambda f: (f / "chat_template.jinja").write_text(LFS), "jinja is a Git LFS pointer"),
     "length of no number": (
@@ -180,11 +180,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: index(f, a="../other/model.safetensors"),
         "'../other/model.safetensors', which is no",
     ),
-    "shard of no name": (lambda f: index(f, a=3), "names 3, which is no file"),
+    "shard of no name": (lambda f: index(f, a=3), "names 3, which is not a file"),
     "index of nothing": (lambda f: index(f), "weight_map must say"),
     "stale single file": (
         lambda f: (shutil.copy(f / "model.safetensors", f / "a.safetensors"), index(f, x="a.safetensors")),
-        "does not name model.safetensors: remove the one that is stale",
+        "does not name model.safetensors: remove the stale one",
     ),
     "tensor in two files": (
         lambda f: (

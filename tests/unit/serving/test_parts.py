@@ -147,7 +147,7 @@ def test_incomplete_model_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="safetensors"):
         check_model_folder(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="does not say which file each tensor lies in"):
+    with pytest.raises(CheckpointError, match="does not say which file holds each tensor"):
         check_model_folder(tmp_path)
     shards = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(shards))

@@ -123,7 +123,7 @@ def test_what_cannot_work_here_is_refused_before_anything_starts(override: str, 
             r"rejection_sft\.max_length = 16 leaves no token .* rejection\.max_tokens = 16",
         ),
         (["corpus.stdlib_parts=[]"], r"pretrain\.sequence_length = 256: corpus\.files .* 0 tokens at most"),
-        (["sft.epochs=1e6"], r"sft\.epochs = 1e\+06 of \d+ examples are .* at most 1e\+08 can be planned: lower it"),
+        (["sft.epochs=1e6"], r"sft\.epochs = 1e\+06 of \d+ examples are .* more than the limit of 1e\+08: lower it"),
         (["corpus.stdlib_bytes=100"], r"pretrain\.sequence_length = 256: corpus\.files .* 125 tokens at most"),
     ],
 )
