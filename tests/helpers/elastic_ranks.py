@@ -249,11 +249,16 @@ def quiet_run(recipe: Recipe, count: int, shared: Path) -> Finished:
         return finish(group, members)
 
 
+def import_for_all() -> None:
+    """What ranks that shard import when they need it. Those that are forked from here have it from the start."""
+    for module in ("torch._dynamo", "torch.distributed.checkpoint", "models.sharding", "engines.elastic.pipeline"):
+        importlib.import_module(module)
+
+
 @contextlib.contextmanager
 def quick_start() -> Iterator[None]:
-    """Workers are forked from here, so what all import is imported once; threads that wait for each other in tiny
-    operations cost minutes where the machine is full."""
-    importlib.import_module("torch._dynamo")
+    """Threads that wait for each other in tiny operations cost minutes where the machine is full."""
+    import_for_all()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

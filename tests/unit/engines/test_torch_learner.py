@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from elastic_group import import_for_all
 
 from actors.pretrain.batches import BatchLoader, next_token_loss
 from actors.pretrain.config import PretrainSettings
@@ -105,6 +106,7 @@ def in_rank(rank: int, task: Callable, layout: Layout, folder: Path) -> None:
 def on_ranks(task: Callable, layout: Layout, folder: Path) -> Any:
     folder.mkdir(exist_ok=True)
     (folder / "store").unlink(missing_ok=True)
+    import_for_all()
     mp.start_processes(in_rank, (task, layout, folder), nprocs=layout.world_size, start_method="fork")
     return torch.load(folder / "result.pt")
 

@@ -1,6 +1,5 @@
 """What real ranks count as waiting, and for what: one is slow, or dies, and the other's waits must show it."""
 
-import importlib
 import multiprocessing
 import os
 import signal
@@ -106,7 +105,6 @@ def two(monkeypatch: pytest.MonkeyPatch) -> Any:
             ours.append(end)
         return ours
 
-    importlib.import_module("engines.elastic.pipeline")
     with quick_start():
         yield start
     for process in started:
