@@ -1,14 +1,11 @@
 """Settings of the pools: how many processes train and sample, and the resources of each. No torch, no ray."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
-from pydantic import Field, field_validator, model_validator
-from cluster.config import ElasticSettings
-from data.config import Growth
-from engines.config import LearnerSettings
+from typing import Literal
+
+from pydantic import Field
+
 from infra.config import Cpus, Gpus, Seconds, Settings
-from infra.errors import ConfigError
-from infra.storage import parse_store
+
 
 class LearnerPoolSettings(Settings):
     """The training processes: one group of ranks, started once and lent from stage to stage."""
@@ -40,5 +37,3 @@ class GeneratorPoolSettings(Settings):
     """GPUs that Ray books for one engine."""
     idle_timeout_s: Seconds = 600
     """An idle pool ends itself after this many seconds without a borrower."""
-
-

@@ -1,30 +1,15 @@
 """Settings of pretraining and the post-training loops: the stage sections of a recipe. Imports neither torch nor
 ray."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from cluster.config import ElasticSettings
-from data.config import Growth
 from engines.config import LearnerSettings
-from infra.config import Cpus, Gpus, Seconds, Settings
-from infra.errors import ConfigError
-from infra.storage import parse_store
+from infra.config import Settings
 
 Epochs = Annotated[float, Field(gt=0, le=1e6)]
 """Passes over data."""
-
-
-
-
-
-
-
-
-
-
 
 
 class SftSettings(Settings):

@@ -1,14 +1,17 @@
 """Settings of pretraining (a recipe's section). No torch, no ray."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
+
 from pydantic import Field, field_validator, model_validator
+
 from cluster.config import ElasticSettings
 from data.config import Growth
 from engines.config import LearnerSettings
-from infra.config import Cpus, Gpus, Seconds, Settings
+from infra.config import Cpus, Gpus, Settings
 from infra.errors import ConfigError
 from infra.storage import parse_store
+
 
 class PretrainSettings(Settings):
     """Next-token training from scratch with the torch-native learner."""
@@ -128,5 +131,3 @@ _SHARED = {"max_workers": "workers", "tensor_parallel": "tensor_parallel", "pipe
 def _group(given: Mapping[str, Any], workers: int, tensor_parallel: int, pipeline_parallel: int) -> dict[str, Any]:
     whole = {"max_workers": workers, "tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
     return {"min_workers": tensor_parallel * pipeline_parallel, **given, **whole}
-
-

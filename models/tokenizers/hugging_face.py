@@ -1,16 +1,18 @@
 """Tokenizers of Hugging Face folders (tokenizer.json), and training a byte-level BPE one."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
 import tokenizers
 from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
+
 from infra.errors import CheckpointError, ConfigError
 from models.files import read_object, refuse_pointer
 from models.tokenizers.base import LLAMA3_SPLIT, Tokenizer, add_specials, byte_level, llama3_specials
+
 
 class HFTokenizer(Tokenizer):
     """A tokenizer from any model's tokenizer.json."""
@@ -133,5 +135,3 @@ def load_through_transformers(folder: Path) -> Tokenizer:
 def _token_text(value: Any) -> str | None:
     """A token's text from a config, which writes it as text or as {"content": text, ...}."""
     return value.get("content") if isinstance(value, dict) else value
-
-

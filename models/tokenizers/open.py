@@ -9,23 +9,14 @@ always writes tokenizer.json and tokenizer_config.json (with the chat template),
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import tokenizers
-from tokenizers import decoders, pre_tokenizers, trainers
-from tokenizers import models as tokenizer_models
 
-from infra.errors import CheckpointError, ConfigError
-from models.files import read_object, refuse_pointer
-from models.tokenizers.base import LLAMA3_SPLIT, Tokenizer, add_specials, byte_level, llama3_specials
+from infra.errors import CheckpointError
+from models.files import refuse_pointer
+from models.tokenizers.base import Tokenizer
 from models.tokenizers.hugging_face import HFTokenizer, load_through_transformers, read_config
-
-
-
-
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -51,10 +42,6 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     raise CheckpointError(f"no tokenizer in {folder}: expected tokenizer.json or tokenizer.model")
 
 
-
-
-
-
 def _load_model_file(file: Path) -> Tokenizer:
     """tokenizer.model is tiktoken's text (base64, space, rank) for Llama 3, SentencePiece's protobuf for older
     models."""
@@ -67,7 +54,3 @@ def _load_model_file(file: Path) -> Tokenizer:
     from models.tokenizers.sentencepiece import SentencePieceTokenizer
 
     return SentencePieceTokenizer(file)
-
-
-
-
