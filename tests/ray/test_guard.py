@@ -79,7 +79,7 @@ def test_elastic_guard_wrong_rank_is_named_and_training_goes_back_to_what_was_ve
     rank computes wrongly for a while. Both are found at the next verification, and what they spoiled is undone."""
     hits = [10] if wrong == "weights" else range(10, 18)
     faults = ",".join(f"pretrain.generation-1.rank-1.{wrong}:{hit}=flip" for hit in hits)
-    elastic = {"verify_every": 8, "min_workers": 3, "spares": 1}
+    elastic = {"verify_every": 8, "min_workers": 3}
     run.train(faults, elastic=elastic, sharding="replicate" if wrong == "weights" else "fsdp", **THREE)
     detected = run.faults()[0]
     assert "rank 1" in detected["what"] and detected["after_s"] > 0, run.said()
