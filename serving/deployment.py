@@ -17,7 +17,7 @@ from infra.telemetry import hide_secrets_in_logs
 from serving.auth import TokenAuthority
 from serving.calls import Calls, Reply
 from serving.config import ServingSettings
-from serving.openai import Door, build_openai_app
+from serving.openai import AuthenticatedApp, build_openai_app
 from serving.vllm_engine import HealthProbe, engine_arguments, replica_environment, start_engine
 
 DEPLOYMENT_NAME = "model"
@@ -46,7 +46,7 @@ class Replica:
         self._engine = await asyncio.to_thread(start_engine, self._arguments, ray.util.get_node_ip_address())
         self._probe = HealthProbe(self._engine, settings.health_period_s, settings.health_timeout_s)
         self._app = await build_openai_app(self._engine, self._arguments)
-        self._door = Door(
+        self._door = AuthenticatedApp(
             self._app,
             TokenAuthority(model.token_digests),
             self._probe.check,

@@ -1,7 +1,8 @@
 """vLLM's OpenAI-compatible HTTP application on a running engine, behind an ASGI application of ours.
 
-Ours, `Door`, lets only the paths below pass, checks bearer tokens, answers `/health` after a real generation, and adds
-the model's name and weight version to every response's headers (in bodies the version is `system_fingerprint`).
+Ours, `AuthenticatedApp`, lets only the paths below pass, checks bearer tokens, answers `/health` after a real
+generation, and adds the model's name and weight version to every response's headers (in bodies the version is
+`system_fingerprint`).
 """
 
 from argparse import Namespace
@@ -32,7 +33,7 @@ async def build_openai_app(engine: Any, arguments: Namespace) -> Any:
     return app
 
 
-class Door:
+class AuthenticatedApp:
     """ASGI application in front of vLLM's."""
 
     def __init__(

@@ -12,7 +12,7 @@ from cluster.policies.rollback import doubt_of, sure_doubt
 from engines.snapshots.milestones import Milestones
 
 
-class Doubts:
+class LossDoubts:
     """The first doubtful step is noted in `milestones`, which say what stays."""
 
     def __init__(self, milestones: Milestones, settings: ElasticSettings) -> None:

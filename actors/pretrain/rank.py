@@ -26,7 +26,7 @@ from actors.pretrain.burn_in import BurningIn
 from actors.pretrain.fault_points import FaultPoints
 from actors.pretrain.handover import hand_over
 from actors.pretrain.job import Order, PretrainJob, recipe_of
-from actors.pretrain.loss_doubts import Doubts
+from actors.pretrain.loss_doubts import LossDoubts
 from actors.pretrain.proofs import Prover
 from actors.pretrain.rank_time import Aborted, RankTime
 from cluster.goodput.own_time import OwnTime
@@ -99,7 +99,7 @@ class PretrainRank:
             progress=self.beacon.tick,
             signs=JoinSigns(stage=self.beacon.enter, moved=self.beacon.stir),
         )
-        self._doubts = Doubts(self.elastic.milestones, settings.elastic)
+        self._doubts = LossDoubts(self.elastic.milestones, settings.elastic)
         self.burning_in = BurningIn(self.beacon, self.elastic.device)
         threading.Thread(target=self._live, name="training", daemon=True).start()
 

@@ -22,7 +22,7 @@ from infra.errors import UserError
 from workflows.driver.call import Batch, Call, RunContext
 from workflows.driver.loop import Loop
 from workflows.driver.pace import TASKS_PER_CPU, Pace, may_share
-from workflows.driver.ray_tasks import NODES_AGE_S, Placement
+from workflows.driver.ray_tasks import NODES_AGE_S, RayTasks
 from workflows.driver.stopped_drivers import StoppedDrivers
 from workflows.graph.artifacts import ArtifactSource
 from workflows.runs.journal import fenced
@@ -64,7 +64,7 @@ class Attempts:
         self._loop = loop
         self._told = told
         lost, back = (functools.partial(loop.post, work) for work in (self._on_ray_lost, self._on_ray_back))
-        self._placement = Placement(settings, journal.store, lost, back, told.on_error)
+        self._placement = RayTasks(settings, journal.store, lost, back, told.on_error)
         self._source = ArtifactSource(journal.store.url, settings.cache)
         self._listener: Listener | None = None
         self._cluster_checks = run.cluster_checks

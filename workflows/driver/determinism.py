@@ -14,7 +14,7 @@ from workflows.runs.records import Commit
 NAMED = 3
 
 
-class PathTaken:
+class RecordedPath:
     """What earlier drivers of a run committed. Memory: one reference per committed call that was not made again yet."""
 
     def __init__(self, state: JournalState) -> None:

@@ -18,10 +18,10 @@ from typing import Any
 from infra.errors import NonDeterminismError, RecuaError, UserError
 from workflows.driver.attempts import AttemptEvents, Attempts
 from workflows.driver.call import Call, RunContext
-from workflows.driver.determinism import PathTaken
+from workflows.driver.determinism import RecordedPath
 from workflows.driver.ends import Ends
 from workflows.driver.loop import Loop
-from workflows.driver.reuse import Known, Reusable
+from workflows.driver.reuse import Reusable, ReuseLookup
 from workflows.driver.run_writer import RunWriter
 from workflows.graph.inputs import IDENTITY
 from workflows.graph.mapping import Fanout
@@ -44,14 +44,14 @@ class Executor:
     """Carries out the calls of one run. `check_path`, `stop` and `leave` are for the workflow's thread, `begin` and
     `abort` for any thread; all else belongs to the loop's thread."""
 
-    def __init__(self, run: RunContext, known: Known, ends: Ends) -> None:
+    def __init__(self, run: RunContext, lookup: ReuseLookup, ends: Ends) -> None:
         journal = run.journal
         self._run = run
-        self._known = known
+        self._lookup = lookup
         self._ends = ends
-        self._path = PathTaken(journal.state)
+        self._path = RecordedPath(journal.state)
         self._loop = Loop(self.abort, lambda: REST_S if self._attempts.crowded() else 0.0)
-        self._writer = RunWriter(run, known, lambda: self._attempts.crowded(), self.abort, self._on_cancel)
+        self._writer = RunWriter(run, lookup, lambda: self._attempts.crowded(), self.abort, self._on_cancel)
         told = AttemptEvents(self._writer.note, self._on_result, self._fail, self.abort, self._writer.valid_until)
         self._attempts = Attempts(run, self._loop, told)
         self._asked: dict[str, tuple[Call, records.Wait]] = {}
@@ -69,7 +69,7 @@ class Executor:
         self._loop.post(self._on_call, call)
 
     def check_path(self) -> None:
-        """At the workflow's end: all that was committed before was called again. Raises as `PathTaken.check`."""
+        """At the workflow's end: all that was committed before was called again. Raises as `RecordedPath.check`."""
         self._loop.ask(self._path.check, self._run.warn)
 
     def stop(self, end: End | None) -> BaseException | None:
@@ -126,25 +126,25 @@ class Executor:
             call.arguments = resolve(call.arguments, call.upstream)
             call.upstream = {}
         try:
-            record = self._known.committed(call.id, call.step, call.options, call.arguments)
+            record = self._lookup.committed(call.id, call.step, call.options, call.arguments)
             self._path.made(call.id, record)
             if record is not None:
-                self._known.forget(call.id)
+                self._lookup.forget(call.id)
                 self._run.tell("resumed", call, seconds=record.seconds)
                 self._succeed(call, record.result)
                 return
-            call.inputs, call.code, call.key = self._known.identify(call.step, call.options, call.arguments)
+            call.inputs, call.code, call.key = self._lookup.identify(call.step, call.options, call.arguments)
         except NonDeterminismError:
             raise
         except UserError as error:
             self._fail(call, error)
             return
-        if not self._known.may_reuse(call.id, call.step, call.options):
+        if not self._lookup.may_reuse(call.id, call.step, call.options):
             self._begin(call)
             return
-        self._known.marks.begin(call.id)
+        self._lookup.marks.begin(call.id)
         if self._lookups is None:
-            self._on_looked_up(call, self._known.find(call.step, call.options, call.arguments, call.key))
+            self._on_looked_up(call, self._lookup.find(call.step, call.options, call.arguments, call.key))
         else:
             self._lookups.submit(self._look_up, call)
 
@@ -179,7 +179,7 @@ class Executor:
 
     def _look_up(self, call: Call) -> None:
         try:
-            found = self._known.find(call.step, call.options, call.arguments, call.key)
+            found = self._lookup.find(call.step, call.options, call.arguments, call.key)
         except BaseException as error:
             self.abort(error)
             return
@@ -187,7 +187,7 @@ class Executor:
 
     def _on_looked_up(self, call: Call, found: Reusable | None) -> None:
         if found is None:
-            self._known.marks.end(call.id)
+            self._lookup.marks.end(call.id)
             self._attempts.enqueue(call)
             return
         now = time.time()
@@ -206,7 +206,7 @@ class Executor:
         if record is None:
             record = wait_record(call.id, call.step.name, call.needs, call.options, call.arguments, call.inputs)
             self._writer.note(record)
-        check_question(record, self._known.same_inputs(record, call.arguments), call.arguments["args"][0])
+        check_question(record, self._lookup.same_inputs(record, call.arguments), call.arguments["args"][0])
         self._asked[call.id] = call, record
         journal = self._run.journal
         what = command(journal.run_id, call.id, call.step.name, journal.store.url)
@@ -245,10 +245,10 @@ class Executor:
             call.needs,
             key=call.key,
             code=call.code,
-            libraries=self._known.libraries_of(call.code),
+            libraries=self._lookup.libraries_of(call.code),
             inputs=call.inputs,
             identity=IDENTITY,
-            arguments=self._known.shown_arguments(call.arguments),
+            arguments=self._lookup.shown_arguments(call.arguments),
             result=result,
             of=call.of,
             **made,
@@ -256,7 +256,7 @@ class Executor:
         self._writer.commit(record, lambda: self._loop.post(self._on_committed, call, record))
 
     def _on_committed(self, call: Call, record: Commit) -> None:
-        self._known.marks.end(call.id)
+        self._lookup.marks.end(call.id)
         shown = {name: getattr(record, name) for name in ("seconds", "node", "attempt", "reused_from")}
         self._run.tell(record.status, call, **shown)
         if call.options.may_fail:

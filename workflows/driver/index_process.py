@@ -14,7 +14,7 @@ import sys
 CHUNK = 1 << 16
 
 
-class Indexer:
+class IndexProcess:
     """The driver's handle: `put` gives files, `close` waits until they are written. Both raise OSError where the
     process could not write (its reason was printed). One that was killed, by the machine's out-of-memory killer
     perhaps, is replaced; what it had not written yet is lost, and costs no more than a reuse."""

@@ -34,7 +34,7 @@ NODE_DIED = {"NodeDiedError", "LocalRayletDiedError"}
 Done = Callable[[bytes | None, BaseException | None], None]
 
 
-class Placement:
+class RayTasks:
     """Attempts on Ray. Used from the executor's loop thread only, but for `close`. Where it starts a Ray of its own it
     owns it: see infra.local_ray for `on_lost`, `on_back` and `on_error`."""
 

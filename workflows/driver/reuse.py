@@ -21,14 +21,14 @@ from typing import Any
 
 from infra.errors import NonDeterminismError, StoreError
 from infra.storage import Store
-from workflows.driver.index_process import Indexer
+from workflows.driver.index_process import IndexProcess
 from workflows.graph.artifacts import Artifact, read_manifest
 from workflows.graph.inputs import Identities
 from workflows.graph.steps import Step, StepOptions
 from workflows.graph.values import artifact_records, differences, named_arguments
 from workflows.identity.fingerprint import Fingerprint, Fingerprinter
 from workflows.identity.keys import FORMAT, canonical, code_key, content_key, index_key, libraries_id, parameters_key
-from workflows.runs.gc_marks import KnownMarks
+from workflows.runs.gc_marks import DriverMarks
 from workflows.runs.journal import read_journal
 from workflows.runs.records import Commit, Wait, index_entry
 
@@ -47,7 +47,7 @@ class Reusable:
     identity: int | None
 
 
-class Known:
+class ReuseLookup:
     """Looks calls up. `warn(text)` gets one line per committed call whose code has changed since."""
 
     def __init__(
@@ -59,7 +59,7 @@ class Known:
         warn: Callable[[str, str], None],
     ) -> None:
         self.store = store
-        self.marks = KnownMarks(store)
+        self.marks = DriverMarks(store)
         self.commits = dict(commits)
         self._reuse = reuse
         self._rerun = rerun
@@ -225,7 +225,7 @@ class ReuseIndex:
         self._store = store
         self._on_error = on_error
         self._queue: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
-        self._indexer: Indexer | None = None
+        self._indexer: IndexProcess | None = None
         self._thread = threading.Thread(target=self._run, name="recua-index", daemon=True)
         self._thread.start()
 
@@ -257,7 +257,7 @@ class ReuseIndex:
 
     def _write(self, entries: list[tuple[str, str]]) -> None:
         if entries and (folder := self._store.local_path("index")) is not None:
-            self._indexer = self._indexer or Indexer()
+            self._indexer = self._indexer or IndexProcess()
             self._indexer.put([(str(folder.parent / key), text) for key, text in entries])
             return
         for key, text in entries:

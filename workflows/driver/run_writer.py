@@ -7,8 +7,8 @@ and tells `abort` of a store that fails or of another driver.
 from collections.abc import Callable
 
 from workflows.driver.call import Call, RunContext
-from workflows.driver.reuse import Known, ReuseIndex
-from workflows.graph.step_state import SavedStates
+from workflows.driver.reuse import ReuseIndex, ReuseLookup
+from workflows.graph.step_state import StepStates
 from workflows.runs.journal import GroupCommit, Heartbeat
 from workflows.runs.records import Commit, End, Record
 from workflows.runs.status import StatusFile
@@ -26,7 +26,7 @@ class RunWriter:
     def __init__(
         self,
         run: RunContext,
-        known: Known,
+        lookup: ReuseLookup,
         crowded: Callable[[], bool],
         abort: Callable[[BaseException], None],
         cancel: Callable[[], None],
@@ -35,11 +35,11 @@ class RunWriter:
         self._run = run
         self._crowded = crowded
         self._least_gather_s = REMOTE_GATHER_S if journal.store.local_path("runs") is None else 0.0
-        self._states = SavedStates(journal.store, journal.run_id, known.commits)
+        self._states = StepStates(journal.store, journal.run_id, lookup.commits)
         self._index = ReuseIndex(journal.store, abort)
         self._commits = GroupCommit(journal, abort, self._gather_s, written=self._after_write)
         self._status = StatusFile(journal)
-        self._heartbeat = Heartbeat(journal, cancel, abort, self._status.write, known.marks.acknowledge)
+        self._heartbeat = Heartbeat(journal, cancel, abort, self._status.write, lookup.marks.acknowledge)
 
     def note(self, record: Record) -> None:
         """Write a record with the next slot, or alone after a while."""

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 from workflows.driver.call import Call, RunContext
 from workflows.driver.ends import Ends
 from workflows.driver.executor import Executor, resolve
-from workflows.driver.reuse import Known
+from workflows.driver.reuse import ReuseLookup
 from workflows.graph.artifacts import ArtifactSource
 from workflows.graph.mapping import edges_in, fan_out
 from workflows.graph.steps import Step, StepOptions, edges_of
@@ -23,13 +23,13 @@ class WorkflowRuntime:
     """The `graph.Runtime` of a driven run. A call that has ended keeps its result only as long as somebody has a
     Future of it, or a call that takes it is not begun."""
 
-    def __init__(self, run: RunContext, known: Known) -> None:
+    def __init__(self, run: RunContext, lookup: ReuseLookup) -> None:
         self._run = run
         self._source = ArtifactSource(run.journal.store.url, run.settings.cache)
         self._calls: WeakValueDictionary[str, Call] = WeakValueDictionary()
         self._hooks: list[Callable[[], None]] = []
         self._ends = Ends()
-        self._executor = Executor(run, known, self._ends)
+        self._executor = Executor(run, lookup, self._ends)
 
     @property
     def run_id(self) -> str:

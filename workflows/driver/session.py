@@ -20,7 +20,7 @@ from infra.storage import Store, open_store
 from infra.telemetry import hide_secrets_in_logs
 from workflows.driver.call import ClusterCheck, RunContext
 from workflows.driver.executor import Cancelled
-from workflows.driver.reuse import Known
+from workflows.driver.reuse import ReuseLookup
 from workflows.driver.runtime import WorkflowRuntime
 from workflows.driver.settings import RunSettings
 from workflows.graph.artifacts import ArtifactSource
@@ -85,15 +85,15 @@ def run(
     with closing(Recorder(store, run_id, journal.lease_slot)) as recorder:
         emit = _emitter([*observers, recorder])
         faults = FaultSchedule.parse(settings.faults) if settings.faults else FaultSchedule.from_environment()
-        known = Known(store, journal.state.commits, metadata["reuse"], tuple(metadata["rerun"]), _warner(emit))
+        lookup = ReuseLookup(store, journal.state.commits, metadata["reuse"], tuple(metadata["rerun"]), _warner(emit))
         context = RunContext(journal, settings, faults, emit, tuple(on_cluster))
-        runtime = WorkflowRuntime(context, known)
+        runtime = WorkflowRuntime(context, lookup)
         for hook in on_end:
             runtime.on_end(hook)
-        data = {"run_id": run_id, "workflow": workflow.name, "store": store.url, "resumed": len(known.commits)}
+        data = {"run_id": run_id, "workflow": workflow.name, "store": store.url, "resumed": len(lookup.commits)}
         with _on_term(_interrupt if term_cancels else _leave):
             tree = _drive(runtime, workflow, args, kwargs, Event("run-started", data=data), emit, recorder)
-        for message in known.not_rerun():
+        for message in lookup.not_rerun():
             emit(Event("warning", data={"message": message}))
     return RunResult(run_id, store.url, decode(tree, source), False)
 

@@ -30,7 +30,7 @@ def state_url(store: Store, run_id: str, call_id: str) -> str:
     return f"{store.url}/{states_key(run_id)}/{_name(call_id)}"
 
 
-class SavedStates:
+class StepStates:
     """The driver's side: removes the states of committed calls, on a thread of its own."""
 
     def __init__(self, store: Store, run_id: str, committed: Collection[str]) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.storage import Store, open_store
-from workflows.driver.determinism import PathTaken
-from workflows.driver.reuse import Known, Reusable
+from workflows.driver.determinism import RecordedPath
+from workflows.driver.reuse import Reusable, ReuseLookup
 from workflows.driver.session import check_same_recipe, chosen_run
 from workflows.driver.settings import RunSettings
 from workflows.graph.artifacts import Artifact, ArtifactSource, read_manifest
@@ -73,8 +73,8 @@ def plan(workflow: Workflow[..., Any], *args: Any, settings: RunSettings | None 
     state = read_journal(store, run_id)
     warnings: list[str] = []
     reuse = settings.reuse and not settings.new
-    known = Known(store, state.commits, reuse, settings.rerun, lambda _, message: warnings.append(message))
-    planner = Planner(run_id, store, known, ArtifactSource(store.url, settings.cache), PathTaken(state))
+    lookup = ReuseLookup(store, state.commits, reuse, settings.rerun, lambda _, message: warnings.append(message))
+    planner = Planner(run_id, store, lookup, ArtifactSource(store.url, settings.cache), RecordedPath(state))
     unknown: str | None = None
     with running(planner):
         try:
@@ -82,7 +82,7 @@ def plan(workflow: Workflow[..., Any], *args: Any, settings: RunSettings | None 
         except _Unknown as end:
             unknown = end.call_id
     if unknown is None and all(call.status != "known at run time" for call in planner.calls):
-        warnings += known.not_rerun()
+        warnings += lookup.not_rerun()
     free = None if (local := store.local_path("runs")) is None else _free(local)
     return Plan(run_id, store.url, tuple(planner.calls), unknown, tuple(warnings), planner.stored_bytes(), free)
 
@@ -98,11 +98,13 @@ class _Unknown(BaseException):
 class Planner:
     """The Runtime that runs nothing."""
 
-    def __init__(self, run_id: str, store: Store, known: Known, source: ArtifactSource, path: PathTaken) -> None:
+    def __init__(
+        self, run_id: str, store: Store, lookup: ReuseLookup, source: ArtifactSource, path: RecordedPath
+    ) -> None:
         self.run_id = run_id
         self.calls: list[PlannedCall] = []
         self._store = store
-        self._known = known
+        self._lookup = lookup
         self._source = source
         self._path = path
         self._results: dict[str, Any] = {}
@@ -121,7 +123,7 @@ class Planner:
         if record is not None:
             self._results[call_id] = record.result
         pending = "would wait" if isinstance(step, Wait) else "would run"
-        status = pending if record is None else "committed" if call_id in self._known.commits else "reusable"
+        status = pending if record is None else "committed" if call_id in self._lookup.commits else "reusable"
         planned = _planned(call_id, step, status, options, needs)
         if record is not None:
             origin = record.run if isinstance(record, Reusable) else record.reused_from
@@ -164,10 +166,10 @@ class Planner:
 
     def _look_up(self, call_id: str, step: Step[..., Any], options: StepOptions, tree: Any) -> Commit | Reusable | None:
         arguments = resolve_edges(tree, self._results.__getitem__)
-        record = self._known.committed(call_id, step, options, arguments)
-        if record is not None or not self._known.may_reuse(call_id, step, options):
+        record = self._lookup.committed(call_id, step, options, arguments)
+        if record is not None or not self._lookup.may_reuse(call_id, step, options):
             return record
-        return self._known.find(step, options, arguments, self._known.key(step, options, arguments))
+        return self._lookup.find(step, options, arguments, self._lookup.key(step, options, arguments))
 
 
 def _planned(

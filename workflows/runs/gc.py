@@ -25,10 +25,10 @@ from infra.processes import process_start, this_machine
 from infra.storage import Store
 from infra.storage.files import TEMPORARY_PREFIX
 from workflows.graph.values import artifact_records
-from workflows.runs.gc_marks import Marks, read_marks, write_marks
+from workflows.runs.gc_marks import RemovalMarks, read_marks, write_marks
 from workflows.runs.journal import Journal, driver_is_gone, lease_key, read_journal, removed_key
 from workflows.runs.records import Lease
-from workflows.runs.references import Reference, StoredRun, Survey, survey
+from workflows.runs.references import Reference, StoreContents, StoredRun, store_contents
 
 LOCK_KEY = "gc/lock.json"
 FENCE_TTL_S = 2.0
@@ -98,8 +98,8 @@ def plan_gc(store: Store, policy: Policy, now: float | None = None) -> GcPlan:
         StoreError: anything is unreadable.
     """
     now = time.time() if now is None else now
-    chosen = _choose(survey(store), policy, now)
-    found = survey(store, frozenset(chosen))
+    chosen = _choose(store_contents(store), policy, now)
+    found = store_contents(store, frozenset(chosen))
     plan = GcPlan(chosen)
     marks = read_marks(store)
     for item in _unreferenced(store, found, set(chosen), now - policy.grace_s):
@@ -121,20 +121,20 @@ def collect(store: Store, policy: Policy) -> GcResult:
         plan = plan_gc(store, policy)
         removed = [run_id for run_id in plan.runs if _take_down(store, run_id)]
         now = time.time()
-        found = survey(store)
+        found = store_contents(store)
         items = {item.key: item for item in _unreferenced(store, found, set(), now - policy.grace_s)}
         before = read_marks(store)
         marks = {key: before.marks.get(key, now) for key in items}
         epoch = before.epoch + 1
-        write_marks(store, Marks(epoch, marks))
+        write_marks(store, RemovalMarks(epoch, marks))
         _withdraw(store, items)
         due = {key for key, since in marks.items() if now - since >= policy.grace_s}
         waiting = _unaware(store, epoch, policy) if due else []
         deleted = [] if waiting else _delete(store, [items[key] for key in due], now - policy.grace_s)
         gone = {item.key for item in deleted}
-        final = survey(store)
+        final = store_contents(store)
         marks = {key: since for key, since in marks.items() if key not in gone and not final.is_referenced(key)}
-        write_marks(store, Marks(epoch, marks))
+        write_marks(store, RemovalMarks(epoch, marks))
         kept = list(_kept(store, final, set()))
         return GcResult(removed, deleted, [items[key] for key in marks if key in items], kept, waiting)
 
@@ -145,7 +145,7 @@ def explain(store: Store, digest: str) -> list[str]:
     Raises:
         UserError: no run refers to such an artifact.
     """
-    found, marks = survey(store), read_marks(store)
+    found, marks = store_contents(store), read_marks(store)
     locations: dict[str, str] = {}
     for run in found.runs.values():
         for commit in run.state.commits.values():
@@ -165,7 +165,7 @@ def explain(store: Store, digest: str) -> list[str]:
 # --- what goes ---
 
 
-def _choose(found: Survey, policy: Policy, now: float) -> list[str]:
+def _choose(found: StoreContents, policy: Policy, now: float) -> list[str]:
     """The runs that the policy gives up."""
     for run_id in policy.runs:
         run = found.runs.get(run_id)
@@ -185,7 +185,7 @@ def _choose(found: Survey, policy: Policy, now: float) -> list[str]:
     return list(chosen)
 
 
-def _unreferenced(store: Store, found: Survey, leaving: set[str], before: float) -> Iterator[Item]:
+def _unreferenced(store: Store, found: StoreContents, leaving: set[str], before: float) -> Iterator[Item]:
     """Everything that nobody refers to. `leaving`: runs that count as removed. `before`: temporary files older."""
     for run in found.runs.values():
         gone = not run.is_run or run.run_id in leaving
@@ -204,7 +204,7 @@ def _unreferenced(store: Store, found: Survey, leaving: set[str], before: float)
     yield from _temporary(store, min(before, time.time() - WRITING_S))
 
 
-def _of_run(store: Store, found: Survey, run: StoredRun, gone: bool) -> Iterator[Item]:
+def _of_run(store: Store, found: StoreContents, run: StoredRun, gone: bool) -> Iterator[Item]:
     """Of a run that ended: attempts that lost and saved states. Of one that is gone: all but what others refer to."""
     base = f"runs/{run.run_id}"
     won = {commit.attempt_id for commit in run.state.commits.values()}
@@ -254,7 +254,7 @@ def _temporary(store: Store, before: float) -> Iterator[Item]:
                         yield Item("temporary files", os.path.relpath(path, root), status.st_size)
 
 
-def _kept(store: Store, found: Survey, leaving: set[str]) -> Iterator[Kept]:
+def _kept(store: Store, found: StoreContents, leaving: set[str]) -> Iterator[Kept]:
     for location, by in sorted(found.references.items()):
         owner = location.split("/")[1] if location.startswith("runs/") else ""
         run = found.runs.get(owner)
@@ -344,7 +344,7 @@ def _is_aware(store: Store, run_id: str, epoch: int, policy: Policy) -> bool:
 
 def _delete(store: Store, due: list[Item], before: float) -> list[Item]:
     """Delete what is still unreferenced after all journals were read again."""
-    found = survey(store)
+    found = store_contents(store)
     still = {item.key: item for item in _unreferenced(store, found, set(), before)}
     deleted = [still[item.key] for item in due if item.key in still]
     with ThreadPoolExecutor(THREADS) as pool:

@@ -35,7 +35,7 @@ MARKS_KEY = "gc/marks.json"
 
 
 @dataclass(frozen=True)
-class Marks:
+class RemovalMarks:
     """`marks`: key of an artifact, an attempt or another object -> when it was first marked, in seconds."""
 
     epoch: int = 0
@@ -46,7 +46,7 @@ class Marks:
         return location in self.marks or location.rpartition("/")[0] in self.marks
 
 
-def read_marks(store: Store) -> Marks:
+def read_marks(store: Store) -> RemovalMarks:
     """The marks of the last `recua gc`; none where it never ran.
 
     Raises:
@@ -54,19 +54,19 @@ def read_marks(store: Store) -> Marks:
     """
     raw = store.get(MARKS_KEY)
     if raw is None:
-        return Marks()
+        return RemovalMarks()
     try:
         tree = json.loads(raw)
-        return Marks(int(tree["epoch"]), {str(key): float(value) for key, value in tree["marks"].items()})
+        return RemovalMarks(int(tree["epoch"]), {str(key): float(value) for key, value in tree["marks"].items()})
     except (ValueError, KeyError, TypeError, AttributeError):
         raise StoreError(f"--store {store.url}: {MARKS_KEY} is damaged") from None
 
 
-def write_marks(store: Store, marks: Marks) -> None:
+def write_marks(store: Store, marks: RemovalMarks) -> None:
     store.put(MARKS_KEY, json.dumps({"format": FORMAT, "epoch": marks.epoch, "marks": dict(marks.marks)}).encode())
 
 
-class KnownMarks:
+class DriverMarks:
     """A driver's side: the marks as last read, and the lookups under way. Safe on any thread."""
 
     def __init__(self, store: Store) -> None:

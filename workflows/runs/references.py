@@ -52,7 +52,7 @@ class Reference:
 
 
 @dataclass
-class Survey:
+class StoreContents:
     """All runs, and the references of those that count: location of an artifact -> who refers to it. `attempts`: those
     that hold such an artifact. `codes` and `packages`: digests of code records and packages in use."""
 
@@ -67,7 +67,7 @@ class Survey:
         return location in self.references or location in self.attempts
 
 
-def survey(store: Store, without: frozenset[str] = frozenset()) -> Survey:
+def store_contents(store: Store, without: frozenset[str] = frozenset()) -> StoreContents:
     """Read every journal of the store. The references of the runs in `without` do not count.
 
     Raises:
@@ -76,7 +76,7 @@ def survey(store: Store, without: frozenset[str] = frozenset()) -> Survey:
     names = list(store.folders("runs"))
     with ThreadPoolExecutor(THREADS) as pool:
         runs = list(pool.map(lambda name: read_run(store, name), names))
-    found = Survey()
+    found = StoreContents()
     for run in runs:
         found.runs[run.run_id] = run
         if run.is_run and run.run_id not in without:
@@ -127,7 +127,7 @@ def _submission(store: Store, run_id: str) -> Json | None:
     return submission
 
 
-def _count(found: Survey, run: StoredRun) -> None:
+def _count(found: StoreContents, run: StoredRun) -> None:
     for record, reference in references_of(run):
         found.references.setdefault(record["location"], []).append(reference)
         found.attempts.add(record["location"].rpartition("/")[0])

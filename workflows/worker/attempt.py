@@ -28,11 +28,11 @@ from workflows.graph.steps import function_behind
 from workflows.graph.values import decode, encode
 from workflows.identity.names import load_name
 from workflows.runs.journal import check_lease
-from workflows.worker.captured_output import Output
+from workflows.worker.captured_output import CapturedOutput
 from workflows.worker.channel import Sender
 from workflows.worker.failures import describe
 from workflows.worker.isolation import Isolation
-from workflows.worker.watchdog import Alarm
+from workflows.worker.watchdog import Watchdog
 
 Payload = dict[str, Any]
 SHORT_S = 0.1
@@ -167,13 +167,13 @@ def _isolation() -> Isolation:
 
 
 @functools.cache
-def _catcher() -> Output:
-    return Output()
+def _catcher() -> CapturedOutput:
+    return CapturedOutput()
 
 
 @functools.cache
-def _alarm() -> Alarm:
-    return Alarm(SHORT_S)
+def _alarm() -> Watchdog:
+    return Watchdog(SHORT_S)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workflows.worker.attempt import may_run_more, run_attempt, tell_driver
-from workflows.worker.watchdog import Alarm
+from workflows.worker.watchdog import Watchdog
 
 SLOW_S = 0.1
 LONGEST_S = 0.25
@@ -114,5 +114,5 @@ def _taken(numbers: deque[int]) -> Iterator[int]:
 
 
 @functools.cache
-def _watchdog() -> Alarm:
-    return Alarm(SLOW_S)
+def _watchdog() -> Watchdog:
+    return Watchdog(SLOW_S)

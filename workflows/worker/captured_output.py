@@ -22,7 +22,7 @@ from infra.storage import Store
 from infra.storage.files import TEMPORARY_PREFIX
 
 
-class Output:
+class CapturedOutput:
     """The catcher of one worker process, for one attempt at a time."""
 
     def __init__(self) -> None:

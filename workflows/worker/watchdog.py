@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 
-class Alarm:
+class Watchdog:
     """`set(work)`: do it on this object's thread between one and two times `after_s` from now; `now()`: at once;
     `clear()`: not any more. Work is done once at most, and never after `clear` has returned."""
 

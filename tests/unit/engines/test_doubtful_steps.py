@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.pretrain.loss_doubts import Doubts
+from actors.pretrain.loss_doubts import LossDoubts
 from cluster.config import ElasticSettings
 from cluster.policies.rollback import Doubt, SavedState, doubt_of, judge_step
 from cluster.policies.snapshot import SnapshotBook, choose
@@ -95,7 +95,7 @@ def test_doubtful_steps_and_untold_ones_leave_the_state_before_them_in_the_book(
 def test_doubtful_steps_are_known_to_a_rank_that_comes_later() -> None:
     """By the losses that are kept with the state."""
     milestones = Milestones()
-    doubts = Doubts(milestones, SETTINGS)
+    doubts = LossDoubts(milestones, SETTINGS)
     doubts.begin([*NORMAL, math.nan], 111)
     assert milestones.doubtful == 110
     doubts.saw([*NORMAL, math.nan, 2.0], 112)
@@ -108,14 +108,14 @@ def test_doubtful_steps_that_will_be_undone_stay_so_whatever_follows() -> None:
     """Ranks go on until the controller's word reaches them; a new one knows it from the losses; and it ends with the
     return to the state before."""
     milestones, losses = Milestones(), list(NORMAL)
-    doubts = Doubts(milestones, SETTINGS)
+    doubts = LossDoubts(milestones, SETTINGS)
     doubts.begin(losses, 110)
     for step, loss in enumerate((math.nan, math.nan, 2.0, 2.0), 111):
         losses.append(loss)
         doubts.saw(losses, step)
         assert milestones.doubtful == 110, step
     fresh = Milestones()
-    Doubts(fresh, SETTINGS).begin(losses, 114)
+    LossDoubts(fresh, SETTINGS).begin(losses, 114)
     assert fresh.doubtful == 110
     doubts.begin(losses, 114)
     assert milestones.doubtful == 110

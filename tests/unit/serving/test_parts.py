@@ -18,7 +18,7 @@ from serving.auth import TokenAuthority, accepted_tokens, token_digests
 from serving.client import RecuaClient
 from serving.config import ServingEngineSettings, ServingSettings
 from serving.errors import RequestError
-from serving.openai import Door
+from serving.openai import AuthenticatedApp
 from serving.preflight import check_model_folder, folder_digest, pick_ports, without_chat
 from serving.protocol import SERVICE, STREAM_METHODS, UNARY_METHODS, messages
 
@@ -107,7 +107,7 @@ def knock(path: str, authorization: str | None = None, healthy: bool = True) -> 
         return {"type": "http.disconnect"}
 
     authority = TokenAuthority(token_digests_of("secret"))
-    door = Door(_inner, authority, check, "toy", "v7")
+    door = AuthenticatedApp(_inner, authority, check, "toy", "v7")
     headers = [(b"authorization", authorization.encode())] if authorization else []
     asyncio.run(door({"type": "http", "path": path, "headers": headers, "method": "GET"}, receive, send))
     head = {name.decode(): value.decode() for name, value in sent[0]["headers"]}

@@ -12,7 +12,7 @@ from infra.errors import NonDeterminismError
 from infra.storage import FolderStore
 from tests.helpers.stored_records import append, parsed
 from workflows.driver import session
-from workflows.driver.reuse import Known
+from workflows.driver.reuse import ReuseLookup
 from workflows.graph import Artifact
 from workflows.graph import inputs as identities
 from workflows.graph.inputs import Identities
@@ -57,8 +57,8 @@ def arguments(tree: Any, scores: Any = SCORES) -> dict[str, Any]:
     return {"args": [tree, scores], "kwargs": {}}
 
 
-def known(store: FolderStore, commits: Any = None) -> Known:
-    return Known(store, commits or {}, True, (), lambda *_: None)
+def known(store: FolderStore, commits: Any = None) -> ReuseLookup:
+    return ReuseLookup(store, commits or {}, True, (), lambda *_: None)
 
 
 def commit_of_older_version(

@@ -90,7 +90,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     before = set(threading.enumerate())
 
     def begin(bodies: Bodies, *observers: Observer, flow: Any = one) -> RunResult:
-        monkeypatch.setattr(attempts, "Placement", bodies)
+        monkeypatch.setattr(attempts, "RayTasks", bodies)
         settings = RunSettings(store=str(tmp_path / "store"), lease_s=1, backoff_s=0.001)
         return session.run(flow, settings=settings, observers=observers)
 

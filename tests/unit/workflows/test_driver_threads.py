@@ -82,7 +82,7 @@ def unseen_failure() -> None:
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSettings:
-    monkeypatch.setattr(attempts, "Placement", Answering)
+    monkeypatch.setattr(attempts, "RayTasks", Answering)
     return RunSettings(store=str(tmp_path / "store"), backoff_s=0.001)
 
 

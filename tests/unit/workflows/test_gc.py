@@ -19,7 +19,7 @@ from workflows.graph.artifacts import Artifact, ArtifactSource, read_manifest
 from workflows.identity.keys import index_key
 from workflows.runs.catalog import list_runs, load_run
 from workflows.runs.gc import LOCK_KEY, GcResult, Policy, collect, explain, plan_gc
-from workflows.runs.gc_marks import KnownMarks, read_marks
+from workflows.runs.gc_marks import DriverMarks, read_marks
 from workflows.runs.journal import Heartbeat, Journal, read_journal, removed_key, slot_key
 
 NOW = Policy(grace_s=0, patience_s=20)
@@ -228,7 +228,7 @@ def test_a_lookup_that_began_before_the_marks_is_waited_for(store: Store, tmp_pa
     attempt, shared = old.artifact("shared", "one")
     old.commit("a", shared, attempt)
     old.end()
-    marks = KnownMarks(store)
+    marks = DriverMarks(store)
     beat = Heartbeat(new.journal, lambda: None, lambda error: None, acknowledge=marks.acknowledge)
     try:
         marks.begin("a")  # and the index is read
@@ -279,7 +279,7 @@ def test_many_drivers_never_refer_to_what_is_gone(tmp_path: Path) -> None:
         try:
             for turn in range(6):
                 run = Run(store, f"r{number}-{turn}", tmp_path / f"{number}", created=time.time())
-                marks = KnownMarks(store)
+                marks = DriverMarks(store)
                 run.journal.ttl_s = 0.05
                 beat = Heartbeat(run.journal, lambda: None, errors.append, acknowledge=marks.acknowledge)
                 attempt, artifact = run.artifact("made", f"{number} {turn}")

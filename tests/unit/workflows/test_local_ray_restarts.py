@@ -335,7 +335,7 @@ Run = Callable[..., list[Event]]
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     def begin(cluster: Cluster, **settings: Any) -> list[Event]:
-        monkeypatch.setattr(attempts, "Placement", cluster)
+        monkeypatch.setattr(attempts, "RayTasks", cluster)
         monkeypatch.setattr(attempts, "NODES_AGE_S", 0.01)
         events: list[Event] = []
         given = RunSettings(store=str(tmp_path / "store"), backoff_s=0.001, new=True, **settings)

@@ -6,7 +6,7 @@ from urllib.parse import quote
 import pytest
 
 from infra.storage import Store, open_store
-from workflows.graph.step_state import SavedStates, state_url, states_key
+from workflows.graph.step_state import StepStates, state_url, states_key
 
 NESTED = "/".join(f"experiment_group[{number}]" for number in range(14)) + "/pretrain[{}]"
 CALLS = [
@@ -33,7 +33,7 @@ def test_every_call_has_a_state_of_its_own_until_it_is_committed(store: Store) -
         kept = open_store(state_url(store, "r", call)).get("deep/state")
         assert kept == call.encode(errors="surrogatepass")
     assert len(list(store.list(states_key("r")))) == len(CALLS)
-    states = SavedStates(store, "r", {CALLS[1]: {}, CALLS[6]: {}, "another[0]": {}})
+    states = StepStates(store, "r", {CALLS[1]: {}, CALLS[6]: {}, "another[0]": {}})
     states.committed(CALLS[3])
     states.close()
     left = [call for call in CALLS if open_store(state_url(store, "r", call)).exists("deep/state")]

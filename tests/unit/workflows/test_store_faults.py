@@ -19,9 +19,9 @@ from infra.errors import FencedError, StoreError
 from infra.processes import process_start, this_machine
 from infra.storage import FolderStore
 from workflows.driver import session
-from workflows.driver.index_process import Indexer
+from workflows.driver.index_process import IndexProcess
 from workflows.driver.loop import Loop
-from workflows.driver.reuse import Known
+from workflows.driver.reuse import ReuseLookup
 from workflows.driver.settings import RunSettings
 from workflows.driver.stopped_drivers import StoppedDrivers, kill_stopped
 from workflows.graph import event, workflow
@@ -137,7 +137,7 @@ def test_an_error_of_twenty_megabytes_keeps_its_beginning_and_its_end() -> None:
 
 def test_half_an_index_entry_is_as_good_as_none(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
-    known = Known(store, {}, True, (), lambda *_: None)
+    known = ReuseLookup(store, {}, True, (), lambda *_: None)
     for left in (b"", b'{"format": 1, "run": "r", "resu'):
         store.put(index_key("ab12"), left)
         assert known.reusable("ab12") is None
@@ -313,7 +313,7 @@ def test_only_stopped_drivers_of_this_machine_are_killed_and_other_machines_are_
 
 
 def test_the_index_writer_is_replaced_where_it_was_killed_and_a_full_disk_is_an_error(tmp_path: Path) -> None:
-    indexer = Indexer()
+    indexer = IndexProcess()
     indexer.put([(str(tmp_path / "ab" / "one.json"), "1")])
     wait_for((tmp_path / "ab" / "one.json").exists, "the entry was not written")
     indexer._process.kill()
@@ -321,7 +321,7 @@ def test_the_index_writer_is_replaced_where_it_was_killed_and_a_full_disk_is_an_
     indexer.put([(str(tmp_path / "ab" / "two.json"), "2")])
     indexer.close()
     assert (tmp_path / "ab" / "two.json").read_text() == "2"
-    blocked = Indexer()
+    blocked = IndexProcess()
     blocked.put([(str(tmp_path / "ab" / "one.json" / "below"), "3")])
     with pytest.raises(OSError, match="reuse index"):
         blocked.close()

@@ -23,7 +23,7 @@ from infra.config import Settings
 from infra.errors import ConfigError, NonDeterminismError, UserError
 from infra.fault_injection import FaultSchedule
 from infra.storage import FolderStore, open_store
-from workflows.driver.reuse import Known
+from workflows.driver.reuse import ReuseLookup
 from workflows.graph import context, steps
 from workflows.graph.artifacts import Artifact, ArtifactSource
 from workflows.graph.inputs import Identities
@@ -535,7 +535,7 @@ def learn(section: dict[str, Any], seed: int) -> int:
 
 def test_changed_inputs_are_named_with_both_values(tmp_path: Path) -> None:
     """Also where the inputs are long: neither whole sections nor mere digests are shown."""
-    known = Known(open_store(tmp_path), {}, True, (), lambda call_id, message: None)
+    known = ReuseLookup(open_store(tmp_path), {}, True, (), lambda call_id, message: None)
     kinds = [f"kind-{number}" for number in range(3000)]
 
     def arguments(rate: float, seed: int, last: str) -> Any:

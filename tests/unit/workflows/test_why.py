@@ -12,7 +12,7 @@ import pytest
 from infra.storage import FolderStore
 from tests.helpers.stored_records import append
 from workflows.cli import main
-from workflows.driver.reuse import Known
+from workflows.driver.reuse import ReuseLookup
 from workflows.graph import Step, StepOptions
 from workflows.graph.inputs import Identities
 from workflows.identity.keys import index_key
@@ -68,7 +68,7 @@ class Bench:
         append(journal, [{"type": "end", "status": "finished", "time": self._clock, "result": None}])
 
     def _commit(self, run_id: str, call: str, args: Any, result: Any = 1, **more: Any) -> dict[str, Any]:
-        known = Known(self.store, {}, True, (), lambda call, text: None)
+        known = ReuseLookup(self.store, {}, True, (), lambda call, text: None)
         step = load_name(f"whyflow.steps:{call.partition('[')[0]}")
         assert isinstance(step, Step)
         arguments = {"args": args, "kwargs": {}}
