@@ -158,7 +158,7 @@ def test_a_post_training_run_survives_an_interrupt_and_a_kill_on_s3(
     wait_for(lambda: any("vllm.process" in line for line in runs.processes().values()), lambda: "no vLLM engine", 300)
     os.killpg(driver.pid, signal.SIGINT)
     runs.end(driver, 130)
-    assert "recua: interrupted; the same command goes on where it stopped" in runs.output()
+    assert "recua: interrupted; run the same command again to resume" in runs.output()
     assert load_run(store, "r").status == "cancelled"
     seen = committed(store)
     assert "fine_tune[sft]" in seen

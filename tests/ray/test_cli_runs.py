@@ -127,7 +127,7 @@ def test_interrupted_then_resumed_then_shown(folder: Path, start: Start, mark: s
     process.send_signal(signal.SIGINT)
     code, out, err = _finish(process)
     assert code == 130, out + err
-    assert err.strip().splitlines()[-1] == "recua: interrupted; the same command goes on where it stopped"
+    assert err.strip().splitlines()[-1] == "recua: interrupted; run the same command again to resume"
     assert "Traceback" not in err
     _wait(lambda: not _marked(mark), 30, f"left behind: {_marked(mark)}")
 
@@ -143,7 +143,7 @@ def test_interrupted_then_resumed_then_shown(folder: Path, start: Start, mark: s
     assert '"title":"Evaluation"' in page and '"name":"loss"' in page
 
     code, out, err = _finish(start("toy.py", "--set", f"folder={folder}", "--run", "one"))
-    assert code == 0 and "run one has finished already" in out, out + err
+    assert code == 0 and "run one has already finished" in out, out + err
     _wait(lambda: not _marked(mark), 30, f"left behind: {_marked(mark)}")
 
     shown = json.loads(_finish(start(*_recua("show", "one", "--json")))[1])

@@ -187,7 +187,7 @@ def test_service_survives_the_loss_of_everything(user: User, trace: Path) -> Non
     user.kill(*everything)
     wait_for(lambda: set(user.processes()) <= {watching.pid}, "something survived a SIGKILL")
     assert load_run(user.store, "r").status == "interrupted"
-    assert "it goes on with 1 unfinished runs: r" in user.up()
+    assert "it resumes 1 unfinished runs: r" in user.up()
     assert json.loads((user.home / ".recua" / "service.json").read_text())["head"]["mark"] != head["mark"]
     wait_for(lambda: begun(trace) == 3, "the new head did not go on with the run")
     (trace / "go").touch()
@@ -256,21 +256,21 @@ def test_service_on_s3_refuses_asks_cancels_and_goes_down(user: User, trace: Pat
     assert "cancelled" in user.recua("watch", "stopped", code=130)
     assert user.recua("watch", "nope", code=2).startswith("recua: error: no run 'nope'")
 
-    assert "the service goes on with run stopped" in user.recua("resume", "stopped", "--detach")
+    assert "the service resumes run stopped" in user.recua("resume", "stopped", "--detach")
     wait_for(lambda: begun(trace) == 2, "a cancelled run goes on when it is resumed, from its package")
     watching = user.start("watch", "stopped")
     assert watching.stdout is not None and "run stopped of flow:toy" in watching.stdout.readline()
     watching.send_signal(signal.SIGINT)
-    assert "the run goes on" in watching.communicate(timeout=60)[0] and watching.returncode == 130
+    assert "the run continues" in watching.communicate(timeout=60)[0] and watching.returncode == 130
     output = user.recua("down")
-    assert "1 unfinished runs were interrupted, the next `recua up` goes on with them: stopped" in output
+    assert "1 unfinished runs were interrupted; the next `recua up` resumes them: stopped" in output
     assert load_run(store, "stopped").status == "interrupted"
     wait_for(lambda: not user.processes(), f"left behind: {user.processes()}")
     assert not (user.home / ".recua" / "service.json").exists()
     assert "no driver" in user.recua("watch", "stopped", "--store", s3_url, code=1)
-    assert "nothing is up here" in user.recua("down", code=2)
+    assert "no service is up here" in user.recua("down", code=2)
 
-    assert "it goes on with 1 unfinished runs: stopped" in user.up("--store", s3_url)
+    assert "it resumes 1 unfinished runs: stopped" in user.up("--store", s3_url)
     wait_for(lambda: begun(trace) == 3, "an interrupted run goes on with the next service")
     output = user.recua("down", "--cancel")
     assert "cancelling stopped" in output and "unfinished" not in output and "not ended" not in output

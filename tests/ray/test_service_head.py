@@ -152,7 +152,7 @@ def test_service_on_a_new_head_goes_on_with_a_pretraining_from_the_store(
     shutil.rmtree(first.home)
 
     address = start_cluster(second)
-    assert "it goes on with 1 unfinished runs: r" in second.up("--address", address, "--store", s3_url)
+    assert "it resumes 1 unfinished runs: r" in second.up("--address", address, "--store", s3_url)
     second.recua("watch", "r")
     run = load_run(store, "r")
     assert run.status == "finished" and run.drivers == 2

@@ -15,7 +15,7 @@ def find_model(name: str, settings: RunSettings) -> tuple[Path, str | None]:
     """(folder, weight version) of a model folder, a RUN, RUN:STEP, or the first 8 or more digits of a digest.
 
     Raises:
-        UserError: nothing, or more than one thing, is meant by `name`.
+        UserError: `name` matches no model, or several.
     """
     if Path(name).is_dir():
         return Path(name), None
@@ -31,7 +31,7 @@ def find_model(name: str, settings: RunSettings) -> tuple[Path, str | None]:
     }
     if len(models) != 1:
         what = ", ".join(f"{artifact.name} {digest[:12]}" for digest, artifact in models.items()) or "none"
-        raise UserError(f"{name} means no single model (found {what}); give RUN:STEP or the first digits of a digest")
+        raise UserError(f"{name} names no single model (found {what}); give RUN:STEP or the first digits of a digest")
     [(digest, artifact)] = models.items()
     return artifact.path(), digest
 

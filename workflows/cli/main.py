@@ -1,7 +1,7 @@
-"""The `recua` command: run workflow files, look into runs, serve and chat with what they made.
+"""The `recua` command: run workflow files, inspect runs, serve their models and chat with them.
 
-Only click is imported here; every command imports what it needs when it is called, so that `recua --help` is quick.
-Exit codes: 0 done, 1 a step (or the platform or the store) failed, 2 something for the user to change, 130 interrupted.
+Only click is imported here. Every command imports what it needs when it is called, so that `recua --help` is fast.
+Exit codes: 0 done, 1 a step (or the platform or the store) failed, 2 the user must change something, 130 interrupted.
 """
 
 import sys
@@ -40,13 +40,13 @@ Examples:
 def main_group() -> None:
     """Train and serve Llama models as one durable graph on Ray.
 
-    A workflow file calls steps; every finished step is committed to a store, so the same command after a crash, a
-    Ctrl-C or a lost machine goes on where it stopped. A recipe (TOML) holds the settings.
+    A workflow file calls steps. Every finished step is committed to a store, so that after a crash, a Ctrl-C or a lost
+    machine the same command resumes the run. A recipe (TOML) holds the settings.
 
     \b
     First steps:
-      recua run workflows/llama3_posttrain.py --recipe recipes/tiny.toml    start, or go on
-      recua runs                                                           what there is
+      recua run workflows/llama3_posttrain.py --recipe recipes/tiny.toml    start or resume a run
+      recua runs                                                           list the runs
       recua show RUN                                                       its steps
       recua report RUN                                                     the run's page in one HTML file
       recua serve RUN                                                      its model, over gRPC and OpenAI HTTP
@@ -55,8 +55,8 @@ def main_group() -> None:
     \b
     Without this terminal, on a cluster or on this machine:
       recua up                            a service with a web page; it survives logout and the loss of any process
-      recua run FILE --recipe R --detach  hand a run to it
-      recua watch RUN                     follow the run; Ctrl-C ends the watching only
+      recua run FILE --recipe R --detach  submit a run to it
+      recua watch RUN                     follow the run; Ctrl-C only stops watching
       recua down                          stop the service
 
     Runs are kept where --store or RECUA_STORE says (a folder or s3://bucket/prefix), else in the store of the service
@@ -68,8 +68,8 @@ def main_group() -> None:
 @click.argument("file", metavar="WORKFLOW_FILE", type=click.Path(path_type=Path))
 @run_options
 def run(file: Path, **given: Any) -> None:
-    """Run the workflow in WORKFLOW_FILE, or go on with it, or show its result where it has finished. Of several in one
-    file, WORKFLOW_FILE:NAME is one."""
+    """Run the workflow in WORKFLOW_FILE, resume its run, or show the result of its finished run. If the file has
+    several workflows, WORKFLOW_FILE:NAME names one."""
     _run(file, RunOptions(**given))
 
 
@@ -79,7 +79,7 @@ def run(file: Path, **given: Any) -> None:
 @click.option("--address", metavar="local|auto|ray://...", help="Ray to use.")
 @restarts_option
 @click.option("--reports", default="runs", metavar="DIR", help="Where DIR/RUN/report.html goes  [default: runs].")
-@click.option("--detach", is_flag=True, help="Have the service that it was submitted to go on with it, and return.")
+@click.option("--detach", is_flag=True, help="Let the service that it was submitted to resume it, and return.")
 @service_commands.service_options
 def resume(
     run_id: str,
@@ -91,7 +91,7 @@ def resume(
     service: str | None,
     token_file: str | None,
 ) -> None:
-    """Go on with RUN; its workflow and recipe are in the store."""
+    """Resume RUN; its workflow and recipe are in the store."""
     from workflows.launch import script
 
     if detach:
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run_script(file: str) -> None:
     """`python workflows/x.py ...` is `recua run workflows/x.py ...`. Call it under `if __name__ == "__main__":`.
 
-    `file`: `__file__`, or f"{__file__}:NAME" where the file has several workflows.
+    `file`: `__file__`, or f"{__file__}:NAME" if the file has several workflows.
 
     Raises:
         UserError: the file is being imported.
@@ -128,7 +128,7 @@ def run_script(file: str) -> None:
         from infra.errors import UserError
 
         raise UserError(
-            f'workflow {path}: write `if __name__ == "__main__":` above run_script, workers import the file'
+            f'workflow {path}: write `if __name__ == "__main__":` above run_script, because workers import the file'
         )
     command = click.Command(
         path.name,

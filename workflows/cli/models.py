@@ -53,7 +53,7 @@ def chat(
     max_tokens: int | None,
     temperature: float | None,
 ) -> None:
-    """Talk to a served model over gRPC at ADDRESS [default: 127.0.0.1:50051]. /new forgets, /exit ends."""
+    """Chat with a served model over gRPC at ADDRESS [default: 127.0.0.1:50051]. /new starts afresh, /exit ends."""
     from infra.tokens import read_tokens
     from serving.console import chat_loop
 

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class FiniteRange(click.FloatRange):
-    """A number in a range, and no NaN."""
+    """A number in a range that is not NaN."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
-        return number if math.isfinite(number) else self.fail(f"{value} is no finite number.", param, ctx)
+        return number if math.isfinite(number) else self.fail(f"{value} is not a finite number.", param, ctx)
 
 
 def store_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,18 +34,18 @@ def store_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def restarts_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--local-ray-restarts, the same wherever a Ray of our own may be started."""
+    """--local-ray-restarts, the same for every command that may start a local Ray."""
     return click.option(
         "--local-ray-restarts",
         type=click.IntRange(min=0),
         metavar="N",
-        help="How often a local Ray that dies is started again within ten minutes  [default: 3].",
+        help="How often a local Ray that dies is restarted within ten minutes  [default: 3].",
     )(command)
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What `run_options` gives, by the names of its parameters."""
+    """The options of `run_options`, by the names of its parameters."""
 
     recipe: str | None
     overrides: tuple[str, ...]
@@ -63,7 +63,7 @@ class RunOptions:
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What `recua run` and a workflow file run as a script have in common."""
+    """The options that `recua run` and a workflow file run as a script share."""
     options: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         click.option("--recipe", metavar="FILE", help="TOML file with the settings."),
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting; repeatable."),
@@ -75,13 +75,11 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--address",
             metavar="local|auto|ray://...",
-            help="Ray to use  [default: RAY_ADDRESS where it is set, as in a Ray job, else a fresh local one].",
+            help="Ray to use  [default: RAY_ADDRESS if it is set, as in a Ray job, else a new local one].",
         ),
         restarts_option,
-        click.option(
-            "--reports", default="runs", metavar="DIR", help="Where DIR/RUN/report.html goes  [default: runs]."
-        ),
-        click.option("--detach", is_flag=True, help="Hand it to the service (`recua up`) and return."),
+        click.option("--reports", default="runs", metavar="DIR", help="Write DIR/RUN/report.html  [default: runs]."),
+        click.option("--detach", is_flag=True, help="Submit it to the service (`recua up`) and return."),
         service_commands.service_options,
     ]
     for option in reversed(options):
@@ -106,11 +104,11 @@ def open_store_of(settings: "RunSettings") -> "Store":
 
 
 def local_folder(path: str | Path, option: str) -> Path:
-    """A path on this machine. Raises ConfigError where it is a store's URL."""
+    """A path on this machine. Raises ConfigError for a store's URL."""
     from infra.errors import ConfigError
     from infra.storage import parse_store
 
     scheme, local = parse_store(str(path), option)
     if scheme != "file":
-        raise ConfigError(f"{option} {path}: name a path on this machine; --store is what may be on S3")
+        raise ConfigError(f"{option} {path}: name a path on this machine; only --store may be on S3")
     return Path(local).expanduser()

@@ -49,7 +49,7 @@ def show(run_id: str, step: str | None, store: str | None, why: str | None, as_j
 @click.argument("step", required=False)
 @store_option
 def logs(run_id: str, step: str | None, store: str | None) -> None:
-    """Print what RUN's steps (or one STEP, a name or call id) printed, attempt by attempt."""
+    """Print the output of RUN's steps (or of one STEP, a name or call id), attempt by attempt."""
     from workflows.cli.tables import show_logs
     from workflows.runs.catalog import find_steps, load_run
 
@@ -62,7 +62,7 @@ def logs(run_id: str, step: str | None, store: str | None) -> None:
 @click.argument("run_id", metavar="RUN")
 @store_option
 def cancel(run_id: str, store: str | None) -> None:
-    """Ask RUN's driver to stop and wait for it; the run can be resumed."""
+    """Ask RUN's driver to stop, and wait until it has; the run can be resumed."""
     status = service_commands.cancel(open_store_of(settings_of(store=store)), run_id)
     click.echo(f"run {run_id} is {status}")
     if status == "running":
@@ -72,11 +72,13 @@ def cancel(run_id: str, store: str | None) -> None:
 @click.command()
 @click.argument("run_id", metavar="RUN")
 @click.argument("step")
-@click.option("--deny", is_flag=True, help="Say no: the workflow gets a Denied.")
+@click.option("--deny", is_flag=True, help="Deny the approval: the workflow gets a Denied.")
 @click.option("--comment", default="", metavar="TEXT", help="Kept with the answer.")
 @store_option
 def approve(run_id: str, step: str, deny: bool, comment: str, store: str | None) -> None:
-    """Answer RUN's approval STEP (its name or call id; `recua show RUN` has what waits). The first answer counts."""
+    """Answer RUN's approval STEP (its name or call id; `recua show RUN` lists those that wait). The first answer
+    counts.
+    """
     from workflows.runs.catalog import load_run
     from workflows.runs.signals import me, reply
 
@@ -91,7 +93,9 @@ def approve(run_id: str, step: str, deny: bool, comment: str, store: str | None)
 @click.argument("value", metavar="JSON")
 @store_option
 def send(run_id: str, step: str, value: str, store: str | None) -> None:
-    """Send JSON to RUN's event STEP (its name or call id; `recua show RUN` has what waits). The first one counts."""
+    """Send JSON to RUN's event STEP (its name or call id; `recua show RUN` lists those that wait). The first one
+    counts.
+    """
     import json
 
     from infra.errors import ConfigError
@@ -132,8 +136,8 @@ def report(run_id: str, store: str | None, output: str) -> None:
 @store_option
 @click.option("--json", "as_json", is_flag=True, help="As one JSON list, an object per elastic group.")
 def goodput(run_id: str, store: str | None, as_json: bool) -> None:
-    """Show where the time of RUN's ranks went: useful computing and every kind of loss, its pauses, and what its
-    records do not say."""
+    """Show where the time of RUN's ranks went: useful computing and every kind of loss, the pauses, and time that is
+    not accounted for."""
     import json
 
     from cluster.goodput.accounts import read_run
@@ -144,7 +148,7 @@ def goodput(run_id: str, store: str | None, as_json: bool) -> None:
     load_metadata(opened, run_id)
     reports = read_run(opened, run_id)
     if not reports:
-        raise UserError(f"run {run_id!r} has no elastic group: only elastic training keeps accounts of its ranks' time")
+        raise UserError(f"run {run_id!r} has no elastic group: only elastic training records its ranks' time")
     if as_json:
         click.echo(json.dumps([report.to_json() for report in reports]))
     else:

@@ -12,9 +12,9 @@ CANCEL_WAIT_S = 30.0
 
 
 def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Where a client finds the service, and its token."""
+    """The options by which a client finds the service and its token."""
     url = click.option(
-        "--service", envvar="RECUA_SERVICE", metavar="URL", help="The service  [default: what `recua up` started]."
+        "--service", envvar="RECUA_SERVICE", metavar="URL", help="The service  [default: the one of `recua up`]."
     )
     return url(token_option(command))
 
@@ -41,11 +41,11 @@ def token_option(command: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="Port of the service; 0: any free one.",
 )
-@click.option("--no-auth", is_flag=True, help="Ask for no token; on this machine only.")
+@click.option("--no-auth", is_flag=True, help="Require no token; only for a service on this machine alone.")
 @click.option("--allow-host", multiple=True, metavar="NAME", help="A name that clients call it by; repeatable.")
 @token_option
 def up(address: str | None, store: str | None, no_auth: bool, allow_host: tuple[str, ...], **given: Any) -> None:
-    """Start the graph service on a Ray cluster, or show where it is. It goes on with unfinished runs in the store."""
+    """Start the graph service on a Ray cluster, or show its address. It resumes unfinished runs in the store."""
     from workflows.service.client.up import UpOptions
     from workflows.service.client.up import up as bring_up
 
@@ -53,9 +53,9 @@ def up(address: str | None, store: str | None, no_auth: bool, allow_host: tuple[
 
 
 @click.command()
-@click.option("--cancel", is_flag=True, help="Cancel the unfinished runs first: the next `recua up` leaves them alone.")
+@click.option("--cancel", is_flag=True, help="Cancel unfinished runs first, so that they are not resumed later.")
 def down(cancel: bool) -> None:
-    """Stop the service, and the Ray head if `recua up` started it. Unfinished runs go on with the next `recua up`."""
+    """Stop the service, and the Ray head if `recua up` started it. The next `recua up` resumes unfinished runs."""
     from workflows.service.client.up import down as take_down
 
     take_down(click.echo, cancel)
@@ -63,11 +63,10 @@ def down(cancel: bool) -> None:
 
 @click.command()
 @click.argument("run_id", metavar="RUN")
-@click.option("--store", envvar="RECUA_STORE", metavar="URL", help="Look into this store, without a service.")
+@click.option("--store", envvar="RECUA_STORE", metavar="URL", help="Read this store, without a service.")
 @service_options
 def watch(run_id: str, store: str | None, service: str | None, token_file: str | None) -> None:
-    """Follow RUN until it ends, wherever it is driven. Ctrl-C ends the watching, not the run; the exit code says how
-    the run ended."""
+    """Follow RUN until it ends, wherever its driver is. Ctrl-C only stops watching. The exit code is the run's."""
     from workflows.launch.display import open_display
     from workflows.service.client import watch as watching
 
@@ -76,14 +75,14 @@ def watch(run_id: str, store: str | None, service: str | None, token_file: str |
         with open_display() as display:
             run = watching.watch(source, display)
     except KeyboardInterrupt:
-        click.echo(f"stopped watching; the run goes on (`recua watch {run_id}`, `recua cancel {run_id}`)", err=True)
+        click.echo(f"stopped watching; the run continues (`recua watch {run_id}`, `recua cancel {run_id}`)", err=True)
         sys.exit(130)
     if error := run.get("error"):
         _explain(error)
     if run["status"] in ("interrupted", "submitted"):
-        click.echo(f"run {run_id} has no driver: `recua resume {run_id}` goes on with it here", err=True)
+        click.echo(f"run {run_id} has no driver: `recua resume {run_id}` resumes it here", err=True)
         if run["status"] == "submitted":
-            click.echo("so does `recua up` where its service was", err=True)
+            click.echo("`recua up` on its service's machine resumes it too", err=True)
     sys.exit(watching.exit_code(run))
 
 
@@ -106,13 +105,15 @@ def detach(
     run_id, package = answer["run_id"], answer["package"]
     for name in package.left_out:
         why = (
-            "a link to a folder or to nowhere" if packages.fits(name) else "no name that a package can hold: rename it"
+            "a link to a folder or to nothing"
+            if packages.fits(name)
+            else "a name that a package cannot hold: rename it"
         )
         click.echo(f"note: {name!r} was not sent: it is {why}", err=True)
     if answer["status"] == "finished":
-        click.echo(f"run {run_id} has finished already; nothing ran (--new starts another)")
+        click.echo(f"run {run_id} has already finished; nothing ran (--new starts another)")
     elif answer["status"] == "running":
-        click.echo(f"run {run_id} is running already")
+        click.echo(f"run {run_id} is already running")
     else:
         click.echo(f"run {run_id} is submitted: {package.files} files of code, sha256 {package.sha256[:12]}")
     click.echo(f"follow it with `recua watch {run_id}`")
@@ -127,14 +128,12 @@ def resume(run_id: str, store: str | None, service: str | None, token_file: str 
     client = Client(credentials.service_url(service), credentials.read_token(token_file))
     check_store(client, store)
     status = client.post(path_of(run_id, "/resume"))["status"]
-    click.echo(
-        f"run {run_id} has finished already" if status == "finished" else f"the service goes on with run {run_id}"
-    )
+    click.echo(f"run {run_id} has already finished" if status == "finished" else f"the service resumes run {run_id}")
     click.echo(f"follow it with `recua watch {run_id}`")
 
 
 def cancel(store: Any, run_id: str) -> str:
-    """`recua cancel`: ask the run's driver, or the service that was to start one, to end it; the run's status then.
+    """`recua cancel`: ask the run's driver, or the service that would start one, to end it; returns the run's status.
 
     Raises:
         UserError: there is no such run.
@@ -154,7 +153,7 @@ def cancel(store: Any, run_id: str) -> str:
 
 
 def _source(run_id: str, store: str | None, service: str | None, token_file: str | None) -> Any:
-    """The service where one answers; the store where none is known, or --store was given."""
+    """The service, if one answers; the store, if no service is known or --store was given."""
     from infra.storage import default_store, open_store
     from workflows.service.client import credentials
     from workflows.service.client.http_client import Client, Unreachable

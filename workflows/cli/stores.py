@@ -9,16 +9,16 @@ from workflows.cli.options import FiniteRange, local_folder, open_store_of, sett
 GC_EXAMPLES = """
 \b
 Examples:
-  recua gc                                 what could go, and what stays; changes nothing
-  recua gc --keep-runs 20 --yes            the newest 20 runs and all that they need stay
-  recua gc --explain 3f2a91c0              who needs this artifact
+  recua gc                                 show what would be deleted and what stays; changes nothing
+  recua gc --keep-runs 20 --yes            keep the newest 20 runs and everything that they need
+  recua gc --explain 3f2a91c0              show which runs need this artifact
 """
 
 
 @click.command(epilog=GC_EXAMPLES)
 @store_option
-@click.option("--keep-runs", type=click.IntRange(min=0), metavar="N", help="Remove ended runs but the newest N.")
-@click.option("--keep-days", type=FiniteRange(min=0), metavar="D", help="Remove runs that ended over D days ago.")
+@click.option("--keep-runs", type=click.IntRange(min=0), metavar="N", help="Remove ended runs except the newest N.")
+@click.option("--keep-days", type=FiniteRange(min=0), metavar="D", help="Remove runs that ended more than D days ago.")
 @click.option("--run", "runs", multiple=True, metavar="RUN", help="Remove this run; repeatable.")
 @click.option(
     "--grace",
@@ -26,11 +26,11 @@ Examples:
     type=FiniteRange(min=0),
     default=3600.0,
     metavar="SECONDS",
-    help="From mark to deletion  [default: 3600].",
+    help="Time from marking to deletion  [default: 3600].",
 )
-@click.option("--yes", is_flag=True, help="Do it; without it only a plan is shown.")
+@click.option("--yes", is_flag=True, help="Carry out the plan; without it the plan is only shown.")
 @click.option("--dry-run", is_flag=True, help="Show the plan (the default).")
-@click.option("--explain", "digest", metavar="DIGEST", help="Say who needs the artifact with this digest.")
+@click.option("--explain", "digest", metavar="DIGEST", help="Show which runs need the artifact with this digest.")
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def gc(
     store: str | None,
@@ -43,14 +43,14 @@ def gc(
     digest: str | None,
     as_json: bool,
 ) -> None:
-    """Remove what no run needs: attempts that lost, old runs by your policy, what is left of them.
+    """Remove what no run needs: output of failed attempts, old runs by your policy, and their artifacts.
 
-    Artifacts that another run reuses stay. What goes is marked first and deleted by a later `recua gc --yes`, when the
-    grace period is over.
+    Artifacts that another run reuses stay. Data is first marked, and a later `recua gc --yes` deletes it after the
+    grace period.
 
-    The same for snapshots in this machine's memory (/dev/shm/recua-node-*) that crashed pretrainings left: those that
-    no process works with go, where their run is finished or removed. What a run may still go on from stays. Other
-    machines are swept when the next pretraining starts on them.
+    Also removes snapshots that crashed pretrainings left in this machine's memory (/dev/shm/recua-node-*), if no
+    process uses them and their run is finished or removed. Snapshots that a run may resume from stay. Other machines
+    are cleaned when the next pretraining starts on them.
     """
     from cluster.node import host_memory
     from workflows.cli import gc_tables
@@ -78,17 +78,19 @@ def gc(
 @click.command()
 @click.argument("run_id", metavar="RUN")
 @store_option
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="A name in .gz: compressed  [RUN.tar].")
-@click.option("--only-results", is_flag=True, help="Of a finished run: only artifacts in its result and its recipe.")
-@click.option("--no-logs", is_flag=True, help="Leave out what steps and drivers printed.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Output; .gz compresses  [RUN.tar].")
+@click.option(
+    "--only-results", is_flag=True, help="For a finished run: only the artifacts of its result, and its recipe."
+)
+@click.option("--no-logs", is_flag=True, help="Leave out the output of steps and drivers.")
 def export(run_id: str, store: str | None, out: Path | None, only_results: bool, no_logs: bool) -> None:
     """Write RUN with all that it needs into one file, for `recua import`.
 
-    That is its recipe, journal, logs and report, every artifact that it refers to, its code's fingerprints, and the
-    code package of a run of the service. A run that has not finished can be resumed from it.
+    The file holds its recipe, journal, logs and report, every artifact that it refers to, its code's fingerprints, and,
+    for a run of the service, its code package. A run that has not finished can be resumed from it.
 
-    With --only-results the artifacts that steps handed to each other stay out: the run can be shown, reported and
-    served from the bundle, and nothing else of it can be reused. Known forms of secrets in logs are blanked.
+    With --only-results the artifacts that steps passed to each other are left out: the run can then be shown, reported
+    and served, but its other steps cannot be reused. Known forms of secrets in logs are redacted.
     """
     from infra.machine import show_size
     from workflows.runs.bundle import export_run
@@ -102,9 +104,9 @@ def export(run_id: str, store: str | None, out: Path | None, only_results: bool,
 @click.argument("file", type=click.Path(path_type=Path))
 @store_option
 def import_bundle(file: Path, store: str | None) -> None:
-    """Put the run in FILE, written by `recua export`, into the store: to show, report, serve, resume and reuse.
+    """Import the run in FILE, written by `recua export`, into the store: to show, report, serve, resume and reuse it.
 
-    Every checksum is compared first; of a damaged file nothing is imported.
+    All checksums are compared first; nothing is imported from a damaged file.
     """
     from workflows.runs.bundle import import_run
 

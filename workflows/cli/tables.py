@@ -20,7 +20,7 @@ from workflows.runs.signals import command
 from workflows.runs.why import Why
 
 SHOWN_LETTERS = 200_000
-"""Of an error; what is longer is shown by its beginning and its end."""
+"""Most characters of an error; of a longer one, its beginning and its end are shown."""
 STYLES = {"finished": "green", "committed": "green", "reused": "green", "running": "bold", "failed": "red"}
 
 
@@ -37,7 +37,7 @@ def show_runs(runs: Iterable[RunSummary]) -> None:
 
 
 def show_run(view: RunView, store_url: str, as_json: bool = False) -> None:
-    """A run's head, its steps, and what to type where one waits for somebody."""
+    """A run's summary, its steps, and the command that answers a waiting one."""
     if as_json:
         click.echo(redact(json.dumps(asdict(view), indent=2)))
         return
@@ -64,7 +64,7 @@ def show_run(view: RunView, store_url: str, as_json: bool = False) -> None:
 
 
 def show_step(step: StepView, as_json: bool = False) -> None:
-    """One call with everything that is known of it."""
+    """One call with all its data."""
     if as_json:
         click.echo(redact(json.dumps(asdict(step), indent=2)))
         return
@@ -95,7 +95,7 @@ def show_why(answers: Iterable[Why], as_json: bool = False) -> None:
 
 
 def show_logs(store: Store, run_id: str, steps: Iterable[StepView]) -> None:
-    """What the attempts printed, in the order in which they began."""
+    """The output of the attempts, in the order of their starts."""
     for step in steps:
         for number, attempt in enumerate(step.attempts, start=1):
             if text := read_log(store, run_id, attempt):
@@ -104,7 +104,7 @@ def show_logs(store: Store, run_id: str, steps: Iterable[StepView]) -> None:
 
 
 def show_plan(plan: Plan) -> None:
-    """What would run. Calls are numbered, and `after` names by number the calls whose results they need."""
+    """The plan of a run. Calls are numbered; `after` lists the numbers of the calls whose results they need."""
     rows = []
     number = {call.call_id: str(index) for index, call in enumerate(plan.calls, start=1)}
     for call in plan.calls:
@@ -122,7 +122,7 @@ def show_plan(plan: Plan) -> None:
     if origins := dict.fromkeys(call.reused_from for call in plan.calls if call.status == "reusable"):
         click.echo(f"reusable results come from {', '.join(str(origin) for origin in origins)}")
     if plan.unknown_after:
-        click.echo(f"what follows is known at run time: it depends on the result of {plan.unknown_after}")
+        click.echo(f"later steps are known only at run time: they depend on the result of {plan.unknown_after}")
     free = "" if plan.free_bytes is None else f", {show_size(plan.free_bytes)} free"
     click.echo(f"stored by the known steps: {show_size(plan.stored_bytes)}{free}")
     for warning in plan.warnings:

@@ -1,4 +1,4 @@
-"""What can be a step or a workflow: said where it is defined, not by a worker that stumbles over it."""
+"""Checks of what can be a step or a workflow, made at its definition instead of later on a worker."""
 
 import functools
 import inspect
@@ -15,10 +15,10 @@ TOP = "define it with def at the top of a module, so that workers find it"
 
 
 def check_function(thing: Any, what: str) -> None:
-    """Refuse what is no plain function; for a `what` of "step", also one that no worker would find.
+    """Refuse anything but a plain function; for a `what` of "step", also a function that workers cannot import.
 
     Raises:
-        UserError: file and line of the definition, what it is, and what to write.
+        UserError: with file and line of the definition, the problem, and what to write.
     """
     problem = _no_function(thing) if not inspect.isfunction(thing) else _kind_of_body(thing)
     if problem is None and what == "step":
@@ -34,12 +34,12 @@ def where(function: Callable[..., Any]) -> str:
 
 
 def _no_function(thing: Any) -> str:
-    """In words: what it is instead, and what to write."""
+    """The problem in words, and what to write."""
     own = "write a def that calls it"
     if isinstance(thing, functools.partial):
         return f"a functools.partial: {own}"
     if isinstance(thing, functools._lru_cache_wrapper):
-        return "a function behind functools.cache: take the cache away, results of steps are kept anyway"
+        return "a function behind functools.cache: remove the cache, results of steps are kept anyway"
     if isinstance(thing, (staticmethod, classmethod)):
         return f"a {type(thing).__name__}: write @{type(thing).__name__} above it, or {TOP}"
     if inspect.isclass(thing):
@@ -49,10 +49,10 @@ def _no_function(thing: Any) -> str:
     if inspect.isroutine(thing):
         return f"the built-in {thing.__name__}: {own}"
     if hasattr(thing, "short_name"):  # a Step or a Workflow
-        return f"the {type(thing).__name__.lower()} {thing.short_name}, which is one already"
+        return f"the {type(thing).__name__.lower()} {thing.short_name}, which is already one"
     if callable(thing):
         return f"an object of class {type(thing).__name__}: {own}"
-    return f"{thing!r}, which is no function: options are given by name, as in num_cpus=1"
+    return f"{thing!r}, which is not a function: give options by name, as in num_cpus=1"
 
 
 def _kind_of_body(function: Any) -> str | None:
@@ -69,14 +69,14 @@ def _out_of_reach(function: Any) -> str | None:
     if name.endswith("<lambda>"):
         return f"a lambda: {TOP}"
     if "<locals>" in name:
-        return f"{name}, a function inside another one: {TOP}; where a decorator made it, add functools.wraps to that"
+        return f"{name}, a function inside another one: {TOP}; if a decorator made it, add functools.wraps to that"
     if "." in name and next(iter(inspect.signature(function).parameters), "") in ("self", "cls"):
         return f"the method {name}: {TOP}"
     return None
 
 
 def users_line(error: BaseException | None = None) -> str:
-    """file:line of the user's code that led here, or to an error: not ours, Python's or a library's."""
+    """file:line of the user's code that led here, or to an error, skipping our, Python's and libraries' code."""
     python = sysconfig.get_path("stdlib")
     found = traceback.extract_stack() if error is None else traceback.extract_tb(error.__traceback__)
     stack = [frame for frame in found if frame.filename not in OURS]

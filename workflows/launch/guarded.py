@@ -1,7 +1,7 @@
-"""How every command ends: each expected error as one clear line per problem on stderr, and the exit code.
+"""The end of every command: each expected error as one line per problem on stderr, and the exit code.
 
-Codes: 0 done, 1 a step (or the platform or the store) failed, 2 something for the user to change, 130 interrupted.
-Only click is imported here, so that `recua --help` is quick.
+Codes: 0 done, 1 a step (or the platform or the store) failed, 2 the user must change something, 130 interrupted.
+Only click is imported here, so that `recua --help` is fast.
 """
 
 import os
@@ -13,7 +13,7 @@ import click
 
 
 def guarded(command: Callable[[], Any]) -> int:
-    """Run a command; every expected error becomes one clear line per problem on stderr, and the exit code."""
+    """Run a command; every expected error becomes one line per problem on stderr, and the exit code."""
     from infra.errors import RecuaError
     from infra.telemetry import hide_secrets_in_logs, take_any_text
 
@@ -28,7 +28,7 @@ def guarded(command: Callable[[], Any]) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("recua: interrupted; the same command goes on where it stopped", err=True)
+        click.echo("recua: interrupted; run the same command again to resume", err=True)
         return 130
     except click.ClickException as error:
         error.show()
@@ -44,7 +44,7 @@ def guarded(command: Callable[[], Any]) -> int:
         from infra.telemetry import redact
 
         click.echo(redact(traceback.format_exc()), err=True)
-        click.echo("recua: error: this is a fault in recua or in the workflow file, not in its settings", err=True)
+        click.echo("recua: error: this is a bug in recua or in the workflow file, not in its settings", err=True)
         return 1
 
 

@@ -1,13 +1,13 @@
-"""From a workflow file and a recipe to a run: what `recua run`, `recua resume` and a script's own start have in common.
+"""From a workflow file and a recipe to a run, for `recua run`, `recua resume` and a workflow file run as a script.
 
-A workflow file has a @workflow function; where it has several, FILE:NAME names one. It may define
+A workflow file has a @workflow function; if it has several, FILE:NAME names one. It may define
 
     RECIPE = SomeSettings           the recipe's schema; the workflow gets one argument of it. Without it, the recipe's
                                     top-level keys are the workflow's arguments, checked against their annotations
                                     (workflows.launch.keywords)
-    RECIPE_FILE = "recipes/x.toml"  the recipe when none is named, relative to the root of the file's packages
-    def preflight(recipe): ...      raises a UserError (infra.machine has checks) before anything is started
-    def check_cluster(recipe, nodes): ...   the same, with what each node has ({"CPU": 2.0, "GPU": 1.0, ...})
+    RECIPE_FILE = "recipes/x.toml"  the default recipe, relative to the root of the file's packages
+    def preflight(recipe): ...      raises a UserError (infra.machine has checks) before anything starts
+    def check_cluster(recipe, nodes): ...   the same, with each node's resources ({"CPU": 2.0, "GPU": 1.0, ...})
     def on_finish(result): ...      called with the RunResult of a finished run, before its report is written
 """
 
@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Launch:
-    """A workflow with its arguments, ready to be planned or run."""
+    """A workflow with its arguments, ready to plan or run."""
 
     module: ModuleType
     workflow: Workflow[..., Any]
@@ -67,18 +67,18 @@ class Launch:
             check(*self.args, **self.kwargs)
 
     def check_cluster(self, nodes: list[dict[str, float]]) -> None:
-        """The workflow file's own check of what the cluster has."""
+        """The workflow file's own check of the cluster's resources."""
         check = getattr(self.module, "check_cluster", None)
         if check is not None:
             check(*self.args, nodes=nodes, **self.kwargs)
 
 
 def load_workflow_file(file: Path) -> ModuleType:
-    """Import a workflow file under its canonical name, so that a script, `recua run` and a job mean the same module.
+    """Import a workflow file under its canonical name, so that a script, `recua run` and a job use the same module.
 
     Raises:
-        UserError: no such file, it belongs to another copy of recua, it or its folder has a name that is taken, or it
-            cannot be imported.
+        UserError: no such file; it belongs to another copy of recua; its name or its folder's is taken; or its import
+            fails.
     """
     if not file.is_file() or file.suffix != ".py":
         raise UserError(f"workflow {file}: no such Python file")
@@ -107,10 +107,10 @@ def load_workflow_file(file: Path) -> ModuleType:
 
 
 def _why_not(error: BaseException) -> str:
-    """Why the import of a file failed, in one line."""
+    """Why the import of a file failed, as one line."""
     if isinstance(error, SystemExit):
         code = "" if error.code is None else repr(error.code)
-        return f'it called sys.exit({code}) when it was imported: put that under `if __name__ == "__main__":`'
+        return f'it calls sys.exit({code}) on import: put that under `if __name__ == "__main__":`'
     return shorten(" ".join(f"{type(error).__name__}: {error}".split()), 500)
 
 
@@ -118,7 +118,7 @@ def prepare(target: Path, recipe: str | None, overrides: Sequence[str]) -> Launc
     """Load FILE or FILE:NAME, find its workflow, validate the recipe.
 
     Raises:
-        UserError: what is wrong, naming file or setting.
+        UserError: the file, its workflow or the recipe is wrong; the message names the file or the setting.
     """
     file = split_target(target)[0]
     if recipe is None and (default := getattr(load_workflow_file(file), "RECIPE_FILE", None)):
@@ -127,10 +127,10 @@ def prepare(target: Path, recipe: str | None, overrides: Sequence[str]) -> Launc
 
 
 def with_recipe(target: Path, tree: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Launch:
-    """The workflow of FILE or FILE:NAME with a recipe, which errors call `source`, and overrides; validates both.
+    """The workflow of FILE or FILE:NAME with a recipe (which errors call `source`) and overrides; validates them.
 
     Raises:
-        UserError: what is wrong, naming file or setting.
+        UserError: as `load_recipe`.
     """
     file, name = split_target(target)
     module = load_workflow_file(file)
@@ -144,14 +144,12 @@ def with_recipe(target: Path, tree: dict[str, Any], source: str, overrides: Sequ
         inspect.signature(workflow.fn).bind(schema)
     except TypeError as error:
         name = workflow.short_name
-        raise UserError(
-            f"workflow {file}: RECIPE is set, so {name} must take the recipe and no more: {error}"
-        ) from None
+        raise UserError(f"workflow {file}: RECIPE is set, so {name} must take only the recipe: {error}") from None
     return Launch(module, workflow, (build(tree, schema, source, overrides),), {})
 
 
 def find_workflow(module: ModuleType, file: Path, name: str | None = None) -> Workflow[..., Any]:
-    """The @workflow function that the file itself defines; of several the one of that name.
+    """The @workflow function that the file itself defines; if there are several, the one of that name.
 
     Raises:
         UserError: there is none, or there are several and none is named.
@@ -172,7 +170,7 @@ def find_workflow(module: ModuleType, file: Path, name: str | None = None) -> Wo
 
 
 def is_finished(launch: Launch, store: Store, settings: RunSettings) -> bool:
-    """Whether `run` would only show a result."""
+    """Whether the run has finished, so that `run` would only show its result."""
     from workflows.driver.session import chosen_run
     from workflows.graph.values import encode
     from workflows.runs.journal import read_journal
@@ -185,11 +183,11 @@ def is_finished(launch: Launch, store: Store, settings: RunSettings) -> bool:
 def run(
     launch: Launch, settings: RunSettings, reports: Path, display: Display | None = None, watched: bool = False
 ) -> Path | None:
-    """Run to the end with a live display, then write the report; returns the page's path, None where that failed: what
-    comes after a run's end is told as a warning, and changes nothing of how the run ended.
+    """Run to the end with a live display, then write the report. Returns the page's path; None if writing failed, which
+    is only a warning, because the run has ended.
 
-    `watched`: the caller ends the process when its cluster is gone, which may also come back, and starts another when
-    it is told to end; otherwise an address where no Ray answers is refused, and SIGTERM cancels the run.
+    `watched`: the caller ends this process if its cluster is lost for good, and starts another one if this one is told
+    to end. Without it, an address where no Ray answers is refused, and SIGTERM cancels the run.
 
     Raises:
         RecuaError, KeyboardInterrupt: as workflows.driver.session.run.
@@ -203,7 +201,7 @@ def run(
         if not watched:
             require_ray(settings.ray_address or os.environ.get("RAY_ADDRESS"), "--address (or RAY_ADDRESS)")
         if not (settings.ray_address or os.environ.get("RAY_ADDRESS") or settings.ray_options):
-            launch.check_cluster([local_resources()])  # the cluster will be this machine: refuse before a run is made
+            launch.check_cluster([local_resources()])  # the cluster will be this machine: check before creating the run
     with display or open_display() as shown:
         result = session.run(
             launch.workflow,
@@ -215,7 +213,7 @@ def run(
             **launch.kwargs,
         )
     if result.already_finished:
-        shown.say(f"run {result.run_id} has finished already; nothing ran (--new starts another)")
+        shown.say(f"run {result.run_id} has already finished; nothing ran (--new starts another)")
     finish = getattr(launch.module, "on_finish", None)
     if finish is not None:
         _after_the_end(shown, f"on_finish of {launch.module.__name__}", lambda: finish(result))
@@ -226,7 +224,7 @@ def run(
 
 
 def _after_the_end(shown: Display, what: str, work: Callable[[], T]) -> T | None:
-    """A run that has finished stays finished, whatever fails when it is told of."""
+    """Turn errors after the end of a run into warnings: the run stays finished."""
     try:
         return work()
     except (Exception, SystemExit) as error:
@@ -250,7 +248,7 @@ def _report(store: Store, run_id: str, reports: Path, shown: Display) -> Path:
 
     record = read_run(store, load_run(store, run_id))
     page = write(record, reports / run_id)
-    for name in ("report.html", "report.json"):  # a job's own folder may vanish with its cluster; the store does not
+    for name in ("report.html", "report.json"):  # unlike the store, a job's folder may vanish with its cluster
         store.put(f"runs/{run_id}/{name}", (page.parent / name).read_bytes())
     for line in table_lines(summarise(record)):
         shown.say(line)
@@ -259,7 +257,7 @@ def _report(store: Store, run_id: str, reports: Path, shown: Display) -> Path:
 
 
 def resume(store: Store, run_id: str, settings: RunSettings, reports: Path) -> Path | None:
-    """Go on with a run by its id alone: workflow and recipe are in the store.
+    """Resume a run by its id alone; its workflow and recipe are in the store.
 
     Raises:
         UserError: no such run, or its workflow can no longer be imported.
@@ -272,7 +270,7 @@ def resume(store: Store, run_id: str, settings: RunSettings, reports: Path) -> P
     _import_from(Path.cwd(), None, behind="%2Epy:" in metadata["workflow"])
     workflow = load_name(metadata["workflow"])
     if not isinstance(workflow, Workflow):
-        raise UserError(f"run {run_id}: {metadata['workflow']} is no @workflow any more")
+        raise UserError(f"run {run_id}: {metadata['workflow']} is no longer a @workflow")
     arguments = decode(metadata["recipe"], ArtifactSource(store.url, settings.cache))
     module = sys.modules.get(workflow.fn.__module__) or import_name(workflow.fn.__module__)
     launch = Launch(module, workflow, tuple(arguments["args"]), arguments["kwargs"])
@@ -280,29 +278,29 @@ def resume(store: Store, run_id: str, settings: RunSettings, reports: Path) -> P
 
 
 def import_code(name: str) -> Any:
-    """The object behind `module:name`, as a command that was given no file finds it: from the working folder.
+    """The object `module:name`, imported from the working folder, for commands without a workflow file.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such object.
     """
     _import_from(Path.cwd(), None)
     return load_name(name)
 
 
 def _check_names(name: str, root: Path, file: Path) -> None:
-    """A package of the user's must not have the name of one that is imported instead of it."""
+    """Refuse a user's package whose name belongs to a package that would be imported instead."""
     package = name.partition(".")[0]
     if package == name and file.stem != "__init__":
         return
     if is_pythons(package):
-        raise UserError(f"workflow {file}: package {root / package} has the name of a module of Python's: rename it")
+        raise UserError(f"workflow {file}: package {root / package} has the name of a Python module: rename it")
     if package in OURS and not is_recua(root):
         raise UserError(f"workflow {file}: {_clash(root / package)}")
 
 
 def _check_neighbours(root: Path, file: Path) -> None:
-    """The same for what lies beside a workflow file that uses recua's own steps: these import such packages later, on
-    a worker."""
+    """The same for packages beside a workflow file that uses recua's own steps, which import such packages later, on a
+    worker."""
     uses = {"workflows.recipes"} & sys.modules.keys()
     for path in neighbours(root) if uses else ():
         if path != file.resolve():
@@ -314,7 +312,7 @@ def _clash(path: Path) -> str:
 
 
 def _check_package(name: str, root: Path, file: Path) -> None:
-    """A script inside a package must not run with another copy's package (an editable install of another clone)."""
+    """Refuse a script inside a package if another copy of the package is loaded (an editable install of a clone)."""
     package = name.rpartition(".")[0].partition(".")[0]
     loaded = Path(sys.modules[package].__file__ or "").resolve().parent if package in sys.modules else root / package
     if loaded != root / package:
@@ -324,9 +322,9 @@ def _check_package(name: str, root: Path, file: Path) -> None:
 
 
 def _import_from(root: Path, script_folder: Path | None, behind: bool = False) -> None:
-    """Put `root` first on sys.path (`behind`: last, where it has a script by the name of another module), and recua's
-    own root after it, so that a mere folder of data beside a script does not hide a package of that name. A script's
-    own folder, which Python put there, would shadow packages: take it out where it is inside a package."""
+    """Put `root` first on sys.path (`behind`: last, if it has a script with the name of another module), and recua's
+    own root after it, so that a folder of data beside a script does not hide a package of that name. Remove a script's
+    own folder, which Python put there, if it is inside a package: it would shadow packages."""
     if script_folder is not None and script_folder != root:
         sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != script_folder]
     if str(root) not in sys.path:

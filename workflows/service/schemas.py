@@ -1,4 +1,4 @@
-"""The shapes of the HTTP interface (its OpenAPI schema is made of them)."""
+"""The models of the HTTP interface; its OpenAPI schema consists of them."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Answer(BaseModel):
-    """Readers must expect further fields."""
+    """Clients must expect more fields."""
 
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
 
 class Problem(BaseModel):
-    """What every error answers."""
+    """The answer of every error."""
 
     error: str
 
@@ -40,7 +40,7 @@ class RunHead(Answer):
     """Calls by status."""
     driver: str
     active: bool
-    """The service drives it to its end: without a driver now, it will have one soon."""
+    """The service drives it to its end; if it has no driver now, it will get one soon."""
 
 
 class Run(RunHead):
@@ -64,7 +64,7 @@ class Step(Answer):
 
 class Steps(Answer):
     version: int
-    """Give it as `after` to get only what changes from now on."""
+    """Pass it as `after` to get only later changes."""
     steps: list[Step]
 
 
@@ -75,19 +75,19 @@ class StepDetail(Step):
 class Log(Answer):
     text: str
     offset: int
-    """Where to go on reading."""
+    """The offset of the next read."""
     attempts: list[str] = []
 
 
 class Metrics(Answer):
     version: str
-    """Give it as `after` to get only what comes from now on."""
+    """Pass it as `after` to get only later data."""
     events: list[dict[str, Any]]
 
 
 class Results(Answer):
     endpoints: list[str]
-    """Of grpc and openai those that answered when the run had deployed them."""
+    """Those of grpc and openai that answered after the run had deployed them."""
     errors: list[dict[str, str]]
     sections: list[dict[str, Any]]
     """Tables: {title, note, rows}, a header first; an answer that was judged is {text, correct}."""
@@ -110,11 +110,11 @@ class Submission(BaseModel):
     package: str = Field(pattern=r"^[0-9a-f]{64}$")
     """sha256 of the zip file."""
     workflow_file: str
-    """Path inside the package; PATH:NAME where the file has several workflows."""
+    """Path inside the package; PATH:NAME if the file has several workflows."""
     recipe: str | dict[str, Any] | None = None
-    """TOML text, or the tree that it means; none: the workflow file's own RECIPE_FILE."""
+    """TOML text, or its tree; none: the workflow file's own RECIPE_FILE."""
     recipe_name: str = "recipe"
-    """What errors call it, e.g. recipes/tiny.toml."""
+    """The recipe's name in errors, e.g. recipes/tiny.toml."""
     overrides: list[str] = []
     """section.key=value, applied in order."""
     run_id: str | None = None
@@ -131,7 +131,7 @@ class RunState(BaseModel):
 
 
 class Submitted(RunState):
-    """`status` is finished where the run had finished before: nothing runs again."""
+    """`status` is finished if the run had finished before: nothing runs again."""
 
 
 class Approval(BaseModel):

@@ -1,4 +1,4 @@
-"""What is known of one call beside its row: arguments by name, code, attempts, and the run that really made it."""
+"""Details of one call beside its row: arguments by name, code, attempts, and the run that executed it."""
 
 import json
 from typing import Any
@@ -13,7 +13,7 @@ from workflows.views.shortened import MOST_LETTERS, shown_parameters
 
 
 def call_arguments(cache: RunCache, store: Store, commit: Commit) -> list[Json]:
-    """A commit record's arguments by name, where the names of the step's parameters are known."""
+    """A commit record's arguments by name, if the names of the step's parameters are known."""
     key = parameters_key(commit.code, commit.step)
 
     def names() -> list[str]:
@@ -34,8 +34,8 @@ def code_of(cache: RunCache, store: Store, code: str | None) -> Json | None:
 
 
 def origin_of(cache: RunCache, store: Store, run_id: str, commit: Commit) -> tuple[str, Commit] | None:
-    """(run, commit record) of the call that really ran behind a reused one; None where it ran here, or its run is no
-    longer in the store."""
+    """(run, commit record) of the executed call behind a reused one; None if the call was executed here, or if that run
+    is no longer in the store."""
     origin = commit.reused_from
     if not origin:
         return None
@@ -54,7 +54,7 @@ def origin_of(cache: RunCache, store: Store, run_id: str, commit: Commit) -> tup
 
 
 def attempts_of(records: list[CallRecord], commit: Commit | None, live: bool) -> list[Json]:
-    """[{id, number, started, and where known: ended, error, status}] in order."""
+    """[{id, number, started, and if known: ended, error, status}] in order."""
     found: dict[str, Json] = {}
     for record in records:
         if isinstance(record, Start):

@@ -1,7 +1,7 @@
-"""Where an artifact comes from: its producing call, that call's inputs, code and recipe, and so on up to the data.
+"""The lineage of an artifact: the call that made it, that call's inputs, code and recipe, and so on up to the data.
 
-The graph goes through reuse: where a call was reused, the run that really made the result is followed. Roots are files
-that a recipe named, and calls that need nothing.
+If a call was reused, the graph follows the run that executed it. Roots are files that a recipe names, and calls without
+inputs.
 """
 
 from collections import deque
@@ -20,8 +20,8 @@ def lineage(cache: RunCache, store: Store, run_id: str, digest: str) -> Json:
     """The graph behind an artifact of a run: {"digest", "nodes", "edges": [[from, to]], "truncated"}.
 
     Nodes by `kind`: "artifact" {digest, name}; "call" {run_id, call, step, status, seconds, started, node,
-    code: {digest, parts}, recipe: [{name, value}], reused_in}; "data" {name, digest}. Edges point from what was needed
-    to what was made. `truncated`: there are more ancestors than the answer holds.
+    code: {digest, parts}, recipe: [{name, value}], reused_in}; "data" {name, digest}. Edges point from inputs to
+    outputs. `truncated`: there are more ancestors than the answer holds.
     """
     walk = _Walk(cache, store)
     walk.artifact(run_id, digest)
@@ -54,7 +54,7 @@ class _Walk:
         return name
 
     def call(self, run_id: str, call_id: str, product: str) -> None:
-        """The node of a committed call, with what it needed; `product` is what asked for it."""
+        """The node of a committed call, with its inputs; `product` is the node that needs it."""
         if (run_id, call_id) not in self.calls:
             commit = self._replay(run_id).commit(call_id)
             if commit is None:

@@ -1,7 +1,7 @@
-"""Curves of a run: what bodies report while they run, and what their results hold afterwards.
+"""Curves of a run: from reports of running bodies, and from their results afterwards.
 
-A call whose result has an artifact with a `metrics.jsonl` is drawn from that (every optimizer step is in it); any other
-one from the run's history, which is thinned.
+If a call's result has an artifact with a `metrics.jsonl`, its curves come from that file, which has every optimizer
+step; otherwise from the run's history, which is thinned.
 """
 
 from collections import defaultdict
@@ -17,15 +17,15 @@ Json = dict[str, Any]
 Point = tuple[float, float]
 MOST_POINTS = 1000
 MOST_CALLS = 300
-"""So many calls' results are looked at for the whole run; any call can be asked for by itself."""
+"""Most calls whose results are read for the whole run; every call can be requested by itself."""
 
 
 def metrics(cache: RunCache, store: Store, run_id: str, call_id: str = "", after: str = "") -> Json:
-    """What is new since the cursor `after` (empty: everything), of one call or of all.
+    """New data since the cursor `after` (empty: all data), of one call or of all.
 
-    {"version", "curves": [{call, name, x, y}], "events": [...], "left_out"}. A curve is whole: x is the optimizer step.
-    Events are the history's, to be added to what is known already: {"kind": "progress", call, time, done, total,
-    metrics} and {"kind": "log" | "warning", call, time, message}. `left_out`: calls whose results were not looked at.
+    {"version", "curves": [{call, name, x, y}], "events": [...], "left_out"}. A curve is complete; x is the optimizer
+    step. Events are the history's new ones: {"kind": "progress", call, time, done, total, metrics} and {"kind": "log" |
+    "warning", call, time, message}. `left_out`: calls whose results were not read.
     """
     _, replay = open_run(cache, store, run_id)
     slot, _, cursor = after.partition("|")
@@ -51,8 +51,8 @@ def _curves(cache: RunCache, store: Store, replay: Replay, call_id: str) -> list
 
 
 def _read(store: Store, location: str) -> dict[str, list[Point]]:
-    """name -> points of an artifact's metrics; nothing where it has none. Where it has several stages, the name begins
-    with the stage."""
+    """Name -> points of an artifact's metrics; empty if it has none. If it has several stages, names begin with the
+    stage."""
     raw = store.get(f"{location}/data/metrics.jsonl")
     lines: dict[str, list[Point]] = defaultdict(list)
     if raw is None:
@@ -68,7 +68,7 @@ def _read(store: Store, location: str) -> dict[str, list[Point]]:
 
 
 def thin(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most about `most` points that look the same: of each stretch its lowest and its highest, and both ends."""
+    """About `most` points that look the same: the lowest and the highest of each stretch, and both ends."""
     if len(points) <= most:
         return points
     size = -(-2 * len(points) // most)

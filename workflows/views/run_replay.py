@@ -1,8 +1,8 @@
-"""Journals replayed step by step, for readers that ask again and again: each slot is read once.
+"""Journals replayed incrementally, for readers that poll: each slot is read once.
 
-A Replay keeps the state of each call and remembers in which slot it last changed, so that "what is new since slot N" is
-quick with 10,000 calls. Whole records (arguments, results, tracebacks) stay in the store; `records(call)` reads them
-again. RunCache holds the replays of the runs that were looked at last. Both may be used from several threads.
+A Replay keeps the state of each call and the slot of its last change, so that "changes since slot N" is fast with
+10,000 calls. Whole records (arguments, results, tracebacks) stay in the store; `records(call)` reads them again.
+RunCache holds the replays of the runs that were read last. Both may be used from several threads.
 """
 
 import threading
@@ -27,8 +27,9 @@ MESSAGE_LETTERS = 300
 class Replay:
     """One run's journal as far as it has been read.
 
-    `calls`: by id, in the order in which they first appeared. `producers`: artifact digest -> call that returned it
-    first. `locations`: call -> where the artifacts in its result lie. `names`: digest -> what its maker called it.
+    `calls`: by id, in order of their first appearance. `producers`: artifact digest -> the first call that returned it.
+    `locations`: call -> locations of the artifacts in its result. `names`: digest -> the name that its producer gave
+    it.
     """
 
     def __init__(self, store: Store, run_id: str) -> None:
@@ -45,7 +46,7 @@ class Replay:
         self._lock = threading.Lock()
 
     def refresh(self) -> "Replay":
-        """Read the slots that are new, and what the run is doing now.
+        """Read the new slots and the run's present status.
 
         Raises:
             StoreError: a slot is damaged or the store fails.
@@ -67,7 +68,7 @@ class Replay:
             return [self.row(self.calls[call]) for call, changed in self._changed.items() if changed > slot]
 
     def row(self, call: CallState) -> Json:
-        """{id, step, status, and where known: started, ended, seconds, attempts, node, needs, reused_from, message}."""
+        """{id, step, status, and if known: started, ended, seconds, attempts, node, needs, reused_from, message}."""
         row: Json = {"id": call.id, "step": call.step, "status": call.shown_status(self.live)}
         for name in ("started", "ended", "seconds", "reused_from"):
             if (value := getattr(call, name)) is not None:
@@ -90,7 +91,7 @@ class Replay:
             return dict(Counter(call.shown_status(self.live) for call in self.calls.values()))
 
     def records(self, call_id: str) -> list[CallRecord]:
-        """Everything that the journal says of one call, in order."""
+        """All journal records of one call, in order."""
         found: list[CallRecord] = []
         for slot in dict.fromkeys(self._slots.get(call_id, ())):
             blob = self.store.get(slot_key(self.run_id, slot))
@@ -105,8 +106,8 @@ class Replay:
         return commit_of(self.records(call_id))
 
     def _new_slots(self) -> Iterator[tuple[int, bytes]]:
-        """A folder is asked for the next slot until there is none; a remote store is listed first where much may be
-        new, and read by many hands."""
+        """Read slots one by one until there is none in a folder. A remote store is listed first if many may be new, and
+        read by several threads."""
         slot = self.head.slot + 1
         if slot == 1 and self.store.local_path("runs") is None:
             keys = list(self.store.list(f"runs/{self.run_id}/journal"))
@@ -138,7 +139,7 @@ class Replay:
             self._touch_open(slot)
 
     def _on_commit(self, call: CallState, record: Commit) -> None:
-        if not call.needs:  # of a record that names none: who made the artifacts among its arguments
+        if not call.needs:  # the record names none: use the producers of the artifacts among its arguments
             digests = artifact_digests(record.arguments)
             call.needs = tuple(dict.fromkeys(self.producers[each] for each in digests if each in self.producers))
         for entry in artifact_records(record.result):
@@ -147,14 +148,14 @@ class Replay:
             self.names.setdefault(entry["digest"], entry["name"])
 
     def _touch_open(self, slot: int) -> None:
-        """What was running belongs to a driver that is no more: readers must see these rows again."""
+        """Mark running calls as changed: their driver has died, and readers must see these rows again."""
         for call in self.calls.values():
             if call.status in OPEN:
                 self._changed[call.id] = slot
 
 
 class RunCache:
-    """The replays of the runs that were asked for last, and small facts that never change (by key)."""
+    """The replays of the runs that were read last, and small constant values by key."""
 
     def __init__(self, runs: int = 16, facts: int = 4096) -> None:
         self._replays: OrderedDict[tuple[str, str, float], Replay] = OrderedDict()
@@ -164,7 +165,7 @@ class RunCache:
         self._lock = threading.Lock()
 
     def replay(self, store: Store, run_id: str, created: float) -> Replay:
-        """A run's replay, up to date. `created` tells a run from an earlier one of the same name."""
+        """A run's replay, up to date. `created` distinguishes a run from an earlier one of the same name."""
         key = (store.url, run_id, created)
         with self._lock:
             replay = self._replays.setdefault(key, Replay(store, run_id))
@@ -174,7 +175,7 @@ class RunCache:
         return replay.refresh()
 
     def fact(self, key: str, read: Callable[[], Any]) -> Any:
-        """What `read()` once said under `key`."""
+        """The value of the first `read()` under `key`."""
         with self._lock:
             if key in self._facts:
                 self._facts.move_to_end(key)
@@ -209,7 +210,7 @@ def commit_of(records: list[CallRecord]) -> Commit | None:
 
 
 def _light(record: CallRecord) -> CallRecord:
-    """The record with its texts cut to what a row shows."""
+    """The record with its texts shortened to the length that a row shows."""
     if isinstance(record, Failed):
         error = record.error or {}
         return replace(record, error={"message": _line(f"{error.get('type')}: {error.get('message')}")})

@@ -1,13 +1,13 @@
-"""What the service says of runs, as JSON-able dictionaries read from the store: no Ray, no web framework.
+"""The service's answers about runs, as JSON-able dictionaries read from the store, without Ray or a web framework.
 
     cache = RunCache()
     runs(store)                       the list
     run(cache, store, id)             one run: summary, counts, recipe, error, result
     steps(cache, store, id, after)    its calls, only those that changed since version `after`
-    step(cache, store, id, call)      one call with everything that is known of it
-    log(cache, store, id, call, ...)  what an attempt printed, from an offset on
-    metrics(cache, store, id, ...)    curves: live from the history, after the end from the results
-    lineage(cache, store, id, digest) who made an artifact, from what (workflows.views.lineage)
+    step(cache, store, id, call)      one call with all its data
+    log(cache, store, id, call, ...)  an attempt's output, from an offset on
+    metrics(cache, store, id, ...)    curves: from the history while a call runs, then from its result
+    lineage(cache, store, id, digest) the origin of an artifact (workflows.views.lineage)
 
 Texts pass through `infra.telemetry.redact`. Errors are UserError (no such run, no such step) and StoreError.
 """
@@ -51,7 +51,7 @@ def runs(store: Store) -> list[Json]:
 
 
 def run(cache: RunCache, store: Store, run_id: str) -> Json:
-    """One run's summary. `can`: what a service may be asked to do (it resumes what was submitted to it)."""
+    """One run's summary. `can`: the requests that the service accepts for it (it resumes only submitted runs)."""
     metadata, replay = open_run(cache, store, run_id)
     head = replay.head
     end, lease = head.end, head.lease
@@ -79,11 +79,11 @@ def run(cache: RunCache, store: Store, run_id: str) -> Json:
 
 
 def steps(cache: RunCache, store: Store, run_id: str, after: int = 0) -> Json:
-    """The calls that changed after version `after` (0: all), and the version to ask for next.
+    """The calls that changed after version `after` (0: all), and the version for the next request.
 
-    {"version", "status", "live", "reset", "steps": [{id, step, status, and where known: started, ended, seconds,
-    attempts, node, needs, reused_from, message}]}. `reset`: forget what you had. Between two versions the driver may
-    have died without a word: where `live` is false, what was running is interrupted.
+    {"version", "status", "live", "reset", "steps": [{id, step, status, and if known: started, ended, seconds, attempts,
+    node, needs, reused_from, message}]}. `reset`: discard earlier answers. The driver may die without a record: if
+    `live` is false, running calls are interrupted.
     """
     _, replay = open_run(cache, store, run_id)
     reset = after <= 0 or after > replay.head.slot
@@ -122,11 +122,11 @@ def step(cache: RunCache, store: Store, run_id: str, call_id: str) -> Json:
 
 
 def log(cache: RunCache, store: Store, run_id: str, call_id: str = "", attempt: str = "", offset: int = 0) -> Json:
-    """What an attempt (default: the last one) printed, from byte `offset` on; a negative one counts from the end.
-    Without a call: what the run's last driver printed.
+    """The output of an attempt (default: the last one) from byte `offset` on; a negative offset counts from the end.
+    Without a call: the output of the run's last driver.
 
-    {"text", "start", "offset", "attempt", "attempts", "ended"}: ask again from `offset`; `ended` says that no more will
-    come. Only whole lines are given while the attempt runs. A reused call has the log of the run that made it.
+    {"text", "start", "offset", "attempt", "attempts", "ended"}: read on from `offset`; `ended`: no more will follow.
+    While the attempt runs, only whole lines are returned. A reused call has the log of the run that executed it.
 
     Raises:
         UserError: no such run, call or attempt.
@@ -154,7 +154,7 @@ def _piece(store: Store, key: str | None, offset: int, over: bool) -> Json:
     """A part of a log as text; whole lines while more may come."""
     start, data = _tail(store, key, offset) if key else (0, b"")
     full = len(data) == LOG_CHUNK
-    if offset < 0 and start > 0:  # from the middle of a line a secret would not be known as one
+    if offset < 0 and start > 0:  # redact cannot recognise a secret that begins before this text
         cut = data.find(b"\n") + 1
         start, data = start + cut, data[cut:]
     if full or not over:
@@ -164,7 +164,7 @@ def _piece(store: Store, key: str | None, offset: int, over: bool) -> Json:
 
 
 def _question(record: Wait, replay: Replay) -> Json:
-    """What somebody is asked, and what they should see before they answer."""
+    """An approval's question, and the data to show before an answer."""
     show = name_artifacts(shown(record.show), replay.names)
     return {"message": redact(record.message), "since": record.time, "show": show}
 
@@ -186,7 +186,7 @@ def _artifact(entry: Json) -> Json:
 
 
 def _files(cache: RunCache, store: Store, entry: Json) -> Json:
-    """What is in an artifact: {"files": [{path, size}], "bytes", "count"}; {} where it is no longer in the store."""
+    """An artifact's content: {"files": [{path, size}], "bytes", "count"}; {} if it is no longer in the store."""
 
     def read() -> Json:
         try:
@@ -201,7 +201,7 @@ def _files(cache: RunCache, store: Store, entry: Json) -> Json:
 
 
 def _tail(store: Store, key: str, offset: int) -> tuple[int, bytes]:
-    """(where it starts, up to LOG_CHUNK bytes) of an object; a folder's file is read in place."""
+    """(start, up to LOG_CHUNK bytes) of an object; a file in a folder is read in place."""
     local: Path | None = store.local_path(key)
     if local is None:
         whole = store.get(key) or b""

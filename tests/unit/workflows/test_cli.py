@@ -209,8 +209,8 @@ def test_unknown_command_option_and_missing_argument(recua: Recua) -> None:
         ("def f(:\n", ".py:1: invalid syntax"),
         ("x = 1\nint('a b')\n", ".py:2: ValueError: invalid literal for int() with base 10: 'a b'\n"),
         ("import json\njson.loads('{')\n", ".py:2: JSONDecodeError: "),
-        ("import sys\nsys.exit(0)\n", ".py:2: it called sys.exit(0) when it was imported: put that under "),
-        ("exit('bye')\n", ".py:1: it called sys.exit('bye') when it was imported"),
+        ("import sys\nsys.exit(0)\n", ".py:2: it calls sys.exit(0) on import: put that under "),
+        ("exit('bye')\n", ".py:1: it calls sys.exit('bye') on import"),
         ("x = 1\0\n", ".py:1: source code string cannot contain null bytes"),
         (
             "from workflows.llama3_pretrain import llama3_pretrain\n",
@@ -222,7 +222,7 @@ def test_unknown_command_option_and_missing_argument(recua: Recua) -> None:
         ),
         (
             "from workflows import Settings, workflow\nRECIPE = Settings\n@workflow\ndef a(): ...\n",
-            "RECIPE is set, so a must take the recipe and no more: too many positional arguments",
+            "RECIPE is set, so a must take only the recipe: too many positional arguments",
         ),
         (
             "from workflows import run_script\nrun_script(__file__)\n",
@@ -263,7 +263,7 @@ def test_a_script_of_another_copy_is_refused_or_runs_with_its_own_package(flow: 
 def test_plan_runs_nothing(flow: Path, recua: Recua) -> None:
     code, out, err = recua("run", flow, "--plan")
     assert code == 0, err
-    assert "first[0]" in out and "would run" in out and "depends on the result of first[0]" in out
+    assert "first[0]" in out and "would run" in out and "depend on the result of first[0]" in out
     assert recua("runs") == (0, "no runs yet; start one with `recua run WORKFLOW_FILE --recipe FILE`\n", "")
 
 
@@ -390,11 +390,7 @@ def test_a_package_with_a_taken_name_is_refused(place: Path, recua: Recua, packa
     (place / package / "__init__.py").touch()
     (place / package / "train.py").write_text(TWO)
     code, _, err = recua("run", f"{package}/train.py:outer", "--plan")
-    what = (
-        "has the name of a module of Python's"
-        if package == "test"
-        else f"has the name of recua's own package {package}"
-    )
+    what = "has the name of a Python module" if package == "test" else f"has the name of recua's own package {package}"
     assert code == 2 and f"{place / package} {what}: rename it" in err and err.count("\n") == 1
 
 

@@ -149,7 +149,7 @@ def nested() -> Any:
     ("thing", "message"),
     [
         (functools.partial(train, 1), "a functools.partial: write a def"),
-        (functools.cache(train), "a function behind functools.cache: take the cache away"),
+        (functools.cache(train), "a function behind functools.cache: remove the cache"),
         (functools.lru_cache(maxsize=1)(train), "a function behind functools.cache"),
         (len, "the built-in len"),
         (asynchronous, r"the async function asynchronous: .*asyncio.run"),
@@ -159,8 +159,8 @@ def nested() -> Any:
         (Callee(), "an object of class Callee"),
         (Callee().method, "the method Callee.method of an object"),
         (staticmethod(train), "a staticmethod: write @staticmethod above it"),
-        (train_big, "the step train, which is one already"),
-        (2, "2, which is no function: options are given by name"),
+        (train_big, "the step train, which is already one"),
+        (2, "2, which is not a function: give options by name"),
     ],
 )
 @pytest.mark.parametrize(("make", "word"), [(step, "step"), (workflow, "workflow")])

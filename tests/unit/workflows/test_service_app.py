@@ -189,7 +189,7 @@ def test_service_errors_are_one_json_line(client: TestClient) -> None:
     malformed = client.post("/api/v1/runs", json={**body, "package": "short", "more": 1})
     assert malformed.status_code == 422 and "package" in malformed.json()["error"]
     fault = client.post("/api/v1/runs/r/resume")
-    assert fault.status_code == 500 and fault.json()["error"] == "a fault in the service: RuntimeError: a fault of ours"
+    assert fault.status_code == 500 and fault.json()["error"] == "a bug in the service: RuntimeError: a fault of ours"
     assert client.get("/nothing").json() == {"error": "Not Found"}
 
 

@@ -86,7 +86,7 @@ def test_service_package_names_what_cannot_be_read(root: Path, tmp_path: Path, m
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(ConfigError, match=r"cannot package .*secret\.txt: Permission denied; mend that, or exclude it"):
+    with pytest.raises(ConfigError, match=r"cannot package .*secret\.txt: Permission denied; fix that, or exclude it"):
         packages.build(root, tmp_path / "p.zip")
     assert not (tmp_path / "p.zip").exists()
 

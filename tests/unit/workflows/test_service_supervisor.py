@@ -180,7 +180,7 @@ def test_service_resumes_what_failed_and_cancels_what_runs(service: Service) -> 
     with pytest.raises(UserError, match="no run 'nope'"):
         service.supervisor.cancel("nope")
     service.store.put("runs/other/run.json", b"{}")
-    with pytest.raises(UserError, match="not submitted to a service; go on with `recua resume other`"):
+    with pytest.raises(UserError, match="not submitted to a service; resume it with `recua resume other`"):
         service.supervisor.resume("other")
 
 

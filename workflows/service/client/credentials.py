@@ -1,4 +1,4 @@
-"""What `recua up` leaves in ~/.recua for the other commands: where the service is, and the token.
+"""Files that `recua up` writes to ~/.recua for the other commands: the service's address and the token.
 
 ~/.recua/token          mode 0600, the bearer token
 ~/.recua/service.json   {"url", "store", "address", "head": null or {"pid", "start", "mark", "folder"}}
@@ -23,7 +23,7 @@ def home() -> Path:
 
 
 def read_place() -> Record | None:
-    """What the last `recua up` of this user left, None where nothing is up."""
+    """The service of this user's last `recua up`; None if there is none."""
     try:
         place: Record = json.loads((home() / "service.json").read_text())
         return place
@@ -45,7 +45,7 @@ def forget_place() -> None:
 
 
 def known_store() -> str | None:
-    """Where the service that this user started keeps its runs; None where nothing is up."""
+    """The store of the service that this user started; None if there is none."""
     place = read_place()
     return None if place is None else str(place["store"])
 
@@ -64,7 +64,7 @@ def service_url(given: str | None) -> str:
 
 
 def read_token(token_file: str | Path | None) -> str | None:
-    """--token-file, RECUA_TOKEN, or ~/.recua/token; None where there is none.
+    """The token of --token-file, RECUA_TOKEN, or ~/.recua/token; None if there is none.
 
     Raises:
         ConfigError: the named file cannot be read or is empty.
@@ -79,7 +79,7 @@ def read_token(token_file: str | Path | None) -> str | None:
 
 
 def make_token(token_file: str | Path | None) -> str:
-    """The token as above, made and kept in ~/.recua/token where there is none."""
+    """The token as above; if there is none, a new one is written to ~/.recua/token."""
     token = read_token(token_file)
     if token is None:
         token = secrets.token_urlsafe(32)
@@ -88,7 +88,7 @@ def make_token(token_file: str | Path | None) -> str:
 
 
 def write_secret(file: Path, text: str) -> None:
-    """A file that only this user can read, from its first moment on."""
+    """Write a file that only this user can read, from its creation on."""
     with appear(file) as temporary:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as stream:

@@ -1,4 +1,4 @@
-"""A client of the service: what the command line uses. Standard library only."""
+"""The command line's client of the service. Standard library only."""
 
 import http.client
 import json
@@ -11,7 +11,7 @@ from urllib.parse import quote, urlencode
 from infra.errors import ConfigError, RecuaError, StoreError, UserError
 
 TIMEOUT_S = 330.0
-"""The check of a submission may import a lot."""
+"""Timeout of a submission's check, which may import many modules."""
 
 
 class Client:
@@ -30,7 +30,7 @@ class Client:
         return self._call("POST", path, b"" if body is None else json.dumps(body).encode(), "application/json")
 
     def send_package(self, file: Path, sha256: str) -> None:
-        """Send a code package, unless it is there already. Raises as `_call`."""
+        """Send a code package, unless the store has it. Raises as `_call`."""
         if not self.get(f"/packages/{sha256}")["stored"]:
             with file.open("rb") as stream:
                 self._call("PUT", f"/packages/{sha256}", stream, "application/zip", file.stat().st_size)
@@ -38,11 +38,11 @@ class Client:
     def _call(
         self, method: str, path: str, body: bytes | IO[bytes] | None = None, kind: str = "", size: int | None = None
     ) -> Any:
-        """The answer.
+        """The answer of a request.
 
         Raises:
-            ConfigError: no service there, or another token is wanted.
-            UserError: the service refuses; in its words.
+            ConfigError: no service answers, or it requires another token.
+            UserError: the service refuses, with its message.
             StoreError, RecuaError: its store, or the service itself, fails.
         """
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
@@ -51,7 +51,7 @@ class Client:
         if size is not None:
             headers["Content-Length"] = str(size)
         request = urllib.request.Request(f"{self.url}/api/v1{path}", body, headers, method=method)
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never hand the token to a proxy
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never send the token to a proxy
         try:
             with opener.open(request, timeout=TIMEOUT_S) as response:
                 return json.load(response)
@@ -65,7 +65,7 @@ class Client:
 
 
 class Unreachable(RecuaError):
-    """Nothing answers at the address: no service, or one that is being started again."""
+    """Nothing answers at the address: there is no service, or it is restarting."""
 
 
 def path_of(run_id: str, what: str = "") -> str:

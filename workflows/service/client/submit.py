@@ -1,4 +1,4 @@
-"""`recua run --detach`: everything a run needs goes to the service, and nothing stays with the submitter."""
+"""`recua run --detach`: sends everything that a run needs to the service."""
 
 import tempfile
 from pathlib import Path
@@ -15,7 +15,7 @@ Json = dict[str, Any]
 
 
 def check_store(client: Client, given: str | None) -> str:
-    """The service's store. Raises ConfigError where --store or RECUA_STORE names another one."""
+    """The service's store. Raises ConfigError if --store or RECUA_STORE names another one."""
     store = str(client.get("/service")["store"])
     if given is not None and open_store(given).url != store:
         raise ConfigError(f"--store {given}: the service keeps its runs in {store}; leave --store out")
@@ -28,8 +28,8 @@ def submit(client: Client, target: Path, recipe: str | None, overrides: tuple[st
     {"run_id", "status", "package"}; `given`: run_id, new, rerun, store.
 
     Raises:
-        UserError: what `recua run` would refuse too.
-        ConfigError: the folder is too large, the service keeps runs elsewhere, or there is none.
+        UserError: `recua run` would refuse it too.
+        ConfigError: the folder is too large, the service uses another store, or there is no service.
     """
     file, name = split_target(target)
     if not file.is_file() or file.suffix != ".py":
@@ -40,7 +40,7 @@ def submit(client: Client, target: Path, recipe: str | None, overrides: tuple[st
     with tempfile.TemporaryDirectory(prefix="recua-") as folder:
         package = packages.build(root, Path(folder) / "package.zip", without=[Path(store)])
         if file.resolve().relative_to(root).as_posix() in package.left_out:
-            raise UserError(f"workflow {file}: a package cannot hold this name (no UTF-8, or a backslash); rename it")
+            raise UserError(f"workflow {file}: a package cannot hold this name (not UTF-8, or a backslash); rename it")
         client.send_package(package.file, package.sha256)
     body = {
         "package": package.sha256,

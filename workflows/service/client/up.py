@@ -1,4 +1,4 @@
-"""`recua up` and `recua down`: bring the service up on a cluster, or on a Ray head of its own; take it down."""
+"""`recua up` and `recua down`: start the service on a cluster or on a Ray head of its own, and stop it."""
 
 import contextlib
 import logging
@@ -22,14 +22,14 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 READY_TIMEOUT_S = 180.0
 CANCEL_TIMEOUT_S = 60.0
 DRIVERS = "~/.recua/drivers"
-"""On the head node: where packages are unpacked for drivers."""
+"""The folder on the head node where packages are unpacked for drivers."""
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class UpOptions:
-    """`address` None: RAY_ADDRESS, else the head that an earlier `up` started, else a new one. `store` None: what an
-    earlier `up` used that was not taken down, else ~/.recua/store."""
+    """Options of `recua up`. `address` None: RAY_ADDRESS, else the head that an earlier `up` started, else a new one.
+    `store` None: the store of an earlier `up` without `down`, else ~/.recua/store."""
 
     address: str | None
     store: str | None
@@ -41,10 +41,10 @@ class UpOptions:
 
 
 def up(options: UpOptions, say: Say) -> None:
-    """Start the service, or find it, and show where it is.
+    """Start the service, or find it, and show its address.
 
     Raises:
-        ConfigError: no cluster at the address, a port that is taken, or an open service that the network would see.
+        ConfigError: no cluster at the address, a port that is taken, or a service that is open to the network.
         StoreError: the store cannot be used.
     """
     if not options.auth and options.host not in LOOPBACK:
@@ -54,7 +54,7 @@ def up(options: UpOptions, say: Say) -> None:
     token = credentials.make_token(options.token_file) if options.auth else None
     before = credentials.read_place()
     address, record, fresh = _cluster(options, before or {}, say)
-    if fresh:  # on record at once: a head must not be lost when this process is
+    if fresh:  # record it at once, so that a head is not lost if this process dies
         url = f"http://{_shown(options.host)}:{options.port}"
         credentials.write_place({"url": url, "store": store.url, "address": address, "head": record})
     try:
@@ -71,15 +71,15 @@ def up(options: UpOptions, say: Say) -> None:
 
 
 def down(say: Say, cancel: bool = False) -> None:
-    """Stop the service; and the head, where `up` started it. `cancel`: the unfinished runs first.
+    """Stop the service, and the head if `up` started it. `cancel`: cancel the unfinished runs first.
 
     Raises:
-        ConfigError: nothing is known to be up.
+        ConfigError: no service is known.
     """
     place = credentials.read_place()
     address = (place or {}).get("address") or os.environ.get("RAY_ADDRESS")
     if address is None:
-        raise ConfigError("nothing is up here; set RAY_ADDRESS for a service that somebody else started")
+        raise ConfigError("no service is up here; set RAY_ADDRESS for a service that another user started")
     own = (place or {}).get("head")
     left: list[str] = []
     if ray_head.is_alive(own) if own is not None else place is None or answers(address):
@@ -97,11 +97,11 @@ def down(say: Say, cancel: bool = False) -> None:
         say(f"the Ray head at {address}, which `recua up` had started, is stopped")
     credentials.forget_place()
     if left:
-        say(f"{len(left)} unfinished runs were interrupted, the next `recua up` goes on with them: {', '.join(left)}")
+        say(f"{len(left)} unfinished runs were interrupted; the next `recua up` resumes them: {', '.join(left)}")
 
 
 def _cancel_all(ray: Any, service: Any, say: Say) -> None:
-    """Cancel what the service drives, and wait until it has ended."""
+    """Cancel the service's runs, and wait until they have ended."""
     described = ray.get(service.describe.remote(), timeout=READY_TIMEOUT_S)
     store, runs = open_store(described["store"]), described["active"]
     for run_id in runs:
@@ -117,10 +117,10 @@ def _cancel_all(ray: Any, service: Any, say: Say) -> None:
 
 @contextlib.contextmanager
 def connected(address: str, own: Record | None) -> Iterator[Any]:
-    """Ray, connected to a cluster; `own`: the head that `up` started, if it is that.
+    """Connect Ray to a cluster; `own`: the head that `up` started, if it is this cluster's.
 
     Raises:
-        ConfigError: there is none at the address.
+        ConfigError: there is no cluster at the address.
     """
     if own is not None:
         ray_head.use_ray_token()
@@ -138,7 +138,7 @@ def connected(address: str, own: Record | None) -> Iterator[Any]:
 
 
 def _cluster(options: UpOptions, place: Record, say: Say) -> tuple[str, Record | None, bool]:
-    """The address to use, the record of the head where it is our own, and whether that was started now."""
+    """(address, the record of the head if it is our own, whether it was started now)."""
     given = options.address or os.environ.get("RAY_ADDRESS")
     known, own = place.get("address"), place.get("head")
     if own is not None and ray_head.is_alive(own):
@@ -146,13 +146,13 @@ def _cluster(options: UpOptions, place: Record, say: Say) -> tuple[str, Record |
             raise ConfigError(f"the Ray head that `recua up` started still runs at {known}; `recua down` first")
         return str(known), own, False
     if own is not None:
-        ray_head.stop(own)  # it died; what is left of it goes before a new one comes
+        ray_head.stop(own)  # it died: end the rest of it before a new one starts
     elif known is not None and given is None and answers(known):
         return str(known), None, False
     if given:
         return given, None, False
     require_port(options.port, "--port", options.host)
-    say("no cluster was named: starting a Ray head on this machine")
+    say("no cluster is named: starting a Ray head on this machine")
     return *ray_head.start(), True
 
 
@@ -174,7 +174,7 @@ def _service(ray: Any, options: UpOptions, store: str, token: str | None) -> tup
 
 
 def _cause(error: Any) -> RecuaError:
-    """What made the actor's constructor fail, in its own words."""
+    """The error of the actor's constructor."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     last = lines[-1].strip() if lines else type(error).__name__
     kind, _, text = last.partition(": ")
@@ -188,7 +188,7 @@ def _show(
 ) -> None:
     say(f"the service is {'up' if started else 'up already'}: {url}, runs in {described['store']}")
     if started and described["found"]:
-        say(f"it goes on with {len(described['found'])} unfinished runs: {', '.join(described['found'])}")
+        say(f"it resumes {len(described['found'])} unfinished runs: {', '.join(described['found'])}")
     if not started:
         if options.store is not None and described["store"] != open_store(options.store).url:
             say(f"note: it does not use --store {options.store}; `recua down` first to change that")
@@ -198,13 +198,13 @@ def _show(
         say(f"page:    {url}/#token={token}")
         say(f"token:   in {kept}; HTTP clients send it as `Authorization: Bearer`")
     else:
-        say(f"page:    {url}/ (no token: whoever reaches the port may use it)")
+        say(f"page:    {url}/ (no token: every process that reaches the port may use it)")
     say("submit:  recua run WORKFLOW_FILE --recipe FILE --detach")
     say("stop:    recua down" + (" (and the Ray head that was started with it)" if own is not None else ""))
 
 
 def _wait_until_ours(url: str, token: str | None) -> None:
-    """A service that was up already may have another token: say so now, not at the first request."""
+    """Check the token now, because a service that was already up may have another one."""
     client = Client(url, token)
     deadline = time.monotonic() + 10
     while True:

@@ -1,6 +1,6 @@
-"""`recua watch`: the live display of a run that another process drives, made from what the store says of it.
+"""`recua watch`: the live display of a run that another process drives.
 
-The same answers come from a service over HTTP, or, where there is none, from the store itself.
+Its data come from a service over HTTP, or, if there is none, from the store.
 """
 
 import time
@@ -19,14 +19,14 @@ from workflows.views import run_views
 
 PERIOD_S = 0.5
 PATIENCE_S = 120.0
-"""How long a run may be without a driver, and service or store away: they may be on their way to another head node."""
+"""How long a run may lack a driver, or service or store be unreachable: they may be moving to another head node."""
 DONE = ("committed", "reused")
 OVER = ("finished", "failed", "cancelled")
 Json = dict[str, Any]
 
 
 class Source(Protocol):
-    """Where a run is seen. Raises UserError (no such run), RecuaError (try again)."""
+    """A source of a run's data. Raises UserError (no such run) or RecuaError (retry)."""
 
     def run(self) -> Json: ...
 
@@ -56,7 +56,7 @@ class ServiceSource:
 
 
 class StoreSource:
-    """Straight from the store. `served`: a service works on it, though it does not answer now."""
+    """Read from the store. `served`: a service works on the run, though it does not answer now."""
 
     def __init__(self, store: Store, run_id: str, served: bool = False) -> None:
         self._store = store
@@ -76,11 +76,11 @@ class StoreSource:
 
 
 def watch(source: Source, display: Display, sleep: Callable[[float], None] = time.sleep) -> Json:
-    """Show the run until it has ended (or nobody drives it); what is known of it then.
+    """Show the run until it has ended or has no driver; returns its last state.
 
     Raises:
         UserError: there is no such run.
-        RecuaError: service or store stay away for long.
+        RecuaError: the service or the store stays unreachable.
     """
     follower = Follower(source, display)
     seen = time.monotonic()
@@ -104,12 +104,12 @@ def watch(source: Source, display: Display, sleep: Callable[[float], None] = tim
 
 
 def is_over(run: Json) -> bool:
-    """Whether nobody works on the run any more. One that failed or was cancelled is to go on where it is active."""
+    """Whether no process works on the run any more. A failed or cancelled run that is active will be resumed."""
     return run["status"] == "finished" or not (run["status"] == "running" or run["active"])
 
 
 class Follower:
-    """Turns changed answers into the events that a driver's own display would get."""
+    """Turns changes into the events that a driver's own display would get."""
 
     def __init__(self, source: Source, display: Display) -> None:
         self._source = source
@@ -120,7 +120,7 @@ class Follower:
         self.run: Json | None = None
 
     def look(self) -> Json:
-        """One look; the run as it is. It is asked for first, so that all that came before its end has been shown."""
+        """Poll once and return the run. The run is read first, so that everything before its end is shown."""
         run = self._source.run()
         steps = self._source.steps(self._version)
         history = self._source.metrics(self._cursor)
@@ -141,7 +141,7 @@ class Follower:
                 self._history(event, first)
         for step in changed:
             self._settle(step, run)
-        for step in going.values():  # what ended made room for what begins
+        for step in going.values():  # ended steps made room for new ones
             self._begin(step)
         for event in history["events"]:
             if event["call"] in going:
@@ -150,7 +150,7 @@ class Follower:
         return run
 
     def end(self, run: Json) -> Json:
-        """Say how it ended, where it did."""
+        """Show the step's end, if it has ended."""
         if run["status"] in OVER:
             seconds = (run["ended"] or time.time()) - run["created"]
             self._emit("run-ended", data={"status": run["status"], "seconds": seconds})
@@ -165,7 +165,7 @@ class Follower:
         return self._shown.get(step["id"]) != state
 
     def _begin(self, step: Json, late: bool = False) -> None:
-        """Show that it runs; or, `late`, that it ran, where it has ended since the last look."""
+        """Show that the step runs; `late`: that it ran, if it has ended since the last poll."""
         call, status, attempts = step["id"], step["status"], step.get("attempts") or 0
         if (status in ("committed", "failed") and call not in self._shown) if late else status == "running":
             ago = max(0.0, time.time() - (step.get("started") or time.time()))
@@ -203,7 +203,7 @@ class Follower:
 
 
 def exit_code(run: Json) -> int:
-    """As `recua run` of the same run would have ended."""
+    """End as `recua run` of the same run would have ended."""
     if run["status"] == "finished":
         return 0
     if run["status"] == "cancelled":

@@ -2,10 +2,10 @@
 
     python -m workflows.service.drivers.driver_process check|run FOLDER
 
-FOLDER has `task.json` and the unpacked package in `code/`, which is the working folder and first on sys.path: the
-package's own code is used everywhere. What became of it is written to `outcome.json`.
+FOLDER has `task.json` and the unpacked package in `code/`, which is the working folder and first on sys.path, so that
+the package's own code is used everywhere. The outcome is written to `outcome.json`.
 
-A driver ends by itself, without an `end` record, when its cluster is gone: the run is continued on the next one.
+If its cluster is lost, a driver ends by itself without an `end` record; the run is resumed on the next cluster.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from workflows.service.drivers.processes import Process
 CLUSTER_GONE = 75
 WATCH_PERIOD_S = 2.0
 GCS_PATIENCE_S = 60.0
-"""How long the cluster's head service may be away: one that keeps its state elsewhere comes back."""
+"""How long the cluster's head service may be unreachable: one that keeps its state elsewhere comes back."""
 Record = dict[str, Any]
 
 
@@ -59,7 +59,7 @@ def main(command: str, folder: Path) -> int:
 
 
 def describe(error: BaseException) -> Record:
-    """`error`: what a client is told; `kind`: user, busy (another driver has the run), store, or fault."""
+    """`error`: the message for a client; `kind`: user, busy (another driver has the run), store, or fault."""
     if isinstance(error, RecuaError):
         kinds = ((RunBusy, "busy"), (UserError, "user"), (StoreError, "store"))
         return {"error": str(error), "kind": next((kind for each, kind in kinds if isinstance(error, each)), "fault")}
@@ -69,7 +69,7 @@ def describe(error: BaseException) -> Record:
 
 
 def prepare(submission: Record) -> Launch:
-    """The submitted workflow with its recipe, as `recua run` in the package's folder would have it."""
+    """The submitted workflow with its recipe, as `recua run` in the package's folder would load it."""
     target, recipe, overrides = Path(submission["workflow_file"]), submission["recipe"], submission["overrides"]
     if recipe is None:
         return script.prepare(target, None, overrides)
@@ -79,7 +79,7 @@ def prepare(submission: Record) -> Launch:
 
 
 def check(task: Record) -> Record:
-    """Refuse what `recua run` would refuse; else make the run and say which it is."""
+    """Refuse what `recua run` would refuse; else create the run and report its id."""
     submission = task["submission"]
     names = ("run_id", "new", "rerun")
     settings = RunSettings(store=task["store"], **{name: submission[name] for name in names})
@@ -97,13 +97,13 @@ def run(task: Record, folder: Path) -> Record:
     Watch(task["address"]).start()
     options = {"runtime_env": {"working_dir": str(folder / "package.zip")}}
     settings = RunSettings(store=task["store"], run_id=task["run_id"], ray_address=task["address"], ray_options=options)
-    reports = open_store(settings.store).local_path("runs") or folder / "reports"  # the store has them in either case
+    reports = open_store(settings.store).local_path("runs") or folder / "reports"  # the store gets them in either case
     script.run(prepare(task["submission"]), settings, reports, PlainDisplay(sys.stdout), watched=True)
     return {"run_id": task["run_id"]}
 
 
 class Watch:
-    """Ends this process when its Ray cluster is gone: this node's raylet at once, the head service after a while."""
+    """Ends this process if its Ray cluster is lost: this node's raylet at once, the head service after a while."""
 
     def __init__(self, address: str, end: Callable[[int], None] = os._exit) -> None:
         parts = urlsplit(f"//{address.rpartition('://')[2]}")
@@ -117,7 +117,7 @@ class Watch:
         try:
             self._look()
         except Exception as error:
-            self._gone(f"what watches the cluster ({error!r})")
+            self._gone(f"the watch on the cluster ({error!r})")
 
     def _look(self) -> None:
         raylet: Process | None = None
@@ -133,12 +133,12 @@ class Watch:
                 return self._gone(f"the cluster at {self._head}")
 
     def _gone(self, what: str) -> None:
-        print(f"recua: {what} is gone; this driver ends, and the run goes on with the next `recua up`", flush=True)
+        print(f"recua: {what} is gone; this driver ends, and the next `recua up` resumes the run", flush=True)
         self._end(CLUSTER_GONE)
 
 
 def own_raylet() -> Process | None:
-    """The raylet that this process is connected to; None before it is."""
+    """The raylet that this process is connected to; None if it is not connected."""
     import ray
 
     name = raylet_socket(ray)

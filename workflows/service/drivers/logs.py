@@ -1,4 +1,4 @@
-"""What a driver prints, in the store: written in place on a folder; elsewhere sent now and then, and at the end."""
+"""A driver's output in the store: written in place in a folder; sent to other stores at intervals and at the end."""
 
 import contextlib
 import time
@@ -10,12 +10,12 @@ from workflows.service.drivers.records import log_key
 
 PERIOD_S = 10.0
 LIMIT = 1 << 20
-"""Most bytes that are sent to a remote store; of a longer log the end."""
+"""Most bytes that are sent to a remote store; of a longer log, its end."""
 TAIL = 4000
 
 
 class DriverLog:
-    """The log of one driver of a run; `file` is what the process writes."""
+    """The log of one driver of a run; the process writes to `file`."""
 
     def __init__(self, store: Store, run_id: str, number: int, folder: Path) -> None:
         self._store = store
@@ -37,7 +37,7 @@ class DriverLog:
                 self._sent_size = size
 
     def tail(self) -> str:
-        """The end of it, without secrets; empty where there is none."""
+        """The end of the log, without secrets; empty if there is none."""
         with contextlib.suppress(FileNotFoundError):
             return redact(self._last(TAIL).decode(errors="replace"))
         return ""

@@ -1,8 +1,8 @@
 """Code packages: a working folder as one zip file, named by its sha256.
 
-What `.gitignore` files exclude stays out, and so does what never belongs to code: hidden folders (version control,
-caches, credentials), virtual environments, reports, the store, and whatever looks like a secret. Equal folders give
-equal bytes.
+Files that `.gitignore` excludes are left out, as is everything that never belongs to code: hidden folders (version
+control, caches, credentials), virtual environments, reports, the store, and files that look like secrets. Equal folders
+give equal bytes.
 """
 
 import codecs
@@ -41,8 +41,8 @@ MADE_AT = (1980, 1, 1, 0, 0, 0)
 
 @dataclass(frozen=True)
 class Package:
-    """A zip file. `left_out`, relative to the working folder: links to folders, links that lead nowhere, and names that
-    no package can hold (no UTF-8, or a backslash in it)."""
+    """A zip file. `left_out`, relative to the working folder: links to folders, links to nothing, and names that no
+    package can hold (not UTF-8, or with a backslash)."""
 
     sha256: str
     file: Path
@@ -56,8 +56,8 @@ def package_key(sha256: str) -> str:
 
 
 def working_folder(workflow_file: Path) -> Path:
-    """What is packaged for a workflow file: the current folder, or the root of the file's packages where it lies
-    outside."""
+    """The folder that is packaged for a workflow file: the current folder, or, if the file is outside it, the root of
+    the file's packages."""
     from workflows.identity.names import module_of_file
 
     file, here = workflow_file.resolve(), Path.cwd().resolve()
@@ -65,17 +65,17 @@ def working_folder(workflow_file: Path) -> Path:
 
 
 def build(root: Path, target: Path, limit: int = LIMIT, without: Collection[Path] = ()) -> Package:
-    """Write the package of `root` to `target`. `without`: folders that stay out (the store).
+    """Write the package of `root` to `target`. `without`: folders that are left out (the store).
 
     Raises:
-        ConfigError: it is larger than `limit` bytes or has too many files (the largest folders are named), or a file
-            cannot be read.
+        ConfigError: the folder is larger than `limit` bytes (the message names its largest folders), has too many
+            files, or has a file that cannot be read.
     """
     try:
         return _build(root, target, limit, without)
     except OSError as error:
         raise ConfigError(
-            f"working folder {root}: cannot package {error.filename or target}: {error.strerror or error}; mend that, "
+            f"working folder {root}: cannot package {error.filename or target}: {error.strerror or error}; fix that, "
             "or exclude it in .gitignore"
         ) from None
 
@@ -98,7 +98,7 @@ def _build(root: Path, target: Path, limit: int, without: Collection[Path]) -> P
         largest = ", ".join(f"{name} {show_size(size)}" for name, size in sizes.most_common(4))
         raise ConfigError(
             f"working folder {root}: {show_size(total)} of code, at most {show_size(limit)} can be submitted; the "
-            f"largest: {largest}; exclude data in .gitignore and keep it where all nodes see it"
+            f"largest: {largest}; exclude data in .gitignore and keep it on storage that all nodes see"
         )
     with appear(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as out:
         for name, file in sorted(chosen):
@@ -114,7 +114,7 @@ def unpack(file: Path, folder: Path, limit: int = LIMIT) -> None:
     """Unpack a package into a new folder.
 
     Raises:
-        UserError: no zip file, a name that leads out of the folder, or more than `limit` bytes.
+        UserError: not a zip file, a name that leads out of the folder, or more than `limit` bytes.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -128,10 +128,10 @@ def unpack(file: Path, folder: Path, limit: int = LIMIT) -> None:
 
 
 async def receive(store: Store, sha256: str, content: AsyncIterator[bytes], limit: int = LIMIT) -> None:
-    """Check a package that a client sends, and keep it in the store.
+    """Check a client's package, and store it.
 
     Raises:
-        UserError: it is too large, damaged, or not what its name says.
+        UserError: it is too large, damaged, or does not match its name.
     """
     import asyncio
 
@@ -211,7 +211,7 @@ def _is_file(entry: "os.DirEntry[str]") -> bool:
 
 
 def fits(name: str) -> bool:
-    """Whether a zip file can hold a name, and whoever unpacks it takes it for the same one."""
+    """Whether a zip file can hold a name, and unpacking gives the same name."""
     return "\\" not in name and name.encode(errors="ignore").decode() == name
 
 
@@ -223,7 +223,7 @@ def _never_folder(path: Path, parent: str) -> bool:
 
 
 def _ignored(name: str, ignores: list[tuple[str, "GitIgnoreSpec"]]) -> bool:
-    """The last pattern that says something decides, as in git; deeper files come later."""
+    """The last matching pattern decides, as in git; patterns of deeper files come later."""
     verdict = False
     for folder, spec in ignores:
         found = spec.check_file(name[len(folder) :].lstrip("/")).include

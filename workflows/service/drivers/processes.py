@@ -1,7 +1,7 @@
-"""Driver processes: started so that they outlive the service, found again by their number and start time.
+"""Driver processes: they outlive the service, which finds them again by process id and start time.
 
 Each run has a folder on the head node: `package.zip`, `code/` (unpacked), `task.json`, `driver.json` (the process) and
-`outcome.json` (written by the driver at its end). All of it can be made again from the store.
+`outcome.json` (written by the driver at its end). All of it can be recreated from the store.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ SET_BY_RAY = (
     "RAY_JOB_CONFIG_JSON_ENV_VAR", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHONBREAKPOINT", "SPT_NOENV",
     "RECUA_TOKEN", "RECUA_STORE",
 )  # fmt: skip
-"""What the service's own worker process has in its environment, and a driver must not inherit."""
+"""Environment variables of the service's own worker process that a driver must not inherit."""
 BACKGROUND = 'log=$1; shift; "$@" >>"$log" 2>&1 & echo $!'
-"""Leaves the driver without a parent: Ray kills the children of a worker process that it ends."""
+"""Detaches the driver from its parent, because Ray kills the children of a worker process that it ends."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Process:
 
 
 def fill(folder: Path, store: Store, sha256: str, task: Record) -> None:
-    """A fresh folder with the code and the task: nothing of an earlier driver is left in it."""
+    """Create a new folder with the code and the task, without files of an earlier driver."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     store.download_file(package_key(sha256), folder / "package.zip", sha256)
@@ -58,7 +58,7 @@ def fill(folder: Path, store: Store, sha256: str, task: Record) -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The package's code first; this recua's own where the package has none."""
+    """The driver's environment: the package's code comes first; this recua's own is used if the package has none."""
     kept = {name: value for name, value in os.environ.items() if name not in SET_BY_RAY}
     own = code_root()
     paths = [str(folder / "code"), *([] if "-packages" in own.name else [str(own)])]
@@ -86,7 +86,7 @@ def check(folder: Path, timeout_s: float = 300.0) -> Record:
     outcome = read(folder / "outcome.json")
     if outcome is None:
         tail = (folder / "check.log").read_text(errors="replace").strip().splitlines()[-1:]
-        return {"error": f"the check of the submission ended without a word: {' '.join(tail)}", "kind": "fault"}
+        return {"error": f"the check of the submission ended without an outcome: {' '.join(tail)}", "kind": "fault"}
     return outcome
 
 
@@ -111,13 +111,13 @@ def start(folder: Path, log: Path, number: int) -> Process:
 
 
 def started(folder: Path) -> tuple[Process, int] | None:
-    """The driver that a service of this machine last started in this folder, and its number."""
+    """The driver that a service on this machine last started in this folder, and its number."""
     found = read(folder / "driver.json")
     return None if found is None else (Process(found["pid"], found["start"]), int(found["number"]))
 
 
 def read(file: Path) -> Record | None:
-    """A JSON object that a process left, None where it did not."""
+    """A JSON object that a process wrote; None if it did not."""
     try:
         tree: Record = json.loads(file.read_text())
         return tree

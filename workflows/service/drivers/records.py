@@ -1,10 +1,10 @@
-"""What the service keeps in the store, and nowhere else.
+"""The service's own data, which is only in the store.
 
 packages/<sha256>.zip         code packages
-runs/<run>/submission.json    what was submitted: package, workflow file, recipe, overrides
-runs/<run>/driver/<n>.log     what the run's drivers printed
-service/active/<run>          the run is to be driven to its end: written by a submission or a resume, gone when the
-                              run has ended or is cancelled. Whichever service finds it goes on with the run
+runs/<run>/submission.json    the submission: package, workflow file, recipe, overrides
+runs/<run>/driver/<n>.log     the output of the run's drivers
+service/active/<run>          marks a run that a service must drive to its end: written by a submission or a resume,
+                              removed when the run ends or is cancelled. Any service that finds it resumes the run
 """
 
 import json
@@ -23,22 +23,22 @@ def log_key(run_id: str, number: int) -> str:
 
 
 def read_submission(store: Store, run_id: str) -> Record:
-    """What was submitted.
+    """A run's submission.
 
     Raises:
-        UserError: there is no such run, or nobody submitted it.
+        UserError: there is no such run, or it was not submitted.
     """
     raw = store.get(submission_key(run_id))
     if raw is None:
         if not store.exists(f"runs/{run_id}/run.json"):
             raise UserError(f"no run {run_id!r} in {store.url}")
-        raise UserError(f"run {run_id} was not submitted to a service; go on with `recua resume {run_id}`")
+        raise UserError(f"run {run_id} was not submitted to a service; resume it with `recua resume {run_id}`")
     record: Record = json.loads(raw)
     return record
 
 
 def activate(store: Store, run_id: str, after: int) -> None:
-    """Have the run driven to an end later than journal slot `after`, by whichever service sees this first."""
+    """Let a service drive the run to an end later than journal slot `after`."""
     store.put(active_key(run_id), json.dumps({"after": after}).encode())
 
 
@@ -51,6 +51,6 @@ def active_runs(store: Store) -> list[str]:
 
 
 def active_after(store: Store, run_id: str) -> int | None:
-    """The journal slot after which the run is to end, None where it is not active."""
+    """The journal slot after which an active run must end; None if the run is not active."""
     raw = store.get(active_key(run_id))
     return None if raw is None else int(json.loads(raw)["after"])

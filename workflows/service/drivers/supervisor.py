@@ -1,8 +1,8 @@
-"""Drives submitted runs to their ends: one driver process each, started again when it dies before its run has ended.
+"""Drives submitted runs to their ends: one driver process per run, restarted if it dies before its run has ended.
 
-One thread looks at every active run about once a second; HTTP threads add and stop runs. A look costs a check of the
-process while it lives; the store is asked only when it does not, or to see whether it still moves. A run whose lease
-another driver holds (on another machine, or one that `recua resume` started) is watched, never doubled.
+One thread checks every active run about once a second; HTTP threads add and stop runs. While the driver lives, a check
+only looks at its process; the store is read if it has died, or to see whether it still makes progress. A run whose
+lease another driver holds (on another machine, or started by `recua resume`) is watched and gets no second driver.
 """
 
 import json
@@ -32,22 +32,22 @@ from workflows.service.schemas import Submission
 SYNC_PERIOD_S = 3.0
 BEAT_PERIOD_S = 5.0
 SILENT_LEASES = 3.0
-"""A living driver whose heartbeat has stood still for so many lease times is stopped or stuck: it is killed."""
+"""A live driver whose heartbeat has not changed for this many lease times is stopped or stuck, and is killed."""
 QUICK_DEATH_S = 60.0
 QUICK_DEATHS = 5
-"""A driver that dies so often, each time within the time above and without a commit, is not started again."""
+"""A driver that dies this often, each time within the time above and without a commit, is not restarted."""
 LONGEST_PAUSE_S = 60.0
 LEAVING_S = 60.0
 
 
 @dataclass
 class Driven:
-    """One active run as this process knows it; nothing here is missed after a restart. Times are monotonic.
+    """This process's state of an active run, which a restart can rebuild. Times are monotonic.
 
     `after`: ends up to this journal slot are old ones. `process`: its driver, alive or just found dead. `committed`:
-    calls that were committed when that started. `deaths`: quick ones, in a row. `beat`: key and content of the
-    heartbeat, `beat_at` when it last changed, `ttl_s` the lease's time. `leaving`: the driver of an earlier end, which
-    may still be cleaning up. `withdrawn`: it is to be cancelled.
+    calls that were committed when the driver started. `deaths`: early deaths in a row. `beat`: key and content of the
+    heartbeat; `beat_at`: its last change; `ttl_s`: the lease's duration. `leaving`: the driver of an earlier end, which
+    may still be cleaning up. `withdrawn`: the run must be cancelled.
     """
 
     run_id: str
@@ -67,7 +67,7 @@ class Driven:
 
 
 class Supervisor:
-    """The Control of the HTTP service. `address`: of the cluster, for drivers. `nodes()`: what each node has."""
+    """The Control of the HTTP service. `address`: the cluster's, for drivers. `nodes()`: each node's resources."""
 
     def __init__(
         self, store: Store, address: str, folder: Path, nodes: Callable[[], list[dict[str, float]]], period_s: float = 1
@@ -85,14 +85,14 @@ class Supervisor:
         self._thread = threading.Thread(target=self._loop, name="recua-supervisor", daemon=True)
 
     def start(self) -> list[str]:
-        """Find the active runs and begin to look after them; their ids."""
+        """Find the active runs and start to drive them; returns their ids."""
         self._sync()
         self._thread.start()
         return sorted(self._runs)
 
     def close(self) -> list[str]:
-        """Stop looking, and end the service's drivers without a word: the runs stay active, for the next service. Their
-        ids."""
+        """Stop, and end the service's drivers without an end record: the runs stay active for the next service. Returns
+        their ids."""
         self._stop.set()
         self._thread.join(timeout=30)
         with self._lock:
@@ -101,7 +101,7 @@ class Supervisor:
                     records.deactivate(self.store, driven.run_id)  # its driver may still write the report
                     del self._runs[driven.run_id]
                 elif (found := processes.started(self._folder / driven.run_id)) and found[0] == driven.process:
-                    driven.process.kill()  # one that somebody started in a terminal is left alone
+                    driven.process.kill()  # a driver that a user started in a terminal is left alone
                 if driven.log is not None:
                     driven.log.send(final=True)
             return sorted(self._runs)
@@ -118,10 +118,10 @@ class Supervisor:
         await packages.receive(self.store, sha256, content)
 
     def submit(self, submission: Submission) -> Record:
-        """Check it as `recua run` would, keep it, and start its driver.
+        """Check a submission as `recua run` would, store it, and start its driver.
 
         Raises:
-            UserError: what `recua run` would refuse, in its words, or a package that is not there.
+            UserError: `recua run` would refuse it (with the same message), or the store lacks its package.
         """
         if not self.has_package(submission.package):
             raise UserError(f"package {submission.package[:12]} is not in the store: send it first")
@@ -166,7 +166,7 @@ class Supervisor:
         return self._accept(run_id, record)
 
     def is_active(self, run_id: str) -> bool:
-        """Whether this service goes on with the run when its driver dies."""
+        """Whether this service resumes the run if its driver dies."""
         return run_id in self._runs
 
     def active(self) -> list[str]:
@@ -186,7 +186,7 @@ class Supervisor:
                 self._guarded(driven)
 
     def _guarded(self, driven: Driven) -> None:
-        """One run's trouble must not reach the others."""
+        """Check one run; its errors must not affect other runs."""
         try:
             with self._lock:
                 try:
@@ -198,13 +198,13 @@ class Supervisor:
                     driven.deaths += 1
                     self._die(driven, f"the service cannot start its driver: {error}")
         except RunBusy:
-            driven.not_before = time.monotonic() + SYNC_PERIOD_S  # another driver was quicker: it is watched now
+            driven.not_before = time.monotonic() + SYNC_PERIOD_S  # another driver was faster: watch it
         except StoreError as error:
             _say(f"run {driven.run_id}: {error}")
             driven.not_before = time.monotonic() + SYNC_PERIOD_S
 
     def _sync(self) -> None:
-        """Runs that another process made active, or no longer wants."""
+        """Add runs that another process activated, and drop those that it deactivated."""
         listed = set(records.active_runs(self.store))
         self._synced = time.monotonic()
         with self._lock:
@@ -240,7 +240,7 @@ class Supervisor:
             self._start(driven, len(state.commits))
 
     def _has_ended(self, driven: Driven, state: JournalState) -> bool:
-        """Not so where the end is an older one, which is to be overcome."""
+        """Whether the run has ended; an older end, which a resume must replace, does not count."""
         return state.end is not None and (state.end.status == "finished" or state.lease_slot > driven.after)
 
     def _start(self, driven: Driven, committed: int) -> None:
@@ -256,7 +256,7 @@ class Supervisor:
         _say(f"run {run_id}: driver {number} is process {driven.process.pid}")
 
     def _died(self, driven: Driven, committed: int) -> None:
-        """Its driver is gone and the run has not ended."""
+        """Handle a driver that died before its run ended."""
         outcome = processes.read(self._folder / driven.run_id / "outcome.json") or {}
         if outcome.get("kind") == "user":
             self._end(driven, "failed", {"kind": "refused", "type": "UserError", "message": str(outcome["error"])})
@@ -270,7 +270,7 @@ class Supervisor:
         if driven.log is not None:
             driven.log.send(final=True)
         if driven.deaths >= QUICK_DEATHS:
-            message = f"its driver died {driven.deaths} times at once, the last time: {why}"
+            message = f"its driver died {driven.deaths} times soon after its start, the last time: {why}"
             error = {
                 "kind": "system",
                 "type": "SystemFault",
@@ -281,10 +281,10 @@ class Supervisor:
             return
         pause = min(LONGEST_PAUSE_S, 2.0 ** (driven.deaths - 1)) if driven.deaths else 0.0
         driven.not_before = time.monotonic() + pause
-        _say(f"run {driven.run_id}: its driver died ({why}); again in {pause:g} s")
+        _say(f"run {driven.run_id}: its driver died ({why}); restarting it in {pause:g} s")
 
     def _watch_other(self, driven: Driven, lease: Lease, slot: int) -> None:
-        """Somebody else's driver, or one of an earlier service. A process of this machine is adopted."""
+        """Handle a run that another driver works on. If its process is on this machine, adopt it."""
         process = _process(lease)
         if process is not None:
             driven.process, driven.beat = process, ("", None)
@@ -296,7 +296,7 @@ class Supervisor:
             driven.not_before = time.monotonic() + min(SYNC_PERIOD_S, lease.ttl_s / 5)
 
     def _check_living(self, driven: Driven, process: Process) -> None:
-        """Pass a cancellation on; kill a driver whose heartbeat stands still, because it holds its run up."""
+        """Pass on a cancellation; kill a driver whose heartbeat does not change, because it blocks its run."""
         if not driven.beat[0]:
             state = read_journal(self.store, driven.run_id)
             if state.lease is not None and process == _process(state.lease):
@@ -307,18 +307,18 @@ class Supervisor:
         elif driven.withdrawn:
             process.kill()  # it was only starting
         if driven.beat[0] and self._still_for(driven, driven.beat[0]) > SILENT_LEASES * driven.ttl_s:
-            _say(f"run {driven.run_id}: driver {process.pid} has not moved for long and is killed")
+            _say(f"run {driven.run_id}: killing driver {process.pid}, whose heartbeat has stopped")
             process.kill()
 
     def _still_for(self, driven: Driven, key: str) -> float:
-        """Seconds since the heartbeat changed, as far as this process has seen it."""
+        """Seconds since this process last saw the heartbeat change."""
         content = self.store.get(key)
         if (key, content) != driven.beat:
             driven.beat, driven.beat_at = (key, content), time.monotonic()
         return time.monotonic() - driven.beat_at
 
     def _end(self, driven: Driven, status: str, error: Record) -> None:
-        """Write the end of a run that no driver will end. Raises RunBusy where one works on it after all."""
+        """Write the end of a run that no driver will end. Raises RunBusy if a driver works on it after all."""
         journal = Journal.acquire(self.store, driven.run_id)
         journal.append([End(status, time.time(), error=error)])
         _say(f"run {driven.run_id} is {status}: {error['message']}")
@@ -332,7 +332,7 @@ class Supervisor:
         self._runs.pop(driven.run_id, None)
 
     def _adopted(self, run_id: str, after: int) -> Driven:
-        """A run as it is found: with the driver that an earlier service of this machine started, where it lives."""
+        """A run's state with the live driver, if any, that an earlier service on this machine started."""
         folder = self._folder / run_id
         driven = Driven(run_id, after)
         driven.started = driven.beat_at = time.monotonic()
@@ -348,7 +348,7 @@ def _process(lease: Lease) -> Process | None:
 
 
 def _as_error(outcome: Record, submission: Submission) -> RecuaError:
-    """What the client is told of a check that failed."""
+    """The error for the client of a submission whose check failed."""
     text = str(outcome.get("error", "unknown"))
     if outcome.get("kind") == "store":
         return StoreError(text)

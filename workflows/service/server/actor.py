@@ -1,7 +1,7 @@
-"""The detached Ray actor that is the service: HTTP in one thread, the supervisor in another.
+"""The service as a detached Ray actor: HTTP in one thread, the supervisor in another.
 
-`host` is what runs inside; `service_class` is what Ray ships, by value, so that it can first make our modules
-importable. When either thread ends, the process ends: Ray starts it again, and everything is found in the store.
+`Host` runs inside the actor. Ray ships `service_class` by value, so that it can first make our modules importable. If
+either thread ends, the process ends: Ray restarts it, and it finds all state in the store.
 """
 
 import os
@@ -24,7 +24,7 @@ HEAD = "node:__internal_head__"
 
 @dataclass(frozen=True)
 class HostConfig:
-    """What the actor is made with. Ray keeps it, so it holds no secret: `digests` are sha256 of tokens."""
+    """The actor's arguments. Ray keeps them, so they hold no secret: `digests` are sha256 of tokens."""
 
     store: str
     host: str
@@ -70,11 +70,11 @@ class Host:
         self._description |= {"token_required": bool(config.digests), "found": found, "node": socket.gethostname()}
 
     def describe(self) -> dict[str, Any]:
-        """Where it is, and which unfinished runs it found when it started."""
+        """The service's address, and the unfinished runs that it found at its start."""
         return {**self._description, "active": self._supervisor.active()}
 
     def close(self) -> list[str]:
-        """Stop serving and driving; the runs that a next service will go on with."""
+        """Stop serving and driving; returns the runs that the next service will resume."""
         self._closing = True
         self._server.should_exit = True
         self._http.join(timeout=10)
@@ -84,19 +84,19 @@ class Host:
         while self._http.is_alive() and self._supervisor.alive():
             time.sleep(1)
         if not self._closing:
-            print("recua service: a thread has ended; the process ends, and Ray starts it again", flush=True)
+            print("recua service: a thread has ended; the process ends, and Ray restarts it", flush=True)
             os._exit(1)
 
 
 def nodes() -> list[dict[str, float]]:
-    """What each live node has, by Ray's names."""
+    """The resources of each live node, by Ray's names."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def listen(host: str, port: int, patience_s: float = BIND_PATIENCE_S) -> socket.socket:
-    """A listening socket; waits a little for the port, which a service that was killed just now may still hold.
+    """A listening socket; waits a little for the port, which a service that was just killed may still hold.
 
     Raises:
         ConfigError: the port is taken, or the address is not this machine's.
@@ -114,7 +114,7 @@ def listen(host: str, port: int, patience_s: float = BIND_PATIENCE_S) -> socket.
 
 
 def service_class() -> type:
-    """The actor's class: nested, so that it travels by value."""
+    """The actor's class; nested, so that Ray pickles it by value."""
 
     class RecuaService:
         def __init__(self, roots: list[str], config: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ def start(ray: Any, config: HostConfig) -> Any:
 
 
 def find(ray: Any) -> Any:
-    """The actor's handle, None where there is none."""
+    """The actor's handle; None if there is none."""
     try:
         return ray.get_actor(NAME, namespace=NAMESPACE)
     except ValueError:

@@ -1,12 +1,12 @@
-"""The HTTP service: routes, token, errors. What it answers is made by `workflows.views`; what it does, by a Control.
+"""The HTTP service: routes, token, errors. `workflows.views` makes its answers; a Control carries out its requests.
 
     GET  /healthz                 200 while the service works (no token)
-    GET  /, /assets/...           the page (no token: it asks for one)
+    GET  /, /assets/...           the page (no token; the page asks for it)
     *    /api/v1/...              with `Authorization: Bearer TOKEN`
-    GET  /openapi.json            all of them with their models (no token)
+    GET  /openapi.json            all routes with their models (no token)
 
-Every error is `{"error": "one line"}`. Nothing is sent to other origins: there are no CORS headers, a foreign `Origin`
-is refused, and so is a `Host` that is neither an address nor a name of this service (DNS rebinding).
+Every error is `{"error": "one line"}`. Other origins get no answer: there are no CORS headers, and a foreign `Origin`
+is refused, as is a `Host` that is neither an address nor a name of this service (DNS rebinding).
 """
 
 import ipaddress
@@ -42,7 +42,7 @@ NO_TOKEN = (
     "(give it with --token-file or RECUA_TOKEN)"
 )
 ASKED_OVER = "the service"
-"""Who answered: whoever has the token."""
+"""The author of answers that come over HTTP: the holder of the token."""
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     401: {"model": schemas.Problem, "description": "No valid token."},
     404: {"model": schemas.Problem, "description": "No such run, step or artifact."},
@@ -53,8 +53,8 @@ POLICY = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'n
 
 
 def create_app(store: Store, control: Control, digests: Collection[str], hosts: Collection[str] = ()) -> FastAPI:
-    """The service over `store`. `digests`: sha256 of the accepted tokens, none: open. `hosts`: names that clients may
-    call it by, beside addresses and localhost."""
+    """The service over `store`. `digests`: sha256 of the accepted tokens; if empty, the service is open. `hosts`: names
+    by which clients may call it, besides addresses and localhost."""
     app = FastAPI(title="recua", version="1", docs_url=None, redoc_url=None)
     app.add_middleware(GZipMiddleware, minimum_size=4096, compresslevel=1)  # 10,000 steps: 2.1 MB of JSON, 0.16 packed
     authority = TokenAuthority(digests)
@@ -103,12 +103,12 @@ def _reading(store: Store, control: Control) -> APIRouter:
 
     @router.get("/runs/{run}/step", response_model=schemas.StepDetail)
     def step(run: str, id: str) -> Any:
-        """One call: arguments, result, error, attempts, artifacts."""
+        """One call with its arguments, result, error, attempts and artifacts."""
         return _json(run_views.step(cache, store, run, id))
 
     @router.get("/runs/{run}/log", response_model=schemas.Log)
     def log(run: str, id: str = "", attempt: str = "", offset: int = 0) -> Any:
-        """What an attempt of a call printed, from byte `offset`; without `id`, what the run's driver printed."""
+        """The output of an attempt of a call from byte `offset`; without `id`, the output of the run's driver."""
         return _json(run_views.log(cache, store, run, id, attempt, offset))
 
     @router.get("/runs/{run}/metrics", response_model=schemas.Metrics)
@@ -118,12 +118,12 @@ def _reading(store: Store, control: Control) -> APIRouter:
 
     @router.get("/runs/{run}/results", response_model=schemas.Results)
     def results(run: str) -> Any:
-        """What it came to: evaluations, answers, endpoints, and where the time of elastic groups went."""
+        """The run's results: evaluations, answers, endpoints, and where the time of elastic groups went."""
         return _json(report_results.results(record.read_run(store, load_run(store, run), with_metrics=False)))
 
     @router.get("/runs/{run}/lineage", response_model=schemas.Lineage)
     def lineage(run: str, digest: str) -> Any:
-        """Where an artifact comes from: its call, inputs, code and parents."""
+        """The origin of an artifact: its call, inputs, code and parents."""
         return _json(run_views.lineage(cache, store, run, digest))
 
     return router
@@ -135,23 +135,23 @@ def _acting(store: Store, control: Control) -> APIRouter:
 
     @router.get("/service", response_model=schemas.Service)
     def service() -> Any:
-        """Which store it works on, and the runs that it drives."""
+        """The service's store, and the runs that it drives."""
         return {"store": redact(store.url), "active": control.active()}
 
     @router.get("/packages/{sha256}", response_model=schemas.PackageState)
     def has_package(sha256: str) -> Any:
-        """Whether a code package is in the store already."""
+        """Whether the store has a code package."""
         return {"sha256": sha256, "stored": control.has_package(sha256)}
 
     @router.put("/packages/{sha256}", response_model=schemas.PackageState, status_code=201)
     async def put_package(sha256: str, request: Request) -> Any:
-        """Keep a code package: the body is a zip file of the working folder."""
+        """Store a code package: the body is a zip file of the working folder."""
         await control.put_package(sha256, request.stream())
         return {"sha256": sha256, "stored": True}
 
     @router.post("/runs", response_model=schemas.Submitted, status_code=201)
     def submit(submission: schemas.Submission) -> Any:
-        """Start a run, or go on with it. Answers with the run's id, or with what `recua run` would refuse."""
+        """Start or resume a run. Answers with the run's id, or with the error of `recua run`."""
         return control.submit(submission)
 
     @router.post("/runs/{run}/cancel", response_model=schemas.RunState, status_code=202)
@@ -174,19 +174,19 @@ def _acting(store: Store, control: Control) -> APIRouter:
 
     @router.post("/runs/{run}/resume", response_model=schemas.RunState, status_code=202)
     def resume(run: str) -> Any:
-        """Go on with a run that failed, was cancelled, or lost its driver."""
+        """Resume a run that failed, was cancelled, or lost its driver."""
         return {"run_id": run, "status": control.resume(run)}
 
     return router
 
 
 def _json(tree: Any) -> Response:
-    """Not validated against the response model: ten thousand steps would take long; tests do that."""
+    """A response that is not validated against its model, which takes long for ten thousand steps; tests do that."""
     return Response(json.dumps(tree, separators=(",", ":"), allow_nan=False), media_type="application/json")
 
 
 def _errors(app: FastAPI) -> None:
-    """One line of JSON for whatever goes wrong."""
+    """Answer every error with one line of JSON."""
 
     def answer(status: int, text: str, headers: Any = None) -> JSONResponse:
         return JSONResponse({"error": redact(" ".join(text.split("\n")))}, status, headers)
@@ -206,7 +206,7 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> Response:
-        return answer(500, f"a fault in the service: {type(error).__name__}: {error}")
+        return answer(500, f"a bug in the service: {type(error).__name__}: {error}")
 
 
 def _status(error: RecuaError) -> int:
@@ -216,7 +216,7 @@ def _status(error: RecuaError) -> int:
 
 
 def _closed(app: FastAPI, names: Collection[str]) -> None:
-    """Refuse foreign hosts and origins; tell browsers to keep the page to itself."""
+    """Refuse foreign hosts and origins; set headers that isolate the page in browsers."""
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
