@@ -4,11 +4,11 @@ import json
 import secrets
 import threading
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 
 from cluster.node.agent import AgentPlace, NodeAgent
+from engines.snapshots import ReplicaServer
 from infra.storage.files import appear
 
 SERVED = "replicas.json"
@@ -33,7 +33,7 @@ class PretrainAgent(NodeAgent):
 
     def __init__(self, place: AgentPlace) -> None:
         super().__init__(place)
-        self._server: Any = None
+        self._server: ReplicaServer | None = None
         self._lock = threading.Lock()
         if len(place.living) > 1:
             threading.Thread(target=self.replica_server, name="replica-start", daemon=True).start()
@@ -42,8 +42,6 @@ class PretrainAgent(NodeAgent):
         """Where other nodes find this node's shards, and put replicas of theirs."""
         with self._lock:
             if self._server is None:
-                from engines.snapshots import ReplicaServer  # torch comes with it: only for nodes that are not alone
-
                 host, root = ray.util.get_node_ip_address(), self.place.folder.parent
                 port, token = self._place_before()
                 try:

@@ -60,4 +60,4 @@ class DcpReader(StorageReader):
 
 def _described(entry: Entry) -> TensorStorageMetadata:
     chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in entry.chunks.items()]
-    return TensorStorageMetadata(TensorProperties(dtype=entry.dtype), torch.Size(entry.shape), chunks)
+    return TensorStorageMetadata(TensorProperties(dtype=getattr(torch, entry.dtype)), torch.Size(entry.shape), chunks)

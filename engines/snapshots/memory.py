@@ -15,15 +15,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 import xxhash
 
 from engines.snapshots.milestones import NO_MILESTONES, Milestones
-from engines.snapshots.segments import Segments, Slot
+from engines.snapshots.segments import Segments
 from engines.snapshots.shard import Layout, Piece, ShardName
 from infra.errors import CheckpointError, StoreError
+
+if TYPE_CHECKING:  # it imports torch, which node agents do without
+    from engines.snapshots.cuda_copies import CudaCopier
 
 REMEMBERED = 3
 """Steps whose digests are at hand beside the newest one's."""
@@ -106,7 +108,7 @@ class Snapshots:
         self._idle.set()
         self._cut = False
         self._failure: BaseException | None = None
-        self._copier: _CudaCopier | None = None
+        self._copier: CudaCopier | None = None
         self._thread = threading.Thread(target=self._work, name=f"snapshots-{generation}", daemon=True)
         self._thread.start()
 
@@ -126,8 +128,9 @@ class Snapshots:
             self.segments = Segments(self.folder, layout, self.keep, self.milestones)
         ready = None
         if any(piece.tensor.is_cuda for piece in pieces):
-            ready = torch.cuda.Event()
-            ready.record()
+            from engines.snapshots.cuda_copies import computed
+
+            ready = computed()
         self._idle.clear()
         self._jobs.put(_Job(step, pieces, progress, ready))
         return True
@@ -192,7 +195,10 @@ class Snapshots:
         half = len(pieces) // 2
         if job.ready is not None:
             self._reach("snapshot", self.rank, job.step)
-            self._copier = self._copier or _CudaCopier()
+            if self._copier is None:
+                from engines.snapshots.cuda_copies import CudaCopier
+
+                self._copier = CudaCopier()
             self._copier.copy(slot, pieces, job.ready)
         else:
             for index, piece in enumerate(pieces):
@@ -216,29 +222,3 @@ class Snapshots:
             folded[piece.place].update(struct.pack("<Q", checksum))
         newest = dict(sorted(self.digests.items())[-REMEMBERED:])
         self.digests = {**newest, step: {place: one.hexdigest() for place, one in folded.items()}}
-
-
-class _CudaCopier:
-    """Device to host on a stream of its own, into the shared memory itself, which is pinned for it."""
-
-    def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()
-        self._pinned: dict[int, int] = {}
-
-    def copy(self, slot: Slot, pieces: Sequence[Piece], ready: Any) -> None:
-        address, size = slot.writer.data
-        if address not in self._pinned:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, size, 0))
-            self._pinned[address] = size
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            for index, piece in enumerate(pieces):
-                slot.writer.view(index).copy_(piece.tensor.detach(), non_blocking=True)
-        self._stream.synchronize()
-        for index in range(len(pieces)):
-            slot.writer.checksum_in_place(index)
-
-    def close(self) -> None:
-        for address in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(address)
-        self._pinned.clear()

@@ -8,19 +8,20 @@ piece the next one is taken when one is refused.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from engines.snapshots.shard import Layout, Part, Piece, Shard, ShardName
 from infra.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class Entry:
     """One whole tensor of a snapshot. `chunks`: the pieces that its shards cut it into, sizes by offsets."""
 
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     chunks: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
 
@@ -52,7 +53,7 @@ class SnapshotReader:
         for name, layout in layouts.items():
             for part in layout.parts:
                 if part.name not in self.entries:
-                    self.entries[part.name] = Entry(getattr(torch, part.dtype), tuple(part.global_shape))
+                    self.entries[part.name] = Entry(part.dtype, tuple(part.global_shape))
                 offsets = tuple(part.offsets)
                 self.entries[part.name].chunks.setdefault(offsets, tuple(part.sizes))
                 self._places.setdefault((part.name, offsets), []).append((name, part))
@@ -63,7 +64,7 @@ class SnapshotReader:
             self._add(more())
         return more is not None
 
-    def read(self, name: str, offsets: tuple[int, ...], start: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    def read(self, name: str, offsets: tuple[int, ...], start: Sequence[int], lengths: Sequence[int]) -> "torch.Tensor":
         """Of the chunk of a tensor that begins at `offsets`, the part from `start` (within it) on, in place.
 
         Raises:
@@ -71,13 +72,13 @@ class SnapshotReader:
         """
         return _narrowed(self._read((name, offsets)), start, lengths)
 
-    def read_same(self, piece: Piece) -> torch.Tensor | None:
+    def read_same(self, piece: Piece) -> "torch.Tensor | None":
         """The same of exactly this piece; None where shards cut the tensor in another way."""
         index = (piece.name, tuple(piece.offsets))
         places = self._places.get(index)
         return self._read(index) if places and tuple(places[0][1].sizes) == tuple(piece.tensor.shape) else None
 
-    def _read(self, index: tuple[str, tuple[int, ...]]) -> torch.Tensor:
+    def _read(self, index: tuple[str, tuple[int, ...]]) -> "torch.Tensor":
         self._moved()
         refused = []
         for name, part in self._places[index]:
@@ -109,7 +110,6 @@ class SnapshotReader:
         return self._opened[name]
 
 
-@torch.no_grad()
 def restore(pieces: Sequence[Piece], reader: SnapshotReader) -> None:
     """Fill live tensors, whatever part of the whole each is.
 
@@ -117,27 +117,33 @@ def restore(pieces: Sequence[Piece], reader: SnapshotReader) -> None:
         CheckpointError: a tensor is unknown to the snapshot, has another shape there, or is not whole or intact; the
             tensors are then partly filled.
     """
-    for piece in pieces:
-        if not piece.tensor.numel():
+    import torch
+
+    with torch.no_grad():
+        for piece in pieces:
+            if piece.tensor.numel():
+                _fill(piece, reader)
+
+
+def _fill(piece: Piece, reader: SnapshotReader) -> None:
+    entry = reader.entries.get(piece.name)
+    if entry is None:
+        raise CheckpointError(f"the snapshot has no {piece.name}")
+    if entry.shape != tuple(piece.global_shape):
+        raise CheckpointError(f"{piece.name} is {entry.shape} in the snapshot, {piece.global_shape} here")
+    if (same := reader.read_same(piece)) is not None:  # the mesh is as it was
+        piece.tensor.copy_(same)
+        return
+    filled = 0
+    for offsets, sizes in list(entry.chunks.items()):
+        start, lengths = _overlap(piece.offsets, piece.tensor.shape, offsets, sizes)
+        if 0 in lengths:
             continue
-        entry = reader.entries.get(piece.name)
-        if entry is None:
-            raise CheckpointError(f"the snapshot has no {piece.name}")
-        if entry.shape != tuple(piece.global_shape):
-            raise CheckpointError(f"{piece.name} is {entry.shape} in the snapshot, {piece.global_shape} here")
-        if (same := reader.read_same(piece)) is not None:  # the mesh is as it was
-            piece.tensor.copy_(same)
-            continue
-        filled = 0
-        for offsets, sizes in list(entry.chunks.items()):
-            start, lengths = _overlap(piece.offsets, piece.tensor.shape, offsets, sizes)
-            if 0 in lengths:
-                continue
-            target = _narrowed(piece.tensor, _within(start, piece.offsets), lengths)
-            target.copy_(reader.read(piece.name, offsets, _within(start, offsets), lengths))
-            filled += math.prod(lengths)
-        if filled != piece.tensor.numel():
-            raise CheckpointError(f"the snapshot has {filled} of {piece.tensor.numel()} elements of {piece.name}")
+        target = _narrowed(piece.tensor, _within(start, piece.offsets), lengths)
+        target.copy_(reader.read(piece.name, offsets, _within(start, offsets), lengths))
+        filled += math.prod(lengths)
+    if filled != piece.tensor.numel():
+        raise CheckpointError(f"the snapshot has {filled} of {piece.tensor.numel()} elements of {piece.name}")
 
 
 def _overlap(
@@ -155,7 +161,7 @@ def _within(start: Sequence[int], offsets: Sequence[int]) -> list[int]:
     return [first - offset for first, offset in zip(start, offsets, strict=True)]
 
 
-def _narrowed(tensor: torch.Tensor, start: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+def _narrowed(tensor: "torch.Tensor", start: Sequence[int], lengths: Sequence[int]) -> "torch.Tensor":
     for dimension, (first, length) in enumerate(zip(start, lengths, strict=True)):
         tensor = tensor.narrow(dimension, first, length)
     return tensor

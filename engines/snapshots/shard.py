@@ -21,12 +21,14 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
 
 from infra.errors import CheckpointError
+
+if TYPE_CHECKING:  # node agents keep and verify shards without it
+    import torch
 
 MAGIC = b"RECUASH1"
 PREFIX = struct.Struct("<8sQQQQQ")
@@ -44,13 +46,13 @@ class Piece:
     """
 
     name: str
-    tensor: torch.Tensor
+    tensor: "torch.Tensor"
     global_shape: tuple[int, ...]
     offsets: tuple[int, ...]
     place: str = ""
 
     @classmethod
-    def whole(cls, name: str, tensor: torch.Tensor) -> "Piece":
+    def whole(cls, name: str, tensor: "torch.Tensor") -> "Piece":
         return cls(name, tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
 
@@ -145,10 +147,9 @@ class Shard:
     def name(self) -> ShardName:
         return self.layout.name(self.step)
 
-    def tensor(self, part: Part) -> torch.Tensor:
+    def tensor(self, part: Part) -> "torch.Tensor":
         """A read-only view; valid as long as the shard is kept."""
-        raw = torch.frombuffer(self._data, dtype=torch.uint8, count=part.length, offset=part.position)
-        return raw.view(getattr(torch, part.dtype)).view(part.sizes)
+        return _tensor(self._data, part, part.position)
 
 
 def open_shard(path: Path) -> Shard:
@@ -246,12 +247,10 @@ class ShardWriter:
         """Of all parts, as sealed."""
         return tuple(self._checksums)
 
-    def view(self, index: int) -> torch.Tensor:
+    def view(self, index: int) -> "torch.Tensor":
         """Part `index` as a tensor that writes through."""
         part = self.layout.parts[index]
-        start = self.data_start + part.position
-        raw = torch.frombuffer(self._map, dtype=torch.uint8, count=part.length, offset=start)
-        return raw.view(getattr(torch, part.dtype)).view(part.sizes)
+        return _tensor(self._map, part, self.data_start + part.position)
 
     def write(self, index: int, source: int) -> None:
         """Copy part `index` from host memory at `source`, taking its checksum on the way."""
@@ -277,6 +276,14 @@ class ShardWriter:
         os.ftruncate(self._descriptor, self.state_start + len(state_json))
         checksum = _header_checksum(*lengths, self._layout_json, state_json)
         os.pwrite(self._descriptor, PREFIX.pack(MAGIC, *lengths, checksum), 0)
+
+
+def _tensor(memory: memoryview | mmap.mmap, part: Part, start: int) -> "torch.Tensor":
+    """A part in the memory that it lies in, from byte `start` on."""
+    import torch
+
+    raw = torch.frombuffer(memory, dtype=torch.uint8, count=part.length, offset=start)
+    return raw.view(getattr(torch, part.dtype)).view(part.sizes)
 
 
 def aligned(position: int, boundary: int = ALIGNMENT) -> int:
