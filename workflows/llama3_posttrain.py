@@ -31,12 +31,12 @@ from workflows.recipes.training import (
 RECIPE = Recipe
 RECIPE_FILE = "recipes/tiny.toml"
 SERVED_PROMPTS = 8
-"""Held-out prompts that the endpoint answers again before the run counts as served."""
+"""The number of held-out prompts that the endpoint must answer as in the evaluation."""
 
 
 @workflow
 def llama3_posttrain(recipe: Recipe) -> dict[str, Any]:
-    """Every call is a durable step; a plain loop over rounds makes the graph."""
+    """Every call is a durable step; a plain loop over rounds builds the graph."""
     seed, pools = recipe.seed, recipe.pools
     on_end(partial(close_pools, run_id()))
     problems = build_problems(recipe.problems, recipe.tasks, seed, content(recipe.problems.instruction_files))
@@ -47,7 +47,7 @@ def llama3_posttrain(recipe: Recipe) -> dict[str, Any]:
     harvests: list[Any] = []
     for number in range(1, recipe.rounds + 1):
         tag = "" if recipe.rounds == 1 else f"-{number}"
-        draw = seed + 1000 * number  # every round asks other problems
+        draw = seed + 1000 * number  # every round uses other problems
 
         preferences = sample_preferences(policy, problems.prompts, recipe.preferences, draw, pools)
         judges = [
@@ -89,7 +89,7 @@ def base_model(recipe: Recipe, problems: Future[Problems]) -> Any:
 
 
 def limits(recipe: Recipe) -> Limits:
-    """How long texts may be, whichever stage reads them."""
+    """The longest texts that all stages can read."""
     stages = (recipe.preferences, recipe.rejection, recipe.ppo, recipe.eval)
     engine = recipe.pools.engine.max_model_len - max(stage.max_tokens for stage in stages)
     return Limits(recipe.sft.max_length, min(engine, recipe.rejection_sft.max_length - recipe.rejection.max_tokens))
@@ -103,7 +103,7 @@ def reward_model(recipe: Recipe, policy: Any, pairs: Any, seed: int, stage: str)
 def evaluated(
     recipe: Recipe, problems: Future[Problems], model: Any, stage: str, before: list[Any], judges: list[Any]
 ) -> Future[Evaluation]:
-    """One stage's model on the held-out problems, beside all stages before it."""
+    """Evaluate one stage's model on the held-out problems, compared with all stages before it."""
     return evaluate.options(name=f"evaluate-{stage}")(
         model, problems.held_out, recipe.eval, stage, recipe.seed, list(before), judges, recipe.pools
     )

@@ -4,9 +4,9 @@
     recua run workflows/llama3_pretrain.py --recipe recipes/pretrain/tiny.toml          # the same
     ray job submit --working-dir . -- python workflows/llama3_pretrain.py --recipe recipes/pretrain/llama3_8b.toml
 
-Every stage (the main run, a longer context, annealing on better text) is a step with a model folder as its result,
-which plain transformers and vLLM load and workflows/llama3_posttrain.py starts from (`model.init_from`). `recua goodput
-RUN` says where the ranks' time went.
+Every stage (the main run, a longer context, annealing on better text) is a step whose result is a model folder. Plain
+transformers and vLLM load it, and workflows/llama3_posttrain.py can start from it (`model.init_from`). `recua goodput
+RUN` shows where the ranks' time went.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ RECIPE_FILE = "recipes/pretrain/tiny.toml"
 
 @workflow
 def llama3_pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
-    """Every call is a durable step; stages that follow none run side by side."""
+    """Every call is a durable step; stages without a stage before them run side by side."""
     seed, folder = recipe.seed, recipe.model.init_from
     corpus = build_corpus(recipe.corpus, seed, content(recipe.corpus.files))
     base: Any = None
@@ -50,7 +50,7 @@ def llama3_pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
             text, tokenizer, recipe.model, stage, seed, start, held_out, name, stage.changes
         )
     unseen = None if held_out is None else held_out.result().meta["tokens"]
-    for name, text in texts.items():  # while the first stage starts: the last would find it out much later
+    for name, text in texts.items():  # check all texts now: the last stage would fail much later
         require_rows(name, recipe.stages[name].sequence_length, text.result().meta["tokens"], unseen)
     return {name: result.result() for name, result in trained.items()}
 

@@ -1,8 +1,8 @@
-"""Attempts of calls: started on Ray as far as `max_in_flight` allows, watched, and repeated when they may be.
-Short ones share Ray tasks (workflows.worker.batch).
+"""Attempts of calls: starts them on Ray up to `max_in_flight`, watches them, and retries them if that is allowed. Short
+calls share Ray tasks (workflows.worker.batch).
 
-Everything here happens on the loop's thread. A call holds its place from the start of an attempt until its commit is
-written: where the store is slow or stands still, no more bodies are begun than it can take results of.
+All code here runs on the loop's thread. A call holds its place from the start of an attempt until its commit is
+written, so that no more bodies start than a slow or stopped store can take results of.
 """
 
 import functools
@@ -36,23 +36,23 @@ GANG_PATIENCE_S = 2.0
 TIMEOUT_GRACE_S = 15.0
 RAY_LOST: Json = {"kind": "system", "type": "NodeLost", "message": "the local Ray is gone", "traceback": ""}
 CROWD = 32
-"""With so many attempts in flight a few milliseconds of waiting cost no time: Ray has work for longer than that."""
+"""With this many attempts in flight, waiting for a few milliseconds costs nothing: Ray has work for longer."""
 
 
 @dataclass(frozen=True)
 class AttemptEvents:
-    """What attempts tell the executor, on the loop's thread, and the one thing that they ask."""
+    """The executor as attempts see it, on the loop's thread."""
 
     note: Callable[[Record], None]
     """Write a record into the journal."""
     on_result: Callable[[Call, Json], None]
-    """A body ended well; its place is held until `Attempts.settled(call)`."""
+    """A body succeeded; its place is held until `Attempts.settled(call)`."""
     on_failure: Callable[[Call, BaseException], None]
     """A call failed for good."""
     on_error: Callable[[BaseException], None]
     """The run cannot continue."""
     lease_until: Callable[[], float]
-    """Wall-clock time up to which no other driver can have taken over."""
+    """Wall-clock time until which no other driver can have taken the lease."""
 
 
 class Attempts:
@@ -80,7 +80,7 @@ class Attempts:
         self._changed = threading.Condition()
 
     def crowded(self) -> bool:
-        """Whether so much is in flight that a few milliseconds of waiting cost no time."""
+        """Whether so many attempts are in flight that waiting for a few milliseconds costs nothing."""
         return len(self._running) >= CROWD
 
     def enqueue(self, call: Call) -> None:
@@ -98,19 +98,19 @@ class Attempts:
         self._pump_soon()
 
     def cancel_all(self) -> None:
-        """Start nothing more and kill what runs."""
+        """Start no more attempts, and kill the running ones."""
         self._stopped = True
         self._placement.leave()
         self._ready.clear()
         for batch in {batch for _, batch in self._running.values()}:
             self._placement.cancel(batch.reference)
-        if self._placement.is_lost():  # nothing runs, and nobody will say so
+        if self._placement.is_lost():  # nothing runs, and no task will report that
             self._running.clear()
         with self._changed:
             self._changed.notify_all()
 
     def wait_until_none_runs(self, seconds: float) -> None:
-        """For the thread that closes the run."""
+        """Close; called by the thread that closes the run."""
         with self._changed:
             self._changed.wait_for(lambda: not self._running, timeout=max(0.0, seconds))
 
@@ -139,7 +139,7 @@ class Attempts:
             self._loop.later(self._run.journal.ttl_s, self._free_workers, drivers, frozenset())
 
     def _pump_soon(self) -> None:
-        """After what is in the inbox now: calls that are ready together can share a task."""
+        """Submit after all that is in the inbox now, so that calls that are ready together can share a task."""
         if not self._pump_comes:
             self._pump_comes = True
             self._loop.post(self._pump)
@@ -154,7 +154,7 @@ class Attempts:
             try:
                 missing = self._placement.check(call.id, call.options)
             except UserError as error:
-                if call.attempt:  # it fitted until a node was lost: another one may come
+                if call.attempt:  # it fitted until a node was lost, and another node may join
                     lost = {"kind": "system", "type": "NodeLost", "message": str(error), "traceback": ""}
                     self._on_attempt_failed(call, lost)
                 else:
@@ -163,7 +163,7 @@ class Attempts:
                 self._start(call, missing)
 
     def _has_node(self) -> bool:
-        """Whether the cluster has any node at all: it is waited for. The first nodes that there are, are checked."""
+        """Whether the cluster has a node; without one, steps wait. The first nodes are checked."""
         nodes = self._placement.nodes()
         if not nodes:
             if not self._no_node:
@@ -185,7 +185,7 @@ class Attempts:
             self._loop.later(NODES_AGE_S, self._look_for_node)
 
     def _on_ray_lost(self, message: str) -> None:
-        """The Ray that this run started is gone, and what ran on it. Another one is being started."""
+        """The run's own Ray died with its tasks; another one is starting."""
         gone = [call for call, batch in list(self._running.values()) if self._let_go(call, batch)]
         if not self._stopped:
             self._run.warn(message)
@@ -197,8 +197,8 @@ class Attempts:
         self._pump_soon()
 
     def _start(self, call: Call, missing: str | None) -> None:
-        """Submit a task for this call, and for those behind it that may share it. `missing`: what the cluster's present
-        nodes cannot give it, if anything."""
+        """Submit a task for this call, and for waiting calls that may share it. `missing`: the request that the present
+        nodes cannot meet, if any."""
         batch = Batch(next(self._numbers), [call])
         together = 1 if missing is not None else self._together(call)
         texts = [self._payload(call)]
@@ -220,8 +220,8 @@ class Attempts:
             self._loop.later(GANG_PATIENCE_S, self._on_no_gang_yet, weakref.ref(call), call.attempt_id)
 
     def _together(self, call: Call) -> int:
-        """How many calls may share a task with this one, itself included: every CPU is to have several tasks. None
-        where nothing may be repeated: each has to run again when their worker dies."""
+        """The number of calls that may share a task with this one, itself included; every CPU should have several
+        tasks. None if retries are not allowed, because all calls of a task run again when its worker dies."""
         if not self._is_first(call) or not may_share(call.options) or not self._run.settings.system_retries:
             return 1
         crowd, places = len(self._ready) + len(self._running), len(self._running) + len(self._unsettled)
@@ -233,14 +233,14 @@ class Attempts:
 
     @property
     def _may_not_repeat(self) -> bool:
-        """A Ray that is gone is nobody's fault, but where nothing may be repeated it ends the run."""
+        """A lost Ray counts as no failure of the call, but ends the run if retries are not allowed."""
         return not self._run.settings.system_retries
 
     def _is_first(self, call: Call) -> bool:
         return call.attempt == 0 and call.id not in self._earlier
 
     def _payload(self, call: Call) -> str:
-        """Begin an attempt, or go on with the one that was handed back: what its worker is to know, in JSON."""
+        """Begin an attempt, or continue the one that was handed back; returns its data for the worker, in JSON."""
         if not call.handed_back:
             call.attempt = max(call.attempt, self._earlier.pop(call.id, 0)) + 1
             call.attempt_id, call.started = uuid.uuid4().hex, None
@@ -280,30 +280,29 @@ class Attempts:
             self._run.tell(kind, call, **data)
 
     def _on_no_gang_yet(self, waiting: "weakref.ref[Call]", attempt_id: str) -> None:
-        """All of a gang's bundles must be free at once, which may take long: say so."""
+        """Report that a gang waits: all its bundles must be free at the same time, which may take long."""
         call = waiting()
         if call is not None and call.attempt_id == attempt_id and call.id in self._running and call.started is None:
             self._run.tell("pending", call, message=f"waiting for resources: {call.options.whole_gang()}")
 
     def _free_workers(self, before: StoppedDrivers, waiting: frozenset[str]) -> None:
-        """Where an attempt of those that were `waiting` a while ago still is, drivers before this one may hold what it
-        needs."""
+        """If an attempt that was `waiting` still waits, kill stopped earlier drivers, which may hold its resources."""
         now = frozenset(call.attempt_id for call, _ in self._running.values() if call.started is None)
         if now & waiting:
             before.kill()
         self._loop.later(self._run.journal.ttl_s, self._free_workers, before, now)
 
     def _on_killed(self, pid: int) -> None:
-        self._run.warn(f"process {pid}, a stopped driver of this run, held workers of the cluster: it was killed")
+        self._run.warn(f"killed process {pid}, a stopped driver of this run that held workers of the cluster")
 
     def _on_overdue(self, late: "weakref.ref[Call]", attempt_id: str) -> None:
-        """The reaper beside the worker should have killed it by now; the whole node may be stuck."""
+        """Handle an attempt past its timeout that its reaper should have killed: the whole node may be stuck."""
         call = late()
         if call is not None and call.attempt_id == attempt_id and call.id in self._running:
             self._placement.cancel(self._running[call.id][1].reference)
 
     def _on_slow_batch(self, call: Call, outcome: str | None) -> None:
-        """Another call's body holds up the task: this one has ended, or is handed back."""
+        """Another call's body delays the task: this call has ended, or is handed back."""
         if outcome is None:
             self._pace.saw(call.step.name, SLOW_S)
             self._hand_back(call)
@@ -325,7 +324,7 @@ class Attempts:
         self._pump_soon()
 
     def _let_go(self, call: Call, batch: Batch) -> bool:
-        """The batch is done with this call. False where that is no news, or the run is ending."""
+        """Take the call from its batch. False if that was done before, or if the run is ending."""
         if self._running.get(call.id, (call, None))[1] is not batch:
             return False
         del self._running[call.id]
@@ -351,8 +350,8 @@ class Attempts:
             self._on_attempt_failed(call, outcome["error"])
 
     def _on_lost(self, batch: Batch, error: BaseException) -> None:
-        """The task ended without a word of these calls. Of several it is not known whose body was to blame: each goes
-        on alone, at no cost to its retries."""
+        """The task ended without a report of these calls. If there are several, the faulty one is unknown: each is
+        retried alone, without counting as a retry."""
         lost = [call for call in batch.calls if self._let_go(call, batch)]
         if lost:
             self._placement.judge(error)
@@ -366,12 +365,12 @@ class Attempts:
         if record["type"] == "FencedError" and record["kind"] == "system":  # not a class of the user's with this name
             self._told.on_error(fenced(self._run.journal.run_id))
             return
-        if self._placement.is_lost():  # whatever it died of, its Ray had gone under it
+        if self._placement.is_lost():  # its Ray has died, so the error is not the call's
             record, blamed = RAY_LOST, self._may_not_repeat
         system, settings = record["kind"] == "system", self._run.settings
         if system:
             if call.started is not None and time.monotonic() - call.started > settings.retry_window_s:
-                call.system_failures = 0  # weeks of training may lose more processes than a step that always crashes
+                call.system_failures = 0  # weeks of training may lose more processes than a crashing step may
             call.system_failures += blamed
             final = call.system_failures > settings.system_retries
         else:

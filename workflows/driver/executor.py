@@ -1,12 +1,12 @@
 """The loop's side of a run: turns calls into committed results.
 
-Who waits for whom. One loop thread owns all state: everything reaches it through its inbox (a new call, an ended
+Who waits for whom: one loop thread owns all state; all input reaches it through its inbox (a new call, an ended
 attempt, a written commit, a timer). The workflow's thread (workflows.driver.runtime) puts calls there and waits in
 `workflows.driver.ends`; Ray's threads and the channel put ended attempts and messages there; the journal's thread
-writes slots and puts "written" there. The loop waits for nobody. Only after "written" is a call done, and are
-its dependents started.
+writes slots and puts "written" there. The loop never waits. Only after "written" is a call done, and are its dependents
+started.
 
-A body may run more than once (a driver can die between a body's end and its commit); what holds is one commit record
+A body may run more than once (a driver can die between a body's end and its commit). There is exactly one commit record
 per call, no attempt of a committed call, and no dependent before its inputs are committed.
 """
 
@@ -36,13 +36,13 @@ from workflows.worker.failures import describe
 CANCEL_DEADLINE_S = 10.0
 LEAVING_PATIENCE_S = 5.0
 REST_S = 0.002
-"""How long the loop waits for more work while much is in flight."""
+"""How long the loop waits for more work while many attempts are in flight."""
 LOOKUP_THREADS = 8
 
 
 class Executor:
-    """Carries out the calls of one run. `check_path`, `stop` and `leave` are for the workflow's thread, `begin` and
-    `abort` for any thread; all else belongs to the loop's thread."""
+    """Executes the calls of one run. `check_path`, `stop` and `leave` are for the workflow's thread, `begin` and
+    `abort` for any thread; everything else is for the loop's thread."""
 
     def __init__(self, run: RunContext, lookup: ReuseLookup, ends: Ends) -> None:
         journal = run.journal
@@ -64,7 +64,7 @@ class Executor:
     # --- the workflow's thread ---
 
     def begin(self, call: Call) -> None:
-        """Carry out a call as soon as its inputs are committed."""
+        """Execute a call as soon as its inputs are committed."""
         self._ends.opened(call)
         self._loop.post(self._on_call, call)
 
@@ -73,10 +73,10 @@ class Executor:
         self._loop.ask(self._path.check, self._run.warn)
 
     def stop(self, end: End | None) -> BaseException | None:
-        """Begin nothing more, kill what runs, and write `end`, before anything else is taken down: if a whole process
-        group was told to stop, Ray is going too, and its client may end this process at any moment.
+        """Start no more attempts, kill the running ones, and write `end`, before the rest is taken down: if the whole
+        process group was told to stop, Ray is ending too, and its client may end this process at any moment.
 
-        Returns what kept `end` from being written, if anything did.
+        Returns the error that kept `end` from being written, if any.
         """
         if end is None or end.status != "finished":
             self._run.journal.store.hurry(LEAVING_PATIENCE_S)
@@ -89,11 +89,11 @@ class Executor:
         return self._writer.end(end)
 
     def leave(self) -> None:
-        """Give the lease up, and leave Ray."""
+        """Release the lease, and disconnect from Ray."""
         self._writer.close()
         try:
             self._attempts.close()
-        except Exception as error:  # Ray may be gone already; what the run came to is on record
+        except Exception as error:  # Ray may be gone; the run's end is already recorded
             self._run.warn(f"leaving Ray failed: {error!r}")
 
     def abort(self, error: BaseException) -> None:
@@ -149,7 +149,8 @@ class Executor:
             self._lookups.submit(self._look_up, call)
 
     def _on_map(self, call: Call, fanout: Fanout) -> None:
-        """Its list is there: one call per item. Later all of them have ended: their results, and they are forgotten."""
+        """Make one call per item of a map's list. When all of them have ended: collect their results, and forget
+        them."""
         if call.children is None:
             try:
                 items = resolve(fanout.items, call.upstream) if fanout.waits_for else fanout.items
@@ -238,7 +239,7 @@ class Executor:
         self._commit(call, outcome["result"], ended=time.time(), **made, **attempt)
 
     def _commit(self, call: Call, result: Any, **made: Any) -> None:
-        """`made`: the fields of the record that say how the result came about."""
+        """Commit a result. `made`: the fields of the record that describe its origin."""
         record = Commit(
             call.id,
             call.step.name,
@@ -280,7 +281,7 @@ class Executor:
             return
         call.error = error
         traceback = getattr(error, "user_traceback", "")
-        if not call.children:  # of a map its calls have told it
+        if not call.children:  # a map's calls have reported themselves
             self._run.tell("failed", call, error=str(error), error_type=type(error).__name__, traceback=traceback)
         for dependent in self._end(call):
             if dependent.children is not None:  # a map ends when all of its calls have
@@ -289,23 +290,23 @@ class Executor:
                 self._loop.post(self._fail, dependent, error)
 
     def _end(self, call: Call) -> list[Call]:
-        """Let go of what only a running call needs; who waits for this one is returned."""
+        """Drop the data that only a running call needs; returns the calls that wait for this one."""
         dependents, call.dependents = call.dependents, []
         call.arguments, call.upstream = None, {}
         self._ends.ended(call)
         return dependents
 
     def _on_cancel(self) -> None:
-        self.abort(Cancelled(f"run {self._run.journal.run_id} was cancelled; run it again to go on"))
+        self.abort(Cancelled(f"run {self._run.journal.run_id} was cancelled; run it again to resume"))
 
     def _cancel_attempts(self) -> None:
         self._attempts.cancel_all()
 
 
 class Cancelled(RecuaError):
-    """Somebody asked this run to stop (`recua cancel`, Ctrl-C, SIGTERM). It can be run again."""
+    """The run was asked to stop (`recua cancel`, Ctrl-C, SIGTERM). It can be resumed."""
 
 
 def resolve(tree: Any, upstream: dict[str, Call]) -> Any:
-    """An encoded tree with each edge replaced by the result of the call that it stands for."""
+    """An encoded tree with each edge replaced by the result of its call."""
     return resolve_edges(tree, lambda call_id: upstream[call_id].result)

@@ -61,7 +61,8 @@ class RunWriter:
         return self._heartbeat.valid_until()
 
     def end(self, end: End | None) -> BaseException | None:
-        """Write what is left, and `end` last; returns what kept it from being written. The heartbeat goes on."""
+        """Write the rest, and `end` last; returns the error that kept it from being written. The heartbeat
+        continues."""
         self._index.close()
         self._states.close()
         if end is not None:

@@ -1,4 +1,4 @@
-"""Running a workflow from start to end: which run it is, whose lease, what is shown, and how it always cleans up."""
+"""Running a workflow from start to end: the choice of the run, the lease, the display, and the clean-up."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ Observer = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended. `already_finished`: it had finished before, and nothing ran now."""
+    """The result of a run. `already_finished`: it had finished before, and nothing ran now."""
 
     run_id: str
     store: str
@@ -59,14 +59,15 @@ def run(
     term_cancels: bool = True,
     **kwargs: Any,
 ) -> RunResult:
-    """Run `workflow(*args, **kwargs)`, or go on with it, or show its result where it has finished.
+    """Run `workflow(*args, **kwargs)`, resume its run, or return the result of its finished run.
 
-    `observers` get every Event, on the driver's loop thread. `on_end` hooks are called when the run ends, however it
-    does. `on_cluster` checks see the cluster's nodes before the first step starts, and may refuse them. SIGTERM is as
-    Ctrl-C, unless not `term_cancels`: then it ends this process, and the run stays open for another driver.
+    `observers` get every Event, on the driver's loop thread. `on_end` hooks are called at every end of the run.
+    `on_cluster` checks see the cluster's nodes before the first step starts, and may refuse them. SIGTERM acts as
+    Ctrl-C; without `term_cancels` it ends this process, and the run stays open for another driver.
 
     Raises:
-        StepError, UserError, SystemFault: what ended the run; what was committed stays, and running again goes on.
+        StepError, UserError, SystemFault: the error that ended the run; committed steps stay, and the next start
+            resumes the run.
         FencedError: another driver has taken over.
         StoreError: the store failed.
         KeyboardInterrupt: Ctrl-C; running steps are killed first, and the run can be resumed.
@@ -80,7 +81,7 @@ def run(
     state = read_journal(store, run_id)
     if state.end is not None and state.end.status == "finished":
         return RunResult(run_id, store.url, decode(state.end.result, source), True)
-    del state  # of a long run it is large
+    del state  # it is large for a long run
     journal = Journal.acquire(store, run_id, settings.lease_s)
     with closing(Recorder(store, run_id, journal.lease_slot)) as recorder:
         emit = _emitter([*observers, recorder])
@@ -99,12 +100,12 @@ def run(
 
 
 def recipe_hash(workflow: Workflow[..., Any], arguments: Any) -> str:
-    """What makes two starts the same run: the workflow's name and its arguments."""
+    """The identity of a run: the workflow's name and its arguments."""
     return _hash(workflow, identity(arguments))
 
 
 def _earlier_hash(workflow: Workflow[..., Any], arguments: Any) -> str:
-    """The same as earlier versions made it: mostly equal."""
+    """The same as earlier versions computed it; usually equal."""
     return _hash(workflow, earlier_identity(arguments))
 
 
@@ -114,10 +115,10 @@ def _hash(workflow: Workflow[..., Any], reduced: Any) -> str:
 
 
 def chosen_run(store: Store, workflow: Workflow[..., Any], arguments: Any, settings: RunSettings) -> str:
-    """The run that these settings mean: the one that they name, or as `find_run`.
+    """The run of these settings: the one that they name, or as `find_run`.
 
     Raises:
-        UserError: a name that no run can have.
+        UserError: an invalid name.
     """
     fresh = settings.new or bool(settings.rerun)
     run_id = find_run(store, workflow, arguments, fresh) if settings.run_id is None else settings.run_id
@@ -127,11 +128,11 @@ def chosen_run(store: Store, workflow: Workflow[..., Any], arguments: Any, setti
 
 
 def find_run(store: Store, workflow: Workflow[..., Any], arguments: Any, fresh: bool) -> str:
-    """The newest run id of this workflow and recipe, or the next one where `fresh`."""
+    """The newest run id of this workflow and recipe, or the next one if `fresh`."""
     name = plain_name(workflow.short_name)
     base, earlier = (f"{name}-{made(workflow, arguments)}" for made in (recipe_hash, _earlier_hash))
     if earlier != base and (begun := find_metadata(store, earlier)) and "identity" not in begun:
-        base = earlier  # a run that an earlier version began goes on under its name
+        base = earlier  # a run that an earlier version began keeps its name
     taken, gone = [0], [0]
     for names, numbers in ((store.folders("runs"), taken), (removed_runs(store), gone)):
         for each in names:
@@ -143,7 +144,7 @@ def find_run(store: Store, workflow: Workflow[..., Any], arguments: Any, fresh: 
 
 
 def plain_name(name: str) -> str:
-    """What a run id has of a function's name: `entraîner` gives "entrainer", `_nightly` "nightly"."""
+    """A function's name as part of a run id: `entraîner` gives "entrainer", `_nightly` "nightly"."""
     ascii_letters = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     return ascii_letters.lstrip("_")[:100] or "workflow"
 
@@ -155,7 +156,7 @@ def removed_runs(store: Store) -> Iterator[str]:
 
 
 def open_run(store: Store, workflow: Workflow[..., Any], arguments: Json, settings: RunSettings) -> tuple[str, Json]:
-    """The run's id and metadata; the metadata is written where the run is new."""
+    """The run's id and metadata; writes the metadata if the run is new."""
     tree = encode(arguments, "the recipe")
     fresh = settings.new or bool(settings.rerun)
     run_id = chosen_run(store, workflow, tree, settings)
@@ -175,7 +176,7 @@ def open_run(store: Store, workflow: Workflow[..., Any], arguments: Json, settin
     if store.put_if_absent(f"runs/{run_id}/run.json", json.dumps(mine).encode()):
         return run_id, mine
     if fresh:
-        raise UserError(f"run {run_id} exists already: --new and --rerun start a run, give another --run or none")
+        raise UserError(f"run {run_id} already exists: --new and --rerun start a run, give another --run or none")
     theirs = find_metadata(store, run_id)
     if theirs is None:
         raise StoreError(f"--store {store.url}: run {run_id} has vanished")
@@ -184,7 +185,7 @@ def open_run(store: Store, workflow: Workflow[..., Any], arguments: Json, settin
 
 
 def check_same_recipe(metadata: Json, workflow: Workflow[..., Any], arguments: Any) -> None:
-    """Raises NonDeterminismError, with what differs, where a run was started with another workflow or recipe."""
+    """Raises NonDeterminismError, naming the difference, if a run was started with another workflow or recipe."""
     known = [recipe_hash(workflow, arguments)]
     if "identity" not in metadata:
         known.append(_earlier_hash(workflow, arguments))
@@ -209,7 +210,7 @@ def _drive(
     emit: Observer,
     recorder: Recorder,
 ) -> Any:
-    """Run the workflow function and end the run whatever happens."""
+    """Run the workflow function, and always end the run."""
     began = time.monotonic()
     outcome: Json | None = None
     status = "failed"
@@ -217,7 +218,7 @@ def _drive(
         emit(started)
         with running(runtime):
             tree = runtime.finish(workflow.fn(*args, **kwargs))
-        recorder.flush()  # whoever sees the end sees all metrics
+        recorder.flush()  # before the end, so that readers of the end see all metrics
         status, outcome = "finished", {"result": tree}
         return tree
     except (KeyboardInterrupt, Cancelled) as error:
@@ -228,10 +229,10 @@ def _drive(
         status = "fenced"
         raise
     except BaseException as error:
-        if runtime.is_lost():  # whatever a driver that slept for long stumbles over first
+        if runtime.is_lost():  # a driver that slept for long may have failed with any error
             status = "fenced"
             raise fenced(runtime.run_id) from error
-        if error is not runtime.fatal or not isinstance(error, StoreError):  # the store's trouble ends no run
+        if error is not runtime.fatal or not isinstance(error, StoreError):  # a failing store ends no run
             outcome = {"error": _failure_record(error)}
         raise
     finally:
@@ -246,7 +247,7 @@ def _drive(
 
 
 def _failure_record(error: BaseException) -> Json:
-    """What an `end` record says of the error that ended a run."""
+    """The error of an `end` record."""
     record = describe(error)
     if trace := getattr(error, "user_traceback", ""):
         record["traceback"] = trace
@@ -254,13 +255,13 @@ def _failure_record(error: BaseException) -> Json:
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    """SIGTERM (a stopped job, a scheduler) ends the run as Ctrl-C does."""
+    """SIGTERM (from a stopped job, a scheduler) cancels the run like Ctrl-C."""
     raise KeyboardInterrupt
 
 
 def _leave(number: int, frame: Any) -> None:
-    """SIGTERM says that this machine goes, and nothing of the run."""
-    os.write(1, b"recua: this driver was told to end (SIGTERM); the run stays open for the next one\n")
+    """SIGTERM means that this machine will end; the run stays open."""
+    os.write(1, b"recua: SIGTERM ends this driver; the run stays open for the next one\n")
     os._exit(128 + number)
 
 
@@ -278,7 +279,7 @@ def _on_term(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """A second Ctrl-C must not leave processes behind."""
+    """Ignore a second Ctrl-C during the clean-up, which would leave processes behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -291,8 +292,8 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _emitter(observers: Sequence[Observer]) -> Observer:
-    """One observer of many. An observer that raises is dropped, with a word if there is still somewhere to say it:
-    watching a run must not end it."""
+    """One of several observers. An observer that raises is dropped with a message, because watching a run must not end
+    it."""
     active = list(observers)
 
     def emit(event: Event) -> None:
@@ -300,10 +301,10 @@ def _emitter(observers: Sequence[Observer]) -> Observer:
             try:
                 observer(event)
             except Exception as error:
-                with suppress(ValueError):  # it failed in another thread, too
+                with suppress(ValueError):  # it has also failed in another thread
                     active.remove(observer)
                 with suppress(OSError, ValueError):
-                    print(f"recua: an observer failed and is dropped: {error!r}", file=sys.stderr, flush=True)
+                    print(f"recua: dropping an observer that failed: {error!r}", file=sys.stderr, flush=True)
 
     return emit
 

@@ -24,7 +24,7 @@ BASES: tuple[type, ...] = (OrderedDict, defaultdict, dict, list, tuple, str, int
 
 
 def name_of(kind: type, where: str) -> str:
-    """The canonical name of a value's class, under which whoever decodes the value finds it.
+    """The canonical name of a value's class, by which decoding finds it.
 
     Raises:
         UserError: nobody would find this class there; names `where`.

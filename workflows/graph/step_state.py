@@ -1,4 +1,4 @@
-"""Saved states: what the next attempt of a long call goes on from.
+"""Saved states: the state that a retry of a long call resumes from.
 
 A body writes under its call's key in the run's store, where every node sees it, and leaves it there when it ends: until
 the commit is on record, the driver can die and the body must run again. The driver removes the state after the commit,

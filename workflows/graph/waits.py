@@ -30,7 +30,7 @@ class Wait(Step[..., Any]):
 def approval(
     name: str, message: str, *, show: Any = None, timeout: float | None = None, may_fail: bool = False
 ) -> Future[Approval]:
-    """Inside a workflow: wait for somebody's `recua approve RUN NAME`. The result is an Approval.
+    """Inside a workflow: wait for a person's `recua approve RUN NAME`. The result is an Approval.
 
     `show`: what the person should see, futures included: they are asked once it is there. `timeout`: seconds, counted
     from the asking, whatever becomes of drivers meanwhile.

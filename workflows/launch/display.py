@@ -1,6 +1,6 @@
-"""What the driver shows while a run goes on: a live table on a terminal, plain lines with the elapsed time elsewhere.
+"""The driver's display of a run: a live table on a terminal, plain lines with the elapsed time elsewhere.
 
-Every method may be called from any thread. A display never stops a run: it only ever prints.
+Every method may be called from any thread. A display only prints and never stops a run.
 """
 
 import shlex
@@ -29,7 +29,7 @@ STYLES = {"committed": "green", "reused": "green", "resumed": "green", "running"
 
 @dataclass
 class StepView:
-    """What is known of one call on the screen. Times come from the display's clock, in seconds."""
+    """The state of one call on the screen. Times are seconds of the display's clock."""
 
     name: str
     status: str = "running"
@@ -57,7 +57,7 @@ def show_metrics(metrics: Mapping[str, float], most: int = 4) -> str:
 
 
 class Display:
-    """Receives what happens in a run. This base keeps the state of every call that goes on; subclasses show it."""
+    """Receives a run's events. This base class keeps the state of every running call; subclasses show it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.steps: dict[str, StepView] = {}
@@ -83,7 +83,7 @@ class Display:
             self._changed(view, "progressed")
 
     def retrying(self, call: str, reason: str, delay_s: float | None) -> None:
-        """An attempt failed and another will begin in `delay_s` seconds (None: soon)."""
+        """An attempt failed, and a retry will begin in `delay_s` seconds (None: soon)."""
         with self._lock:
             view = self.steps.setdefault(call, StepView(call, began=self._clock()))
             again = "soon again" if delay_s is None else f"again in {delay_s:.1f} s"
@@ -97,7 +97,7 @@ class Display:
             self._changed(view, "pending")
 
     def waiting(self, call: str, message: str, command: str) -> None:
-        """`call` waits for somebody to type `command`."""
+        """`call` waits for an answer; `command` gives it."""
         with self._lock:
             view = self.steps[call] = StepView(call, "waiting", began=self._clock())
             view.note = f"{_first_line(message)}{': ' if message else ''}{command}"
@@ -145,11 +145,11 @@ class Display:
             where = f"{call}: " if call else ""
             self.say(f"{'warning: ' if event.kind == 'warning' else ''}{where}{data['message']}")
         elif event.kind == "run-started":
-            resumed = f"; {data['resumed']} steps are committed already" if data["resumed"] else ""
+            resumed = f"; {data['resumed']} steps are already committed" if data["resumed"] else ""
             self.say(f"run {data['run_id']} of {data['workflow']} in {data['store']}{resumed}")
             self._resume = f"recua resume {data['run_id']} --store {shlex.quote(data['store'])}"
         elif event.kind == "run-ended":
-            again = f"; go on with: {self._resume}" if self._resume and data["status"] in UNFINISHED else ""
+            again = f"; resume with: {self._resume}" if self._resume and data["status"] in UNFINISHED else ""
             self.say(f"run {data['status']} after {show_seconds(data['seconds'])}{again}")
 
     def elapsed(self) -> float:
@@ -206,7 +206,7 @@ class PlainDisplay(Display):
 
 
 class LiveDisplay(Display):
-    """Finished steps scroll by as lines; the running ones stay below with bar, time and last metrics."""
+    """Finished steps scroll by as lines; running steps stay below, with bar, time and last metrics."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(clock)

@@ -4,9 +4,8 @@
     def flow(dry_run: bool = True, version: str = "", rates: tuple[float, ...] = (), **more): ...
 
 `--set dry_run=False` is False, `--set version=1.10` the text "1.10", `--set rates=high` an error that names `rates`. A
-parameter without an annotation has its default's type where that is `bool` or `str`; any other takes what TOML reads,
-else the text, and `none` is None where that is its default. `**more` takes all other keys, each of the type that it is
-annotated with.
+parameter without an annotation has its default's type if that is `bool` or `str`. Any other takes TOML's value, else
+the text, and `none` is None if that is its default. `**more` takes all other keys, with the type of its annotation.
 """
 
 import inspect
@@ -34,14 +33,14 @@ def arguments_of(
     """(positional, keyword) arguments of `workflow` from a recipe that was read from `source`, and overrides.
 
     Raises:
-        ConfigError: a key that is no parameter, a value of another type, one that cannot be kept, a parameter without a
-            value.
+        ConfigError: a key without a parameter, a value of another type, a value that cannot be stored, or a parameter
+            without a value.
     """
     given = [*tree, *(split_override(override)[0][0] for override in overrides)]
     parameters = inspect.signature(workflow.fn).parameters.values()
     for parameter in parameters:
         if parameter.kind is Parameter.VAR_POSITIONAL and parameter.name in given:
-            hint = "a recipe gives values by name: make it a parameter of its own"
+            hint = "a recipe gives values by name: use a named parameter"
             raise ConfigError(f"{source}: workflow {workflow.short_name} takes *{parameter.name}; {hint}")
     schema, from_file = schema_of(workflow, given), set(tree)
     settings = build(tree, schema, source, overrides)
@@ -72,14 +71,14 @@ def schema_of(workflow: Workflow[..., Any], given: Collection[str]) -> type[Sett
 
 
 def _default(parameter: Parameter) -> Any:
-    """None for any: only whether there is one counts, and whether it is a number that others may be only then."""
+    """The default that Settings see: None for any value that is not a number, because only its presence counts."""
     if isinstance(parameter.default, float) and not math.isfinite(parameter.default):
         return parameter.default
     return ... if parameter.default is Parameter.empty else None
 
 
 def _kind(workflow: Workflow[..., Any], parameter: Parameter) -> Any:
-    """What a parameter takes; Any where nothing says so, or nothing that values can be checked against."""
+    """A parameter's type; Any if it has none, or one that values cannot be checked against."""
     if parameter.annotation is Parameter.empty:
         known = {bool: bool, str: str, type(None): Any | None}
         return known.get(type(parameter.default), Any)
@@ -95,7 +94,7 @@ def _kind(workflow: Workflow[..., Any], parameter: Parameter) -> Any:
 
 
 def _kept(given: Any, checked: Any) -> Any:
-    """The checked value; but 1 for a float stays 1, which is equal, and has another key than 1.0."""
+    """The checked value. 1 for a float stays 1, because it is equal to 1.0 but has another content key."""
     if type(given) is int and type(checked) is float:
         return given if given == checked else checked
     if type(given) is list and type(checked) is list:
@@ -106,7 +105,7 @@ def _kept(given: Any, checked: Any) -> Any:
 
 
 def _check_kept(value: Any, where: str) -> None:
-    """Refuse what no run can keep (a date, a set) by the name of its parameter."""
+    """Refuse a value that a run cannot store (a date, a set), naming its parameter."""
     try:
         encode(value, where)
     except UserError as error:

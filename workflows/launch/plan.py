@@ -1,7 +1,7 @@
-"""`--plan`: walk a workflow without running anything.
+"""`--plan`: walk through a workflow without running a step.
 
-Calls are looked up exactly as the executor would. Where the workflow waits for a result that does not exist yet, the
-walk ends: what comes after that depends on it.
+Calls are looked up exactly as the executor would. If the workflow needs a result that does not exist yet, the plan ends
+there, because later calls depend on it.
 """
 
 import shutil
@@ -45,8 +45,8 @@ class PlannedCall:
 
 @dataclass(frozen=True)
 class Plan:
-    """`unknown_after`: the call at whose result the walk ended, None where the whole graph is known.
-    `stored_bytes`: artifacts of the known calls; `free_bytes`: left where a folder store lies, None on S3."""
+    """`unknown_after`: the call whose missing result ended the plan; None if the whole graph is known.
+    `stored_bytes`: artifacts of the known calls; `free_bytes`: free space of a folder store, None on S3."""
 
     run_id: str
     store: str
@@ -58,7 +58,7 @@ class Plan:
 
 
 def plan(workflow: Workflow[..., Any], *args: Any, settings: RunSettings | None = None, **kwargs: Any) -> Plan:
-    """What `session.run` with the same arguments would do. Needs no Ray, writes no run.
+    """The plan of `session.run` with the same arguments. Needs no Ray and writes no run.
 
     Raises:
         UserError, StoreError: as `run` would before its first step.
@@ -88,7 +88,7 @@ def plan(workflow: Workflow[..., Any], *args: Any, settings: RunSettings | None 
 
 
 class _Unknown(BaseException):
-    """The workflow asked for a result that does not exist yet. Not an Exception: a recipe must not catch it."""
+    """The workflow needs a result that does not exist yet. Not an Exception, so that a workflow cannot catch it."""
 
     def __init__(self, call_id: str) -> None:
         super().__init__(call_id)
@@ -96,7 +96,7 @@ class _Unknown(BaseException):
 
 
 class Planner:
-    """The Runtime that runs nothing."""
+    """A Runtime that runs nothing."""
 
     def __init__(
         self, run_id: str, store: Store, lookup: ReuseLookup, source: ArtifactSource, path: RecordedPath
@@ -159,7 +159,7 @@ class Planner:
         """A plan has no end to clean up after."""
 
     def stored_bytes(self) -> int:
-        """Size of the artifacts that the known results refer to."""
+        """Total size of the artifacts in the known results."""
         records = {entry["digest"]: entry for tree in self._results.values() for entry in artifact_records(tree)}
         artifacts = [Artifact.from_record(entry, self._source) for entry in records.values()]
         return sum(entry.size for artifact in artifacts for entry in read_manifest(self._store, artifact))

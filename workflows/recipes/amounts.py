@@ -1,4 +1,4 @@
-"""Before a run starts: can every stage learn anything from what there is at most? Later only less can turn up."""
+"""Check before a run that every stage has something to learn, from an upper bound of its data."""
 
 import math
 from typing import TYPE_CHECKING
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from data.formats import Summary
 
 MARKS = 3
-"""Tokens, at most, that come to a document's own: begin, end, and the blank that some tokenizers put before it."""
+"""Most tokens that are added to a document: begin, end, and the blank that some tokenizers put before it."""
 
 
 def check_amounts(recipe: Recipe, corpus: "Summary", instructions: "Summary") -> None:
-    """Refuse a recipe in which a stage would find nothing to learn. The summaries: what its files hold.
+    """Refuse a recipe in which a stage has nothing to learn. The summaries are those of its files.
 
     Raises:
-        ConfigError, DataError: the settings to change.
+        ConfigError, DataError: the message names the settings to change.
     """
     if recipe.model.init_from is None:
         _require_window("pretrain", recipe.pretrain.sequence_length, "corpus", recipe.corpus, corpus)
@@ -55,10 +55,10 @@ def check_amounts(recipe: Recipe, corpus: "Summary", instructions: "Summary") ->
 
 
 def require_held_out_problems(recipe: Recipe) -> None:
-    """Refuse more held-out problems than the kinds have: they are all different. (It draws them: a second or so.)
+    """Refuse more held-out problems than the kinds have, because they must differ. (Draws them, in about a second.)
 
     Raises:
-        ConfigError: the setting to lower.
+        ConfigError: the message names the setting to lower.
     """
     from data.tasks import make_problems
     from workflows.recipes.text import SAFETY
@@ -75,7 +75,8 @@ def require_held_out_problems(recipe: Recipe) -> None:
 
 
 def check_pretraining_amounts(recipe: PretrainRecipe, corpora: "dict[str, Summary]") -> None:
-    """The same for pretraining alone; `corpora`: what the files of `corpus` and of each `stages.NAME.corpus` hold."""
+    """The same for pretraining alone; `corpora`: summaries of the files of `corpus` and of each
+    `stages.NAME.corpus`."""
     settings = recipe.corpus
     if settings.held_out_share and not settings.stdlib_bytes and corpora["corpus"].rows == 1:
         raise ConfigError(
@@ -95,7 +96,7 @@ def _require_window(section: str, length: int, where: str, settings: CorpusSetti
     if most < length + 1:
         raise DataError(
             f"{section}.sequence_length = {length}: {where}.files and {where}.stdlib_bytes give {most} tokens at most, "
-            "a row takes one more than its length: lower it, or give more text"
+            "a row needs one more than its length: lower it, or give more text"
         )
 
 

@@ -1,4 +1,4 @@
-"""Before a run starts: what can be refused at once. After it ended: what must not stay behind."""
+"""Checks before a run starts, and the clean-up after it ends."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from models.llama import LlamaConfig
 
 PROCESS_BYTES = parse_size("700MiB")
-"""A rank or an engine before it holds a model: Python, torch, its runtime (measured on CPU)."""
+"""Memory of a rank or an engine without a model: Python, torch, its runtime (measured on CPU)."""
 Node = dict[str, float]
-"""What a node has in all, by Ray's names: {"CPU": 2.0, "GPU": 0.0, ...}."""
+"""A node's total resources, by Ray's names: {"CPU": 2.0, "GPU": 0.0, ...}."""
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuse what is wrong with a recipe on this machine, with the setting to change.
+    """Refuse a recipe that cannot run on this machine.
 
     Raises:
-        ConfigError, DataError, CheckpointError, ResourceError.
+        ConfigError, DataError, CheckpointError, ResourceError: the message names the setting to change.
     """
     corpus = _check_files("corpus.files", recipe.corpus.files, "text")
     trained = _last_is_trained if recipe.sft.train_on == "last" else None
@@ -44,10 +44,10 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def check_capacity(recipe: Recipe, nodes: Sequence[Node]) -> None:
-    """Refuse processes that these nodes can never hold: each group alone, then those that live at the same time.
+    """Refuse processes that these nodes can never hold: each group alone, then the groups that run at the same time.
 
     Raises:
-        ResourceError: the settings to lower, and what there is.
+        ResourceError: the message names the settings to lower, and the available resources.
     """
     pretrain, learners, generators = recipe.pretrain, recipe.pools.learners, recipe.pools.generators
     serving = recipe.serving
@@ -68,7 +68,7 @@ def check_capacity(recipe: Recipe, nodes: Sequence[Node]) -> None:
                 f"{section}.{counted} x {section}.{setting} = {count * float(getattr(group, setting)):g}"
                 for section, counted, count, group in together
             )
-            raise ResourceError(f"processes that live at the same time need {total:g} {kind} ({parts}); {shown}")
+            raise ResourceError(f"processes that run at the same time need {total:g} {kind} ({parts}); {shown}")
 
 
 def check_pretraining(recipe: PretrainRecipe) -> None:
@@ -96,10 +96,10 @@ def check_pretraining_capacity(recipe: PretrainRecipe, nodes: Sequence[Node]) ->
 
 
 def check_start_model(folder: Path) -> int:
-    """Whether a run can start from an HF folder: config, every tensor and its shape, tokenizer, chat template.
+    """Check that a run can start from an HF folder: config, every tensor and its shape, tokenizer, chat template.
 
-    Every weight is read once, because nothing that is trained from a NaN is of use. Returns its context in tokens, as
-    far as all of it is attended to. Raises CheckpointError.
+    Reads every weight once, because training from a NaN is useless. Returns the number of context tokens that are all
+    attended to. Raises CheckpointError.
     """
     from engines.chat import check_chat
     from engines.fitting import check_fits
@@ -123,14 +123,14 @@ def check_start_model(folder: Path) -> int:
 
 
 def close_pools(run_id: str) -> None:
-    """End the run's learners and generators, however it ended."""
+    """End the run's learners and generators."""
     from actors.pools.keeper import Pools
 
     Pools(run_id).close()
 
 
 def _offer(kind: str, nodes: Sequence[Node]) -> tuple[list[float], str]:
-    """What each node has of a resource, and that in words."""
+    """Each node's amount of a resource, and the same in words."""
     there = [node.get(kind, 0.0) for node in nodes]
     shown = f"this cluster has {sum(there):g} {kind}"
     return there, shown + (f", at most {max(there):g} on one node" if len(nodes) > 1 else "")
@@ -152,7 +152,7 @@ def _check_files(
     setting: str, sources: Sequence[str], shape: Literal["text", "messages"],
     also: Callable[[dict[str, Any]], None] | None = None,
 ) -> "Summary":  # fmt: skip
-    """What the sources hold, all of them together; `also` is asked about each row."""
+    """The summary of all sources together; `also` checks each row."""
     from data.formats import Summary, validate
 
     rows, text_bytes = 0, 0
@@ -192,12 +192,12 @@ def _sizes(model: ModelSettings, tokenizer: TokenizerSettings) -> "LlamaConfig":
         try:
             return read_config(Path(model.init_from).expanduser())
         except CheckpointError as error:
-            raise CheckpointError(f"model.init_from: {error}; pretraining goes on with Llamas only") from None
+            raise CheckpointError(f"model.init_from: {error}; only Llamas can be pretrained further") from None
     return model.to_llama(tokenizer.vocab_size)
 
 
 def _check_mesh(section: str, pretrain: "PretrainSettings", sizes: "LlamaConfig") -> None:
-    """Whether the network can be cut as the section says."""
+    """Check that the section's parallelism divides the network."""
     split, stages = pretrain.tensor_parallel, pretrain.pipeline_parallel
     for name in ("heads", "kv_heads", "ffn_dim"):
         if (count := getattr(sizes, name)) % split:
@@ -207,7 +207,7 @@ def _check_mesh(section: str, pretrain: "PretrainSettings", sizes: "LlamaConfig"
 
 
 def _context(model: ModelSettings, tokenizer: TokenizerSettings) -> tuple[int, str]:
-    """The model's context in tokens (0: unknown), and where it is said."""
+    """The model's context in tokens (0: unknown), and the setting that it comes from."""
     if model.init_from is not None:
         folder = Path(model.init_from).expanduser()
         try:
@@ -232,7 +232,7 @@ def _context(model: ModelSettings, tokenizer: TokenizerSettings) -> tuple[int, s
 
 
 def _check_tokenizer(folder: Path) -> int:
-    """How many ids a model needs for it."""
+    """The number of ids that a model needs for the tokenizer."""
     from engines.chat import check_chat
 
     if not folder.is_dir():
@@ -276,7 +276,7 @@ def _require_room_for_prompts(setting: str, most: int, answers: str, max_tokens:
 
 
 def _check_memory(recipe: Recipe) -> None:
-    """On a laptop all processes share this machine's memory; on GPUs they live elsewhere."""
+    """Check memory for a run on CPUs, whose processes share this machine's memory."""
     pools = recipe.pools
     if pools.learners.num_gpus or pools.generators.num_gpus:
         return

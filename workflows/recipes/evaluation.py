@@ -1,4 +1,4 @@
-"""Evaluating a stage's model, and putting the last one behind an endpoint."""
+"""The steps that evaluate a stage's model and deploy the last one."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,9 +13,9 @@ from workflows.recipes.text import read_problems
 
 @dataclass(frozen=True)
 class Served:
-    """Where the model answers, and whether its answers are those that were evaluated.
+    """The model's endpoint, and whether its answers are those of the evaluation.
 
-    `grpc` and `openai` are True only when the greedy answers to all prompts asked and the weight version match.
+    `grpc` and `openai` are True only if the greedy answers to all prompts, and the weight version, match.
     """
 
     grpc: bool
@@ -55,7 +55,7 @@ def evaluate(
 
 @step(num_cpus=0, timeout=3600)
 def deploy(model: Artifact, evaluation: Evaluation, section: ServingSettings, max_tokens: int, prompts: int) -> Served:
-    """Serve `model` over gRPC and OpenAI-compatible HTTP, then ask it what was asked in its evaluation."""
+    """Serve `model` over gRPC and OpenAI-compatible HTTP, then compare its answers with those of its evaluation."""
     from serving.app import deploy as start
     from serving.app import on_head
     from serving.check import compare

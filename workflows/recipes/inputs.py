@@ -1,4 +1,4 @@
-"""Files that a recipe names, reduced to their content: passed to a step, so that a changed file is a changed input."""
+"""Digests of the files that a recipe names, passed to steps, so that a changed file is a changed input."""
 
 import hashlib
 import os
@@ -11,25 +11,25 @@ from infra.storage.files import remembered_sha256
 
 
 def content(sources: Sequence[str | None]) -> dict[str, str]:
-    """Source -> digest of the files behind it (a file, a folder, a glob); a `datasets:` name that is no folder stands
-    for itself.
+    """Source -> digest of its files (a file, a folder, a glob); a `datasets:` name that is not a folder is its own
+    digest.
 
     Raises:
-        DataError: nothing there, or a file that cannot be read.
+        DataError: there is no file, or one cannot be read.
     """
     return {source: _digest(source) for source in sources if source is not None}
 
 
 def require_unchanged(setting: str, sources: Sequence[str], files: dict[str, str]) -> None:
-    """Refuse what was read from `sources` unless they still hold what `files` says (`content` at the run's start).
+    """Check that `sources` still have the digests `files` (`content` at the run's start).
 
     Raises:
-        DataError: the setting, and the sources that have changed.
+        DataError: the message names the setting and the changed sources.
     """
     now = content(sources)
     if changed := [source for source in now if source in files and now[source] != files[source]]:
         raise DataError(
-            f"{setting}: {', '.join(changed)} changed after the run had started: run again once it is whole"
+            f"{setting}: {', '.join(changed)} changed after the run had started: run again once it is complete"
         )
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preferences:
-    """`pairs.jsonl` for the two reward models, and how the policy did on the prompts."""
+    """`pairs.jsonl` for the two reward models, and the policy's results on the prompts."""
 
     helpfulness: Artifact
     safety: Artifact
@@ -35,7 +35,7 @@ class Rejected:
 def sample_preferences(
     policy: Artifact, prompts: Artifact, section: PreferenceSettings, seed: int, pools: PoolSettings
 ) -> Preferences:
-    """Sample the policy and let the checkers rate: right over wrong, refusals over compliance where they belong."""
+    """Sample the policy; the checkers prefer right to wrong answers, and refusals of unsafe requests to compliance."""
     from actors.pools.keeper import Pools
     from actors.posttrain.conversation import sample
     from actors.posttrain.preferences import build_pairs
@@ -66,7 +66,8 @@ def rejection_sample(
     policy: Artifact, judges: list[Artifact], prompts: Artifact, earlier: list[Artifact],
     section: RejectionSettings, seed: int, pools: PoolSettings,
 ) -> Rejected:  # fmt: skip
-    """The best of K answers per prompt, by `judges` [helpfulness, safety] and checkers; `earlier` rounds' stay."""
+    """The best of K answers per prompt, by `judges` [helpfulness, safety] and checkers, with those of `earlier`
+    rounds."""
     from actors.pools.keeper import Pools
     from actors.posttrain.conversation import sample
     from actors.posttrain.judging import RewardModels
@@ -95,5 +96,5 @@ def rejection_sample(
 
 
 def _take(problems: "list[Problem]", count: int, seed: int) -> "list[Problem]":
-    """A seeded sample of the prompt pool, so that stages and rounds do not all ask the same questions."""
+    """A seeded sample of the prompt pool, so that stages and rounds use different questions."""
     return random.Random(seed).sample(problems, min(count, len(problems)))

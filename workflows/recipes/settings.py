@@ -1,4 +1,4 @@
-"""What a post-training recipe file may say: one frozen tree, a section per stage. Steps get only their own section.
+"""The schema of recipe files: one frozen tree with a section per stage. Steps get only their own section.
 
 Imports neither torch nor ray, so that a mistake in a recipe is reported in well under a second.
 """
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 LONGEST_STAGE_NAME = 200
 Name = Annotated[str, Field(min_length=1)]
-"""Of a folder or a preset: nothing would mean the folder that the run was started in."""
+"""The name of a folder or a preset. Not empty: that would mean the folder in which the run was started."""
 
 
 class ModelSettings(Settings):
-    """The network: a preset by name, or sizes; or an HF folder to start from, which skips pretraining."""
+    """The network: a preset, or sizes; or an HF folder to start from, which skips pretraining."""
 
     init_from: Name | None = None
-    """An HF folder with weights and tokenizer. Pretraining is skipped. Chats are rendered in Llama 3's or Llama 2's
-    format, whichever its tokenizer has the tokens of: the folder has that chat template, or none."""
+    """An HF folder with weights and tokenizer; skips pretraining. Chats are rendered in Llama 3's or Llama 2's format,
+    depending on the tokenizer's special tokens; the folder must have that chat template, or none."""
     preset: Name | None = None
     """A size by name, e.g. "llama3-8b" (see `models.presets`); the sizes below are then ignored."""
     dim: int = Field(default=128, ge=8)
@@ -85,24 +85,24 @@ class ModelSettings(Settings):
 
 
 class ProblemSettings(Settings):
-    """How many made problems each purpose gets. Sides are disjoint by construction."""
+    """The numbers of generated problems for each purpose. Training and held-out problems are always disjoint."""
 
     instructions: int = Field(default=8192, ge=0)
     """Checkable problems with answers, for SFT."""
     careless_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of the made demonstrations that come from somebody who misread the question, where its kind has such an
-    answer (sorts downwards, leaves the text as it is). SFT imitates them too; the later stages have to find out."""
+    """Share of the generated demonstrations that misread the question (sort downwards, leave the text as it is), for
+    kinds that have such an answer. SFT imitates them; the later stages must unlearn them."""
     safety_instructions: int = Field(default=1024, ge=0)
     """Unsafe requests and safe look-alikes with proper answers, for SFT."""
     stdlib_instructions: int = Field(default=256, ge=0)
     """Questions about Python's standard library, answered from its own documentation, for SFT."""
     instruction_files: tuple[str, ...] = ()
     """More instruction data: JSONL or parquet files with `messages`, folders, globs, or `datasets:NAME` (data.formats).
-    A turn of the assistant that says `"weight": 0` is read and not trained on."""
+    An assistant turn with `"weight": 0` is read but not trained on."""
     prompts: int = Field(default=8192, ge=1)
-    """Checkable problems that the sampling stages ask."""
+    """Checkable problems for the sampling stages."""
     safety_prompts: int = Field(default=512, ge=0)
-    """Safety problems that the sampling stages ask."""
+    """Safety problems for the sampling stages."""
     held_out: int = Field(default=1024, ge=16)
     """Checkable problems kept for evaluation."""
     safety_held_out: int = Field(default=128, ge=0)
@@ -113,13 +113,14 @@ class TokenizerSettings(Settings):
     """The tokenizer: trained on the corpus, or taken from a folder."""
 
     folder: Name | None = None
-    """A tokenizer folder (HF tokenizer.json, Llama 3 tiktoken or SentencePiece model) to use as it is."""
+    """A tokenizer folder to use unchanged (HF tokenizer.json, Llama 3 tiktoken or SentencePiece model)."""
     vocab_size: int = Field(default=512, ge=288)
-    """Tokens of the BPE that is trained when no folder is given."""
+    """Tokens of the BPE that is trained if no folder is given."""
 
 
 class PoolSettings(Settings):
-    """Processes that outlive a step. They decide where and how fast, never what: no part of a step's key."""
+    """Processes that outlive a step. They affect where and how fast a step runs, not its result, so that they are no
+    part of its key."""
 
     unkeyed: ClassVar[bool] = True
 
@@ -132,20 +133,20 @@ class PoolSettings(Settings):
 
 
 class StageSettings(PretrainSettings):
-    """One stage of a pretraining run: its own text, length, batch and schedule; AdamW starts anew in each."""
+    """One stage of a pretraining run, with its own text, length, batch and schedule. AdamW's state starts from zero."""
 
     after: str | None = None
-    """The stage whose model it goes on from; none is from scratch."""
+    """The stage whose model it continues; empty: it starts from scratch."""
     corpus: CorpusSettings | None = None
     """Text of its own (`stages.NAME.corpus`); without it the run's."""
     context: int | None = Field(default=None, ge=16)
-    """Context in tokens from this stage on; the model's own (or the last stage's) where it is not set."""
+    """Context in tokens from this stage on; default: the model's own, or the previous stage's."""
     rope_theta: float | None = Field(default=None, gt=0)
     """Base of the rotary positions from this stage on: raise it for a longer context."""
 
     @property
     def changes(self) -> dict[str, float]:
-        """What becomes another in the network's config."""
+        """The changes to the network's config."""
         return {name: value for name in ("context", "rope_theta") if (value := getattr(self, name)) is not None}
 
 
@@ -159,27 +160,27 @@ class PretrainRecipe(Settings):
     tokenizer: TokenizerSettings = TokenizerSettings()
     """Tokenizer."""
     model: ModelSettings = ModelSettings()
-    """Network; with `init_from` pretraining is continued on that folder."""
+    """Network; with `init_from` pretraining continues from that folder."""
     stages: dict[str, StageSettings] = Field(min_length=1)
-    """Stages by name; each names the one it comes after."""
+    """Stages by name; each names the stage before it."""
 
     @model_validator(mode="after")
     def _stages_follow(self) -> "PretrainRecipe":
         for name, stage in self.stages.items():
             if not name or name.startswith(".") or set(name) & set("/[]\0") or len(name.encode()) > LONGEST_STAGE_NAME:
                 raise ValueError(
-                    f"stages: {name!r} must be named without / [ ] and a dot at its start, in at most "
+                    f"stages: {name!r} must be named without / [ ] and without a dot at its start, in at most "
                     f"{LONGEST_STAGE_NAME} bytes: files are named after it"
                 )
             if stage.after is not None and stage.after not in self.stages:
                 known = ", ".join(self.stages)
-                raise ValueError(f"stages.{name}.after names {stage.after!r}, which is no stage: {known}")
+                raise ValueError(f"stages.{name}.after names {stage.after!r}, which is not a stage: {known}")
         if len(self.in_order()) < len(self.stages):
-            raise ValueError("stages: every `after` leads round in a circle")
+            raise ValueError("stages: every `after` is part of a circle")
         return self
 
     def in_order(self) -> list[str]:
-        """Names, each after the stage that it goes on from."""
+        """Names, each after the stage that it continues."""
         done: list[str] = []
         while ready := [n for n, s in self.stages.items() if n not in done and (s.after is None or s.after in done)]:
             done += ready
@@ -190,15 +191,15 @@ class Recipe(Settings):
     """A whole run, from text to an endpoint."""
 
     seed: Seed = 0
-    """Every random choice of the run follows from it; held-out problems are the same for all seeds."""
+    """Seed of every random choice of the run; held-out problems are the same for all seeds."""
     rounds: int = Field(default=1, ge=1)
     """Rounds of preferences -> reward models -> rejection sampling -> DPO -> PPO, each from the newest policy."""
     corpus: CorpusSettings = CorpusSettings()
     """Pretraining text."""
     tasks: TaskSettings = TaskSettings()
-    """Made tasks: which kinds and how hard."""
+    """Generated tasks: their kinds and sizes."""
     problems: ProblemSettings = ProblemSettings()
-    """Made tasks: how many."""
+    """Generated tasks: their numbers."""
     tokenizer: TokenizerSettings = TokenizerSettings()
     """Tokenizer."""
     model: ModelSettings = ModelSettings()

@@ -1,6 +1,6 @@
-"""From raw text to what training reads: corpus, problems, tokenizer, token shards.
+"""From raw text to training data: corpus, problems, tokenizer, token shards.
 
-`files` arguments say what the files that a section names hold (`inputs.content`): a changed file is a changed input.
+`files` arguments are digests of the files that a section names (`inputs.content`): a changed file is a changed input.
 """
 
 import json
@@ -23,7 +23,7 @@ SAFETY = {"safety/unsafe": 1.0, "safety/lookalike": 1.0}
 
 @dataclass(frozen=True)
 class Problems:
-    """What SFT learns (`messages.jsonl`), what sampling stages ask and evaluation holds out (`problems.jsonl`)."""
+    """SFT's examples (`messages.jsonl`), and the problems of sampling stages and evaluation (`problems.jsonl`)."""
 
     instructions: Artifact
     prompts: Artifact
@@ -78,7 +78,7 @@ def build_problems(section: ProblemSettings, tasks: TaskSettings, seed: int, fil
     return Problems(
         instructions=out.seal(examples=len(rows)),
         prompts=keep("prompts", make(section.prompts, section.safety_prompts, "train", seed + 1)),
-        # Not of the seed: runs with other seeds are judged on the same problems.
+        # Independent of the seed, so that runs with other seeds are judged on the same problems.
         held_out=keep("held_out", make(section.held_out, section.safety_held_out, "held_out", 0)),
     )
 
@@ -96,7 +96,7 @@ def train_tokenizer(
         require_unchanged("tokenizer.folder", [section.folder], files)
     else:
         texts = [row["text"] for row in read_rows(corpus.path() / "text.jsonl")]
-        # Role names and turns as chats have them: on code alone "assistant" would take half a dozen tokens.
+        # Add role names and turns as in chats: trained on code alone, "assistant" would take half a dozen tokens.
         for row in read_rows(instructions.path() / "messages.jsonl") if instructions is not None else ():
             texts += [f"{message['role']}\n\n{message['content']}" for message in row["messages"]]
         tokenizer = train_bpe(texts, section.vocab_size)
@@ -106,8 +106,8 @@ def train_tokenizer(
 
 @dataclass(frozen=True)
 class Limits:
-    """Tokens: `example` is SFT's longest example, `prompt` the longest prompt that leaves room for its answer, the
-    smaller of what the engine and SFT on the answers take."""
+    """Limits in tokens: `example` of an SFT example; `prompt` of a prompt that leaves room for its answer, in the
+    engine and in SFT on the answers."""
 
     example: int
     prompt: int
@@ -117,8 +117,8 @@ class Limits:
 def fit_texts(
     base: Artifact, instructions: Artifact, prompts: Artifact, held_out: Artifact, limits: Limits
 ) -> Artifact:
-    """`base` (a tokenizer, or the model to start from) once every example and prompt is known to fit; training starts
-    from this result, so that a text which is too long ends the run before it."""
+    """`base` (a tokenizer, or the model to start from) after a check that every example and prompt fits. Training
+    starts from this result, so that a text that is too long ends the run before it."""
     from data.tasks import prompt_messages
     from engines.chat import ChatTokenizer
 
@@ -160,7 +160,7 @@ def tokenize(corpus: Artifact, tokenizer: Artifact, file: str = "text.jsonl") ->
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """A JSONL file that a step of ours wrote."""
+    """The rows of a JSONL file that one of our steps wrote."""
     with file.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 

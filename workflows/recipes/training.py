@@ -1,4 +1,4 @@
-"""The stages that change weights. Each result names the model's artifact; its digest is the model's weight version."""
+"""The stages that train. Each result names the model's artifact, whose digest is the weight version."""
 
 import shutil
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ SHOWN = ("loss", "held_out_loss", "reward", "accuracy", "kl")
 
 @dataclass(frozen=True)
 class Trained:
-    """A model folder (HF layout), its training curve beside it, and what the stage says of itself."""
+    """A model folder (HF layout) with its training curve, and the stage's summary."""
 
     stage: str
     model: Artifact
@@ -54,8 +54,8 @@ def pretrain(
     base: Artifact | None = None, held_out: Artifact | None = None, stage: str = "pretrain",
     changes: dict[str, Any] | None = None,
 ) -> Trained:  # fmt: skip
-    """Next-token training on an elastic group of ranks: a fault costs at most one step. From scratch, or from the model
-    folder `base`, whose config then holds but for `changes`."""
+    """Next-token training on an elastic group of ranks, where a fault costs at most one step. From scratch, or from the
+    model folder `base`, with its config except for `changes`."""
     from actors.pretrain.job import PretrainJob
     from actors.pretrain.lead import in_words
     from actors.pretrain.lead import pretrain as run_pretrain
@@ -91,20 +91,20 @@ def pretrain(
 
 
 def require_rows(stage: str, length: int, tokens: int, held_out: int | None) -> None:
-    """Refuse so few tokens of text, and of held-out text, where a row takes `length` and the next. Raises DataError."""
+    """Check that text and held-out text fill a row of `length` tokens and its next token. Raises DataError."""
     for count, what, remedy in (
         (tokens, "its text", "give more (corpus.files, corpus.stdlib_bytes)"),
         (held_out, "the held-out text", "raise corpus.held_out_share, or set it to 0"),
     ):
         if count is not None and count <= length:
             raise DataError(
-                f"{stage}: {what} has {count} tokens, a row takes sequence_length = {length} and one more: lower that, "
+                f"{stage}: {what} has {count} tokens, a row needs sequence_length = {length} and one more: lower that, "
                 f"or {remedy}"
             )
 
 
 def seen_by_all(artifact: Artifact) -> Path | Artifact:
-    """What processes of other nodes need to read an artifact: where it lies in a folder store, else itself."""
+    """What processes on other nodes need to read an artifact: its path in a folder store, else the artifact itself."""
     folder = artifact.path()
     return artifact if context().store.local_path(artifact.location) is None else folder
 
@@ -201,7 +201,7 @@ def optimise_policy(
 
 @step(num_cpus=0.5, memory="1GiB", timeout=3600)
 def import_model(folder: str, files: dict[str, str]) -> Artifact:
-    """The HF folder that a recipe starts from instead of pretraining, checked and kept; `files` says what it holds."""
+    """The HF folder that a recipe starts from instead of pretraining, checked and stored; `files` are its digests."""
     from workflows.recipes.checks import check_start_model
 
     source = Path(folder).expanduser()

@@ -1,1 +1,1 @@
-"""What a run came to: report.json and one self-contained HTML page."""
+"""A run's report: report.json and one self-contained HTML page."""

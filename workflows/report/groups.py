@@ -1,4 +1,4 @@
-"""The report's part on elastic training: where the time of a run's ranks went, and when it stood still."""
+"""The report's part on elastic training: where the time of a run's ranks went, and its pauses."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ Group = dict[str, Any]
 
 
 def gather_groups(store: Store, run_id: str) -> list[Group]:
-    """Goodput and pauses of the run's elastic groups; a damaged record costs them, not the report."""
+    """Goodput and pauses of the run's elastic groups. If a record is damaged, the report omits it."""
     try:
         return [report.to_json() for report in goodput_records.read_run(store, run_id)]
     except DataError:
@@ -20,13 +20,13 @@ def gather_groups(store: Store, run_id: str) -> list[Group]:
 
 
 def summary(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """What report.json says of them."""
+    """The groups as report.json has them."""
     kept = ("group", "goodput", "goodput_without_spares", "capacity", "spares", "wall_s", "shares", "pauses")
     return [{name: group[name] for name in kept if name in group} for group in groups]
 
 
 def interruptions(groups: Sequence[Group]) -> list[list[str]]:
-    """Every time that training stood still after its start, as rows of text, a header first; empty: it never did."""
+    """Every pause of training after its start, as rows of text, a header first; empty if there was none."""
     rows = [
         [
             group["group"],
@@ -47,7 +47,7 @@ def interruptions(groups: Sequence[Group]) -> list[list[str]]:
 
 def time_spent(groups: Sequence[Group]) -> list[list[str]]:
     """The ledgers as rows of text, a header first: a row per bucket in which any group spent time, a column per group;
-    empty without groups. Shares are of the capacity asked for, so that a column adds up to 1."""
+    empty without groups. Shares are of the requested capacity, so that a column adds up to 1."""
     if not groups:
         return []
     header = ["", *(f"{group['group']}: {group['capacity']:g} ranks x {group['wall_s']:.1f} s" for group in groups)]

@@ -1,9 +1,10 @@
-"""The report's page: the service's own page in one file, with what the service would answer of one run inside it.
+"""The report's page: the service's own page in one file, which contains the service's answers about one run.
 
     RunRecord -> saved(record) -> answers -> render(answers) -> HTML
 
-Nothing is fetched when it is opened, from a disk too: scripts, styles and answers are in the file, and its policy lets
-nothing else in. Texts pass through `infra.telemetry.redact`, here and in `workflows.views.run_views`.
+The page fetches nothing, also when it is opened from a disk: scripts, styles and answers are in the file, and its
+security policy allows nothing else. Texts pass through `infra.telemetry.redact`, here and in
+`workflows.views.run_views`.
 """
 
 import hashlib
@@ -27,9 +28,9 @@ from workflows.views.shortened import shown
 Json = dict[str, Any]
 PAGE = Path(run_views.__file__).parent / "page"
 MOST_DETAILS = 200
-"""So many steps are told of in full, failed ones first; the others are in the graph, the table and the timeline."""
+"""Most steps with full details, failed ones first; the others are in the graph, the table and the timeline."""
 MOST_LETTERS = 16 << 20
-"""Of all steps in full, logs included."""
+"""Most characters of all full details, with logs."""
 READERS = 8
 """Threads that read the store, which may be far away."""
 LOG_BYTES = 32 << 10
@@ -39,7 +40,7 @@ EXPORT = re.compile(r"^export (?=(?:async )?(?:function\*?|class|const) (\w+))",
 
 
 def saved(record: RunRecord) -> Json:
-    """Everything that the page asks for: {"written", "run", "steps", "step", "log", "metrics", "results"}."""
+    """All answers that the page needs: {"written", "run", "steps", "step", "log", "metrics", "results"}."""
     answers = _by_hand(record) if record.store is None else _stored(record.store, record.run_id)
     return {"written": time.time(), **answers, "results": results(record)}
 
@@ -74,7 +75,7 @@ def _hash(content: str) -> str:
 
 
 def _script() -> str:
-    """The page's modules as one script: each a function, called after those that it imports from."""
+    """The page's modules as one script: each is a function that is called after the modules that it imports."""
     modules: dict[str, str] = {}
 
     def add(name: str) -> None:
@@ -111,7 +112,9 @@ def _stored(store: Store, run_id: str) -> Json:
 
 
 def _in_full(cache: run_views.RunCache, store: Store, run_id: str, call: str) -> tuple[Json, list[Json]]:
-    """One step, and the logs of its attempts, the last one first. A reused one has the log of the run that made it."""
+    """One step, and the logs of its attempts, the last one first. A reused step has the log of the run that executed
+    it.
+    """
     detail = run_views.step(cache, store, run_id, call)
     attempts = [attempt["id"] for attempt in reversed(detail["tries"])] or [""]
     return detail, [_log(cache, store, run_id, call, attempt) for attempt in attempts]
@@ -124,7 +127,7 @@ def _log(cache: run_views.RunCache, store: Store, run_id: str, call: str, attemp
 
 
 def _by_hand(record: RunRecord) -> Json:
-    """The same answers of a record that no store holds."""
+    """The same answers for a record that is not in a store."""
     rows = [_row(step) for step in record.steps]
     details = {
         row["id"]: {
@@ -155,7 +158,7 @@ def _row(step: StepRecord) -> Json:
 
 
 def _curves(record: RunRecord) -> Json:
-    """The record's metrics as the service has them: a curve per stage and name, x the optimizer step."""
+    """The record's metrics in the service's form: a curve per stage and name over the optimizer step."""
     lines: dict[tuple[str, str], tuple[list[float], list[float | None]]] = defaultdict(lambda: ([], []))
     for place, row in enumerate(record.metrics):
         for name, value in row.items():

@@ -1,13 +1,13 @@
-"""What a finished (or failed, or running) run says about itself: report.json and one self-contained HTML page.
+"""The record behind a run's report: report.json and one self-contained HTML page.
 
     RunRecord (read from the store, or written by hand in a test)
       -> summary.summarise(record) -> the dictionary behind report.json
       -> page.saved(record), page.render(answers) -> HTML: the service's page with this run in it
 
-The inputs are conventions, so a step needs to know nothing of this module: an artifact whose folder holds
-`metrics.jsonl` of rows with a `step` gives curves; a result that has a text `stage` and the numbers `n` and `accuracy`
-is an evaluation; a result that has `grpc`, `openai` and `weight_version` says what is served. They are found wherever
-in a step's result they are. What only resembles them (a user's own file or result) is left out, part by part.
+The inputs are conventions, so that a step need not know this module. An artifact with a `metrics.jsonl` of rows with a
+`step` gives curves; a result with a text `stage` and the numbers `n` and `accuracy` is an evaluation; a result with
+`grpc`, `openai` and `weight_version` describes an endpoint. They are found anywhere in a step's result. Parts that only
+resemble them (a user's own file or result) are left out.
 """
 
 import json
@@ -45,7 +45,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run: its calls in the order they began, and the rows of all `metrics.jsonl` among its artifacts."""
+    """One run: its calls in the order of their starts, and the rows of all `metrics.jsonl` in its artifacts."""
 
     run_id: str
     workflow: str
@@ -56,10 +56,10 @@ class RunRecord:
     groups: list[dict[str, Any]] = field(default_factory=list)
     """Elastic groups with their goodput and pauses (cluster.goodput.accounts.GroupReport)."""
     store: Store | None = None
-    """Where the page finds arguments, logs and edges; None: it shows what stands here."""
+    """The source of arguments, logs and edges for the page; None: the page shows this record's."""
 
     def measured_wall_s(self) -> float:
-        """`wall_s` where it is known, else from the first start to the last end."""
+        """`wall_s` if it is known, else the time from the first start to the last end."""
         if self.wall_s is not None:
             return self.wall_s
         starts = [step.started for step in self.steps if step.started is not None]
@@ -68,7 +68,7 @@ class RunRecord:
 
 
 def read_run(store: Store, view: RunView, with_metrics: bool = True) -> RunRecord:
-    """A run as it lies in the store; if wanted, with the metrics in its artifacts."""
+    """The record of a stored run, optionally with the metrics in its artifacts."""
     steps = [
         StepRecord(
             name=step.call_id,
@@ -90,7 +90,7 @@ def read_run(store: Store, view: RunView, with_metrics: bool = True) -> RunRecor
 
 
 def plain(tree: Any) -> Any:
-    """An encoded result (workflows.graph.values) as dictionaries, lists and Artifacts; loads nobody's classes."""
+    """An encoded result (workflows.graph.values) as dictionaries, lists and Artifacts; loads no user's classes."""
     if isinstance(tree, list):
         return [plain(item) for item in tree]
     if not isinstance(tree, dict):
@@ -134,10 +134,10 @@ def artifacts(value: Any) -> Iterator[Artifact]:
 
 
 def gather_metrics(store: Store, steps: list[StepRecord]) -> list[dict[str, Any]]:
-    """The rows of every `metrics.jsonl` in the steps' artifacts, each artifact read once and nothing else fetched.
+    """The rows of every `metrics.jsonl` in the steps' artifacts. Each artifact is read once; no other file is fetched.
 
     A row without `stage` belongs to the step that wrote it. An artifact that two steps return counts for the first. A
-    file without any row is somebody else's; lines that are none in a file that has some are left out with a warning.
+    file without rows is ignored, because it is not ours; other lines in a file with rows are skipped with a warning.
     """
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -150,13 +150,13 @@ def gather_metrics(store: Store, steps: list[StepRecord]) -> list[dict[str, Any]
             raw = store.get(key)
             found, others = metric_rows(raw or b"")
             if found and others:
-                log.warning("%s: lines left out that are no metrics (an object with a `step`): %d", key, others)
+                log.warning("%s: skipped %d lines that are not metrics (objects with a `step`)", key, others)
             rows += [{"stage": step.name, **row} for row in found]
     return rows
 
 
 def evaluations(record: RunRecord) -> list[dict[str, Any]]:
-    """The evaluation results, one per stage, in the order in which they were made (the last of a stage wins)."""
+    """The evaluation results, one per stage, in order (the last one of a stage counts)."""
     found: dict[str, dict[str, Any]] = {}
     for step in record.steps:
         for item in dictionaries(step.result):
@@ -167,7 +167,7 @@ def evaluations(record: RunRecord) -> list[dict[str, Any]]:
 
 
 def _evaluation(item: dict[str, Any]) -> dict[str, Any]:
-    """Without the parts that are not what ours are: a user's result may have some of the names by chance."""
+    """The result without parts of other types than ours: a user's result may have the same names by chance."""
     parts: dict[str, Any] = {name: _numbers(item[name]) for name in ("pass_at_n", "safety", "reward") if name in item}
     by_type = item.get("per_task_type")
     if isinstance(by_type, dict):
@@ -198,7 +198,7 @@ def _of(value: Any, name: str) -> Any:
 
 
 def plain_json(value: Any) -> Any:
-    """A plain result as JSON has it: an artifact by its digest."""
+    """A plain result as JSON, with artifacts as their digests."""
     return json.loads(json.dumps(value, default=_json))
 
 

@@ -1,4 +1,4 @@
-"""What a run came to, as tables: evaluations, answers side by side, and where the time of its ranks went."""
+"""A run's results as tables: evaluations, answers side by side, and where the time of its ranks went."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from workflows.report.summary import summarise, table
 Json = dict[str, Any]
 ERROR_LETTERS = 10_000
 LEDGER_NOTE = (
-    "Every second of every rank stands in one row, as a share of the capacity asked for; compute is useful work only."
+    "Every second of every rank is in one row, as a share of the requested capacity; compute is useful work only."
 )
 
 
 def results(record: RunRecord) -> Json:
-    """What a run came to: {"endpoints", "errors": [{id, message}], "sections": [{title, note, rows}]}. Rows begin with
-    a header; a cell is a text, or an answer {text, correct}."""
+    """A run's results: {"endpoints", "errors": [{id, message}], "sections": [{title, note, rows}]}. The first row is a
+    header; a cell is a text, or an answer {text, correct}."""
     summary = summarise(record)
     sections = [
         _section("Evaluation", table(summary), "An asterisk marks a difference beyond two standard errors."),

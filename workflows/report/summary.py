@@ -13,7 +13,7 @@ def summarise(record: RunRecord) -> dict[str, Any]:
     served: dict[str, Any] = {"grpc": False, "openai": False}
     for step in record.steps:
         found = [item for item in dictionaries(step.result) if {"grpc", "openai", "weight_version"} <= item.keys()]
-        if found:  # the outermost: the single answers inside it have the same keys
+        if found:  # the outermost one, because the single answers inside it have the same keys
             served = {k: value for k, value in found[0].items() if not isinstance(value, (Artifact, dict, list))}
             served |= {"grpc": found[0]["grpc"] is True, "openai": found[0]["openai"] is True}
     keep = ("n", "accuracy", "accuracy_ci", "per_task_type", "pass_at_n", "safety", "reward", "weight_version")
@@ -65,7 +65,7 @@ def table(summary: dict[str, Any]) -> list[list[str]]:
 
 
 def table_lines(summary: dict[str, Any]) -> list[str]:
-    """The table for a terminal: turned around (a column per stage), because task types are many and stages few."""
+    """The table for a terminal: a column per stage, because there are many task types and few stages."""
     if not summary["eval"]:
         return []
     columns = table(summary)

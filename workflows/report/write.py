@@ -15,5 +15,5 @@ def write(record: RunRecord, folder: Path) -> Path:
     write_text(folder / "report.json", json.dumps(plain_json(summarise(record)), indent=2) + "\n")
     page = folder / "report.html"
     text = render(saved(record))
-    write_text(page, text.encode(errors="backslashreplace").decode())  # an error's text may hold half a surrogate
+    write_text(page, text.encode(errors="backslashreplace").decode())  # an error's text may have half a surrogate pair
     return page

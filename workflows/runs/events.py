@@ -1,4 +1,4 @@
-"""What happens in a run, for whoever watches it: the terminal display, logs, tests."""
+"""The events of a run, for its observers: the terminal display, logs, tests."""
 
 import time
 from dataclasses import dataclass, field

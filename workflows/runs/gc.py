@@ -219,7 +219,7 @@ def _of_run(store: Store, found: StoreContents, run: StoredRun, gone: bool) -> I
                 unit = ("of removed runs", location if found.is_referenced(attempt) else attempt)
             elif not gone and parts[1] not in won and not found.is_referenced(attempt):
                 if not finished and len(parts) == 3:
-                    continue  # the log of a failure that somebody may still want to read
+                    continue  # keep the log of a failure
                 unit = ("attempts that lost", attempt if finished else location)
             else:
                 continue
@@ -282,7 +282,8 @@ def _take_down(store: Store, run_id: str) -> bool:
 
 
 def _fence(store: Store, run_id: str) -> None:
-    """Take the run's lease, so that whoever held it can commit nothing more. UserError where its driver is alive."""
+    """Take the run's lease, so that its last driver can commit nothing more. Raises UserError if that driver is
+    alive."""
     Journal.acquire(store, run_id, FENCE_TTL_S, of_removed=True)
 
 

@@ -113,7 +113,7 @@ def references_of(run: StoredRun) -> Iterator[tuple[Json, Reference]]:
 
 
 def packages_of(run: StoredRun) -> set[str]:
-    """The sha256 of the code package that a service needs to go on with a run, where one was asked to run it."""
+    """The sha256 of the code package that a service needs to resume a run, if it was submitted to one."""
     return set() if run.submission is None else {run.submission["package"]}
 
 

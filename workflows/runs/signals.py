@@ -75,7 +75,7 @@ def answer(record: records.Wait, signal: Json) -> Any:
     """The result that an answer means.
 
     Raises:
-        Denied: somebody said no.
+        Denied: the approval was denied.
         StepTimeout: nobody answered in time.
     """
     call, value = record.call, signal["value"]

@@ -1,9 +1,9 @@
-"""Why a call ran, was reused, or would run again: a commit compared with the last comparable one, and with the code as
-it is now.
+"""Why a call ran, was reused, or would run again: compares a commit with the last comparable one and with the present
+code.
 
-The store alone says why a call ran: each commit has the digest of its inputs (and the inputs themselves as far as they
-are small), the parts of its code's fingerprint and its library versions. What would happen now also needs the code;
-where it cannot be imported, that part is unknown.
+The store says why a call ran: each commit has the digest of its inputs (and the inputs themselves if they are small),
+the parts of its code's fingerprint and its library versions. Whether it would run again also depends on the present
+code; if that cannot be imported, the answer is unknown.
 """
 
 import json
@@ -32,7 +32,8 @@ Loader = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a commit differs from an earlier one, or the code now from a commit's. Empty lists: equal."""
+    """Differences between a commit and an earlier one, or between the present code and a commit's. Empty lists:
+    equal."""
 
     inputs: list[str] = field(default_factory=list)
     code: list[str] = field(default_factory=list)
@@ -85,7 +86,7 @@ class Reasons:
         self._again: dict[str, tuple[bool | None, list[str]]] = {}
 
     def of(self, view: StepView) -> Why:
-        """Why this call of the run is what it is."""
+        """Why this call of the run ran or was reused."""
         commit = self._state.commits.get(view.call_id)
         if commit is None:
             became = "failed" if view.status == "failed" else f"is {view.status}"
@@ -157,7 +158,7 @@ class Reasons:
         return None if best is None else best[1:]
 
     def _journals(self) -> Iterator[tuple[str, JournalState]]:
-        """This run, then every other one; one that cannot be read is left out."""
+        """This run, then all other runs that can be read."""
         yield self._run_id, self._state
         for run_id in self._store.folders("runs"):
             if run_id == self._run_id:
@@ -184,7 +185,7 @@ class Reasons:
     def _changed_inputs(self, before: Commit, now: Commit) -> list[str]:
         old, new = before.arguments, now.arguments
         if old is None or new is None:
-            return ["its inputs changed (they are too large to be kept)"]
+            return ["its inputs changed (they are too large to be stored)"]
         step = self._step(now)
         if isinstance(step, Step):
             old, new = named_arguments(step.fn, old), named_arguments(step.fn, new)
@@ -193,7 +194,7 @@ class Reasons:
         return [f"input {line}{_made_by(line, makers)}" for line in lines] or ["its inputs changed"]
 
     def _makers(self, commit: Commit) -> dict[str, str]:
-        """Digest (short, as shown) -> the call whose result brought it."""
+        """Digest (short, as shown) -> the call whose result holds it."""
         found: dict[str, str] = {}
         for need in commit.needs:
             upstream = self._state.commits.get(need)
@@ -231,7 +232,7 @@ class Reasons:
             return True, reasons
         if upstream:
             return None, [f"because {_listed(upstream)} would run again: only if its result differs"]
-        return False, ["inputs, code and libraries are as they were, and its result is in the store"]
+        return False, ["inputs, code and libraries are unchanged, and its result is in the store"]
 
     def _changed_since(self, commit: Commit, now: Fingerprint) -> list[str]:
         reasons = []
@@ -243,7 +244,7 @@ class Reasons:
         return [f"{reason} since it was committed" for reason in reasons]
 
     def _lost(self, key: str) -> list[str]:
-        """Why an equal call's result can no longer be taken; empty where it can."""
+        """Why an equal call's result can no longer be reused; empty if it can."""
         raw = self._store.get(index_key(key))
         try:
             result = json.loads(raw or b"")["result"]
@@ -259,21 +260,21 @@ class Reasons:
         return []
 
     def _fingerprint(self, commit: Commit) -> Fingerprint | None:
-        """Of the step as it is now; None where it cannot be imported."""
+        """The present fingerprint of the step; None if it cannot be imported."""
         step = self._step(commit)
         return self._fingerprinter.of(step.fn, step.default.libraries) if isinstance(step, Step) else None
 
     def _step(self, commit: Commit) -> Any:
-        """The step as it is now, or what stood in the way of importing it."""
+        """The present step, or the error of its import."""
         try:
             found = self._load(commit.step)
         except Exception as error:  # importing runs the user's modules
             return str(error).partition("\n")[0]
-        return step_behind(found) or f"{commit.step} is no step any more"
+        return step_behind(found) or f"{commit.step} is no longer a step"
 
 
 def _changed_parts(before: dict[str, str] | None, now: dict[str, str] | None) -> list[str]:
-    """Functions, files and modules that differ, in words."""
+    """The functions, files and modules that differ, in words."""
     if before is None or now is None:
         return ["its code changed (the parts of the earlier code are not in the store)"]
     changed = [f"{_part(name)} changed" for name in sorted(before.keys() & now.keys()) if before[name] != now[name]]

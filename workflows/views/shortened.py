@@ -1,7 +1,7 @@
 """Encoded values (workflows.graph.values) as a page shows them: plain JSON, short enough, and without secrets.
 
-An artifact stays recognisable: `{"$artifact": {"digest", "name"}}`. Everything else that JSON lacks becomes what a
-person would write: a dataclass its fields, a tuple a list, an enum its name, a NaN the text "nan".
+An artifact stays recognisable: `{"$artifact": {"digest", "name"}}`. Other types that JSON lacks are written plainly: a
+dataclass as its fields, a tuple as a list, an enum as its name, a NaN as the text "nan".
 """
 
 import json
@@ -13,17 +13,18 @@ from infra.telemetry import HIDDEN, redact
 from workflows.graph.values import artifact_records, brief, mapped
 
 MOST_LETTERS = 200_000
-"""A value that is longer as JSON is shown by its beginning."""
+"""Longest value as JSON; of a longer one the beginning is shown."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def shown(tree: Any) -> Any:
-    """One value, cut where it is very long."""
+    """One value, shortened if it is very long."""
     return _plain(tree if len(json.dumps(tree)) <= MOST_LETTERS else brief(tree))
 
 
 def shown_parameters(arguments: Any, names: list[str]) -> list[dict[str, Any]]:
-    """A call's encoded {"args", "kwargs"} as [{"name", "value"}]; unnamed ones are called by position: `[2]`."""
+    """A call's encoded {"args", "kwargs"} as [{"name", "value"}]; arguments without a name get their position:
+    `[2]`."""
     if arguments is None:
         return []
     given = arguments.get("args", [])
@@ -33,7 +34,7 @@ def shown_parameters(arguments: Any, names: list[str]) -> list[dict[str, Any]]:
 
 
 def name_artifacts(value: Any, names: dict[str, str]) -> Any:
-    """A shown value whose artifacts have their names, where those are known (the journal keeps inputs by digest)."""
+    """A shown value with its artifacts' names, if they are known (the journal stores inputs by digest)."""
     if isinstance(value, dict) and "$artifact" in value:
         entry = value["$artifact"]
         return {"$artifact": {**entry, "name": entry.get("name") or names.get(entry["digest"], "")}}
@@ -48,7 +49,7 @@ def sources(value: Any) -> dict[str, str]:
 
 
 def holds_artifact(value: Any) -> bool:
-    """Whether an artifact is in a shown value."""
+    """Whether a shown value contains an artifact."""
     return bool(artifact_records(value))
 
 
@@ -84,5 +85,5 @@ def _known(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hidden(name: str, value: Any) -> Any:
-    """A text whose name says that it is secret."""
+    """Hide a text whose name says that it is secret."""
     return HIDDEN if isinstance(value, str) and value and redact(f"{name}: {value}") == f"{name}: {HIDDEN}" else value

@@ -63,7 +63,7 @@ class CapturedOutput:
             os.write(self._file, f"{text}\n".encode(errors="backslashreplace"))
 
     def show(self) -> None:
-        """Let the log be read while the body goes on."""
+        """Publish the log while the body still runs."""
         assert self._store is not None
         log = self._store.local_path(self._key)
         if log is not None and not self._shown:

@@ -320,7 +320,7 @@ def test_every_kind_of_parameter_has_its_place() -> None:
     assert arguments_of(open_flow, {}, "recipe", overrides) == ((1,), {"third": "3", "more": "1.10", "x": "2"})
     with pytest.raises(ConfigError, match=r"third is missing: give --recipe FILE or --set third=VALUE"):
         arguments_of(open_flow, {"first": 1}, "recipe")
-    with pytest.raises(ConfigError, match=r"workflow open_flow takes \*rest; .* make it a parameter of its own"):
+    with pytest.raises(ConfigError, match=r"workflow open_flow takes \*rest; .* use a named parameter"):
         arguments_of(open_flow, {"first": 1, "third": "a", "rest": [1]}, "recipe")
 
 

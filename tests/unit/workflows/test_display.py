@@ -62,8 +62,8 @@ def test_plain_retry_and_failure_keep_to_one_line() -> None:
     ("status", "shown"),
     [
         ("finished", "run finished after 1:05"),
-        ("failed", "run failed after 1:05; go on with: recua resume r1 --store '/a b'"),
-        ("cancelled", "run cancelled after 1:05; go on with: recua resume r1 --store '/a b'"),
+        ("failed", "run failed after 1:05; resume with: recua resume r1 --store '/a b'"),
+        ("cancelled", "run cancelled after 1:05; resume with: recua resume r1 --store '/a b'"),
     ],
 )
 def test_a_run_that_did_not_finish_says_how_to_go_on(status: str, shown: str) -> None:

@@ -223,7 +223,7 @@ def test_capacity_is_counted_per_node_and_together(repository: Path) -> None:
     check_capacity(wide, [{"CPU": 4.0}, {"CPU": 4.0}])
     with pytest.raises(ResourceError, match=r"pools.learners.workers = 3 .* 6 CPU, at most 3 on one node"):
         check_capacity(wide, [{"CPU": 3.0}, {"CPU": 3.0}])
-    with pytest.raises(ResourceError, match=r"live at the same time need 7 CPU \(pools.learners.workers x"):
+    with pytest.raises(ResourceError, match=r"run at the same time need 7 CPU \(pools.learners.workers x"):
         check_capacity(wide, [{"CPU": 6.0}])
     with pytest.raises(ResourceError, match="this cluster has 0 GPU"):
         check_capacity(tiny("pools.generators.num_gpus=1"), [{"CPU": 64.0}])

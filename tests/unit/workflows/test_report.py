@@ -236,7 +236,7 @@ def test_files_and_results_that_only_look_like_ours_cost_no_report(
     metrics = gather_metrics(store, steps)
     assert metrics == [{"stage": "s3", "step": 1, "loss": 2.0}, {"stage": "s3", "step": 2}]
     warned = [record.message for record in caplog.records]
-    assert len(warned) == 1 and warned[0].endswith("(an object with a `step`): 2")
+    assert len(warned) == 1 and warned[0].endswith("skipped 2 lines that are not metrics (objects with a `step`)")
     record = _record(steps=steps, metrics=metrics)
     assert summarise(record)["eval"] == {
         "test": {"n": 3, "accuracy": 0.5, "per_task_type": {"b": {"accuracy": 1}}, "pass_at_n": {}, "safety": {}}

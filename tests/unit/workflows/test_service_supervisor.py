@@ -207,7 +207,7 @@ def test_service_goes_on_with_a_run_whose_driver_was_told_to_end(service: Servic
     (service.trace / "go").touch()
     service.wait(lambda: not service.supervisor.active(), "the run did not end")
     assert service.status() == "finished"
-    assert "told to end (SIGTERM)" in (service.store.get("runs/r/driver/000001.log") or b"").decode()
+    assert "SIGTERM ends this driver" in (service.store.get("runs/r/driver/000001.log") or b"").decode()
 
 
 def test_service_leaves_a_driver_alone_that_somebody_started_in_a_terminal(service: Service) -> None:

@@ -120,7 +120,7 @@ def test_a_changed_data_file_is_named_and_what_the_step_writes_is_none(bench: Be
     bench.run("r1", [train()])
     (project / "whyflow/seen.log").write_text("x")
     assert bench.why("r1", "train").sentences()[1:] == [
-        "would run again in a new run: no: inputs, code and libraries are as they were, and its result is in the store",
+        "would run again in a new run: no: inputs, code and libraries are unchanged, and its result is in the store",
         "data files that its code names, which count: whyflow/words.txt",
         "files that its code writes, which do not count: whyflow/seen.log",
     ]

@@ -20,7 +20,7 @@ class Control(Protocol):
     async def put_package(self, sha256: str, content: AsyncIterator[bytes]) -> None: ...
 
     def submit(self, submission: Submission) -> dict[str, Any]:
-        """{"run_id", "status"} of the run that the submission started, goes on with, or has finished before."""
+        """{"run_id", "status"} of the run that the submission starts, resumes, or that has already finished."""
         ...
 
     def cancel(self, run_id: str) -> str:
