@@ -28,6 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two that spin for each other take forty times as long under load
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")  # how long a silent name server keeps a rank waiting
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts what it puts in the background like that
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,7 +1,6 @@
 """Ranks of elastic training in real processes, led by a test as a controller would lead them."""
 
 import contextlib
-import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -31,6 +30,7 @@ from engines.elastic.torch_learner import TorchLearner, build
 from engines.snapshots import Peer
 from infra.errors import NodeLost
 from models.llama import LlamaConfig
+from tests.helpers.forks import FORKS
 
 ROWS, TOKENS, STEPS = 13, 16, 8
 """Rows of a global batch (no number of ranks divides them), tokens of a row, steps of a run."""
@@ -151,11 +151,10 @@ class Group:
     def __init__(self, count: int, recipe: Recipe, run: str, shared: Path | Sequence[Path]) -> None:
         self.store, address = host_store()
         memories = [shared] * count if isinstance(shared, Path) else shared
-        context = multiprocessing.get_context("fork")
         self.pipes, self.processes = [], []
         for memory in memories:
-            pipe, theirs = context.Pipe()
-            process = context.Process(target=worker, args=(theirs, recipe, run, memory, address))
+            pipe, theirs = FORKS.Pipe()
+            process = FORKS.Process(target=worker, args=(theirs, recipe, run, memory, address))
             process.start()
             theirs.close()
             self.pipes.append(pipe)
@@ -247,22 +246,6 @@ def quiet_run(recipe: Recipe, count: int, shared: Path) -> Finished:
     with running(count, recipe, "quiet", shared) as group:
         group.send(members, generation=0, fresh=True)
         return finish(group, members)
-
-
-def import_for_all() -> None:
-    """What ranks that shard import when they need it. Those that are forked from here have it from the start."""
-    for module in ("torch._dynamo", "torch.distributed.checkpoint", "models.sharding", "engines.elastic.pipeline"):
-        importlib.import_module(module)
-
-
-@contextlib.contextmanager
-def quick_start() -> Iterator[None]:
-    """Threads that wait for each other in tiny operations cost minutes where the machine is full."""
-    import_for_all()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

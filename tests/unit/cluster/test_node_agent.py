@@ -1,6 +1,5 @@
 """Agents whose controller is gone, and what groups leave in a machine's memory; with real processes."""
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -22,9 +21,9 @@ from infra.errors import StoreError
 from infra.processes import process_start
 from infra.storage import open_store
 from infra.storage.files import write_text
+from tests.helpers.forks import FORKS
 
 DEADLINE = 60.0
-fork = multiprocessing.get_context("fork")
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
@@ -46,7 +45,7 @@ def start() -> Iterator[Callable[..., Any]]:
     processes = []
 
     def begin(body: Callable[..., None], *arguments: Any) -> Any:
-        processes.append(fork.Process(target=body, args=arguments))
+        processes.append(FORKS.Process(target=body, args=arguments))
         processes[-1].start()
         return processes[-1]
 

@@ -1,7 +1,6 @@
 """Beacons and the node watch, with real processes that are killed, stopped, locked and hung."""
 
 import ctypes
-import multiprocessing
 import os
 import platform
 import shutil
@@ -19,6 +18,7 @@ from cluster.goodput.stopwatch import Stopwatch
 from cluster.node.beacons import BeaconReader, BeaconWriter
 from cluster.node.rank_watch import SHARD, Beat, RankWatch, Sight
 from engines.snapshots import ShardName
+from tests.helpers.forks import FORKS
 
 DEADLINE = 60.0
 SYS_EXIT = 93 if platform.machine() == "aarch64" else 60
@@ -66,10 +66,10 @@ def waits_for_what_never_comes(writer: BeaconWriter) -> None:
 
 @pytest.fixture
 def start(folder: Path) -> Iterator[Callable[..., Any]]:
-    context, processes = multiprocessing.get_context("fork"), []
+    processes = []
 
     def begin(name: str, body: Callable[[BeaconWriter], None]) -> Any:
-        processes.append(context.Process(target=rank, args=(folder, name, body)))
+        processes.append(FORKS.Process(target=rank, args=(folder, name, body)))
         processes[-1].start()
         return processes[-1]
 

@@ -24,21 +24,12 @@ from tests.helpers.elastic_ranks import (
     finish,
     loader,
     losses,
-    quick_start,
     quiet_curve,
     quiet_run,
     running,
     shared_memory,
     take_step,
 )
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A silent name server costs workers 1 s."""
-    monkeypatch.setenv("RES_OPTIONS", "timeout:1 attempts:1")
-    with quick_start():
-        yield
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from engines.collectives.process_groups import (
 from engines.collectives.ranks import Ranks
 from infra.addresses import listen
 from infra.errors import NodeLost, PeersUnreachable
+from tests.helpers.forks import FORKS, METHOD
 
 CYCLES = 100
 DEADLINE = 60.0
@@ -80,7 +81,7 @@ def cycles(rank: int, address: StoreAddress) -> None:
 
 def test_a_hundred_generations_in_one_process_leak_nothing() -> None:
     store, address = host_store()
-    mp.start_processes(cycles, (address,), nprocs=4, start_method="fork")
+    mp.start_processes(cycles, (address,), nprocs=4, start_method=METHOD)
     del store
 
 
@@ -126,8 +127,8 @@ def never_answered(rank: int, address: StoreAddress, found: Any) -> None:
 
 def test_abort_wakes_a_rank_that_waits_for_a_peer_to_come() -> None:
     store, address = host_store()
-    found = mp.get_context("fork").SimpleQueue()
-    mp.start_processes(never_answered, (address, found), nprocs=1, start_method="fork")
+    found = FORKS.SimpleQueue()
+    mp.start_processes(never_answered, (address, found), nprocs=1, start_method=METHOD)
     assert found.get() < DEADLINE, "it waited for the forming to time out instead"
     del store
 
@@ -155,9 +156,8 @@ def sends_to_a_silent_peer(rank: int, address: StoreAddress, ended: Any) -> None
 
 def test_abort_wakes_a_rank_in_the_middle_of_a_write() -> None:
     store, address = host_store()
-    context = mp.get_context("fork")
-    ended = context.Queue()
-    ranks = [context.Process(target=sends_to_a_silent_peer, args=(rank, address, ended)) for rank in range(2)]
+    ended = FORKS.Queue()
+    ranks = [FORKS.Process(target=sends_to_a_silent_peer, args=(rank, address, ended)) for rank in range(2)]
     for process in ranks:
         process.start()
     try:

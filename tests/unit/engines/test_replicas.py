@@ -20,7 +20,6 @@ from tests.helpers.elastic_ranks import (
     Place,
     finish,
     losses,
-    quick_start,
     quiet_curve,
     running,
     shared_memory,
@@ -47,9 +46,8 @@ class Node:
 
 
 @pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Node]]:
-    monkeypatch.setenv("RES_OPTIONS", "timeout:1 attempts:1")
-    with quick_start(), shared_memory() as shared:
+def nodes() -> Iterator[list[Node]]:
+    with shared_memory() as shared:
         found = []
         for number in range(4):
             memory = shared / f"node-{number}"

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import multiprocessing
 import os
 import random
 import shutil
@@ -40,6 +39,7 @@ from engines.snapshots.dcp import DcpReader
 from engines.snapshots.flush import upload
 from infra.errors import CheckpointError, ResourceError, StoreError
 from infra.storage import FolderStore, open_store
+from tests.helpers.forks import FORKS
 
 DEADLINE = 60.0
 ROWS = 12
@@ -219,7 +219,6 @@ def test_no_cut_and_no_flipped_bit_loads_wrongly(shared: Path) -> None:
 
 
 def snapshot_forever(folder: Path, started: Any) -> None:
-    torch.set_num_threads(1)  # the parent's threads are not in a fork
     snapshots = Snapshots(folder, "run", 0, 0, 1)
     step = 0
     while True:
@@ -232,11 +231,10 @@ def snapshot_forever(folder: Path, started: Any) -> None:
 
 
 def test_killed_at_any_moment_it_leaves_the_newest_two_whole(shared: Path) -> None:
-    context = multiprocessing.get_context("fork")
     generator = random.Random(1)
     for attempt in range(8):
-        folder, started = shared / str(attempt), context.Event()
-        process = context.Process(target=snapshot_forever, args=(folder, started))
+        folder, started = shared / str(attempt), FORKS.Event()
+        process = FORKS.Process(target=snapshot_forever, args=(folder, started))
         process.start()
         try:
             assert started.wait(DEADLINE)

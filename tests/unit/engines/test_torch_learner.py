@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from elastic_group import import_for_all
 
 from actors.pretrain.batches import BatchLoader, next_token_loss
 from actors.pretrain.config import PretrainSettings
@@ -29,6 +28,7 @@ from infra.errors import CheckpointError
 from models.hf_format import to_hf_name
 from models.llama import Llama, LlamaConfig
 from models.weights import load_llama
+from tests.helpers.forks import METHOD
 
 ROWS, TOKENS, STEPS = 8, 16, 4
 SETTINGS = LearnerSettings(learning_rate=1e-2, warmup_steps=2, total_steps=8, max_grad_norm=0.5, eps=1e-4)
@@ -106,8 +106,7 @@ def in_rank(rank: int, task: Callable, layout: Layout, folder: Path) -> None:
 def on_ranks(task: Callable, layout: Layout, folder: Path) -> Any:
     folder.mkdir(exist_ok=True)
     (folder / "store").unlink(missing_ok=True)
-    import_for_all()
-    mp.start_processes(in_rank, (task, layout, folder), nprocs=layout.world_size, start_method="fork")
+    mp.start_processes(in_rank, (task, layout, folder), nprocs=layout.world_size, start_method=METHOD)
     return torch.load(folder / "result.pt")
 
 

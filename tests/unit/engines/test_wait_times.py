@@ -1,6 +1,5 @@
 """What real ranks count as waiting, and for what: one is slow, or dies, and the other's waits must show it."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -18,7 +17,8 @@ from engines.collectives.process_groups import ProcessGroups, Rendezvous, StoreA
 from engines.collectives.ranks import Ranks
 from engines.elastic.torch_learner import TorchLearner, build
 from infra.errors import NodeLost
-from tests.helpers.elastic_ranks import MODEL, SETTINGS, micro_batch, quick_start
+from tests.helpers.elastic_ranks import MODEL, SETTINGS, micro_batch
+from tests.helpers.forks import FORKS
 
 SLOW_S = 1.0
 NOTICED_S = 0.3
@@ -87,26 +87,23 @@ def all_cases(rank: int, address: StoreAddress, pipe: Any) -> None:
 
 
 @pytest.fixture
-def two(monkeypatch: pytest.MonkeyPatch) -> Any:
+def two() -> Any:
     """Starts two ranks; returns their ends of pipes."""
-    monkeypatch.setenv("RES_OPTIONS", "timeout:1 attempts:1")
     store, address = host_store()
-    context = multiprocessing.get_context("fork")
     started = []
 
     def start(target: Callable[..., None]) -> list[Any]:
         ours = []
         for rank in range(2):
-            end, theirs = context.Pipe()
-            process = context.Process(target=target, args=(rank, address, theirs))
+            end, theirs = FORKS.Pipe()
+            process = FORKS.Process(target=target, args=(rank, address, theirs))
             process.start()
             theirs.close()
             started.append(process)
             ours.append(end)
         return ours
 
-    with quick_start():
-        yield start
+    yield start
     for process in started:
         process.kill()
         process.join()

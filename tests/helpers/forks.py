@@ -1,0 +1,21 @@
+"""Processes that begin at once: forked from one process that has imported what most of them need.
+
+Never from a test's own process: a fork survives neither the threads that Ray and gRPC leave behind in it nor torch's.
+"""
+
+import multiprocessing
+
+METHOD = "forkserver"
+FORKS = multiprocessing.get_context(METHOD)
+FORKS.set_forkserver_preload(
+    [
+        "pytest",
+        "ray",
+        "torch._dynamo",
+        "models.sharding",
+        "torch.distributed.checkpoint",
+        "engines.elastic.learner",
+        "engines.elastic.pipeline",
+        "engines.snapshots.dcp",
+    ]
+)
