@@ -10,11 +10,10 @@ FORKS = multiprocessing.get_context(METHOD)
 FORKS.set_forkserver_preload(
     [
         "pytest",
-        "ray",
         "torch._dynamo",
         "models.sharding",
         "torch.distributed.checkpoint",
-        "engines.elastic.learner",
+        "tests.helpers.elastic_ranks",
         "engines.elastic.pipeline",
         "engines.snapshots.dcp",
     ]
