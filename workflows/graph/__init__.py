@@ -1,4 +1,4 @@
-"""What an author of a workflow writes with: steps, workflows, artifacts, gangs, maps, waits.
+"""The API for authors of workflows: steps, workflows, artifacts, gangs, maps, waits.
 
 from workflows.graph import Artifact, context, step, workflow
 """

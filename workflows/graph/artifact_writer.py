@@ -1,8 +1,8 @@
 """Writing artifacts: a step's body fills a folder, and seals it.
 
 A body writes into `runs/<run>/attempts/<uuid>/<name>/data/`. Sealing hashes every file and writes `manifest.json`
-beside `data/` last. Attempts never share a folder, and only the commit record of a call says which attempt won: a
-half-written upload is never read by anybody.
+beside `data/` last. Attempts never share a folder, and only a call's commit record names the winning attempt, so that
+no process reads a half-written upload.
 """
 
 import os
@@ -27,7 +27,7 @@ from workflows.graph.values import encode
 
 
 class ArtifactWriter:
-    """An artifact while it is being written: put files under `path`, then `seal()`."""
+    """An artifact that is being written: put files under `path`, then call `seal()`."""
 
     def __init__(
         self, store: Store, source: ArtifactSource, location: str, scratch: Path, on_file: Callable[[], None]
@@ -41,19 +41,19 @@ class ArtifactWriter:
         self.path.mkdir(parents=True)
 
     def seal(self, **meta: Any) -> Artifact:
-        """Hash, upload (on a folder store nothing is copied), and name the content. `meta`: values that a step could
-        return; they are part of what the artifact is, so keep times, hosts and paths out of them where equal content is
-        to be equal.
+        """Hash and upload the content (a folder store copies nothing), and return the artifact. `meta`: values that a
+        step could return. They are part of the artifact's identity: leave times, hosts and paths out if equal content
+        must give equal artifacts.
 
         Raises:
-            UserError: sealed before, metadata that cannot be kept, or something in the folder that cannot be (a link
-                that leads nowhere or in a circle, a socket, a name that is too long for the store). Nothing was
-                uploaded then.
+            UserError: the artifact is already sealed, the metadata cannot be stored, or the folder has an entry that
+                cannot be (a link to nothing or in a circle, a socket, a name too long for the store). Nothing was
+                uploaded.
             StoreError: the upload failed.
         """
         name = self._location.rsplit("/", 1)[-1]
         if self._sealed:
-            raise UserError(f"artifact {name} is sealed already")
+            raise UserError(f"artifact {name} is already sealed")
         kept = encode(meta, f"artifact {name}: seal")
         contents = _contents(self.path, f"artifact {name}")
         for path, _ in contents:
@@ -82,10 +82,10 @@ class ArtifactWriter:
 
 
 def _contents(folder: Path, what: str) -> list[tuple[str, Path | None]]:
-    """Everything in a folder, links followed: (relative path, the file itself), and None for empty folders.
+    """All entries of a folder, following links: (relative path, the file itself), and None for empty folders.
 
     Raises:
-        UserError: a link that leads nowhere or to a folder that it lies in, or what is neither file nor folder.
+        UserError: a link to nothing or to a folder around it, or an entry that is neither a file nor a folder.
     """
     found: list[tuple[str, Path | None]] = []
 
@@ -97,13 +97,13 @@ def _contents(folder: Path, what: str) -> list[tuple[str, Path | None]]:
             try:
                 real = path.resolve(strict=True) if path.is_symlink() else above[-1] / name
             except (OSError, RuntimeError):
-                raise UserError(f"{shown} is a link that leads nowhere: remove it before seal()") from None
+                raise UserError(f"{shown} is a link to nothing: remove it before seal()") from None
             if real.is_file():
                 found.append((path.relative_to(folder).as_posix(), real))
             elif not real.is_dir():
                 raise UserError(f"{shown} is neither a file nor a folder: remove it before seal()")
             elif real in above:
-                raise UserError(f"{shown} is a link to a folder that it lies in: remove it before seal()")
+                raise UserError(f"{shown} is a link to a folder around it: remove it before seal()")
             else:
                 walk(path, (*above, real))
         if not names and inside != folder:
@@ -114,7 +114,7 @@ def _contents(folder: Path, what: str) -> list[tuple[str, Path | None]]:
 
 
 def _materialise_links(folder: Path, contents: list[tuple[str, Path | None]]) -> None:
-    """Replace symbolic links by what they lead to: an artifact stands alone."""
+    """Replace symbolic links by their targets, so that the artifact is complete."""
     for inside, folders, files in os.walk(folder):
         for link in (Path(inside, name) for name in (*folders, *files)):
             if link.is_symlink():

@@ -1,10 +1,10 @@
-"""Artifacts: folders of files that a step produced, kept by reference and never changed again.
+"""Artifacts: folders of files that a step produced, passed by reference and immutable.
 
-`manifest.json` beside an artifact's `data/` lists its files; the digest is the sha256 of the canonical list, so equal
-content has an equal digest wherever it was made. How one is written: workflows.graph.artifact_writer.
+`manifest.json` beside an artifact's `data/` lists its files. The digest is the sha256 of the canonical list, so that
+equal content always has an equal digest. workflows.graph.artifact_writer writes artifacts.
 
-What comes back is the same from a folder and from S3: files under the names that they had, whether they are
-executable, and empty folders. A link comes back as what it led to.
+A folder and S3 give back the same: files with their names and execute bits, and empty folders. A link comes back as its
+target.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ THREADS = 8
 
 
 def default_cache() -> str:
-    """Where artifacts of a remote store are kept after their download."""
+    """The local folder for downloaded artifacts of a remote store."""
     return str(Path.home() / ".recua" / "cache")
 
 
 @dataclass(frozen=True)
 class ArtifactSource:
-    """Where artifacts are read from: a store, and a local folder for what comes from a remote one."""
+    """A source of artifacts: a store, and a local folder for downloads from a remote store."""
 
     store_url: str
     cache: str
@@ -51,14 +51,14 @@ class FileEntry:
     executable: bool = False
 
     def row(self) -> dict[str, Any]:
-        """What a manifest keeps."""
+        """The file's entry in a manifest."""
         row = {"path": self.path, "size": self.size, "sha256": self.sha256}
         return {**row, "executable": True} if self.executable else row
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A sealed folder. Two artifacts are equal when their content is; `digest` also serves as a model's version."""
+    """A sealed folder. Artifacts of equal content are equal; `digest` also serves as a model's version."""
 
     digest: str
     meta: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
@@ -88,7 +88,7 @@ class Artifact:
         return local
 
     def record(self) -> dict[str, Any]:
-        """What the journal keeps."""
+        """The artifact's record in the journal."""
         return {"digest": self.digest, "name": self.name, "location": self.location, "meta": self.meta}
 
     @classmethod
@@ -108,7 +108,7 @@ def read_manifest(store: Store, artifact: Artifact) -> list[FileEntry]:
     """The files of a sealed artifact.
 
     Raises:
-        StoreError: there is no manifest, or it is not the one that was committed.
+        StoreError: there is no manifest, or not the committed one.
     """
     return _manifest(store, artifact)[0]
 
@@ -134,7 +134,7 @@ def _manifest(store: Store, artifact: Artifact) -> tuple[list[FileEntry], list[s
 
 
 def verify_folder(folder: Path, entries: list[FileEntry], what: str) -> None:
-    """Compare every file's size, then checksum.
+    """Compare every file's size, then its checksum.
 
     Raises:
         StoreError: a missing, resized or damaged file.
@@ -179,7 +179,7 @@ def _cached(store: Store, artifact: Artifact, entries: list[FileEntry], cache: P
 
 
 def _complete(folder: Path, entries: list[FileEntry], empty: list[str], what: str) -> None:
-    """What no object of a store can be: empty folders and execute bits."""
+    """Restore what a store's objects cannot hold: empty folders and execute bits."""
     try:
         for path in empty:
             (folder / path).mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Classes of values: instances taken apart, and put together again without running anything of theirs.
+"""Classes of values: instances are encoded, and rebuilt without running the class's code.
 
-A validator or a `__post_init__` that changes what it is given (a prefix added, a rate scaled) must not do so a second
-time where the value arrives. So an object is made empty and gets its fields back. What a class has gained since a value
-was stored takes its default.
+A validator or a `__post_init__` that changes its input (adds a prefix, scales a rate) must not run a second time on the
+receiver. An object is therefore created empty and gets its fields back. Fields that the class has gained since the
+value was stored take their defaults.
 """
 
 import dataclasses
@@ -20,19 +20,19 @@ from workflows.identity.names import canonical_name, load_name
 
 Fields = dict[str, Any]
 BASES: tuple[type, ...] = (OrderedDict, defaultdict, dict, list, tuple, str, int, float)
-"""A class derived from one of these is kept by its name and what the base holds."""
+"""An instance of a class derived from one of these is stored by the class's name and the base's value."""
 
 
 def name_of(kind: type, where: str) -> str:
     """The canonical name of a value's class, by which decoding finds it.
 
     Raises:
-        UserError: nobody would find this class there; names `where`.
+        UserError: no class is found by that name, or another one; the message names `where`.
     """
     try:
         return _checked_name(kind)
     except UserError as error:
-        raise UserError(f"{where} cannot be kept: {error}") from None
+        raise UserError(f"{where} cannot be stored: {error}") from None
 
 
 @functools.cache
@@ -51,10 +51,10 @@ def _checked_name(kind: type) -> str:
 
 
 def dataclass_parts(value: Any, where: str) -> tuple[Fields, Fields]:
-    """What a frozen dataclass was made of, and what it holds beside that (`init=False`, set in `__post_init__`)."""
+    """A frozen dataclass's constructor fields, and its other fields (`init=False`, set in `__post_init__`)."""
     kind = type(value)
     if not kind.__dataclass_params__.frozen:
-        raise UserError(f"{where}: {kind.__name__} must be a frozen dataclass to be kept")
+        raise UserError(f"{where}: {kind.__name__} must be a frozen dataclass to be stored")
     _check_empty(object, kind, where)
     fields = {field.name: field for field in dataclasses.fields(value)}
     made_of = {name: getattr(value, name) for name, field in fields.items() if field.init}
@@ -73,7 +73,7 @@ def restore_dataclass(name: str, made_of: Fields, beside: Fields | None) -> Any:
     """
     kind = load_name(name)
     if not dataclasses.is_dataclass(kind) or not isinstance(kind, type):
-        raise UserError(f"a stored {name} no longer fits its class: {name} is no dataclass any more")
+        raise UserError(f"a stored {name} no longer fits its class: {name} is no longer a dataclass")
     declared = {field.name: field for field in dataclasses.fields(kind)}
     if gone := sorted(made_of.keys() - declared.keys()):
         raise UserError(f"a stored {name} no longer fits its class: the class has no field {', '.join(gone)} any more")
@@ -108,7 +108,7 @@ def restore_settings(name: str, fields: Fields, extra: Fields, private: Fields |
     """
     kind = load_name(name)
     if not isinstance(kind, type) or not issubclass(kind, BaseModel):
-        raise UserError(f"a stored {name} no longer fits its class: {name} is no settings class any more")
+        raise UserError(f"a stored {name} no longer fits its class: {name} is no longer a settings class")
     rule = kind.model_config.get("extra")
     if rule == "forbid" and (gone := sorted((fields.keys() | extra.keys()) - kind.model_fields.keys())):
         raise UserError(f"a stored {name} no longer fits its class: the class has no field {', '.join(gone)} any more")
@@ -140,7 +140,7 @@ def derived_parts(value: Any, where: str) -> tuple[type, str, Any]:
     """(base, name of the class, what the base holds) of an instance of a class derived from one of BASES.
 
     Raises:
-        UserError: it holds more than its base does, or cannot be made from that.
+        UserError: it has attributes of its own, or cannot be rebuilt from the base's value.
     """
     kind = type(value)
     base = _base(kind)
@@ -151,16 +151,16 @@ def derived_parts(value: Any, where: str) -> tuple[type, str, Any]:
 
 
 def check_no_more(value: Any, where: str) -> None:
-    """Refuse an instance of a derived class that holds more than its base does."""
+    """Refuse an instance of a derived class that has attributes of its own."""
     kind = type(value)
     slots = {slot for each in kind.__mro__ for slot in _slots(each) if hasattr(value, slot)}
     if more := sorted({*getattr(value, "__dict__", {}), *slots}):
         name = f"{kind.__module__}:{kind.__qualname__}"
-        raise UserError(f"{where} is a {name} with attributes of its own ({', '.join(more)}), which cannot be kept")
+        raise UserError(f"{where} is a {name} with attributes of its own ({', '.join(more)}), which cannot be stored")
 
 
 def restore_derived(name: str, held: Any, factory: Callable[[], Any] | None) -> Any:
-    """The inverse of `derived_parts`; of a dict `held` are its items."""
+    """The inverse of `derived_parts`; for a dict, `held` are its items."""
     kind = load_name(name)
     if name.startswith("numpy:"):
         return kind(held)
@@ -179,10 +179,10 @@ def restore_derived(name: str, held: Any, factory: Callable[[], Any] | None) -> 
 
 
 def restore_named_tuple(name: str, fields: Fields) -> Any:
-    """The named tuple with these fields; fields that it has gained take their defaults.
+    """The named tuple with these fields; new fields take their defaults.
 
     Raises:
-        UserError: it has other fields now.
+        UserError: the class now has other fields.
     """
     kind = load_name(name)
     known: Iterable[str] = getattr(kind, "_fields", ())
@@ -206,7 +206,7 @@ def numpy_scalar(value: Any) -> tuple[str, Any] | None:
 
 
 def enum_member(name: str, member: str, value: Any, by_value: bool) -> Any:
-    """A member by its name, or by its value where it has no name of its own (several flags together).
+    """A member by its name, or by its value if it has no name of its own (several flags together).
 
     Raises:
         UserError: there is no such member any more.
@@ -219,12 +219,12 @@ def enum_member(name: str, member: str, value: Any, by_value: bool) -> Any:
 
 
 def is_member(value: Enum) -> bool:
-    """Whether its name leads to it: that of several flags together does not."""
+    """Whether its name finds it, which is not so for several flags together."""
     return value.name in type(value).__members__
 
 
 def _held(value: Any, base: Any) -> Any:
-    """What the base holds, whatever the class makes of it when it is asked."""
+    """The base's value, bypassing the class's own methods."""
     if issubclass(base, dict):
         return list(base.items(value))
     if base in (list, tuple):
@@ -246,10 +246,10 @@ def _is_safe(base: Any, kind: type) -> bool:
 
 
 def _check_empty(base: type, kind: type, where: str) -> None:
-    """Refuse a class of which no empty instance can be made."""
+    """Refuse a class that allows no empty instance."""
     if not _is_safe(base, kind):
         plain = f"a {base.__name__}" if base in BASES else "a plain frozen dataclass"
-        raise UserError(f"{where} is a {kind.__module__}.{kind.__qualname__}, which cannot be kept: make {plain} of it")
+        raise UserError(f"{where} is a {kind.__module__}.{kind.__qualname__}, which cannot be stored: use {plain}")
 
 
 def _slots(kind: type) -> Iterable[str]:
@@ -258,7 +258,7 @@ def _slots(kind: type) -> Iterable[str]:
 
 
 def _was_set(value: Any, field: "dataclasses.Field[Any]") -> bool:
-    """Whether a field that the constructor does not take holds anything but its default."""
+    """Whether a field that is no constructor argument differs from its default."""
     return not field.init and hasattr(value, field.name) and getattr(value, field.name) is not field.default
 
 

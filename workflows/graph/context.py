@@ -1,4 +1,4 @@
-"""What a step's body can ask for while it runs: `context()`."""
+"""`context()`: the API for the body of a running step."""
 
 import math
 import threading
@@ -17,7 +17,7 @@ from workflows.graph.artifacts import ArtifactSource
 from workflows.graph.step_state import state_url
 
 LOG = "log.txt"
-"""Beside an attempt's artifacts: what its body prints."""
+"""The body's output, beside the attempt's artifacts."""
 PROGRESS_PERIOD_S = 0.2
 
 _step: ContextVar["StepContext"] = ContextVar("recua_step")
@@ -25,7 +25,7 @@ _step: ContextVar["StepContext"] = ContextVar("recua_step")
 
 @dataclass(kw_only=True)
 class StepContext:
-    """One attempt of one call. `scratch_path` is a local folder that is made when `scratch` is first asked for."""
+    """One attempt of one call. `scratch_path` is a local folder that the first use of `scratch` creates."""
 
     run_id: str
     call_id: str
@@ -45,7 +45,7 @@ class StepContext:
 
     @property
     def store_url(self) -> str:
-        """Where the run is kept."""
+        """The run's store."""
         return self.source.store_url
 
     @property
@@ -58,7 +58,7 @@ class StepContext:
         """A new folder to write into (`.path`), sealed into an Artifact by `.seal(**meta)`.
 
         Raises:
-            UserError: the name is no plain file name, is too long for one, or was given before.
+            UserError: the name is not a plain file name, is too long, or was used before.
         """
         plain = name and not name.startswith(".") and not {"/", "\0"} & set(name) and name != LOG
         if not plain or name.encode(errors="ignore").decode() != name:
@@ -71,17 +71,17 @@ class StepContext:
             raise UserError(f"{self.call_id} writes two artifacts named {name!r}") from None
 
     def state_url(self) -> str:
-        """Of a store (`infra.storage.open_store`) where this call keeps what its next attempt goes on from, wherever
-        that runs. It is removed when the call's result is committed."""
+        """The URL of a store (`infra.storage.open_store`) for state that a retry of this call resumes from, on any
+        node. The state is removed when the call's result is committed."""
         self.saves_state = True
         return state_url(self.store, self.run_id, self.call_id)
 
     def progress(self, done: float, total: float | None = None, **metrics: float) -> None:
-        """Show how far the body is, and metrics, on the driver's terminal. Cheap: shows at most five per second, and
-        always the last one (done == total). An infinite `total` is an unknown one.
+        """Show the body's progress and metrics on the driver's terminal. Cheap: shows at most five reports per second,
+        and always the last one (done == total). An infinite `total` means that it is unknown.
 
         Raises:
-            UserError: `done` is no finite number, or `total` or a metric is none.
+            UserError: `done` is not a finite number, or `total` or a metric is not a number.
         """
         done, total = as_number("done", done), None if total is None else as_number("total", total)
         if not math.isfinite(done):
@@ -102,11 +102,11 @@ class StepContext:
         self.send({"kind": "log", "message": str(message)})
 
     def placement_group(self) -> Any:
-        """The Ray placement group of this attempt (`@step(gang=...)`). The body runs in its bundle 0; what it starts
-        goes into the group by itself, or into one bundle with Ray's PlacementGroupSchedulingStrategy.
+        """The Ray placement group of this attempt (`@step(gang=...)`). The body runs in its bundle 0. Tasks and actors
+        that it starts run in the group, or in one bundle with Ray's PlacementGroupSchedulingStrategy.
 
         Raises:
-            UserError: the step asked for no gang.
+            UserError: the step has no gang.
         """
         import ray
         from ray.util.placement_group import get_current_placement_group
@@ -121,7 +121,7 @@ def context() -> StepContext:
     """The context of the step body that is running.
 
     Raises:
-        UserError: called outside a step's body (in another thread, hand the context over as an argument).
+        UserError: called outside a step's body (pass the context to other threads as an argument).
     """
     try:
         return _step.get()
@@ -130,6 +130,6 @@ def context() -> StepContext:
 
 
 def enter(step_context: StepContext) -> Callable[[], None]:
-    """Make `step_context` the current one; call the result to leave."""
+    """Make `step_context` the current one; call the returned function to end that."""
     token = _step.set(step_context)
     return lambda: _step.reset(token)

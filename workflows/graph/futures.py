@@ -1,7 +1,7 @@
-"""Results to come, as a workflow holds them.
+"""Futures: results to come in a workflow.
 
-A Future stands for a value and is none: whatever Python would do with the value (a condition, a comparison, a text, a
-sum) is refused, for it would go wrong without a word. `.result()` gives the value.
+A Future stands for a value but is not the value. Using it as one (in a condition, a comparison, a text, a sum) is
+refused, because it would silently go wrong. `.result()` gives the value.
 """
 
 import re
@@ -34,7 +34,7 @@ NEEDS_THE_VALUE = {
 
 
 class Results(Protocol):
-    """Who knows what calls came to."""
+    """The source of calls' results."""
 
     def result(self, call_id: str) -> Any: ...
 
@@ -42,7 +42,7 @@ class Results(Protocol):
 
 
 class ToCome:
-    """What Futures and their fields have in common: the refusals. Equal and hashed by identity, as the engine needs."""
+    """The base of Futures and their fields: the refusals. Compared and hashed by identity, as the engine needs."""
 
     __slots__ = ()
 
@@ -76,7 +76,7 @@ def _set(it: ToCome, **values: Any) -> None:
 
 
 class Future(ToCome, Generic[R]):
-    """A call's result, there or to come. Pass it to other steps; `result()` waits for it.
+    """A call's result, which may still be to come. Pass it to other steps; `result()` waits for it.
 
     A field of the result (of a dataclass, settings, a named tuple or a dict) can be passed on before it is there:
     `sft.model`, or `sft["model"]` for any name, also one that a Future has itself (`result`, `done`, `call_id`).
@@ -105,7 +105,7 @@ class Future(ToCome, Generic[R]):
         return self._runtime.done(self.call_id)
 
     def __getattr__(self, name: str) -> Any:
-        """A field of the result to come, as an edge: `sft.model` where `sft` is a Future."""
+        """A field of the result to come, as an edge: `sft.model` for a Future `sft`."""
         if name.startswith("_"):
             raise AttributeError(f"{self!r} has no {name}; for a field of its result write [{name!r}]")
         return Part(self, name)
@@ -131,7 +131,7 @@ class Part(ToCome):
         _set(self, future=future, field=field)
 
     def result(self) -> Any:
-        """Wait for the call, and return the field. Raises as `Future.result`, and UserError where there is none."""
+        """Wait for the call, and return the field. Raises as `Future.result`, and UserError if the field is missing."""
         value = self.future.result()
         try:
             return value[self.field] if isinstance(value, Mapping) else getattr(value, self.field)
@@ -153,7 +153,7 @@ class Part(ToCome):
 
 
 def refuse_method(value: Any) -> None:
-    """Raises UserError for `sft.result` where `sft.result()`, or a field of that name, was meant."""
+    """Raises UserError for `sft.result` instead of `sft.result()` or a field of that name."""
     if isinstance(value, MethodType) and isinstance(value.__self__, ToCome):
         owner, name = value.__self__, value.__name__
         raise UserError(
@@ -162,8 +162,8 @@ def refuse_method(value: Any) -> None:
 
 
 def told_of_type(error: TypeError) -> UserError | None:
-    """What to say where a function of Python's or of a library refused a Future by its type, as json.dumps does; None
-    where an error is of something else."""
+    """The error for a Future that a function of Python or a library refused by its type, as json.dumps does; None for
+    other errors."""
     if not re.search(r"\b(Future|Part)\b", str(error)):
         return None
     return UserError(f"{users_line(error)}: {error}: write .result() to wait for the value")

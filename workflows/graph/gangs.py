@@ -1,11 +1,11 @@
-"""Gangs: steps that need several pieces of the cluster at once, all or none.
+"""Gangs: steps that need several bundles of resources at the same time, all or none.
 
     @step(gang=Gang(bundles=[{"CPU": 1}] * 4, strategy="SPREAD"))     # or gang=4: four times the step's own request
     def train(corpus): ...
 
-Every attempt gets a Ray placement group of its own. The body runs in bundle 0; tasks and actors that it starts go into
-the group by themselves, or into one bundle of `context().placement_group()`. The group is removed when the attempt has
-ended, however it did; it belongs to the driver's job, so Ray removes it when the driver dies.
+Every attempt gets a Ray placement group of its own. The body runs in bundle 0; tasks and actors that it starts run in
+the group, or in one bundle of `context().placement_group()`. The group is removed after every end of the attempt. It
+belongs to the driver's job, so that Ray removes it if the driver dies.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ Done = Callable[[bytes | None, BaseException | None], None]
 
 @dataclass(frozen=True)
 class Gang:
-    """`bundles`: what must lie together on one node each, by Ray's names ({"CPU": 4, "GPU": 1, "memory": bytes}).
-    `strategy`: PACK, SPREAD (best effort), STRICT_PACK (one node) or STRICT_SPREAD (a node for each)."""
+    """`bundles`: sets of resources that must be on one node each, by Ray's names ({"CPU": 4, "GPU": 1, "memory":
+    bytes}). `strategy`: PACK, SPREAD (best effort), STRICT_PACK (one node) or STRICT_SPREAD (a node for each)."""
 
     bundles: Sequence[Mapping[str, float]]
     strategy: str = "PACK"
@@ -52,7 +52,7 @@ class Gang:
 
 
 def resolve_gang(gang: Gang | int, body: Mapping[str, float]) -> Gang:
-    """A step's `gang=` in full; a number is so many times what the body asks for.
+    """A step's complete `gang=`; a number means that many bundles of the body's own request.
 
     Raises:
         ConfigError: the body does not fit into bundle 0.
@@ -73,7 +73,7 @@ def resolve_gang(gang: Gang | int, body: Mapping[str, float]) -> Gang:
 
 
 class GangAttempt:
-    """An attempt on a placement group, from before there is one."""
+    """An attempt that runs on a placement group, which may not exist yet."""
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
@@ -97,8 +97,8 @@ class GangAttempt:
 
 
 class Gangs:
-    """Makes and removes the groups, on a thread of its own: the executor's loop never waits for Ray's head.
-    `is_lost()`: the whole Ray is gone, its groups with it, and may not be called."""
+    """Creates and removes the groups on a thread of its own, so that the executor's loop never waits for Ray's head.
+    `is_lost()`: the whole Ray is gone with its groups, and must not be called."""
 
     def __init__(self, ray: Any, is_lost: Callable[[], bool]) -> None:
         self._ray = ray
@@ -106,8 +106,8 @@ class Gangs:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="recua-gangs")
 
     def submit(self, name: str, gang: Gang, task: Any, arguments: tuple[Any, ...], done: Done) -> GangAttempt:
-        """Start `task.remote(*arguments)` in bundle 0 of a new group. `done(outcome, error)` is called once, when the
-        group is gone."""
+        """Start `task.remote(*arguments)` in bundle 0 of a new group. `done(outcome, error)` is called once, after the
+        group is removed."""
         attempt = GangAttempt(self._ray)
         self._pool.submit(self._begin, name, gang, task, arguments, done, attempt)
         return attempt

@@ -1,6 +1,6 @@
-"""What a call's inputs are, by value: their digest, and how people see them.
+"""A call's inputs by value: their digest, and their readable form.
 
-Many calls may take one large argument (all of a map do): what identifies it is worked out once.
+Many calls may share a large argument (all calls of a map do), whose identity is computed once.
 """
 
 import hashlib
@@ -14,9 +14,9 @@ from workflows.identity.keys import canonical
 
 SHOWN_ARGUMENTS = 32 << 10
 IDENTITY = 2
-"""Which identity the digests of a record are made of (its "identity"): without one, that of earlier versions."""
+"""The rules of a record's digests (its "identity"); a record without one follows those of earlier versions."""
 LARGE = 64 << 10
-"""Bytes of an argument from which on it is worth remembering."""
+"""Smallest size in bytes of an argument whose identity is cached."""
 REMEMBERED = 4
 
 
@@ -28,19 +28,19 @@ class Identities:
         self._lock = threading.Lock()
 
     def digest(self, arguments: Any) -> str:
-        """What a call's encoded {"args", "kwargs"} are, by value."""
+        """The digest by value of a call's encoded {"args", "kwargs"}."""
         texts = [self._argument(item).text for item in arguments["args"]]
         named = {name: self._argument(item).text for name, item in arguments["kwargs"].items()}
         return _joined_digest(texts, named)
 
     def earlier_digest(self, arguments: Any) -> str:
-        """The digest as earlier versions stored it: mostly the same."""
+        """The digest as earlier versions stored it; usually the same."""
         texts = [self._argument(item).earlier_text for item in arguments["args"]]
         named = {name: self._argument(item).earlier_text for name, item in arguments["kwargs"].items()}
         return _joined_digest(texts, named)
 
     def shown(self, arguments: Any) -> Any:
-        """The inputs as the journal keeps them for people; None if they are large even so."""
+        """The inputs in the readable form of the journal; None if they are too large."""
         args = [self._argument(item).shown for item in arguments["args"][:21]]
         if len(arguments["args"]) > 20:
             args = brief(identity(arguments["args"]))

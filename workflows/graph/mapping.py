@@ -1,4 +1,4 @@
-"""`step.map`: from a list that may still be to come to one call per item.
+"""`step.map`: one call per item of a list, which may still be to come.
 
 Pure: encoded trees in, encoded trees out. The executor and the planner make the calls.
 """
@@ -37,10 +37,10 @@ class Fanout:
     shared: tuple[str, ...]
 
     def children(self, map_id: str, step_name: str, items: Any) -> list[Child]:
-        """One call per item; `items` is the list itself, or the encoded result that `waits_for` gave.
+        """One call per item; `items` is the list itself, or the encoded result of `waits_for`.
 
         Raises:
-            UserError: the result is no list.
+            UserError: the result is not a list.
         """
         found = items_of(items)
         if found is None:
@@ -55,10 +55,10 @@ class Fanout:
 
 
 def fan_out(runtime: Runtime, map_id: str, items: Any, arguments: Any) -> Fanout:
-    """Encode what `Step.map` was given.
+    """Encode the arguments of `Step.map`.
 
     Raises:
-        UserError: a value that cannot be kept; the message has the path to it.
+        UserError: a value cannot be stored; the message has the path to it.
     """
     needs: list[str] = []
     shared: list[str] = []
@@ -70,7 +70,7 @@ def fan_out(runtime: Runtime, map_id: str, items: Any, arguments: Any) -> Fanout
 
 
 def edges_in(tree: Any) -> Iterator[str]:
-    """The calls whose results an encoded tree stands for."""
+    """The calls whose results an encoded tree refers to."""
     if isinstance(tree, list):
         for item in tree:
             yield from edges_in(item)

@@ -1,8 +1,8 @@
 """Saved states: the state that a retry of a long call resumes from.
 
-A body writes under its call's key in the run's store, where every node sees it, and leaves it there when it ends: until
-the commit is on record, the driver can die and the body must run again. The driver removes the state after the commit,
-or, where it died in that very moment, the next driver of the run does when it begins.
+A body writes under its call's key in the run's store, which every node sees. The state stays when the body ends,
+because the driver may die before the commit is recorded, and the body must run again. The driver removes the state
+after the commit; if it dies in that moment, the run's next driver does at its start.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ def states_key(run_id: str) -> str:
 
 
 def state_url(store: Store, run_id: str, call_id: str) -> str:
-    """Of one call's state: a store of its own, inside the run's store."""
+    """The URL of one call's state: a store of its own inside the run's store."""
     return f"{store.url}/{states_key(run_id)}/{_name(call_id)}"
 
 
@@ -45,7 +45,7 @@ class StepStates:
         self._remove(_name(call_id))
 
     def close(self) -> None:
-        """Returns when all is removed."""
+        """Return when all states are removed."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join()
@@ -66,11 +66,11 @@ class StepStates:
                 for one in list(self._store.list(key)):
                     self._store.delete(one)
             except (StoreError, OSError) as error:
-                log.warning("the state of a finished step stays (recua gc removes it): %s", error)
+                log.warning("cannot remove the state of a finished step (recua gc will): %s", error)
 
 
 def _name(call_id: str) -> str:
-    """A call's folder. One part of a path has 255 bytes at most: of a longer one the rest is a digest."""
+    """A call's folder. A part of a path has 255 bytes at most; a longer name ends in a digest."""
     name = quote(call_id, safe="[]", errors="surrogatepass")
     if len(name) <= LONGEST_NAME:
         return name

@@ -41,7 +41,7 @@ def encode(value: Any, where: str = "value", replace: Replace | None = None) -> 
     """JSON-able form of `value`. `replace(x)` may return an encoded tree for any part (edges), else None.
 
     Raises:
-        UserError: something that cannot be kept; the message has the path to it, e.g. `sft.result["model"]`.
+        UserError: a value cannot be stored; the message has the path to it, e.g. `sft.result["model"]`.
     """
     return _encode(value, where, replace or (lambda _: None), DEEPEST)
 
@@ -52,7 +52,7 @@ def _encode(value: Any, where: str, replace: Replace, room: int) -> Any:
         return value
     if kind is int:
         if abs(value) >= LONGEST_INT:
-            raise UserError(f"{where} has more than 4300 digits, which cannot be kept: make it text, as in hex(...)")
+            raise UserError(f"{where} has more than 4300 digits, which cannot be stored: make it text, as in hex(...)")
         return value
     if kind is str:
         return value if _is_unicode(value) else {"$text": value.encode("unicode_escape").decode("ascii")}
@@ -61,7 +61,7 @@ def _encode(value: Any, where: str, replace: Replace, room: int) -> Any:
     if (tree := replace(value)) is not None:
         return tree
     if room <= 0:
-        raise UserError(f"{_start(where)} is nested more than {DEEPEST} deep, or contains itself: it cannot be kept")
+        raise UserError(f"{_start(where)} is nested more than {DEEPEST} deep, or contains itself: it cannot be stored")
     if kind is list:
         return [_encode(item, f"{where}[{index}]", replace, room - 1) for index, item in enumerate(value)]
     if kind is tuple:
@@ -111,7 +111,7 @@ def _encode_object(value: Any, where: str, replace: Replace, room: int) -> Any:
     if isinstance(value, classes.BASES):
         return _encode_derived(value, where, replace, room)
     raise UserError(
-        f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be kept: steps take and "
+        f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored: steps take and "
         "return JSON values, frozen dataclasses, settings and artifacts (large things go into context().artifact(...))"
     )
 
@@ -126,7 +126,9 @@ def _encode_derived(value: Any, where: str, replace: Replace, room: int) -> Any:
     if base is not defaultdict or value.default_factory is None:
         return tree
     if not isinstance(value.default_factory, type):
-        raise UserError(f"{where} is a defaultdict whose default_factory is no class: it cannot be kept; return a dict")
+        raise UserError(
+            f"{where} is a defaultdict whose default_factory is not a class, it cannot be stored: use a dict"
+        )
     return {**tree, "factory": classes.name_of(value.default_factory, f"{where}.default_factory")}
 
 

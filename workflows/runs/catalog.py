@@ -1,4 +1,4 @@
-"""Runs as they lie in the store: listed, shown and cancelled without Ray and without the recipe's code."""
+"""Stored runs: listed, shown and cancelled without Ray and without the recipe's code."""
 
 import contextlib
 import json
@@ -22,13 +22,13 @@ LISTING_THREADS = 16
 
 @dataclass(frozen=True)
 class StepView:
-    """One call of a run. Times are seconds since the epoch, None where it has not come to that.
+    """One call of a run. Times are seconds since the epoch; None if not reached yet.
 
-    `status`: committed, reused, running, waiting (its last attempt failed and another is due), failed, interrupted,
-    waiting-for-approval, waiting-for-event (of a call that somebody outside must answer; `message` says what is asked).
-    `seconds`: what the winning body took; of a reused call, what it took in its own run. `attempts`: attempt ids in
-    order. `result`: encoded as the journal keeps it (workflows.graph.values.decode makes it Python again). `needs`:
-    ids of the calls whose results it takes.
+    `status`: committed, reused, running, waiting (its last attempt failed and a retry is due), failed, interrupted,
+    waiting-for-approval, waiting-for-event (the call needs an outside answer; `message` is the question). `seconds`:
+    the winning body's time; for a reused call, its time in its own run. `attempts`: attempt ids in order. `result`:
+    encoded as in the journal (workflows.graph.values.decode decodes it). `needs`: ids of the calls whose results it
+    takes.
     """
 
     call_id: str
@@ -48,8 +48,8 @@ class StepView:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run in a list. `status`: as RunView's, or "damaged": what is kept of it cannot be read. `counts`: calls that
-    are committed, reused, running, failed, waiting. `driver`: who works on it, or did last."""
+    """One run in a list. `status`: as RunView's, or "damaged": its data cannot be read. `counts`: calls that are
+    committed, reused, running, failed, waiting. `driver`: its present or last driver."""
 
     run_id: str
     workflow: str
@@ -67,7 +67,7 @@ class RunSummary:
 @dataclass(frozen=True)
 class RunView:
     """One run. `status`: submitted (to a service), running, interrupted (its driver died), finished, failed, cancelled.
-    `drivers`: how many have worked on it."""
+    `drivers`: the number of its drivers so far."""
 
     run_id: str
     workflow: str
@@ -83,8 +83,8 @@ class RunView:
 
 
 def list_runs(store: Store) -> list[RunSummary]:
-    """Every run of the store, newest first. Reads two small objects per run; a journal only where its driver left no
-    word of its last slot."""
+    """Every run of the store, newest first. Reads two small objects per run, and its journal only if the status object
+    is missing or stale."""
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
         found = list(pool.map(lambda run_id: _summary(store, run_id), store.folders("runs")))
     return sorted((each for each in found if each is not None), key=lambda each: each.created, reverse=True)
@@ -144,8 +144,8 @@ def load_metadata(store: Store, run_id: str) -> Json:
     """What a run was started with: `workflow`, `recipe`, `created`, ...
 
     Raises:
-        UserError: there is no such run; the nearest name is in the message.
-        StoreError: it is damaged.
+        UserError: there is no such run; the message has the nearest name.
+        StoreError: the run's metadata is damaged.
     """
     metadata = find_metadata(store, run_id) if run_id and "/" not in run_id else None
     if metadata is None:
@@ -155,7 +155,7 @@ def load_metadata(store: Store, run_id: str) -> Json:
 
 
 def find_metadata(store: Store, run_id: str) -> Json | None:
-    """`load_metadata`; None where there is no such run.
+    """`load_metadata`; None if there is no such run.
 
     Raises:
         StoreError: it is damaged.
@@ -170,7 +170,7 @@ def find_metadata(store: Store, run_id: str) -> Json | None:
 
 
 def _parsed(raw: bytes) -> Json | None:
-    """The metadata in a run.json; None where that holds something else."""
+    """The metadata in a run.json; None if the content is something else."""
     try:
         metadata: Json = json.loads(raw)
         assert isinstance(metadata["created"], (int, float)) and isinstance(metadata["workflow"], str)
@@ -181,7 +181,7 @@ def _parsed(raw: bytes) -> Json | None:
 
 
 def run_status(store: Store, run_id: str, state: Head) -> str:
-    """What a run is doing, as far as the store can say."""
+    """A run's status, as far as the store shows it."""
     if state.end is not None:
         return state.end.status
     if state.lease is None:
@@ -197,15 +197,15 @@ def run_status(store: Store, run_id: str, state: Head) -> str:
 
 
 def active_key(run_id: str) -> str:
-    """Exists while a service is to drive the run to its end."""
+    """The key of an object that exists while a service must drive the run to its end."""
     return f"service/active/{run_id}"
 
 
 def find_steps(view: RunView, text: str) -> list[StepView]:
-    """The calls that `text` means: a call id, or all calls of a step.
+    """The calls that `text` names: a call id, or all calls of a step.
 
     Raises:
-        UserError: none; the nearest name is in the message.
+        UserError: there is none; the message has the nearest name.
     """
     exact = [step for step in view.steps if step.call_id == text]
     found = exact or [step for step in view.steps if step.step.rpartition(":")[2] == text]
@@ -215,13 +215,13 @@ def find_steps(view: RunView, text: str) -> list[StepView]:
 
 
 def read_log(store: Store, run_id: str, attempt_id: str) -> str:
-    """What an attempt printed; empty where nothing was kept."""
+    """An attempt's output; empty if none was stored."""
     raw = store.get(f"runs/{run_id}/attempts/{attempt_id}/log.txt")
     return "" if raw is None else raw.decode(errors="replace")
 
 
 def cancel_run(store: Store, run_id: str, wait_s: float = 30.0) -> str:
-    """Ask the run's driver to stop and wait for it; the run's status then.
+    """Ask the run's driver to stop, and wait until it has; returns the run's status.
 
     Raises:
         UserError: there is no such run.
@@ -233,7 +233,7 @@ def cancel_run(store: Store, run_id: str, wait_s: float = 30.0) -> str:
 
 
 def ask_to_stop(store: Store, run_id: str) -> str:
-    """Ask the run's driver to cancel it, and let no service resume it; the run's status before that.
+    """Ask the run's driver to cancel it, and let no service resume it; returns the run's earlier status.
 
     Raises:
         UserError: there is no such run.

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened. `call_id` and `step` are empty where it concerns the whole run.
+    """One event. `call_id` and `step` are empty if it concerns the whole run.
 
     kind            data
     run-started     run_id, workflow, store, resumed (calls committed by earlier drivers)
@@ -15,10 +15,10 @@ class Event:
     progress        done, total, metrics {name: float}
     log             message
     committed       seconds, node, attempt
-    reused          seconds (what it took then), reused_from (run id)
-    resumed         seconds (what it took then)
-    waiting         message, deadline (seconds since the epoch or None), command (what to type): it waits for a person
-                    or an event
+    reused          seconds (of the original execution), reused_from (run id)
+    resumed         seconds (of the original execution)
+    waiting         message, deadline (seconds since the epoch or None), command (that answers it): the call waits for a
+                    person or an event
     pending         message: an attempt waits for resources that others hold
     retry           error, error_type, seconds (until the next attempt)
     failed          error, error_type, traceback

@@ -1,7 +1,7 @@
-"""The journal of a run, folded slot by slot: the one place that knows what a sequence of records means.
+"""The journal of a run, folded slot by slot: the only code that interprets a sequence of records.
 
-`Head` has who drives the run, `CallState` how far one call has come. JournalState keeps every record beside that, for
-readers that need results; workflows.views.run_replay keeps the states alone.
+`Head` is the run's driver, `CallState` the state of one call. JournalState also keeps every record, for readers that
+need results; workflows.views.run_replay keeps only the states.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ from workflows.runs.records import CallRecord, Commit, End, Failed, Json, Lease,
 
 FORMAT = 1
 OPEN = ("running", "waiting")
-"""Statuses of calls that a driver works on. A call that waits for somebody outside waits without one, too: the answer
-may come before the next driver."""
+"""Statuses of calls that a driver works on. A call that waits for an outside answer also waits without a driver: the
+answer may come before the next driver."""
 
 
 @dataclass
 class Head:
-    """Who drives a run. `replaced`: leases of drivers that others took over from, oldest first."""
+    """A run's driver. `replaced`: leases of drivers that were replaced, oldest first."""
 
     slot: int = 0
     lease: Lease | None = None
@@ -31,7 +31,7 @@ class Head:
     replaced: list[Lease] = field(default_factory=list)
 
     def apply(self, slot: int, records: Iterable[Record]) -> list[CallRecord]:
-        """Take in the next slot; what it says of calls."""
+        """Fold the next slot; returns its records of calls."""
         self.slot = slot
         of_calls: list[CallRecord] = []
         for record in records:
@@ -49,11 +49,11 @@ class Head:
 
 @dataclass(slots=True)
 class CallState:
-    """How far one call has come. Times are seconds since the epoch, None where it has not come to that.
+    """The state of one call. Times are seconds since the epoch; None if not reached yet.
 
     `status`: running, waiting (its last attempt failed and another is due), failed, waiting-for-approval,
-    waiting-for-event, committed, reused. `began`: when it was first heard of; `started`: its last attempt. `message`:
-    what somebody outside is asked; `error`: that of the last attempt that failed, until there is a result.
+    waiting-for-event, committed, reused. `began`: its first record; `started`: its last attempt. `message`: the
+    question of a wait; `error`: that of the last failed attempt, until there is a result.
     """
 
     id: str
@@ -72,14 +72,14 @@ class CallState:
 
     @classmethod
     def of(cls, records: list[CallRecord]) -> "CallState":
-        """What all records of one call come to."""
+        """The state after all records of one call."""
         state = cls(records[0].call, records[0].step)
         for record in records:
             state.apply(record)
         return state
 
     def apply(self, record: CallRecord) -> None:
-        """Take in the next record of this call."""
+        """Fold the next record of this call."""
         self.status = record.status
         if record.needs:
             self.needs = tuple(dict.fromkeys(record.needs))
@@ -102,7 +102,7 @@ class CallState:
 
 @dataclass
 class JournalState(Head):
-    """Everything that the slots say. `calls`: the records of each call, in order."""
+    """The content of all slots. `calls`: the records of each call, in order."""
 
     calls: dict[str, list[CallRecord]] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
@@ -121,7 +121,7 @@ class JournalState(Head):
         return {call: failures for call, failures in found.items() if failures}
 
     def forget(self) -> None:
-        """Let go of what single calls did: a driver's memory must not grow with what was done before it."""
+        """Drop the records of single calls, so that a driver's memory does not grow with earlier work."""
         self.calls, self.commits = {}, {}
 
     def apply(self, slot: int, records: Iterable[Record]) -> list[CallRecord]:
@@ -138,8 +138,8 @@ class JournalState(Head):
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """While many slots are read: their records hold no cycles, and to look for some again and again takes as long as
-    to read them."""
+    """Pause garbage collection while many slots are read: their records have no cycles, and searching for some takes as
+    long as reading."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -150,10 +150,10 @@ def uncollected() -> Iterator[None]:
 
 
 def read_slot(where: str, blob: bytes) -> list[Record]:
-    """The records in a slot, but for those of types that only newer versions know. `where`: for messages.
+    """The records in a slot, without types that only newer versions know. `where`: for messages.
 
     Raises:
-        StoreError: it is damaged, or of another format.
+        StoreError: the slot is damaged, or has another format.
     """
     try:
         tree = json.loads(blob)

@@ -1,9 +1,9 @@
-"""Progress and metrics of a run, kept in the store: live curves for whoever watches, and still there after the end.
+"""Progress and metrics of a run in the store: live curves for observers, which remain after the end.
 
-A driver's Recorder gets every event and writes what is new about every two seconds as
-`runs/<run>/history/<lease slot>-<n>.json`, where n is the number of the last point inside. After some batches one file
-with everything so far replaces them. Curves are thinned as they grow (every second point goes, and only every second
-one of those to come is kept), so that a run's history stays small however long it lasts.
+A driver's Recorder gets every event and writes the new ones about every two seconds as
+`runs/<run>/history/<lease slot>-<n>.json`, where n is the number of the last point inside. After some batches, one file
+with all points so far replaces them. Curves are thinned as they grow (every second point is dropped, and only every
+second new one is kept), so that the history of a long run stays small.
 
     {"format": 1, "curves": [{"call": "sft[0]", "rows": [[number, time, done, total, {metric: value}]]}],
      "texts": [[number, time, kind, call, message]]}
@@ -37,7 +37,7 @@ Record = dict[str, Any]
 
 @dataclass
 class Curve:
-    """The points of one call; `stride`: of so many that come, one is kept. The last one always is."""
+    """The points of one call; one of every `stride` points is kept, and always the last one."""
 
     rows: list[Row] = field(default_factory=list)
     stride: int = 1
@@ -45,7 +45,7 @@ class Curve:
 
     def add(self, row: Row, most: int = CURVE_POINTS) -> None:
         if self._pending:
-            self.rows[-1] = row  # the newest point stands for itself until the next one that is due
+            self.rows[-1] = row  # keep the newest point until the next one that is due
         else:
             self.rows.append(row)
         self._pending = (self._pending + 1) % self.stride
@@ -63,8 +63,8 @@ class Curve:
 
 
 class Recorder:
-    """An observer of one run. `flush` writes what is new at once, `close` what is left. A store that fails costs
-    points, never the run; what else fails on its thread is raised at the next event, for whoever drops observers."""
+    """An observer of one run. `flush` writes new points at once, `close` the remaining ones. A failing store costs
+    points, never the run; other errors of its thread are raised at the next event, so that the observer is dropped."""
 
     def __init__(self, store: Store, run_id: str, lease_slot: int, period_s: float = PERIOD_S) -> None:
         self._store = store
@@ -119,7 +119,7 @@ class Recorder:
             self._shrink()
 
     def _shrink(self) -> None:
-        """Halve the long curves; where there are only short ones, let the oldest calls' go."""
+        """Halve the long curves; if there are only short ones, drop those of the oldest calls."""
         mean = self._points / len(self._curves)
         for call_id, curve in list(self._curves.items()):
             if len(curve.rows) >= max(mean, 4):
@@ -137,7 +137,7 @@ class Recorder:
     def _save(self, everything: bool) -> None:
         with contextlib.suppress(StoreError), self._writing:
             everything = everything or self._behind or len(self._keys) >= BATCHES
-            self._behind = True  # what is not written now goes with the next file of everything
+            self._behind = True  # the next file of all points includes these
             try:
                 self._write(everything)
             except StoreError:
@@ -172,14 +172,14 @@ class Recorder:
 
 
 def read_history(store: Store, run_id: str, after: str = "") -> tuple[list[Record], str]:
-    """What was recorded since the cursor `after` (empty: everything that is kept), in order, and the cursor now.
+    """The events since the cursor `after` (empty: all stored ones), in order, and the new cursor.
 
     An event is {"kind": "progress", "call", "time", "done", "total", "metrics"} (None for what JSON has no number for),
     or {"kind": "log" | "warning", "call", "time", "message"}.
     """
     start = parse_cursor(after)
     found: dict[tuple[int, int], Record] = {}
-    for _ in range(2):  # a second look where a batch was replaced between listing and reading
+    for _ in range(2):  # retry if a batch was replaced between listing and reading
         whole = True
         for key in store.list(f"runs/{run_id}/history"):
             name = key.rpartition("/")[2].removesuffix(".json")
@@ -197,7 +197,7 @@ def read_history(store: Store, run_id: str, after: str = "") -> tuple[list[Recor
 
 
 def parse_cursor(text: str) -> tuple[int, int]:
-    """(lease slot, number) of a cursor; the beginning where it is none."""
+    """(lease slot, number) of a cursor; the beginning for any other text."""
     slot, _, number = text.partition(":")
     return (int(slot), int(number)) if slot.isdigit() and number.isdigit() else (0, 0)
 
@@ -217,5 +217,5 @@ def _events(slot: int, tree: Record, start: tuple[int, int]) -> dict[tuple[int, 
 
 
 def _finite(value: Any) -> float | None:
-    """A number that JSON has, or None."""
+    """A finite number, or None."""
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None

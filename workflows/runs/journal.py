@@ -1,14 +1,14 @@
 """The journal of a run: numbered slots, each written once by a conditional put.
 
-Whoever writes slot n+1 first owns what follows. A driver takes the lease by writing the next slot; every batch of
-records is the next slot; and a slot that is there already means that another driver has taken over: FencedError, stop.
-So a driver that slept past its lease can commit nothing, on a folder and on S3 alike.
+The driver that writes slot n+1 first owns the run. It takes the lease by writing the next slot, and every batch of
+records is the next slot. If a slot already exists, another driver has taken over: FencedError, stop. A driver that
+slept past its lease can therefore commit nothing, on a folder and on S3 alike.
 
-Who waits for whom: the executor hands records to GroupCommit and goes on; its one thread writes the next slot and then
-tells the executor. While a slot is being written further records gather for the next one, which keeps a slow store's
-request rate low. The lease is kept alive by Heartbeat, an object beside the journal that other drivers watch.
+Who waits for whom: the executor passes records to GroupCommit and does not wait; GroupCommit's one thread writes the
+next slot and then notifies the executor. While a slot is being written, more records gather for the next one, which
+keeps the request rate of a slow store low. Heartbeat keeps the lease alive by an object that other drivers watch.
 
-What records there are: workflows.runs.records. What they come to: workflows.runs.fold.
+workflows.runs.records defines the records, workflows.runs.fold their meaning.
 """
 
 import json
@@ -28,7 +28,7 @@ from workflows.runs.fold import FORMAT, JournalState, read_slot, uncollected
 from workflows.runs.records import Lease, Record
 
 Entry = tuple[Record, Callable[[], None] | None]
-"""A record, and what to call when it is written."""
+"""A record, and the function to call when it is written."""
 
 
 def slot_key(run_id: str, slot: int) -> str:
@@ -40,7 +40,7 @@ def lease_key(run_id: str, slot: int) -> str:
 
 
 def read_journal(store: Store, run_id: str) -> JournalState:
-    """Replay a run's slots; the empty state where there is none.
+    """Replay a run's slots; the empty state if there are none.
 
     Raises:
         StoreError: a slot is missing in the middle or cannot be read.
@@ -57,7 +57,7 @@ def read_journal(store: Store, run_id: str) -> JournalState:
 
 
 def _listed(store: Store, run_id: str) -> list[str]:
-    """A listing is no moment: of slots that are written meanwhile it may have a later one and not an earlier one."""
+    """A listing is not atomic: it may have a slot that is written meanwhile, but lack an earlier one."""
     keys: list[str] = []
     for _ in range(3):
         keys = list(store.list(f"runs/{run_id}/journal"))
@@ -75,7 +75,7 @@ def _replay(state: JournalState, store: Store, run_id: str, keys: list[str], blo
 
 
 def driver_is_gone(lease: Lease) -> bool:
-    """True where the lease's driver ran on this machine and its process is no more."""
+    """Whether the lease's driver ran on this machine and its process has ended."""
     return lease.machine == this_machine() and process_start(lease.pid) != lease.process_start
 
 
@@ -95,8 +95,9 @@ class Journal:
 
     @classmethod
     def acquire(cls, store: Store, run_id: str, ttl_s: float = 15.0, of_removed: bool = False) -> "Journal":
-        """Take the lease: at once where the last driver ended or is known dead, else when its heartbeat has stood
-        still for the lease's time. `of_removed`: of a run that is being removed, too, so that nobody else has it.
+        """Take the lease: at once if the last driver ended or is known to be dead, else after its heartbeat has not
+        changed for the lease's time. `of_removed`: also for a run that is being removed, so that no other driver has
+        it.
 
         Raises:
             RunBusy: another driver is alive.
@@ -118,7 +119,7 @@ class Journal:
                 return cls(store, run_id, owner, state, ttl_s)
 
     def is_lost(self) -> bool:
-        """Whether another driver has taken over; False where the store cannot say."""
+        """Whether another driver has taken over; False if the store cannot be read."""
         try:
             return latest_lease(self.store, self.run_id) > self.lease_slot
         except StoreError:
@@ -138,7 +139,7 @@ class Journal:
 
 
 def removed_key(run_id: str) -> str:
-    """The object that says that a run was removed: its id is never used again."""
+    """The object that marks a run as removed; its id is never used again."""
     return f"gc/removed/{run_id}.json"
 
 
@@ -156,7 +157,7 @@ def _slot(owner: str, records: Sequence[Record]) -> bytes:
 
 
 def _wait_for_silence(store: Store, run_id: str, lease: Lease, slot: int) -> None:
-    """Return when the last driver may be replaced. Only changes count, not clocks, which differ between machines."""
+    """Return when the last driver may be replaced. Only changes count, because clocks differ between machines."""
     if driver_is_gone(lease):
         return
     seen = store.get(lease_key(run_id, slot))
@@ -176,9 +177,9 @@ class Heartbeat:
     """Keeps a lease alive, and notices a cancel request or a successor even while nothing is committed.
 
     `on_cancel()` and `on_error(error)` are called from its thread, once; `on_beat()` after every beat.
-    `acknowledge()` is what a beat says of the marks of `recua gc` (workflows.runs.gc_marks).
-    `valid_until()` is the wall-clock time up to which no other driver can have taken over: an attempt that begins later
-    must ask the store first.
+    `acknowledge()` gives a beat's answer to the marks of `recua gc` (workflows.runs.gc_marks).
+    `valid_until()` is the wall-clock time until which no other driver can have taken over: an attempt that begins later
+    must check the store first.
     """
 
     def __init__(
@@ -224,7 +225,7 @@ class Heartbeat:
                 self._beat(number)
                 if not told and journal.store.exists(cancel_key(journal.run_id, journal.lease_slot)):
                     told = True
-                    self._on_cancel()  # and go on: what runs has to be ended yet, by the driver that holds the lease
+                    self._on_cancel()  # keep beating: the lease's holder must still end running attempts
         except BaseException as error:
             self._on_error(error)
 
@@ -236,11 +237,11 @@ def latest_lease(store: Store, run_id: str) -> int:
 
 
 def check_lease(store: Store, run_id: str, slot: int) -> None:
-    """Of the driver whose lease is in this slot, which has a heartbeat: is the run its?
+    """Check that the run still belongs to the driver whose lease is in this slot and which has a heartbeat.
 
     Raises:
         FencedError: another driver has taken over.
-        StoreError: what it wrote is gone.
+        StoreError: the driver's objects are gone.
     """
     newest = latest_lease(store, run_id)
     if newest > slot:
@@ -257,9 +258,9 @@ class GroupCommit:
     """One thread that writes records in batches, in the order in which they came.
 
     `commit(record, then)`: written as soon as possible, then `then()` is called on the writer's thread. "As soon as
-    possible" is `gather()` seconds after the first record of a batch.
-    `note(record)`: goes with the next slot, or alone after `idle_s`. The first failure is kept in `failure` and given
-    to `on_error`, and nothing is written after it: where an answer was lost for good, the slot may be there.
+    possible" is `gather()` seconds after the first record of a batch. `note(record)`: written with the next slot, or
+    alone after `idle_s`. The first failure is kept in `failure` and passed to `on_error`, and nothing is written after
+    it: if an answer was lost for good, the slot may exist.
     """
 
     def __init__(
@@ -287,7 +288,7 @@ class GroupCommit:
         self._queue.put((record, None))
 
     def close(self) -> None:
-        """Write what is left and end the thread."""
+        """Write the remaining records and end the thread."""
         self._queue.put((None, None))
         self._thread.join()
 
@@ -311,7 +312,7 @@ class GroupCommit:
                 then()
 
     def _gather(self) -> tuple[list[Entry], bool]:
-        """The next batch, once a commit has come (or notes have waited for `idle_s`), and whether it is the last."""
+        """The next batch, after a commit (or after notes have waited for `idle_s`), and whether it is the last."""
         batch: list[Entry] = []
         deadline: float | None = None
         while True:
@@ -323,8 +324,8 @@ class GroupCommit:
             deadline = deadline or time.monotonic() + self._idle_s
 
     def _take(self, deadline: float | None) -> tuple[list[Entry], bool]:
-        """What is there `gather()` seconds after something came; nothing where the deadline came first. Whoever puts
-        more meanwhile wakes nobody: to be woken for every record would cost more than to write it."""
+        """The records that arrive within `gather()` seconds of the first; empty if the deadline passes first. Later
+        records do not wake the thread: a wake-up per record would cost more than writing it."""
         taken: list[Entry] = []
         try:
             record, then = self._queue.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))

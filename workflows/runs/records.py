@@ -1,14 +1,13 @@
-"""What a journal says: six kinds of records, each a JSON object with a `type` in a slot.
+"""The records of a journal: six kinds, each a JSON object with a `type` in a slot.
 
     Lease    a driver has taken the run
     Start    an attempt of a call begins
     Failed   an attempt has failed; `final`: no other follows
-    Wait     a call waits for somebody outside (an approval, an event)
-    Commit   a call has its result, made here or taken over from another run
+    Wait     a call waits for an outside answer (an approval, an event)
+    Commit   a call has its result, made here or reused from another run
     End      the run is over, until another driver takes it
 
-Fields without a value in an older record take their default. What a newer version has added, a field or a type, is
-left out.
+Fields that an older record lacks take their default. Fields and types that a newer version added are ignored.
 """
 
 from collections.abc import Sequence
@@ -23,14 +22,14 @@ APPROVAL = "workflows.waits:approval"
 
 @dataclass(frozen=True)
 class Record:
-    """One record. It also reads as the JSON object that is stored: `record["call"]`, `record.get("needs")`."""
+    """One record. It can also be read like its stored JSON object: `record["call"]`, `record.get("needs")`."""
 
     TYPE: ClassVar[str]
     OPTIONAL: ClassVar[frozenset[str]] = frozenset()
-    """Fields that are stored only where they hold something."""
+    """Fields that are stored only if they are not empty."""
 
     def to_json(self) -> Json:
-        """The object that a slot holds."""
+        """The record's object in a slot."""
         tree: Json = {"type": self.TYPE}
         for name in FIELDS[type(self)]:
             value = getattr(self, name)
@@ -92,7 +91,7 @@ class CallRecord(Record):
 
     @property
     def status(self) -> str:
-        """What the call is once this is the last record of it, if a driver works on the run."""
+        """The call's status if this is its last record and a driver works on the run."""
         raise NotImplementedError
 
 
@@ -126,8 +125,8 @@ class Failed(CallRecord):
 
 @dataclass(frozen=True)
 class Wait(CallRecord):
-    """`inputs` and `identity`: as in a Commit. `show`: what the person who answers should see, for people.
-    `deadline`: None where there is none."""
+    """`inputs` and `identity`: as in a Commit. `show`: readable data for the person who answers. `deadline`: None if
+    there is none."""
 
     TYPE: ClassVar[str] = "wait"
     OPTIONAL: ClassVar[frozenset[str]] = frozenset({"needs", "identity"})
@@ -181,11 +180,11 @@ NEEDED = {kind: [field.name for field in fields(kind) if field.default is MISSIN
 
 
 def from_json(tree: Json) -> Record | None:
-    """The record that a slot holds; None for one of a type that this version does not know. It takes `tree` over: a
+    """The record of a slot's object; None for a type that this version does not know. The record uses `tree` itself: a
     journal has many records, and their constructors would take as long as reading the file.
 
     Raises:
-        KeyError, TypeError: it is no record.
+        KeyError, TypeError: it is not a record.
     """
     kind = KINDS.get(tree["type"])
     if kind is None:
@@ -198,7 +197,7 @@ def from_json(tree: Json) -> Record | None:
 
 
 def index_entry(run_id: str, record: Commit) -> Json:
-    """What the index says of a commit; `run_id`: where its body ran."""
+    """A commit's entry in the index; `run_id`: the run that executed its body."""
     entry = {name: getattr(record, name) for name in ("key", "call", "step", "result", "seconds")}
     identity = {} if record.identity is None else {"identity": record.identity}
     return {"format": FORMAT, **identity, "run": run_id, **entry}

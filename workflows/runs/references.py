@@ -1,4 +1,4 @@
-"""Everything that a store holds and what refers to what: the ground on which `recua gc` and `recua export` stand."""
+"""All data of a store and the references between them, for `recua gc` and `recua export`."""
 
 import json
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ THREADS = 8
 
 @dataclass(frozen=True)
 class StoredRun:
-    """One folder under `runs/`. `metadata` None: it has no run.json, so it is no run (any more). `removed`: `recua gc`
-    has taken it down and nobody can open it again. `submission`: what a service was asked to run, where one was."""
+    """One folder under `runs/`. `metadata` None: without a run.json it is not (or no longer) a run. `removed`: `recua
+    gc` has removed it, and it cannot be opened again. `submission`: the submission to a service, if there was one."""
 
     run_id: str
     metadata: Json | None
@@ -34,7 +34,7 @@ class StoredRun:
 
     @property
     def last_active(self) -> float:
-        """When it ended, else its last driver's start, else its making."""
+        """When it ended, else its last driver's start, else its creation."""
         end, lease = self.state.end, self.state.lease
         return end.time if end else lease.time if lease else self.created
 
@@ -45,7 +45,7 @@ class StoredRun:
 
 @dataclass(frozen=True)
 class Reference:
-    """Who refers to an artifact: a call of a run, or the run's recipe or own result (`call` "")."""
+    """A reference to an artifact: from a call of a run, or from the run's recipe or own result (`call` "")."""
 
     run_id: str
     call_id: str
@@ -53,8 +53,8 @@ class Reference:
 
 @dataclass
 class StoreContents:
-    """All runs, and the references of those that count: location of an artifact -> who refers to it. `attempts`: those
-    that hold such an artifact. `codes` and `packages`: digests of code records and packages in use."""
+    """All runs, and the references of those that count: location of an artifact -> its references. `attempts`: those
+    with such an artifact. `codes` and `packages`: digests of code records and packages in use."""
 
     runs: dict[str, StoredRun] = field(default_factory=dict)
     references: dict[str, list[Reference]] = field(default_factory=dict)
@@ -71,7 +71,7 @@ def store_contents(store: Store, without: frozenset[str] = frozenset()) -> Store
     """Read every journal of the store. The references of the runs in `without` do not count.
 
     Raises:
-        StoreError: anything is unreadable or damaged: then nothing may be called unreferenced.
+        StoreError: something is unreadable or damaged, so that no data is known to be unreferenced.
     """
     names = list(store.folders("runs"))
     with ThreadPoolExecutor(THREADS) as pool:
@@ -100,7 +100,7 @@ def read_run(store: Store, run_id: str) -> StoredRun:
 
 
 def references_of(run: StoredRun) -> Iterator[tuple[Json, Reference]]:
-    """Every artifact record that a run refers to, and where."""
+    """Every artifact record that a run refers to, with its place."""
     assert run.metadata is not None
     for record in artifact_records(run.metadata.get("recipe")):
         yield record, Reference(run.run_id, "")

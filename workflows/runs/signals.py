@@ -1,15 +1,15 @@
-"""Waiting for people and for the outside world.
+"""Waits for approvals and events from outside the workflow.
 
     go = approval("deploy", "Ship it?", show={"score": score}, timeout=86_400)
-    deploy(model, go)                               # an edge: deployed only once somebody has approved
-    batch = event("labels-ready").result()          # the JSON value that somebody sent
+    deploy(model, go)                               # an edge: deployed only after the approval
+    batch = event("labels-ready").result()          # the JSON value that was sent
 
-A wait is a call like any other: it is made once its inputs are there, other branches run meanwhile, and its answer is
-committed. It holds nothing on the cluster. The answer is one object in the store, written once (`put_if_absent`), so
-the first answer wins, and it may come while no driver lives: the next one finds it.
+A wait is a call like any other: it begins when its inputs are committed, other branches run meanwhile, and its answer
+is committed. It holds no resources of the cluster. The answer is one object in the store, written once
+(`put_if_absent`): the first answer counts. It may come while there is no driver; the next driver finds it.
 
-Who waits for whom: the executor's loop hands waits to the Poller and goes on; the Poller's one thread asks the store
-for answers to all of them, and tells the loop.
+Who waits for whom: the executor's loop passes waits to the Poller and does not wait; the Poller's one thread polls the
+store for all answers, and notifies the loop.
 """
 
 import getpass
@@ -45,7 +45,7 @@ REMOTE_PERIOD_S = 2.0
 def wait_record(
     call_id: str, step: str, needs: Sequence[str], options: StepOptions, arguments: Any, inputs: str
 ) -> records.Wait:
-    """What the journal says of a wait; `deadline` in seconds since the epoch, or None."""
+    """The journal's record of a wait; `deadline` in seconds since the epoch, or None."""
     now = time.time()
     message, show = decode(arguments["args"][0]), arguments["args"][1]
     return records.Wait(
@@ -62,8 +62,8 @@ def wait_record(
 
 
 def check_question(record: records.Wait, same_inputs: bool, message: str) -> None:
-    """Raises NonDeterminismError where a resumed workflow asks under an old name for something else: an answer to the
-    old question is none to the new one."""
+    """Raises NonDeterminismError if a resumed workflow asks another question under an old name: the answer to the old
+    question does not answer the new one."""
     if not same_inputs:
         raise NonDeterminismError(
             f"{record.call} asked {record.message!r} before, showing {record.show}, and asks {message!r} or "
@@ -72,17 +72,17 @@ def check_question(record: records.Wait, same_inputs: bool, message: str) -> Non
 
 
 def answer(record: records.Wait, signal: Json) -> Any:
-    """The result that an answer means.
+    """The result of an answer.
 
     Raises:
         Denied: the approval was denied.
-        StepTimeout: nobody answered in time.
+        StepTimeout: no answer came in time.
     """
     call, value = record.call, signal["value"]
     if signal.get("timeout"):
         assert record.deadline is not None, "nobody waits too long without one"
         waited = record.deadline - record.time
-        raise StepTimeout(f"{call}: nobody answered within {waited:g} s (timeout= of the wait)")
+        raise StepTimeout(f"{call}: no answer within {waited:g} s (timeout= of the wait)")
     if not record.step.endswith(":approval"):
         return value
     if not value["approve"]:
@@ -92,7 +92,7 @@ def answer(record: records.Wait, signal: Json) -> Any:
 
 
 class Poller:
-    """Asks the store for the answers to all waits of a run: one listing per round, however many there are.
+    """Polls the store for the answers to all waits of a run, with one listing per round.
 
     `deliver(call_id, signal)` and `on_error(error)` are called on its thread, which lives as long as there are waits.
     """
@@ -115,7 +115,7 @@ class Poller:
         self._thread: threading.Thread | None = None
 
     def add(self, call_id: str, deadline: float | None, final: bool) -> None:
-        """Wait for `call_id` too. `final`: once the deadline is over, that is an answer, and no other counts."""
+        """Also wait for `call_id`. `final`: the passed deadline is an answer, after which no other counts."""
         with self._changed:
             self._waits[call_id] = (signal_key(self._run_id, call_id), deadline or float("inf"), final)
             self._changed.notify()
@@ -139,7 +139,7 @@ class Poller:
             self._on_error(error)
 
     def _look(self) -> bool:
-        """One round: what has been answered, what is overdue, and a pause. False when there is nothing to wait for."""
+        """One round: deliver answers and passed deadlines, then pause. False if nothing waits."""
         with self._changed:
             waits = dict(self._waits)
         there = set(self._store.list(f"runs/{self._run_id}/signals"))
@@ -186,9 +186,9 @@ def read_signal(store: Store, key: str) -> Json | None:
 
 
 def send(store: Store, run_id: str, call_id: str, value: Any, who: str) -> tuple[bool, Json]:
-    """Answer a wait by its call id. The value: JSON; of an approval {"approve": bool, "comment": str}.
+    """Answer a wait by its call id. The value is JSON; for an approval {"approve": bool, "comment": str}.
 
-    Returns (whether this answer is the one, the answer that counts): the first one wins.
+    Returns (whether this answer counts, the answer that counts): the first one counts.
     """
     key = signal_key(run_id, call_id)
     mine = _put(store, key, call_id, value, who)
@@ -198,28 +198,27 @@ def send(store: Store, run_id: str, call_id: str, value: Any, who: str) -> tuple
 
 
 def waiting_calls(state: JournalState) -> list[records.Wait]:
-    """The wait records that have no end yet, oldest first."""
+    """The records of open waits, oldest first."""
     return [wait for call, wait in state.waits.items() if state.calls[call][-1] is wait]
 
 
 def reply(store: Store, run_id: str, text: str, kind: str, value: Any, who: str) -> str:
-    """Answer the wait that `text` means (a call id, or the name that the workflow gave it); a line that says what came
-    of it.
+    """Answer the wait that `text` names (a call id, or the workflow's name for it); returns a line with the outcome.
 
     Raises:
-        UserError: nothing waits under that name (the nearest is named), it is of the other kind, or somebody has
-            answered before.
+        UserError: nothing waits under that name (the message has the nearest one), it is of the other kind, or it has
+            already been answered.
     """
     state = read_journal(store, run_id)
     record = find_wait(run_id, state, text, kind)
     mine, signal = send(store, run_id, record.call, value, who)
     if not mine:
-        raise UserError(f"{record.call} was {_said(record, signal)} already; that answer counts")
+        raise UserError(f"{record.call} was already {_said(record, signal)}; that answer counts")
     return f"{record.call} is {_said(record, signal)}"
 
 
 def find_wait(run_id: str, state: JournalState, text: str, kind: str) -> records.Wait:
-    """The record of the wait of this `kind` that `text` means. Errors as `reply`."""
+    """The record of the wait of this `kind` that `text` names. Raises as `reply`."""
     known = list(state.waits.values())
     found = [record for record in known if text == record.call]
     found = found or [record for record in known if text == short_name(record.call)]
@@ -229,7 +228,7 @@ def find_wait(run_id: str, state: JournalState, text: str, kind: str) -> records
         record = waiting[0]
         if not record.step.endswith(f":{kind}"):
             other = "recua send" if kind == "approval" else "recua approve"
-            raise UserError(f"{record.call} is no {kind}: answer it with {other}")
+            raise UserError(f"{record.call} is not an {kind}: answer it with {other}")
         return record
     if waiting:
         raise UserError(f"{text} may be any of {', '.join(record.call for record in waiting)}: give the whole name")
@@ -239,7 +238,7 @@ def find_wait(run_id: str, state: JournalState, text: str, kind: str) -> records
 
 
 def command(run_id: str, call_id: str, step: str, store_url: str) -> str:
-    """What to type to answer a wait."""
+    """The command that answers a wait."""
     name = short_name(call_id) if "/" not in call_id else call_id
     words = ["recua", "approve", run_id, name] if step.endswith(":approval") else ["recua", "send", run_id, name]
     value = [] if step.endswith(":approval") else ["JSON"]
@@ -253,7 +252,7 @@ def short_name(call_id: str) -> str:
 
 
 def me() -> str:
-    """Who types: user@host."""
+    """The user at this terminal: user@host."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
@@ -264,7 +263,7 @@ def me() -> str:
 def _said(record: records.Wait, signal: Json) -> str:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(signal["time"]))
     if signal.get("timeout"):
-        return f"given up (nobody had answered in time) at {when}"
+        return f"given up (no answer came in time) at {when}"
     word = "answered"
     if record.step.endswith(":approval"):
         word = "approved" if signal["value"]["approve"] else "denied"

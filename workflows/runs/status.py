@@ -1,11 +1,11 @@
-"""What a run is doing, in one small object beside its journal, so that a list of runs need not replay journals.
+"""A run's status in one small object beside its journal, so that a list of runs need not replay journals.
 
 The driver writes `runs/<run>/status.json` at every heartbeat and at the end:
 
     {"format", "status", "time", "slot", "lease_slot", "driver", "counts", "ended"}
 
-`slot` is the last journal slot that it counts: where the journal has a later one, the object is stale and the journal
-is replayed. The journal stays the truth; this object may be missing or wrong, never the other way round.
+`slot` is the last journal slot that it counts: if the journal has a later one, the object is stale and the journal is
+replayed. The journal is authoritative; this object may be missing or wrong.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from workflows.runs.records import CallRecord, Commit, End, Json, Record
 FORMAT = 1
 COUNTED = ("committed", "reused", "running", "failed", "waiting")
 DRIVER = ("host", "pid", "machine", "process_start", "ttl_s")
-"""What the object has of the driver's lease."""
+"""The fields of the driver's lease in the object."""
 
 
 @dataclass
 class Counts:
-    """How many calls are in which state. Memory grows with the calls that are not committed only."""
+    """The number of calls in each state. Memory grows only with calls that are not committed."""
 
     committed: int = 0
     reused: int = 0
@@ -57,7 +57,7 @@ class Counts:
                 self.open[record.call] = record.status
 
     def numbers(self, alive: bool) -> dict[str, int]:
-        """By state; nothing of a run without a driver is running."""
+        """By state; in a run without a driver no call is running."""
         states = Counter(self.open.values())
         waiting = len(self.open) - states["running"] - states["failed"]
         counted = (self.committed, self.reused, states["running"] if alive else 0, states["failed"], waiting)
@@ -65,7 +65,7 @@ class Counts:
 
 
 class StatusFile:
-    """The driver's side: counts what its journal appends, and writes the object when told. Safe on any thread."""
+    """The driver's side: counts the journal's new records, and writes the object on request. Safe on any thread."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
@@ -80,7 +80,7 @@ class StatusFile:
         journal.watchers.append(self._on_slot)
 
     def write(self) -> None:
-        """Put the object; what cannot be written now is written at the next beat."""
+        """Write the object; if that fails, the next beat writes it."""
         with self._lock:
             tree = {
                 "format": FORMAT,
@@ -107,7 +107,7 @@ def status_key(run_id: str) -> str:
 
 
 def read_status(store: Store, run_id: str) -> Json | None:
-    """The object, or None where it is missing, damaged or older than the journal."""
+    """The object; None if it is missing, damaged or older than the journal."""
     raw = store.get(status_key(run_id))
     try:
         tree: Json = json.loads(raw or b"null") or {}
@@ -119,8 +119,8 @@ def read_status(store: Store, run_id: str) -> Json | None:
 
 
 def standing(store_url: str, run_id: str) -> Literal["open", "stopped", "over"]:
-    """For what a run has started and left: "open" goes on, or has lost its driver; "stopped" has ended and may be
-    resumed; "over" is finished or removed. Cheap, so that it can be asked every second.
+    """A run's standing, for processes that it left behind: "open": it runs, or has lost its driver; "stopped": it has
+    ended and may be resumed; "over": it is finished or removed. Cheap enough to call every second.
 
     Raises:
         StoreError: the store fails.

@@ -356,7 +356,7 @@ def test_values_have_the_type_of_their_parameter_from_a_file_too() -> None:
             "limit=2026-01-01",
             r"^--set: limit is a datetime.date, which .*; annotate it as str, and write it in quotes$",
         ),
-        ("kinds=['a']", r"^--set: kinds is a builtins.set, which cannot be kept"),
+        ("kinds=['a']", r"^--set: kinds is a builtins.set, which cannot be stored"),
     ],
 )
 def test_what_no_run_can_keep_is_refused_by_its_parameter(override: str, named: str) -> None:

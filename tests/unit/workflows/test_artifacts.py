@@ -88,7 +88,7 @@ def test_sealing_twice_is_refused(store: Store, tmp_path: Path) -> None:
     source = ArtifactSource(store.url, str(tmp_path / "cache"))
     out = ArtifactWriter(store, source, "runs/r/attempts/1/model", tmp_path / "scratch", lambda: None)
     out.seal()
-    with pytest.raises(UserError, match="sealed already"):
+    with pytest.raises(UserError, match="already sealed"):
         out.seal()
 
 
@@ -178,9 +178,9 @@ def test_links_come_back_as_what_they_led_to(writer: Callable[..., ArtifactWrite
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "dangling": (lambda path: path.symlink_to("nothing"), "is a link that leads nowhere"),
-    "loop": (lambda path: path.symlink_to(path.name), "is a link that leads nowhere"),
-    "round": (lambda path: path.symlink_to(".."), "is a link to a folder that it lies in"),
+    "dangling": (lambda path: path.symlink_to("nothing"), "is a link to nothing"),
+    "loop": (lambda path: path.symlink_to(path.name), "is a link to nothing"),
+    "round": (lambda path: path.symlink_to(".."), "is a link to a folder around it"),
     "fifo": (os.mkfifo, "is neither a file nor a folder"),
     "link to a device": (lambda path: path.symlink_to("/dev/zero"), "is neither a file nor a folder"),
     "socket": (lambda path: os.mknod(path, stat.S_IFSOCK | 0o600), "is neither a file nor a folder"),

@@ -274,7 +274,7 @@ def test_what_is_stored_is_read_and_new_fields_take_their_defaults(tree: Any, va
         ({"$dataclass": f"{__name__}:Scaled", "fields": {"rate": 1}}, "no field rate any more"),
         ({"$dataclass": f"{__name__}:Result", "fields": {"scores": {}}}, "it has no model, and no default"),
         ({"$dataclass": f"{__name__}:Gone", "fields": {}}, "cannot find .*:Gone"),
-        ({"$dataclass": f"{__name__}:Inner", "fields": {}}, "is no dataclass any more"),
+        ({"$dataclass": f"{__name__}:Inner", "fields": {}}, "is no longer a dataclass"),
         ({"$namedtuple": f"{__name__}:Score", "fields": {"mean": 1.0, "old": 2}}, "differs in old"),
         ({"$later": 1}, r"a \$later, which this version of recua does not know"),
     ],

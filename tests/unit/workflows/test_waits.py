@@ -123,10 +123,10 @@ def test_dynamic_of_two_answers_the_first_wins_and_the_second_is_told(store: Sto
     (loser,) = (who for who, text in told.items() if text.startswith("refused"))
     (winner,) = told.keys() - {loser}
     assert told[winner].startswith(f"approval[ask] is approved by {winner}")
-    assert f"approval[ask] was approved by {winner} at " in told[loser]
+    assert f"approval[ask] was already approved by {winner} at " in told[loser]
     assert driver.result() == f"yes from {winner}"
     code, text = type_in("approve", "r", "ask", "--deny", store=store)
-    assert code == 2 and f"was approved by {winner}" in text, "also when the run is over"
+    assert code == 2 and f"was already approved by {winner}" in text, "also when the run is over"
 
 
 def test_dynamic_a_denial_is_a_named_error_and_stays_one(store: Store) -> None:
@@ -158,7 +158,7 @@ def test_dynamic_a_deadline_counts_from_the_question_through_every_driver(store:
     deadline = read_journal(store, "r").waits["event[late]"]["deadline"]
     assert began < deadline
     wait_for(lambda: time.time() > deadline, "")
-    with pytest.raises(StepTimeout, match=r"^event\[late\]: nobody answered within 2 s"):
+    with pytest.raises(StepTimeout, match=r"^event\[late\]: no answer within 2 s"):
         Driver(store, program.hasty, 2.0).result()
     assert read_journal(store, "r").waits["event[late]"]["deadline"] == deadline
     reply(store, "r", "late", "event", 5, "x")
@@ -166,8 +166,8 @@ def test_dynamic_a_deadline_counts_from_the_question_through_every_driver(store:
 
 
 def test_dynamic_a_deadline_that_the_workflow_handles_is_final(store: Store) -> None:
-    assert Driver(store, program.careful, 0.2).result().startswith("late: approval[ask]: nobody answered within 0.2 s")
-    with pytest.raises(UserError, match=r"was given up .*nobody had answered in time"):
+    assert Driver(store, program.careful, 0.2).result().startswith("late: approval[ask]: no answer within 0.2 s")
+    with pytest.raises(UserError, match=r"was already given up .*no answer came in time"):
         reply(store, "r", "ask", "approval", YES, "ben")
 
 
@@ -195,7 +195,7 @@ def test_dynamic_the_command_line_names_what_waits(store: Store) -> None:
     wait_for(lambda: len(waiting_calls(read_journal(store, "r"))) == 3)
     assert type_in("send", "r", "e9", "1", store=store) == (2, "nothing in run r waits as 'e9'; did you mean e2?")
     assert "waiting: event[e0], event[e1], event[e2]" in type_in("send", "r", "zz", "1", store=store)[1]
-    assert type_in("approve", "r", "e1", store=store) == (2, "event[e1] is no approval: answer it with recua send")
+    assert type_in("approve", "r", "e1", store=store) == (2, "event[e1] is not an approval: answer it with recua send")
     assert "needs its own quotes" in type_in("send", "r", "e1", "text", store=store)[1]
     assert "no run 'q'" in type_in("send", "q", "e1", "1", store=store)[1]
     for index in range(3):
