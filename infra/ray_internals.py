@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from infra import setup_worker
+
 MOST_TASKS = 1 << 30
 """Ray counts a worker process's runs of a function, and ends a process that has reached this limit."""
 
@@ -26,10 +28,23 @@ def few_servers(ray: Any, keep: tuple[str, ...] = ()) -> Iterator[None]:
     try:
         for name in starts:
             setattr(node, name, lambda *_, **__: None)
-        yield
+        with quick_starts(ray):
+            yield
     finally:
         for name, start in starts.items():
             setattr(node, name, start)
+
+
+@contextlib.contextmanager
+def quick_starts(ray: Any) -> Iterator[None]:
+    """The nodes of a Ray that starts within start their worker processes with `infra.setup_worker`."""
+    constants = ray._private.ray_constants
+    name = constants.SETUP_WORKER_FILENAME
+    try:
+        constants.SETUP_WORKER_FILENAME = setup_worker.__file__  # joined to a folder, an absolute path stays as it is
+        yield
+    finally:
+        constants.SETUP_WORKER_FILENAME = name
 
 
 def own_worker(ray: Any) -> Any:

@@ -397,9 +397,9 @@ def test_a_local_ray_has_no_server_that_nobody_asked_for(options: dict[str, bool
 
     own = {name: value for name, value in vars(Node).items() if name.startswith("start_")}
     errors = SimpleNamespace(AuthenticationError=PermissionError)
-    ray = SimpleNamespace(
-        init=init, exceptions=errors, shutdown=lambda: None, _private=SimpleNamespace(node=SimpleNamespace(Node=Node))
-    )
+    constants = SimpleNamespace(SETUP_WORKER_FILENAME="setup_worker.py")
+    private = SimpleNamespace(node=SimpleNamespace(Node=Node), ray_constants=constants)
+    ray = SimpleNamespace(init=init, exceptions=errors, shutdown=lambda: None, _private=private)
     servers = RayServers(ray, options)
     with pytest.raises(ConfigError, match="that is enough"):
         servers.start()
