@@ -157,7 +157,7 @@ def test_a_run_survives_the_loss_of_each_of_its_local_rays_servers(start: Start,
     assert "(its GCS was killed by SIGKILL); starting another one" in told[2]
     last = output.splitlines()[-1]
     assert last.startswith("SystemFault: the local Ray of this run is gone (its raylet was killed by SIGKILL), and ")
-    assert "local_ray_restarts=4 allows no further restart" in last and "run it again to go on" in last
+    assert "local_ray_restarts=4 allows no further restart" in last and "run it again to resume" in last
     assert "no single node" not in output and "Traceback" not in output, output
 
     (tmp_path / "go-once-too-often").touch()

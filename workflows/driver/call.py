@@ -1,4 +1,4 @@
-"""One call of one step, from its making to its end, and the run that it is of."""
+"""One call of one step, from its creation to its end, and its run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ an autoscaler may bring other nodes."""
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class Call:
-    """One call of one step. A map is one too: it has a `fanout`, makes its `children` when its list is there, and ends
-    when they have.
+    """One call of one step. A map is also a call: it has a `fanout`, makes its `children` when its list is known, and
+    ends when they have ended.
 
-    Any thread that waits reads `result` and `error` once `ended` is true, and changes `awaited` and `seen`
+    Waiting threads read `result` and `error` once `ended` is true, and change `awaited` and `seen`
     (workflows.driver.ends); everything else belongs to the loop's thread."""
 
     id: str
@@ -34,9 +34,9 @@ class Call:
     fanout: Fanout | None = None
     children: list["Call"] | None = None
     of: int | None = None
-    """How many items the map has that this call belongs to."""
+    """The number of items of this call's map."""
     waiting: int = 0
-    """How many of `upstream`, or of `children`, have not ended."""
+    """The number of `upstream` or `children` that have not ended."""
     dependents: list["Call"] = field(default_factory=list)
     inputs: str = ""
     key: str = ""
@@ -45,23 +45,23 @@ class Call:
     attempt_id: str = ""
     started: float | None = None
     handed_back: bool = False
-    """Whether its attempt was not begun by the task that had it."""
+    """Whether its task handed the attempt back without beginning it."""
     user_failures: int = 0
     system_failures: int = 0
     saved_state: bool = False
-    """Whether its body kept a state for its next attempt, to be removed after the commit."""
+    """Whether its body stored state for a retry, which must be removed after the commit."""
     result: Any = None
     error: BaseException | None = None
     ended: bool = False
     awaited: int = 0
-    """How many threads wait for its end."""
+    """The number of threads that wait for its end."""
     seen: bool = False
     """Whether its error was raised in the workflow."""
 
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """One Ray task and the calls that share it: mostly one call, so that all of it is that call's."""
+    """One Ray task and the calls that share it; usually one call."""
 
     number: int
     calls: list[Call]
@@ -70,7 +70,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What all parts of one driven run know. `emit` takes events from any thread."""
+    """Data that all parts of a driven run share. `emit` takes events from any thread."""
 
     journal: Journal
     settings: RunSettings
@@ -83,5 +83,5 @@ class RunContext:
         self.emit(Event(kind, call.id, call.step.short_name, data))
 
     def warn(self, message: str) -> None:
-        """Emit a warning that is about no single call."""
+        """Emit a warning about the whole run."""
         self.emit(Event("warning", data={"message": message}))

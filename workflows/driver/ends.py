@@ -1,7 +1,7 @@
-"""What the loop hands to the threads that wait: which calls have ended, and what ends the run.
+"""State that the loop shares with waiting threads: the ended calls, and the error that ends the run.
 
-Any thread may use it; one lock guards it all. A waiting thread is woken only by the end of a call that somebody waits
-for, by a failure, and when no call is open any more: a run has many calls of which most are waited for by nobody.
+Any thread may use it; one lock guards all of it. A waiting thread is woken only by the end of a call that a thread
+waits for, by a failure, and when no call is open any more, because no thread waits for most calls of a run.
 """
 
 import threading
@@ -40,7 +40,7 @@ class Ends:
                 self._changed.notify_all()
 
     def abort(self, error: BaseException) -> None:
-        """The run ends with `error`, unless another error has ended it before: every waiting thread raises it."""
+        """End the run with `error`, unless another error has ended it: every waiting thread raises the error."""
         with self._changed:
             if self._fatal is None:
                 self._fatal = error
@@ -50,7 +50,7 @@ class Ends:
         """Return when `call` has ended.
 
         Raises:
-            BaseException: what ends the run, or the failure of a call that nobody has seen yet.
+            BaseException: the error that ends the run, or the failure of a call that no thread has raised yet.
         """
         with self._changed:
             call.awaited += 1
@@ -60,13 +60,13 @@ class Ends:
                 call.awaited -= 1
 
     def wait_for_all(self) -> None:
-        """Return when every call has ended, none with a failure that nobody has seen. Raises as `wait_for`."""
+        """Return when every call has ended, and all failures have been raised. Raises as `wait_for`."""
         with self._changed:
             self._wait(lambda: not self._open)
             self._raise_failure()
 
     def raise_fatal(self) -> None:
-        """Raise what ends the run, if anything does."""
+        """Raise the error that ends the run, if there is one."""
         if self._fatal is not None:
             raise self._fatal
 
@@ -76,7 +76,7 @@ class Ends:
             self._changed.wait()
 
     def _raise_failure(self) -> None:
-        """Raise what ends the run, or else the first failure that nobody has seen yet."""
+        """Raise the error that ends the run, or else the first failure that no thread has raised yet."""
         self.raise_fatal()
         for call in self._failed:
             if not call.seen:

@@ -1,9 +1,9 @@
 """A process beside the driver that writes the entries of the reuse index into a folder store.
 
-Started as a script, standard library only. Each line that it reads is `PATH<tab>TEXT`: the file at PATH is to hold
-TEXT, whole or not at all. A file costs four system calls, and in the driver every one of them would pass the
-interpreter's lock between threads that all want it: with short steps a fifth of the driver's time. When the pipe closes
-(also because the driver died) what was sent is written, and the process ends.
+It runs as a script with the standard library only. Each line that it reads is `PATH<tab>TEXT`: it writes TEXT to the
+file at PATH, whole or not at all. A file costs four system calls, and in the driver each of them would pass the
+interpreter's lock between busy threads: a fifth of the driver's time with short steps. When the pipe closes (also
+because the driver died), the process writes what was sent, and ends.
 """
 
 import os
@@ -15,15 +15,15 @@ CHUNK = 1 << 16
 
 
 class IndexProcess:
-    """The driver's handle: `put` gives files, `close` waits until they are written. Both raise OSError where the
-    process could not write (its reason was printed). One that was killed, by the machine's out-of-memory killer
-    perhaps, is replaced; what it had not written yet is lost, and costs no more than a reuse."""
+    """The driver's handle: `put` sends files, `close` waits until they are written. Both raise OSError if the process
+    could not write (it prints the reason). A killed process (perhaps by the out-of-memory killer) is replaced; the loss
+    of its unwritten entries only costs their reuse."""
 
     def __init__(self) -> None:
         self._process = self._start()
 
     def put(self, files: list[tuple[str, str]]) -> None:
-        """(path, text) of each; neither may hold a newline."""
+        """Send (path, text) pairs; neither may contain a newline."""
         data = "".join(f"{path}\t{text}\n" for path, text in files).encode()
         try:
             self._send(data)

@@ -1,8 +1,8 @@
-"""One thread that owns the state of a run: everything reaches it as work in its inbox, or as a timer.
+"""One thread that owns the state of a run: all input reaches it as work in its inbox, or as a timer.
 
-Work is done in the order in which it came, in rounds: all that is there, then what is due. Between rounds the thread
-rests for `rest()` seconds, 0 where nobody may wait. Rests let work gather while much is going on: threads that wake
-each other for every single thing spend most of their time on that.
+Work is done in order of arrival, in rounds: all waiting work, then due timers. Between rounds the thread rests for
+`rest()` seconds, which is 0 if work must not wait. Rests let work gather under load: threads that wake each other for
+every item spend most of their time on that.
 """
 
 import heapq
@@ -19,8 +19,8 @@ Work = tuple[Callable[..., None], tuple[Any, ...]]
 
 
 class Loop:
-    """`on_error(error)` gets what a piece of work raised; the loop goes on. Where the loop itself fails it gets that
-    too, and from then on there are no timers and no rests: what is posted is still done, so that the run can end."""
+    """`on_error(error)` gets the error of a piece of work; the loop continues. It also gets an error of the loop
+    itself; from then on there are no timers and no rests, but posted work is still done, so that the run can end."""
 
     def __init__(self, on_error: Callable[[BaseException], None], rest: Callable[[], float]) -> None:
         self._on_error = on_error
@@ -34,11 +34,13 @@ class Loop:
         self._thread.start()
 
     def post(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Do `work(*arguments)` on the loop's thread, soon. From any thread."""
+        """Do `work(*arguments)` soon on the loop's thread. Callable from any thread."""
         self._inbox.put((work, arguments))
 
     def ask(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Do `work(*arguments)` on the loop's thread, and return or raise what it does. From any other thread."""
+        """Do `work(*arguments)` on the loop's thread, and return its result or raise its error. From other threads
+        only.
+        """
         answer: Future[T] = Future()
 
         def work_and_answer() -> None:
@@ -51,11 +53,11 @@ class Loop:
         return answer.result()
 
     def later(self, seconds: float, work: Callable[..., None], *arguments: Any) -> None:
-        """Do it in so many seconds. From the loop's thread only."""
+        """Do the work after a number of seconds. From the loop's thread only."""
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), (work, arguments)))
 
     def close(self) -> None:
-        """Do what was posted before, and end; timers are dropped."""
+        """Do the work that was already posted, and end; timers are dropped."""
         self._inbox.put(None)
         self._thread.join()
 

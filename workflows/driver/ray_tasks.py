@@ -25,9 +25,9 @@ from workflows.identity.names import import_roots
 from workflows.worker.batch import bootstrap
 
 NODES_AGE_S = 5.0
-"""After so many seconds a cluster is asked for its nodes again."""
+"""Seconds after which the list of a cluster's nodes is read again."""
 JOINING = ("namespace", "runtime_env")
-"""Arguments of ray.init that concern the job; the others are the cluster's."""
+"""Arguments of ray.init that belong to the job; the others belong to the cluster."""
 PREEMPTED = 3
 """AUTOSCALER_DRAIN_PREEMPTED of NodeDeathInfo.Reason in Ray's common.proto: a node's DeathReason."""
 NODE_DIED = {"NodeDiedError", "LocalRayletDiedError"}
@@ -35,8 +35,8 @@ Done = Callable[[bytes | None, BaseException | None], None]
 
 
 class RayTasks:
-    """Attempts on Ray. Used from the executor's loop thread only, but for `close`. Where it starts a Ray of its own it
-    owns it: see infra.local_ray for `on_lost`, `on_back` and `on_error`."""
+    """Attempts on Ray. Used only from the executor's loop thread, except `close`. It owns a Ray that it starts itself;
+    see infra.local_ray for `on_lost`, `on_back` and `on_error`."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class RayTasks:
                     self._settings.local_ray_restarts,
                     self._settings.retry_window_s,
                     "run",
-                    "What is committed stays: run it again to go on",
+                    "Committed steps stay: run it again to resume",
                     self._on_lost,
                     self._on_back,
                     self._on_error,
@@ -93,15 +93,15 @@ class RayTasks:
         return str(self._ray.util.get_node_ip_address())
 
     def prepare(self, run: str) -> None:
-        """Say what all attempts of this run share: a JSON object."""
+        """Set the data that all attempts of this run share, a JSON object."""
         self._body = bootstrap(import_roots(), run)
 
     def check(self, call_id: str, options: StepOptions) -> str | None:
-        """Refuse what no node of this cluster can ever give. With `wait_for_nodes` that is what an autoscaler must
-        bring first: what is returned says so; None where there is enough.
+        """Refuse a request that no node of this cluster can ever meet. With `wait_for_nodes`, return a text instead,
+        because an autoscaler may add nodes; None if the present nodes suffice.
 
         Raises:
-            ResourceError: names the call, the setting and the most that there is.
+            ResourceError: the message names the call, the setting and the largest available amount.
         """
         why = self._lacking(options)
         if why is not None and not self._settings.wait_for_nodes:
@@ -131,12 +131,12 @@ class RayTasks:
         )
 
     def at_once(self, options: StepOptions) -> int:
-        """How many bodies that ask for CPUs alone the present nodes run at the same time, all of them empty."""
+        """The number of bodies that request only CPUs that the present nodes, all empty, run at the same time."""
         return sum(int(node.get("CPU", 0.0) / options.num_cpus) for node in self.nodes())
 
     def submit(self, call_id: str, step: str, options: StepOptions, payload: bytes, done: Done) -> Any:
-        """Start one task: an attempt, or several that share it. `done(outcomes, error)` is called once, on one of Ray's
-        threads. To Ray the task is known by the name of its step."""
+        """Start one task with one or several attempts. `done(outcomes, error)` is called once, on one of Ray's threads.
+        Ray shows the task under the name of its step."""
         resources = (options.num_cpus, options.num_gpus, options.memory)
         if (gang := options.whole_gang()) is not None:
             if self._gangs is None:
@@ -162,8 +162,8 @@ class RayTasks:
             self._ray.cancel(reference, force=True, recursive=True)
 
     def everywhere(self, function: Callable[[Any], Any], argument: Any, answer: Callable[[Any], None]) -> None:
-        """Call `function(argument)` on every node, of which it takes nothing, and `answer` with what each one says, on
-        one of Ray's threads. Nodes that leave say nothing."""
+        """Call `function(argument)` on every node, without resources, and `answer` with each result, on one of Ray's
+        threads. Nodes that leave give no result."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         task = self._ray.remote(num_cpus=0, max_retries=0)(function)
@@ -179,10 +179,10 @@ class RayTasks:
                 reference.future().add_done_callback(ended)
 
     def was_preempted(self, error: BaseException) -> bool:
-        """Whether the node that Ray's error names went after a notice of preemption (Ray's text says nothing of it).
+        """Whether the node that Ray's error names ended after a notice of preemption, which Ray's text does not say.
 
-        A caller learns of the loss from its broken connection, 10 s and more before Ray gives the node up and says why:
-        until then it is listed as one that drains. (A drain for another reason is refused while a node has work.)
+        A broken connection reveals the loss 10 s or more before Ray gives the node up and says why; until then the node
+        is listed as draining. (Ray refuses a drain for another reason while a node has work.)
         """
         if self.is_local:
             return False
@@ -196,11 +196,11 @@ class RayTasks:
 
     @property
     def is_local(self) -> bool:
-        """Whether this run started its Ray, and no other driver is on it."""
+        """Whether this run started its Ray, which no other driver uses."""
         return self._local is not None
 
     def is_lost(self) -> bool:
-        """Whether the Ray that this run started is gone, and another one is not there yet: nobody may call it."""
+        """Whether the run's own Ray is lost and its successor does not run yet: no thread may call Ray."""
         return self._local is not None and self._local.is_lost()
 
     def judge(self, error: BaseException) -> None:
@@ -220,12 +220,12 @@ class RayTasks:
             self._local.condemn("it has given up its only node", count)
 
     def leave(self) -> None:
-        """The run is ending: a local Ray that dies is not started again."""
+        """The run is ending: do not restart a local Ray that dies."""
         if self._local is not None:
             self._local.leave()
 
     def close(self) -> None:
-        """Leave the cluster; a local one that this run started is shut down."""
+        """Disconnect from the cluster; shut down a local Ray that this run started."""
         if self._gangs is not None:
             self._gangs.close()
         if self._local is not None:
@@ -266,11 +266,11 @@ class RayTasks:
         return self._nodes
 
     def look_again(self) -> None:
-        """Forget what the nodes of a Ray had that is gone."""
+        """Forget the nodes of a lost Ray."""
         self._nodes, self._nodes_at = [], float("-inf")
 
     def _check_visible(self) -> None:
-        """On several nodes a folder must be one folder: every node has to read what this driver just wrote."""
+        """Check that all nodes share a folder store: every node must read a file that this driver just wrote."""
         nodes = [node for node in self._ray.nodes() if node["Alive"]]
         if len(nodes) < 2 or self._store.local_path("probe") is None:
             return
@@ -291,7 +291,7 @@ class RayTasks:
             for node in nodes:
                 try:
                     seen = self._ray.get(answers[node["NodeID"]], timeout=60)
-                except Exception:  # the node left meanwhile: it is no longer asked to see anything
+                except Exception:  # the node has left meanwhile, and need not see the store
                     continue
                 if not seen:
                     raise StoreError(

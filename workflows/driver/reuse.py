@@ -1,12 +1,12 @@
-"""What need not run: calls committed in this run, and equal calls committed by earlier ones.
+"""Calls that need not run: those committed in this run, and equal calls committed by earlier runs.
 
-Within a run a call is known by its id, and its step and inputs must be those of the commit record. Across runs it is
-known by its content key: step name, identity of its input values, code fingerprint, library versions. Inputs count by
-value (an artifact by its digest and what it was sealed with), so when a step is run again and gives the same thing,
-what depends on it stays valid.
+Within a run a call is identified by its id, and its step and inputs must match the commit record. Across runs it is
+identified by its content key: step name, identity of its input values, code fingerprint, library versions. Inputs count
+by value (an artifact by its digest and metadata), so that dependents stay valid if a step runs again with the same
+result.
 
-Earlier versions left out of an input what an artifact was sealed with (values.earlier_identity). Their records are
-resumed as they are; from another run one is taken where the artifacts that its call was given have the same metadata.
+Earlier versions ignored an artifact's metadata (values.earlier_identity). Their records are resumed unchanged; a record
+of another run is reused if the artifacts among its call's inputs have the same metadata.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from workflows.runs.journal import read_journal
 from workflows.runs.records import Commit, Wait, index_entry
 
 INDEX_PAUSE_S = 0.02
-"""Entries of the reuse index gather for so long: one message for all of them."""
+"""How long entries of the reuse index gather before they are sent as one message."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class ReuseLookup:
         self._read: tuple[str, dict[str, list[Commit]]] = ("", {})
 
     def fingerprint(self, step: Step[..., Any], options: StepOptions) -> Fingerprint:
-        """A step's fingerprint. What it is made of is kept in the store, for `recua show --why`."""
+        """A step's fingerprint. Its parts are stored for `recua show --why`."""
         name = (step.fn, options.libraries)
         if name in self._fingerprints:
             return self._fingerprints[name]
@@ -93,7 +93,7 @@ class ReuseLookup:
         """This run's own commit record of a call.
 
         Raises:
-            NonDeterminismError: the record is of another step or of other inputs; both are named.
+            NonDeterminismError: the record has another step or other inputs; the message names both.
         """
         self._not_called -= {call_id, step.short_name}
         record = self.commits.get(call_id)
@@ -127,7 +127,7 @@ class ReuseLookup:
         return self._identities.shown(arguments)
 
     def forget(self, call_id: str) -> None:
-        """The commit record was taken over: nobody asks for it again."""
+        """Drop a commit record that was used and is not needed again."""
         self.commits.pop(call_id, None)
 
     def identify(self, step: Step[..., Any], options: StepOptions, arguments: Any) -> tuple[str, str, str]:
@@ -141,7 +141,7 @@ class ReuseLookup:
         return self.identify(step, options, arguments)[2]
 
     def not_rerun(self) -> list[str]:
-        """What to say of names in `rerun` that no call has had."""
+        """Messages about names in `rerun` that no call had."""
         return [f"--rerun {name}: this run calls no step of that name" for name in sorted(self._not_called)]
 
     def may_reuse(self, call_id: str, step: Step[..., Any], options: StepOptions) -> bool:
@@ -185,13 +185,13 @@ class ReuseLookup:
         return self._read[1]
 
     def reusable(self, key: str) -> Reusable | None:
-        """The result under a content key, of any run, if all its artifacts are in the store and are to stay there."""
+        """The result under a content key, of any run, if all its artifacts are in the store and will stay there."""
         raw = self.store.get(index_key(key))
         if raw is None:
             return None
         try:
             entry = json.loads(raw)
-        except ValueError:  # entries are not flushed: a power cut may leave half of one, which is as good as none
+        except ValueError:  # entries are not flushed: a power cut may leave half an entry, which counts as none
             return None
         if entry.get("format") != FORMAT or not self.marks.allow(entry["result"]):
             return None
@@ -216,9 +216,9 @@ class ReuseLookup:
 
 
 class ReuseIndex:
-    """Publishes commit records by content key, off the driver's way: an index entry may come late, never wrong.
+    """Publishes commit records by content key in the background: an index entry may be late but never wrong.
 
-    Whoever waits: one thread takes what has come and hands it on, to a process (a folder) or to the store (S3).
+    Who waits for whom: one thread takes the new records and passes them to a process (for a folder) or the store (S3).
     """
 
     def __init__(self, store: Store, on_error: Callable[[BaseException], None]) -> None:

@@ -1,7 +1,7 @@
-"""What a driver writes of its run: the journal's slots, the heartbeat, the status, the index for later runs.
+"""A driver's writes: the journal's slots, the heartbeat, the status, the index for later runs.
 
-The loop's thread hands over what is to be written and waits for nothing; each part has a thread of its own that writes,
-and tells `abort` of a store that fails or of another driver.
+The loop's thread passes on the data and never waits. Each part has a writing thread of its own, which calls `abort` if
+the store fails or another driver has taken over.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ REMOTE_GATHER_S = 0.01
 
 
 class RunWriter:
-    """`crowded()`: whether so much is in flight that a few milliseconds of waiting cost no time. `abort(error)` and
-    `cancel()`, which a request in the store asks for, are called on the writing threads."""
+    """`crowded()`: whether so many attempts are in flight that waiting for a few milliseconds costs nothing.
+    `abort(error)`, and `cancel()` after a cancel request in the store, are called on the writing threads."""
 
     def __init__(
         self,
@@ -50,14 +50,14 @@ class RunWriter:
         self._commits.commit(record, then)
 
     def committed(self, call: Call, record: Commit) -> None:
-        """The commit record of a call is on the disk: later runs may reuse it, and its saved state is done with."""
+        """A call's commit record is on the disk: publish it for later runs, and remove the call's saved state."""
         if call.options.reuse:
             self._index.add(self._run.journal.run_id, record)
         if call.saved_state:
             self._states.committed(call.id)
 
     def valid_until(self) -> float:
-        """The wall-clock time up to which no other driver can have taken over."""
+        """The wall-clock time until which no other driver can have taken over."""
         return self._heartbeat.valid_until()
 
     def end(self, end: End | None) -> BaseException | None:
@@ -77,7 +77,7 @@ class RunWriter:
         self._heartbeat.close()
 
     def _gather_s(self) -> float:
-        """How long the journal's thread waits for more to write, in seconds."""
+        """How many seconds the journal's thread waits for more records."""
         return max(self._least_gather_s, GATHER_S if self._crowded() else 0.0)
 
     def _after_write(self) -> None:

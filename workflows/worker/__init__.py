@@ -1,1 +1,1 @@
-"""What runs inside a Ray task: batches of attempts, what a body printed, its messages, its failures."""
+"""The code inside a Ray task: batches of attempts, captured output, messages to the driver, failures."""

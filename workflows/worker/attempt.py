@@ -1,7 +1,7 @@
-"""The worker's side of one attempt: what runs inside the Ray task.
+"""The worker's side of one attempt, inside the Ray task.
 
-An attempt is JSON in and JSON out. The body's exceptions travel as records, so a class that only the worker has cannot
-break the driver; standard output and error go to the attempt's log, children's included.
+An attempt is JSON in and JSON out. The body's exceptions are sent as records, so that a class that only the worker has
+cannot break the driver. Standard output and error, also of child processes, go to the attempt's log.
 """
 
 import contextlib
@@ -36,11 +36,11 @@ from workflows.worker.watchdog import Watchdog
 
 Payload = dict[str, Any]
 SHORT_S = 0.1
-"""Nothing is said of a body that takes less than this, but its end."""
+"""A body shorter than this reports only its end."""
 
 
 def run_attempt(run: str, attempt: Payload) -> str:
-    """Run one attempt. `run`: what all attempts of a run share (a JSON object), `attempt`: this one's part.
+    """Run one attempt. `run`: the data that all attempts of a run share (a JSON object), `attempt`: this one's part.
 
     Returns `{"ok": true, "result": ...}` or `{"ok": false, "error": ...}`, with times and node, in JSON.
     """
@@ -55,7 +55,7 @@ def run_attempt(run: str, attempt: Payload) -> str:
             outcome |= _body(task, store, scratch, said)
         if said:
             outcome["warning"] = f"attempt {task['attempt']}: {'; '.join(said)}"
-    except Exception as error:  # the log, the lease, this machine: ours, not the user's
+    except Exception as error:  # from the log, the lease or this machine, not from the user's code
         outcome |= {"ok": False, "error": describe(error)}
     outcome["seconds"] = time.perf_counter() - clock
     return json.dumps(outcome)
@@ -68,15 +68,15 @@ def tell_driver(run: str, message: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _output(task: Payload, store: Store, scratch: Path) -> Iterator[list[str]]:
-    """Catch what the body prints and remove its scratch folder; the reaper does both where this process dies first.
-    What could not be kept is said in the list that this gives."""
+    """Capture the body's output and remove its scratch folder; the reaper does both if this process dies first. The
+    yielded list gets messages about output that could not be stored."""
     output, reaper = _catcher(), _reaper()
     said: list[str] = []
     try:
         log = output.prepare(store, f"runs/{task['run']}/attempts/{task['attempt_id']}/log.txt")
         reaper.begin(task["timeout"], str(scratch), output.printed, log)
         output.begin()
-    except OSError as error:  # a full disk or too many open files: no fault of the body
+    except OSError as error:  # a full disk or too many open files, not the body's fault
         raise SystemFault(f"{socket.gethostname()} cannot begin a step: {error}") from error
     try:
         yield said
@@ -136,8 +136,8 @@ def _body(task: Payload, store: Store, scratch: Path, said: list[str]) -> dict[s
 
 
 def _check_lease(task: Payload, store: Store, driver: Sender) -> None:
-    """No attempt begins for a driver that another one may have replaced: a task can wait in a queue for long. A lease
-    that still runs is not enough: where its driver has ended, the next one need not wait for it."""
+    """Refuse an attempt for a driver that may have been replaced, because a task can wait in a queue for long. A valid
+    lease is not enough: if its driver has ended, the next driver need not wait for it."""
     if time.time() <= task["lease_until"] and driver.open():
         return
     check_lease(store, task["run"], task["lease_slot"])
@@ -147,7 +147,7 @@ def _fault(task: Payload, point: str) -> None:
     action = task["faults"].pop(point, None)
     fault_injection.perform(action, point, pid=task["driver_pid"] if action in fault_injection.SIGNALS else None)
     if action in fault_injection.SIGNALS:
-        time.sleep(30)  # the driver is dying, and this process with it
+        time.sleep(30)  # the driver is ending, and this process with it
 
 
 def may_run_more() -> bool:
@@ -155,7 +155,7 @@ def may_run_more() -> bool:
     return not _isolation().given_up
 
 
-# One of each per worker process, made at its first step: processes, connections and clients are reused across steps.
+# One of each per worker process, created at its first step: steps share processes, connections and clients.
 @functools.cache
 def _reaper() -> Reaper:
     return Reaper()

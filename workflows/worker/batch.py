@@ -1,16 +1,16 @@
 """Batches: several short calls in one Ray task.
 
-A Ray task costs the driver more than all the rest of a call. Where many short calls are ready they share tasks, and
+A Ray task costs the driver more than all other work for a call. If many short calls are ready, they share tasks, but
 nothing else: each has its own start record, attempt id, log, lease check, outcome and commit.
 
-Who shares: first attempts of one step with the same options, whose bodies took a few milliseconds so far in this run,
-and no more of them than leaves several tasks to every CPU. A call that was handed back, or lost with its worker, and
-every repeated attempt have a task of their own.
+First attempts of one step with the same options share tasks, if the step's bodies took a few milliseconds so far in
+this run, and only as many as leave several tasks to every CPU. A call that was handed back or lost with its worker, and
+every retry, has a task of its own.
 
-Who waits for whom: a task's calls run one after another, and nobody waits for a body that turns out slow: a watchdog
-then tells the driver which calls have ended, and hands back those that were not begun. Both go through the channel at
-once, and again in the task's result, so that nothing is lost with the channel. Task and watchdog take calls out of one
-queue: each call is either begun or handed back.
+Who waits for whom: a task's calls run one after another. None waits for a body that turns out to be slow: a watchdog
+then tells the driver which calls have ended, and hands back those that have not begun. Both are sent through the
+channel at once, and again in the task's result, so that nothing is lost with the channel. Task and watchdog take calls
+from one queue, so that each call is either begun or handed back.
 """
 
 import contextlib
@@ -27,18 +27,18 @@ from workflows.worker.watchdog import Watchdog
 
 SLOW_S = 0.1
 LONGEST_S = 0.25
-"""A body that takes longer than SLOW_S is the last of its task, and none is begun when a task took LONGEST_S."""
+"""A body that takes longer than SLOW_S is the last of its task, and no body begins after LONGEST_S of a task."""
 BYTES = 64 << 10
-"""About how much a task takes and gives; a message of the channel has to hold one outcome."""
+"""Approximate sizes of a task's input and result; a message of the channel must hold one outcome."""
 ENDED, HANDED_BACK = "ended", "handed-back"
-"""Messages of the channel: {"kind", "batch", "call", "attempt_id"}, with the "outcome" where the body has ended."""
+"""Messages of the channel: {"kind", "batch", "call", "attempt_id"}, with the "outcome" if the body has ended."""
 
 Record = dict[str, Any]
 
 
 def bootstrap(roots: list[str], run: str) -> Callable[[bytes], bytes]:
-    """The function that Ray ships, once per run: nested, so that it travels by value and can first make our modules
-    importable. `run`: what all attempts of the run share."""
+    """The function that Ray ships, once per run; nested, so that Ray pickles it by value and it can first make our
+    modules importable. `run`: the data that all attempts of the run share."""
 
     def recua_step(batch: bytes) -> bytes:
         import os
@@ -55,10 +55,10 @@ def bootstrap(roots: list[str], run: str) -> Callable[[bytes], bytes]:
 
 
 def run_batch(run: str, batch: bytes) -> bytes:
-    """The Ray task: run attempts one after another. `run`: what all attempts of a run share, `batch`: {"batch": its
-    number, "calls": [each one's own part]}, both JSON.
+    """The Ray task: run attempts one after another. `run`: the data that all attempts of a run share; `batch`:
+    {"batch": its number, "calls": [each call's own part]}; both JSON.
 
-    Returns a JSON list of their outcomes, null for each one that is handed back.
+    Returns a JSON list of their outcomes, null for each call that is handed back.
     """
     given = json.loads(batch)
     task = _Task(run, given["batch"], given["calls"])
@@ -80,8 +80,8 @@ def run_batch(run: str, batch: bytes) -> bytes:
 
 @dataclass
 class _Task:
-    """What the task's thread and its watchdog share. `waiting`: not begun; `untold`: ended, and the driver was not
-    told. Numbers are places in `calls`."""
+    """State that the task's thread and its watchdog share. `waiting`: not begun; `untold`: ended, but not reported to
+    the driver. Numbers are indices into `calls`."""
 
     run: str
     batch: int
@@ -95,7 +95,7 @@ class _Task:
         self.waiting = deque(range(len(self.calls)))
 
     def tell(self) -> None:
-        """The body that runs is slow: let go of all others."""
+        """The running body is slow: report ended calls, and hand back all others."""
         for number in _taken(self.waiting):
             self._send(number, {"kind": HANDED_BACK})
         for number in _taken(self.untold):
@@ -107,7 +107,7 @@ class _Task:
 
 
 def _taken(numbers: deque[int]) -> Iterator[int]:
-    """Take from the left until nothing is left; two threads never get the same one."""
+    """Take from the left until the queue is empty; two threads never get the same item."""
     with contextlib.suppress(IndexError):
         while True:
             yield numbers.popleft()

@@ -1,10 +1,9 @@
-"""What step bodies print, children included: caught per attempt, at next to no cost where nothing is printed.
+"""Output of step bodies and their children, captured per attempt at almost no cost if nothing is printed.
 
-While a body runs, file descriptors 1 and 2 of its process lead to a file without an owner, and sys.stdout and
-sys.stderr are streams of the body's own, which it may close or replace. Only when something was printed does that file
-become the attempt's log (a link, or an upload where the store is no folder) and the next attempt gets another one; an
-attempt that prints nothing leaves nothing. Where the body goes on for longer its log is there from then on. Where the
-process dies in the middle its reaper makes the link.
+While a body runs, file descriptors 1 and 2 of its process lead to an anonymous file, and sys.stdout and sys.stderr are
+streams of the body's own, which it may close or replace. If the body prints, that file becomes the attempt's log (a
+link, or an upload if the store is not a folder) and the next attempt gets another file; an attempt that prints nothing
+leaves no log. The log of a longer body is available while it runs. If the process dies, its reaper makes the link.
 """
 
 import contextlib
@@ -23,11 +22,11 @@ from infra.storage.files import TEMPORARY_PREFIX
 
 
 class CapturedOutput:
-    """The catcher of one worker process, for one attempt at a time."""
+    """Captures the output of one worker process, for one attempt at a time."""
 
     def __init__(self) -> None:
         self.printed = ""
-        """The file that takes what is printed now."""
+        """The file that takes the present output."""
         self._file = -1
         self._saved: list[int] = []
         self._streams: tuple[TextIO, TextIO] = (sys.stdout, sys.stderr)
@@ -36,11 +35,11 @@ class CapturedOutput:
         self._shown = False
 
     def prepare(self, store: Store, key: str) -> str:
-        """Have a file ready for an attempt whose log is `key`; where on this machine the log will lie, "" on S3."""
+        """Prepare a file for an attempt whose log is `key`; returns the log's path on this machine, "" on S3."""
         log = store.local_path(key)
         folder = str(log.parent.parent) if log is not None else tempfile.gettempdir()
         if self._file >= 0 and (os.path.dirname(self.printed) != folder or os.fstat(self._file).st_size):
-            self._publish()  # of another run; or printed since, by what the attempt before has left behind
+            self._publish()  # output of another run, or of what the previous attempt left behind
         self._store, self._key, self._shown = store, key, False
         if self._file < 0:
             os.makedirs(folder, exist_ok=True)
@@ -57,7 +56,7 @@ class CapturedOutput:
         sys.stdout, sys.stderr = _stream(1), _stream(2)
 
     def say(self, text: str) -> None:
-        """A line of our own, whatever the body did to its streams."""
+        """Write a line of our own, independent of the body's streams."""
         _flush()
         with contextlib.suppress(OSError):
             os.write(self._file, f"{text}\n".encode(errors="backslashreplace"))
@@ -70,7 +69,7 @@ class CapturedOutput:
             self._link(log)
 
     def end(self) -> str:
-        """What to say where the log could not be kept, else ""."""
+        """A message if the log could not be stored, else ""."""
         _flush()
         sys.stdout, sys.stderr = self._streams
         for number, descriptor in zip((1, 2), self._saved, strict=True):
@@ -85,7 +84,7 @@ class CapturedOutput:
         return ""
 
     def _publish(self) -> None:
-        """What was printed becomes the log of the attempt that was last; the next one needs a new file."""
+        """Make the output the log of the last attempt; the next attempt needs a new file."""
         store, size = self._store, os.fstat(self._file).st_size
         assert store is not None
         try:
@@ -108,7 +107,7 @@ class CapturedOutput:
 
 
 def _stream(descriptor: int) -> TextIO:
-    """Unbuffered text: what several processes print stays in order. Any text can be printed."""
+    """An unbuffered text stream: output of several processes stays in order. Any text can be printed."""
     raw = io.FileIO(descriptor, "w", closefd=False)
     return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)  # type: ignore[type-var]
 

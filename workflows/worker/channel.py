@@ -1,9 +1,9 @@
 """Live messages from step bodies to the driver: started, progress, log lines.
 
-The driver listens on one TCP port; each worker process keeps one connection and writes one JSON object per line, the
-first of them a random token that came with the task. Losing messages loses no work (what is more than for eyes comes
-with the task's result too), so a worker never waits for the driver and drops what it cannot send. A line that is too
-long is cut, and a connection that was lost is made again.
+The driver listens on one TCP port. Each worker process keeps one connection and writes one JSON object per line, first
+a random token that came with the task. Lost messages lose no work, because everything that matters is also in the
+task's result. A worker therefore never waits for the driver, and drops messages that it cannot send. A line that is too
+long is shortened, and a lost connection is restored.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from infra.addresses import listen
 Message = dict[str, Any]
 LINE_LIMIT = 1 << 20
 KEPT = 1 << 16
-"""Letters that are kept of a text whose line would be too long."""
+"""Characters kept of a text whose line would be too long."""
 RECONNECT_S = 10.0
-"""Nobody tries more often to reach a driver that cannot be reached: each try may take two seconds."""
+"""Shortest time between two tries to reach an unreachable driver; each try may take two seconds."""
 
 
 class Listener:
-    """The driver's side. `deliver(message)` is called on the listener's thread; `on_error(error)` where it fails
+    """The driver's side. `deliver(message)` is called on the listener's thread, `on_error(error)` if that fails
     (without it Python prints the error)."""
 
     def __init__(
@@ -126,7 +126,7 @@ class Listener:
 
 
 class Sender:
-    """A worker's side: connects at the first message, and again where the connection was lost; never raises."""
+    """A worker's side: connects at the first message, and again after a lost connection; never raises."""
 
     def __init__(self, address: tuple[str, int, str]) -> None:
         self._address = address
@@ -149,8 +149,8 @@ class Sender:
                 self._not_before = time.monotonic() + RECONNECT_S
 
     def open(self) -> bool:
-        """Whether the driver's end is open: it has not ended, though it may be stopped. No message is needed. Once the
-        connection was lost this says False: whoever listens at the address now may be somebody else."""
+        """Whether the driver's end is open: it has not ended, though it may be stopped. Needs no message. False after a
+        lost connection, because another process may listen at the address now."""
         with self._lock:
             if not self._lost:
                 try:
@@ -162,7 +162,7 @@ class Sender:
             return not self._lost
 
     def _is_open(self) -> bool:
-        """The driver sends nothing: what can be read is its end."""
+        """Whether the connection was closed: the driver sends nothing else."""
         if self._socket is None:
             return True
         waiting = select.poll()
@@ -185,7 +185,7 @@ class Sender:
 
 
 def _line(message: Message) -> bytes | None:
-    """A message as it is sent, its text cut where it is too long; None for any other that is too long."""
+    """A message as a line, with its text shortened if it is too long; None for another message that is too long."""
     line = json.dumps(message, default=str).encode() + b"\n"
     if len(line) <= LINE_LIMIT:
         return line

@@ -1,7 +1,7 @@
-"""What became of an attempt, as a record: the user's fault, the platform's, or a result.
+"""Failures of attempts as records: the user's or the platform's.
 
-The platform's faults (`system`) are retried with backoff, bounded, apart from the user's retries. Everything else is
-the user's: shown with the user's own traceback first, without a frame of ours.
+The platform's faults (`system`) are retried with backoff, a bounded number of times, apart from the user's retries. All
+others are the user's: their traceback is shown first, without frames of ours.
 """
 
 import re
@@ -32,8 +32,8 @@ OURS = {
 
 
 def describe(error: BaseException) -> Record:
-    """An exception of a body as a record: `kind` is "user", "refused" (never retried) or "system". Texts that are very
-    long keep their beginning and their end."""
+    """An exception of a body as a record: `kind` is "user", "refused" (never retried) or "system". Very long texts are
+    shortened in the middle."""
     ended = _ended_by_ray(error)
     raised = _raised_remotely(error) or error
     message = _message(raised) if ended is None else f"its worker process was ended: {ended}"
@@ -55,7 +55,7 @@ def _message(error: BaseException) -> str:
 
 
 def user_traceback(error: BaseException) -> str:
-    """The traceback from the user's first frame on, causes included."""
+    """The traceback from the user's first frame on, with its causes."""
     shown = traceback.TracebackException(type(error), error, _user_frames(error.__traceback__))
     cause = shown
     while cause is not None:
@@ -65,10 +65,10 @@ def user_traceback(error: BaseException) -> str:
 
 
 def of_ray_error(error: BaseException, ran_s: float | None, timeout_s: float | None, preempted: bool = False) -> Record:
-    """What Ray says of a task that returned nothing: the worker, its node or its memory is gone, or it was cancelled.
+    """The record of a task that returned nothing: its worker or node died, memory ran out, or it was cancelled.
 
-    `ran_s`: seconds since it was heard that the body began, None where it never did. `preempted`: its node went after
-    a notice.
+    `ran_s`: seconds since the body's start was reported, None if it was not. `preempted`: its node ended after a
+    notice.
     """
     name, text = type(error).__name__, str(error).strip()
     first_line = text.splitlines()[0] if text else name
@@ -103,14 +103,14 @@ def rebuild(call_id: str, record: Record) -> RecuaError:
 
 
 def _raised_remotely(error: BaseException) -> BaseException | None:
-    """What a body's own Ray task or actor raised, out of the error that Ray wraps it in."""
+    """The error of a body's own Ray task or actor, without Ray's wrapper."""
     cause = getattr(error, "cause", None) if type(error).__name__.startswith("RayTaskError") else None
     return cause if isinstance(cause, BaseException) else None
 
 
 def _plain(text: str) -> str:
-    """Without the colours that Ray puts into its errors, and with halves of surrogate pairs (a file name of other
-    bytes) as escapes: everybody can write it."""
+    """The text without the colours in Ray's errors, and with halves of surrogate pairs (from file names that are not
+    text) as escapes, so that every stream can write it."""
     return readable(re.sub("\x1b\\[[0-9;]*m", "", text))
 
 
@@ -123,12 +123,13 @@ def _kind(error: BaseException) -> str:
 
 
 def _ended_by_ray(error: BaseException) -> str | None:
-    """Why Ray ends the process that runs the body, where this is the error that it raises then."""
+    """Why Ray ends the body's process, if this is the error that it raises then."""
     return getattr(error, "ray_terminate_msg", None) if isinstance(error, SystemExit) else None
 
 
 def _system_name(error: BaseException) -> str | None:
-    """Errors of a body's process, or of its own actors and objects, that mean a lost process, not wrong code."""
+    """The message of an error of a body's process, or of its own actors and objects, that means a lost process and not
+    wrong code."""
     if _ended_by_ray(error) is not None:
         return "NodeLost"
     module, name = type(error).__module__, type(error).__name__

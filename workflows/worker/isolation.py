@@ -1,12 +1,12 @@
-"""What one body does to its process does not meet the next one.
+"""Isolation: a body's changes to its process do not affect the next body.
 
-A worker process runs many bodies, one after another. What a body changed of the process is put back when it has ended,
-and processes that it left are ended. The worker is given up, so that its next task runs in another process, where
-something cannot be put back, where processes had to be ended (a library may count on them), and where a body that
-changed something has also imported modules: what an import sets belongs to whoever uses the module later.
+A worker process runs many bodies, one after another. When a body has ended, its changes to the process are undone, and
+processes that it left are ended. The worker is given up, so that the next task runs in another process, if a change
+cannot be undone, if processes had to be ended (a library may rely on them), or if a body that changed something has
+also imported modules, because an import's settings belong to the module's later users.
 
-Not seen: threads that go on, and what was changed inside modules. Random numbers begin anew, as in a new process:
-bodies that do not seed them must not draw what an earlier one drew.
+Not covered: running threads, and changes inside modules. Random numbers start as in a new process, so that bodies that
+do not seed them do not draw the same numbers as an earlier body.
 """
 
 import builtins
@@ -37,10 +37,10 @@ from infra.ray_internals import end_after_this_task
 """`max_calls` of our Ray tasks: never reached, unless a worker is given up."""
 ENDING_S = 5.0
 LEAVING_S = 1.0
-"""A process that its body told to end, and did not wait for, may take so long."""
+"""Time for a process to end that its body told to end, but did not wait for."""
 NAMELESS_S = 0.5
 THREADS_S = 0.1
-"""A thread that is at its end when the body returns may take so long."""
+"""Time for a thread to end that is ending when the body returns."""
 LIMIT_NAMES = ("AS", "CPU", "DATA", "FSIZE", "NOFILE", "NPROC", "STACK")
 LIMITS = [getattr(resource, f"RLIMIT_{name}") for name in LIMIT_NAMES]
 INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
@@ -49,7 +49,7 @@ TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 
 
 class Part(NamedTuple):
-    """Something of a process that a body may change: how to read it, and how to put it back as it was."""
+    """A part of a process's state that a body may change, with functions to read and to restore it."""
 
     name: str
     read: Callable[[], Any]
@@ -57,7 +57,7 @@ class Part(NamedTuple):
 
 
 class Isolation:
-    """Of one worker process, made before its first body. `given_up`: no other body may run here."""
+    """The isolation of one worker process, created before its first body. `given_up`: no other body may run here."""
 
     def __init__(self) -> None:
         self.given_up = False
@@ -65,7 +65,7 @@ class Isolation:
 
     @contextlib.contextmanager
     def around_body(self, said: list[str]) -> Iterator[None]:
-        """What the next body would have met, and people should know of, is added to `said`."""
+        """Undo the body's changes; messages about those that matter to users are added to `said`."""
         before, left_before = [(part, _read(part)) for part in PARTS], set(children())
         threads_before = set(threading.enumerate())
         modules, threads = len(sys.modules), os.environ.get("OMP_NUM_THREADS", "")
@@ -94,8 +94,8 @@ def _give_up() -> None:
 
 
 def _end_helpers() -> None:
-    """Processes that multiprocessing starts for itself, and starts again when it needs them. (The tracker takes back
-    what a body has left in shared memory.)"""
+    """Processes that multiprocessing starts for itself, and restarts when it needs them. (The tracker removes shared
+    memory that a body left.)"""
     for module, helper in (("resource_tracker", "_resource_tracker"), ("forkserver", "_forkserver")):
         if (loaded := sys.modules.get(f"multiprocessing.{module}")) is not None:
             with contextlib.suppress(Exception):
@@ -103,7 +103,7 @@ def _end_helpers() -> None:
 
 
 def _threads_left(before: set[threading.Thread]) -> bool:
-    """Whether Python threads of the body still run, but for those that libraries keep for their next call."""
+    """Whether Python threads of the body still run, except those that libraries keep for their next call."""
     deadline = time.monotonic() + THREADS_S
     while new := [each for each in set(threading.enumerate()) - before if not _is_librarys(each)]:
         if time.monotonic() > deadline:
@@ -113,14 +113,14 @@ def _threads_left(before: set[threading.Thread]) -> bool:
 
 
 def _is_librarys(thread: threading.Thread) -> bool:
-    """Whether an installed library, or no Python at all, has started it."""
+    """Whether an installed library or native code has started the thread."""
     code = getattr(getattr(thread, "_target", None) or type(thread).run, "__code__", None)
     installed = code is not None and INSTALLED.search(code.co_filename) is not None
     return installed or isinstance(thread, threading._DummyThread)
 
 
 def _end_children(before: set[int]) -> list[str]:
-    """End and reap what was left; those that were alive, in words. Children of what is ended become ours."""
+    """End and reap the processes that were left; returns the live ones in words. Their children become ours."""
     ended: dict[int, str] = {}
     patience = time.monotonic() + LEAVING_S
     while time.monotonic() < patience and any(process_state(pid) not in GONE for pid in set(children()) - before):
@@ -137,8 +137,8 @@ def _end_children(before: set[int]) -> list[str]:
 
 
 def _command(pid: int) -> str:
-    """What a process runs; "" where it has ended by itself. One that is just becoming another program shows nothing for
-    a moment, one that hides its command line nothing at all."""
+    """A process's command line; "" if it has ended by itself. A process that is calling exec shows none for a moment,
+    and one that hides its command line never does."""
     deadline = time.monotonic() + NAMELESS_S
     while process_state(pid) not in GONE:
         with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as stream:
@@ -152,12 +152,12 @@ def _command(pid: int) -> str:
 def _read(part: Part) -> Any:
     try:
         return part.read()
-    except Exception as error:  # the working folder is gone; the body put anything in the place of what is read
+    except Exception as error:  # the working folder is gone, or the body replaced the object that is read
         return error
 
 
 def _put_back(part: Part, was: Any) -> bool:
-    """Whether it is as it was."""
+    """Whether the value is unchanged."""
     with contextlib.suppress(Exception):
         part.put_back(was)
     return bool(_read(part) == was)
@@ -173,8 +173,8 @@ def _umask() -> int:
 
 
 def _environment() -> tuple[bool, dict[bytes, bytes], Any]:
-    """Whether it is Python's own object, and what that holds: not decoded, which would take longer than all the rest.
-    And the time zone, which the C library keeps."""
+    """Whether os.environ is Python's own object, its content (not decoded, because decoding is slow), and the C
+    library's time zone."""
     kept: dict[bytes, bytes] = vars(ENVIRONMENT)["_data"]
     return os.environ is ENVIRONMENT, kept.copy(), time.tzname
 
@@ -233,7 +233,7 @@ SWITCHES: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
     (gc.get_threshold, lambda was: gc.set_threshold(*was)),
     (socket.getdefaulttimeout, socket.setdefaulttimeout),
 ]
-"""Of the interpreter: how each is read and set."""
+"""Settings of the interpreter, with functions to read and to set each."""
 ATTRIBUTES: list[tuple[Any, str]] = [
     *((sys, name) for name in ("displayhook", "excepthook", "unraisablehook", "breakpointhook", "stdin")),
     *((sys, name) for name in ("argv", "path", "meta_path", "path_hooks", "dont_write_bytecode", "pycache_prefix")),
@@ -302,12 +302,12 @@ PARTS = [
 ]
 
 
-# --- torch and random numbers, where they are loaded ---
+# --- torch and random numbers, if they are loaded ---
 
 
 def _torch() -> tuple[Any, ...] | None:
     torch = sys.modules.get("torch")
-    if torch is None or not hasattr(torch, "get_default_device"):  # not loaded, or not to its end
+    if torch is None or not hasattr(torch, "get_default_device"):  # not loaded, or not completely
         return None
     choices = (torch.get_default_dtype(), torch.empty(0).device, torch.get_float32_matmul_precision())
     modes = (torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled())
@@ -323,7 +323,7 @@ def _has_group(torch: Any) -> bool:
 
 
 def _fresh_torch(threads: str) -> tuple[Any, ...] | None:
-    """What a body met that imported it. `threads`: OMP_NUM_THREADS by then, which Ray sets."""
+    """torch's settings for the body that imported it. `threads`: OMP_NUM_THREADS at that time, which Ray sets."""
     if (now := _torch()) is None:
         return None
     torch = sys.modules["torch"]
@@ -348,7 +348,8 @@ def _put_torch_back(was: tuple[Any, ...]) -> None:
 
 
 def _start_anew() -> None:
-    """Random numbers, asyncio's loop of this thread (after `asyncio.run` there is none), and no traceback to come."""
+    """Restore random numbers, this thread's asyncio loop (`asyncio.run` removes it), and disable a pending
+    traceback."""
     faulthandler.cancel_dump_traceback_later()
     if (events := sys.modules.get("asyncio.events")) is not None:
         events.set_event_loop_policy(None)

@@ -1,4 +1,4 @@
-"""Something to do unless it is called off soon: what is said of a body that takes longer, and of no other."""
+"""A timer for reports of bodies that take longer: work that runs unless it is cancelled soon."""
 
 import threading
 import time
@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 
 class Watchdog:
-    """`set(work)`: do it on this object's thread between one and two times `after_s` from now; `now()`: at once;
-    `clear()`: not any more. Work is done once at most, and never after `clear` has returned."""
+    """`set(work)`: run it on this object's thread after one to two times `after_s`; `now()`: run it at once; `clear()`:
+    cancel it. Work runs at most once, and never after `clear` has returned."""
 
     def __init__(self, after_s: float) -> None:
         self._after_s = after_s

@@ -22,7 +22,7 @@ from workflows.graph import StepOptions, step, workflow
 from workflows.runs.events import Event
 
 DEADLINE_S = 60.0
-OWNER = ("run", "What is committed stays: run it again to go on")
+OWNER = ("run", "Committed steps stay: run it again to resume")
 
 
 class Stand:
@@ -184,7 +184,7 @@ def test_the_bound_is_named_with_the_setting_and_the_way_on(watch: Watch, server
     servers.started[2]["GCS"].kill()
     assert watched.wait_for_error() == (
         "the local Ray of this run is gone (its GCS was killed by SIGKILL), and local_ray_restarts=2 allows no further "
-        "restart within retry_window_s=600; Ray's logs: /tmp/logs. What is committed stays: run it again to go on, "
+        "restart within retry_window_s=600; Ray's logs: /tmp/logs. Committed steps stay: run it again to resume, "
         "with --local-ray-restarts for more"
     )
     assert len(watched.lost) == 2 and watched.ray.is_lost()
