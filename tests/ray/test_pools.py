@@ -14,6 +14,7 @@ import ray
 from actors.pools.config import LearnerPoolSettings
 from actors.pools.keeper import NAMESPACE, Pools
 from infra.processes import process_start
+from tests.helpers.rays import local_ray
 
 LEASE_S = 2.0
 POOL = LearnerPoolSettings(workers=1, num_cpus=0.1, threads=1)
@@ -21,9 +22,8 @@ POOL = LearnerPoolSettings(workers=1, num_cpus=0.1, threads=1)
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with local_ray(2):
+        yield
 
 
 @pytest.fixture(scope="module")

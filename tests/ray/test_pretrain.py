@@ -32,6 +32,7 @@ from infra.storage import open_store
 from models.llama import LlamaConfig
 from models.tokenizers import load_tokenizer, train_bpe
 from models.weights import load_llama
+from tests.helpers import rays
 
 STEPS = 24
 PATIENT: dict[str, Any] = {
@@ -58,9 +59,8 @@ SETTINGS = PretrainSettings(
 def local_ray(s3_environment: dict[str, str]) -> Iterator[None]:
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
     runtime_env = {"env_vars": {"PYTHONPATH": paths, **s3_environment}}
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=runtime_env)
-    yield
-    ray.shutdown()
+    with rays.local_ray(4, runtime_env=runtime_env):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from cluster.workers.group import WorkerGroup
 from cluster.workers.seat import Worker
 from infra.errors import DataError, NodeLost, ResourceError, StepError, StepTimeout
 from infra.processes import process_start
+from tests.helpers import rays
 
 
 class Probe(Worker):
@@ -53,9 +54,8 @@ def alive(pid: int) -> bool:
 def local_ray() -> Iterator[None]:
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
     runtime_env = {"env_vars": {"PYTHONPATH": paths}}  # workers import the actor classes of this file
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=runtime_env)
-    yield
-    ray.shutdown()
+    with rays.local_ray(4, runtime_env=runtime_env):
+        yield
 
 
 @pytest.fixture(scope="module")
