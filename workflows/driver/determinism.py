@@ -1,7 +1,7 @@
-"""Which way a run took before, so that a resumed workflow that goes another way is stopped with both ways named.
+"""The path that a run took before: a resumed workflow that takes another path is stopped, with both paths named.
 
-One call under its old id with another step or other inputs is found when it is looked up (workflows.driver.reuse). Here
-is what only shows over several calls: a map over a list of another length, and a branch that is no longer taken.
+A call whose id now has another step or other inputs is found at its lookup (workflows.driver.reuse). This module finds
+changes over several calls: a map over a list of another length, and a branch that is no longer taken.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,8 @@ NAMED = 3
 
 
 class RecordedPath:
-    """What earlier drivers of a run committed. Memory: one reference per committed call that was not made again yet."""
+    """The calls that earlier drivers committed. Memory: one reference per committed call that was not yet made
+    again."""
 
     def __init__(self, state: JournalState) -> None:
         self._missing = dict.fromkeys(state.commits)
@@ -29,20 +30,20 @@ class RecordedPath:
         self._excused = ""
 
     def made(self, call_id: str, record: Commit | None) -> None:
-        """The workflow made this call, and that was its commit record."""
+        """The workflow made this call again, which has this commit record."""
         if record is not None:
             self._missing.pop(call_id, None)
         elif self._resumed and call_id not in self._begun and len(self._new) < NAMED:
             self._new.append(call_id)
 
     def succeeded(self, call_id: str) -> None:
-        """A call whose failure the workflow handles itself was committed now. Where it had failed before, another
-        branch is what is to be expected."""
+        """A call whose failure the workflow handles itself was committed now. If it had failed before, the workflow may
+        take another branch."""
         if call_id in self._failed:
             self._excused = call_id
 
     def check_map(self, map_id: str, length: int) -> None:
-        """Raises NonDeterminismError, with both lengths, where a resumed map has a list of another length."""
+        """Raises NonDeterminismError, with both lengths, if a resumed map has a list of another length."""
         before = self._lengths.get(map_id, length)
         if before != length:
             raise NonDeterminismError(
@@ -51,10 +52,10 @@ class RecordedPath:
             )
 
     def check(self, warn: Callable[[str], None]) -> None:
-        """At the workflow's end: every call that was committed must have been made again.
+        """Check at the workflow's end that every committed call was made again.
 
         Raises:
-            NonDeterminismError: names calls of the old path and calls of the new one.
+            NonDeterminismError: the message names calls of the old path and of the new one.
         """
         if not self._missing:
             return

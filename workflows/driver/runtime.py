@@ -1,7 +1,7 @@
-"""The workflow's side of a run: what calling a step does, and what `result()` waits for.
+"""The workflow's side of a run: calls of steps, and waiting for their results.
 
-The workflow function runs here, on the thread that drives the run. Calls are handed to the loop's thread
-(workflows.driver.executor), which alone changes them until they have ended; workflows.driver.ends hands them back.
+The workflow function runs here, on the thread that drives the run. Calls are passed to the loop's thread
+(workflows.driver.executor), which alone changes them until they have ended; workflows.driver.ends returns them.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from workflows.runs.records import End
 
 
 class WorkflowRuntime:
-    """The `graph.Runtime` of a driven run. A call that has ended keeps its result only as long as somebody has a
-    Future of it, or a call that takes it is not begun."""
+    """The `graph.Runtime` of a driven run. An ended call keeps its result only while there is a Future of it, or a call
+    that takes the result and has not begun."""
 
     def __init__(self, run: RunContext, lookup: ReuseLookup) -> None:
         self._run = run
@@ -77,20 +77,20 @@ class WorkflowRuntime:
         return resolve(tree, self._upstream(needs))
 
     def close(self, end: End | None) -> None:
-        """Cancel what still runs, write `end` (None: the run is another driver's), call the hooks, leave Ray.
+        """Cancel running calls, write `end` (None: the run belongs to another driver), call the hooks, leave Ray.
 
-        Hooks take down what the run has on the cluster. They are left out if the end is not on record: the run is
-        another driver's by now, or will be.
+        Hooks remove the run's processes from the cluster. They are skipped if the end is not recorded: then another
+        driver has the run, or will have it.
 
         Raises:
-            StoreError, FencedError: the run is finished but for its `end`, which could not be written: running it again
-                writes it. After any other end there is another error to raise already.
+            StoreError, FencedError: the run is finished, but its `end` could not be written; the next start writes it.
+                After any other end, an earlier error is raised instead.
         """
         try:
             failure = self._executor.stop(end)
             if end is not None and failure is None:
                 self._call_hooks()
-        finally:  # whatever failed: a lease that is kept alive, or a Ray that runs on, would hold up the next driver
+        finally:  # always: a live lease, or a Ray that keeps running, would delay the next driver
             self._executor.leave()
         if failure is not None and end is not None and end.status == "finished":
             raise failure

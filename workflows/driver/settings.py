@@ -40,7 +40,7 @@ class RunSettings(Settings):
     """Most step attempts that are with Ray at once."""
 
     system_retries: int = Field(default=5, ge=0)
-    """How often an attempt that the platform broke (node lost, preempted, out of memory, store trouble) is repeated."""
+    """How often an attempt is retried after a platform fault (node lost, preempted, out of memory, store failure)."""
 
     retry_window_s: Pause = 600.0
     """An attempt that runs for this long before the platform fails resets the count of retries."""

@@ -1,9 +1,9 @@
-"""A driver that was stopped (SIGSTOP, a debugger, a frozen container) and replaced still holds what Ray gave it.
+"""Killing replaced drivers that are stopped (SIGSTOP, a debugger, a frozen container) and still hold Ray's workers.
 
-Ray lends workers to drivers, and a stopped one gives nothing back: not the workers of its attempts, nor those that its
-waiting requests are granted later. Its successor on the same cluster could wait for ever. So a run that is starved
-kills the stopped processes of its earlier drivers, which may commit nothing any more; one that only sleeps a little is
-left to wake up and find itself fenced.
+Ray lends workers to drivers, and a stopped driver returns none: neither the workers of its attempts, nor those that its
+waiting requests get later. Its successor on the same cluster could wait for ever. A run that gets no workers therefore
+kills the stopped processes of its earlier drivers, which can commit nothing more. A driver that only sleeps is left
+alone: it wakes up and finds itself fenced.
 """
 
 import time
@@ -15,7 +15,7 @@ from infra.processes import this_machine
 Record = dict[str, Any]
 Everywhere = Callable[[Callable[[list[Record]], list[int]], list[Record], Callable[[list[int]], None]], None]
 ASK_AGAIN_S = 60.0
-"""A question to all nodes starts a worker process on each: not more often than this."""
+"""Shortest time between two requests to all nodes, each of which starts a worker process per node."""
 
 
 class StoppedDrivers:
@@ -31,7 +31,7 @@ class StoppedDrivers:
         self._next = 0.0
 
     def kill(self) -> None:
-        """Those of this machine at once, those of other machines by a question to the cluster's nodes."""
+        """Kill those on this machine at once, and those on other machines by a task on every node."""
         self._answer(kill_stopped(self._here))
         if self._elsewhere and time.monotonic() >= self._next:
             self._next = time.monotonic() + ASK_AGAIN_S
@@ -43,8 +43,8 @@ class StoppedDrivers:
 
 
 def kill_stopped(leases: list[Record]) -> list[int]:
-    """Kill the drivers of these leases that are stopped processes of this machine; their process ids. It travels to
-    nodes by value, and is therefore whole in itself."""
+    """Kill the drivers of these leases that are stopped processes on this machine; returns their process ids. Ray
+    pickles this function by value, so that it must be self-contained."""
     import os
     import signal
     from pathlib import Path

@@ -1,1 +1,1 @@
-"""What makes two calls equal: canonical names, the fingerprint of a step's code, the keys under which results lie."""
+"""The identity of calls: canonical names, the fingerprint of a step's code, the keys of results."""

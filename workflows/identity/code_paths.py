@@ -1,8 +1,7 @@
-"""Which paths a piece of code names in plain words: what it reads, and what it writes.
+"""The paths that code names literally: those that it reads, and those that it writes.
 
-A path is followed through `__file__`, names that are bound once, `/`, `os.path.join`, f-strings, `Path` and its plain
-methods, and through the parameters of our own functions. Nothing is run. Where a path is not plain, nothing is said of
-it.
+A path is followed through `__file__`, names that are bound once, `/`, `os.path.join`, f-strings, `Path` and its simple
+methods, and through the parameters of our own functions. No code is run. Paths that cannot be followed are ignored.
 """
 
 import ast
@@ -16,22 +15,22 @@ WRITING_MODES = frozenset("wax+")
 OPENS = {"File", "GzipFile", "LZMAFile", "BZ2File", "TarFile", "ZipFile", "memmap", "open", "open_memmap"}
 """Calls whose first argument is a path and whose second is a mode."""
 MADE = {"hardlink_to", "rmdir", "symlink_to", "touch", "unlink", "write_bytes", "write_text"}
-"""Methods of a path that make what it names, or take it away."""
+"""Methods of a path that create or remove its target."""
 MADE_FIRST = {
     "FileHandler", "RotatingFileHandler", "imsave", "imwrite", "remove", "rmtree", "to_csv", "to_disk", "to_excel",
     "to_feather", "to_hdf", "to_html", "to_json", "to_markdown", "to_netcdf", "to_orc", "to_parquet", "to_pickle",
     "to_stata", "to_xml", "to_zarr", "tofile", "unlink",
 }  # fmt: skip
-"""Calls whose first argument names what they make or take away."""
+"""Calls whose first argument names a path that they create or remove."""
 MADE_SECOND = {"copy", "copy2", "copyfile", "copytree", "link", "move", "rename", "symlink", "urlretrieve"}
-"""Functions whose second argument names what they make."""
+"""Functions whose second argument names a path that they create."""
 MOVES = {"rename", "replace"}
-"""Methods of a path whose one argument names where it goes."""
+"""Methods of a path whose only argument is its new path."""
 MADE_ANY = ("save", "write_", "dump")
-"""So calls of libraries begin that write what any of their arguments names: `np.save`, `save_pretrained`,
-`joblib.dump`, `write_parquet`."""
+"""Prefixes of library calls that write to a path among their arguments: `np.save`, `save_pretrained`, `joblib.dump`,
+`write_parquet`."""
 MADE_KEYWORDS = ("out", "save", "dst", "dest", "log")
-"""So keywords of libraries begin that name what is written: `output_dir`, `save_path`."""
+"""Prefixes of library keywords that name an output path: `output_dir`, `save_path`."""
 PATH_KEYWORDS = ("path", "file", "fname")
 SQL_WRITES = ("alter ", "create ", "delete ", "drop ", "insert ", "replace ", "update ")
 LISTS = {"iterdir", "listdir", "scandir", "walk"}
@@ -41,20 +40,20 @@ SAME = {
 }  # fmt: skip
 JOINS = {"Path", "PurePath", "join", "joinpath"}
 NEUTRAL = {*SAME, *JOINS, "exists", "is_dir", "is_file", "isfile", "makedirs", "mkdir", "with_name", "with_suffix"}
-"""Calls that neither read nor write what they name."""
+"""Calls that neither read nor write their paths."""
 PACKAGE_DATA = {"get_data", "open_binary", "open_text", "read_binary", "read_text"}
 """Of `importlib.resources` and `pkgutil`: (package, name)."""
 DEEPEST = 20
-"""Names behind names, and calls inside calls, are followed so far."""
+"""How deep names behind names, and calls inside calls, are followed."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
 class Paths:
-    """What a statement names. Paths from `__file__` are absolute, others relative to wherever it runs; the `<name>` of
-    a parameter stands for what is given. `read`: files, and patterns of them. `listed`: folders that are read as a
-    whole. `written`: files and folders. `filled`: folders into which files of computed names are written."""
+    """The paths of a statement. Paths from `__file__` are absolute, others relative to the working folder; `<name>`
+    stands for the value of a parameter. `read`: files, and patterns of files. `listed`: folders that are read as a
+    whole. `written`: files and folders. `filled`: folders into which files with computed names are written."""
 
     read: frozenset[str] = frozenset()
     listed: frozenset[str] = frozenset()
@@ -63,7 +62,7 @@ class Paths:
 
 
 class PathReader:
-    """Reads statements; every one once."""
+    """Reads statements, each one once."""
 
     def __init__(self, index: SourceIndex) -> None:
         self.index = index
@@ -81,7 +80,7 @@ class PathReader:
 
 @dataclass
 class _Code:
-    """One top-level statement. `bound`: what each of its names (`x`, `self.x`) is bound to."""
+    """One top-level statement. `bound`: the values that each of its names (`x`, `self.x`) is bound to."""
 
     reader: PathReader
     module: Module
@@ -120,7 +119,7 @@ class _Code:
                 self._bind(node.optional_vars, _unknown())
 
     def _bind_each(self, target: ast.expr, items: ast.expr) -> None:
-        """A loop's name is bound to each of the items; of rows, each name to its column."""
+        """Bind a loop's name to each item; for rows, each name to its column."""
         rows = items.elts if isinstance(items, (ast.List, ast.Tuple)) else []
         if not isinstance(target, (ast.Tuple, ast.List)):
             self._bind(target, items if rows else _unknown())
@@ -163,7 +162,7 @@ class _Code:
         ):
             written.update(self.value(given))
         read.update(self._joined())
-        if isinstance(self.statement, ast.ClassDef):  # which of its methods are called, nobody knows
+        if isinstance(self.statement, ast.ClassDef):  # it is unknown which of its methods are called
             written -= (used := self._used())
             filled -= used
         written |= self._with_defaults(written)
@@ -171,7 +170,7 @@ class _Code:
         return Paths(frozenset(read), frozenset(listed), frozenset(written), frozenset(filled))
 
     def _used(self) -> set[str]:
-        """Paths with which anything is done but to write them."""
+        """Paths that are used in any way except writing."""
         used: set[str] = set()
         for call in (node for node in self.nodes if isinstance(node, ast.Call)):
             if _last_name(call.func) not in NEUTRAL:
@@ -181,7 +180,7 @@ class _Code:
         return used
 
     def _made(self, call: ast.Call) -> Iterator[ast.expr]:
-        """What a call of a library makes, or takes away."""
+        """The paths that a library call creates or removes."""
         name, receiver = _last_name(call.func), getattr(call.func, "value", None)
         keywords = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
         if name in OPENS:
@@ -219,7 +218,7 @@ class _Code:
         return sum(isinstance(node, ast.Call) and _last_name(node.func) == name for node in self.nodes)
 
     def _passed(self, call: ast.Call) -> Paths:
-        """What one of our own functions writes of the paths that a call hands to it."""
+        """The paths of a call's arguments that one of our own functions writes."""
         own = self._own(call)
         given = {} if own is None else self._arguments(call, own[1])
         if own is None or not any(given.values()):
@@ -281,7 +280,7 @@ class _Code:
         return [os.path.join(folder, between, pattern) for folder in folders for pattern in patterns]
 
     def _joined(self) -> Iterator[str]:
-        """Paths that are put together of parts; where one is part of a longer one, only that."""
+        """Paths that are joined from parts; of nested ones, only the longest."""
         parts: set[ast.AST] = set()
         for node in self.nodes:  # outer ones first
             whole = isinstance(node, (ast.BinOp, ast.Call, ast.JoinedStr)) and node not in parts
@@ -309,7 +308,7 @@ class _Code:
         return []
 
     def value(self, node: ast.AST | None, depth: int = 0) -> list[str]:
-        """The paths (or texts) that an expression may be; empty where that is not plain."""
+        """The possible paths (or texts) of an expression; empty if they cannot be followed."""
         if depth > DEEPEST:
             return []
         match node:
@@ -405,7 +404,7 @@ class _Code:
         return self.reader.code(module, statement).value(value, depth + 1) if value is not None else []
 
     def _find(self, parts: list[str]) -> tuple[Module, ast.stmt] | None:
-        """Where a dotted name is bound at the top of a module of ours; None where that is not once."""
+        """The statement that binds a dotted name at the top of a module of ours; None unless there is exactly one."""
         module: Module | None = self.module
         for _ in range(DEEPEST):
             assert module is not None
@@ -431,7 +430,7 @@ class _Code:
 
 
 def _entry(statement: ast.stmt) -> Function | None:
-    """The function that a call of what `statement` defines runs: itself, or a class's `__init__`."""
+    """The function that runs when `statement`'s definition is called: itself, or a class's `__init__`."""
     if isinstance(statement, FUNCTIONS):
         return statement
     body = statement.body if isinstance(statement, ast.ClassDef) else []
@@ -439,13 +438,13 @@ def _entry(statement: ast.stmt) -> Function | None:
 
 
 def _fields(statement: ast.stmt) -> list[str]:
-    """The fields of a dataclass (or of a NamedTuple), in order: a call gives them."""
+    """The fields of a dataclass (or of a NamedTuple) in order, which are its call's arguments."""
     body = statement.body if isinstance(statement, ast.ClassDef) and _entry(statement) is None else []
     return [each.target.id for each in body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)]
 
 
 def _constants(statement: ast.stmt) -> dict[str, ast.expr]:
-    """What a class has by name for all its instances, and the defaults of its fields."""
+    """A class's attributes, and the defaults of its fields, by name."""
     found: dict[str, ast.expr] = {}
     for each in statement.body if isinstance(statement, ast.ClassDef) else []:
         if isinstance(each, ast.Assign):
@@ -456,7 +455,7 @@ def _constants(statement: ast.stmt) -> dict[str, ast.expr]:
 
 
 def _outputs(command: ast.List | ast.Tuple) -> Iterator[ast.expr]:
-    """What follows `-o`, `--output` and their like in a command's arguments, and the files that `tee` is given."""
+    """The arguments after `-o`, `--output` and similar options of a command, and the files of `tee`."""
     words = [each.value if isinstance(each, ast.Constant) else None for each in command.elts]
     for word, given in zip(words, command.elts[1:], strict=False):
         flag = word if isinstance(word, str) else ""
@@ -477,7 +476,7 @@ def _changes_tables(node: ast.AST) -> bool:
 
 
 def _put_in(paths: Iterable[str], given: dict[str, list[str]]) -> frozenset[str]:
-    """Paths with the `<name>` of a parameter in them, with what is given for it."""
+    """Paths with a parameter's `<name>` replaced by its values."""
     return frozenset(
         os.path.normpath(path.replace(f"<{name}>", value))
         for path in paths
@@ -496,7 +495,7 @@ def _unknown() -> ast.expr:
 
 
 def _dotted(node: ast.AST) -> list[str]:
-    """`a.b.c` -> [a, b, c]; empty where it is something else."""
+    """`a.b.c` -> [a, b, c]; empty for other expressions."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
         parts.insert(0, node.attr)

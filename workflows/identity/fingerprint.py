@@ -1,19 +1,18 @@
-"""The fingerprint of a step's code: what reuse across runs is allowed to depend on.
+"""The fingerprint of a step's code, on which reuse across runs depends.
 
 Starting at the step's function it follows every name into our own sources: functions, whole classes (an actor's
 methods with it), globals, function-local imports, imports with effects (registries), strings that name one of our
-modules, and data files. Comments, docstrings and annotations do not count. Where it cannot see
-(star imports, `getattr` on a module, `exec`, an import of a computed name) it takes the whole module, or the whole
-package. Libraries count by their installed version. recua's platform (the graph, the command line, `infra`) does not
-count: it moves results, it does not make them.
+modules, and data files. Comments, docstrings and annotations do not count. If a name cannot be followed (star imports,
+`getattr` on a module, `exec`, an import of a computed name), the whole module or package counts. Libraries count by
+their installed version. recua's platform (the graph, the command line, `infra`) does not count, because it transports
+results and does not compute them.
 
-A data file of a step is a file that is there and that its code names: a text `"corpus.txt"` in it, or a path put
-together of such texts and `__file__`, is the way to it from the module's folder or from its package's root. A file of
-Python's that is named so (`[sys.executable, "tool.py"]`) counts as code, all of it. A folder counts with all files in
-it where the code lists it, or names it in a statement with `__file__`. A link counts by what it leads to. No data file
-is what the same code writes (`open(..., "w")`, `write_text`, `save...`, `to_csv`, ...; see
-workflows.identity.code_paths): a step is not run again because of its own product. Nor is what only a run can tell:
-absolute paths and names that are computed come in as inputs.
+A data file of a step is an existing file that its code names: a text `"corpus.txt"`, or a path joined from such texts
+and `__file__`, leads to it from the module's folder or from its package's root. A Python file that is named in this way
+(`[sys.executable, "tool.py"]`) counts as code as a whole. A folder counts with all its files if the code lists it, or
+names it in a statement with `__file__`. A link counts by its target. Files that the same code writes (`open(..., "w")`,
+`write_text`, `save...`, `to_csv`, ...; see workflows.identity.code_paths) do not count: a step does not run again
+because of its own output. Absolute paths and computed names do not count either: pass them as inputs.
 """
 
 import ast
@@ -38,7 +37,7 @@ from workflows.identity.source import Import, Module, SourceIndex, is_text
 FORMAT = 1
 FILE = "file "
 PLATFORM = {"cli", "driver", "graph", "identity", "launch", "report", "runs", "service", "views", "worker"}
-"""Packages of `workflows` that carry, show and keep results. What remains are recipes and their steps."""
+"""Packages of `workflows` that transport, show and store results. The others are recipes and their steps."""
 BLINDING = {"exec", "eval", "globals", "__import__"}
 NAMES_FILES = {"__file__", "resources", "files"}
 LONGEST_PATH = 4096
@@ -109,7 +108,7 @@ def _declared(library: str) -> str:
 
 @functools.cache
 def _packages() -> Mapping[str, list[str]]:
-    """Import root -> distributions that provide it. Reads every installed distribution, hence once per process."""
+    """Import root -> distributions that provide it. Cached, because it reads every installed distribution."""
     return metadata.packages_distributions()
 
 
@@ -139,7 +138,7 @@ class _Walk:
             if among & self._written or (path not in self._named and among & self._filled):
                 products.add(name)
                 continue
-            with contextlib.suppress(OSError):  # gone, or not ours to read: as good as none
+            with contextlib.suppress(OSError):  # a file that is gone or unreadable counts as none
                 found[name] = remembered_sha256(path)
         return found, tuple(sorted(products))
 
@@ -170,7 +169,7 @@ class _Walk:
             self.whole(module_name)
 
     def whole(self, module_name: str) -> None:
-        """The fallback: everything in a module, and everything that it names."""
+        """The fallback: all code of a module, and everything that it names."""
         module = self._enter(module_name)
         key = f"{module_name}:*"
         if module is None or key in self.parts:
@@ -250,14 +249,14 @@ class _Walk:
             self._file(module, place, folders_too=True)
 
     def _places(self, module: Module, path: str) -> set[Path]:
-        """Where a path that code names may lie."""
+        """The files that a path in code may mean."""
         if not path or path.startswith("<") or len(path) > LONGEST_PATH or "\0" in path:
             return set()
         folders = {module.file.parent, self._index.root_of(module.file)}
         return {Path(os.path.normpath(folder / path)) for folder in folders}
 
     def _target(self, target: Import, rest: list[str]) -> None:
-        """Follow an imported thing with the attributes taken from it."""
+        """Follow an imported name with the attributes that are read from it."""
         parts = [*([target.name] if target.name else []), *rest]
         name = target.module
         while parts and self._index.module(f"{name}.{parts[0]}") is not None and not self._binds(name, parts[0]):
@@ -274,7 +273,7 @@ class _Walk:
         return module is not None and name in module.bindings
 
     def _whole_package(self, module: Module) -> None:
-        """Something is imported by a computed name: it may be any module beside this one."""
+        """Follow an import of a computed name, which may be any module beside this one."""
         self.whole(module.name)
         folder = module.file.parent
         if (folder / "__init__.py").exists():
@@ -310,7 +309,7 @@ class _Walk:
             return
 
     def follow_scripts(self) -> None:
-        """All of the files of Python's that the code names, to start or to read them, and does not write."""
+        """All Python files that the code names, to start or to read them, and does not write."""
         followed: set[Path] = set()
         while left := [file for file in self._scripts if file not in followed | self._written]:
             followed.update(left)

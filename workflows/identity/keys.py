@@ -1,4 +1,4 @@
-"""The keys under which what a call's code and inputs made is found again, in this run and by any other."""
+"""The keys of a call's result, by which this run and other runs find it."""
 
 import hashlib
 import json
@@ -10,23 +10,23 @@ FORMAT = 1
 
 
 def canonical(tree: Any) -> bytes:
-    """One byte string per encoded value, whatever the order of its keys."""
+    """One byte string per encoded value, independent of the order of its keys."""
     return json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def content_key(step_name: str, inputs: str, fingerprint: Fingerprint) -> str:
-    """What makes two calls equal across runs."""
+    """The content key, by which calls of different runs are equal."""
     parts = [FORMAT, step_name, inputs, fingerprint.code, sorted(fingerprint.libraries.items())]
     return hashlib.sha256(canonical(parts)).hexdigest()
 
 
 def code_key(name: str) -> str:
-    """Where the parts of a fingerprint, or its library versions, are kept."""
+    """The key of a fingerprint's parts, or of its library versions."""
     return f"code/{name}.json"
 
 
 def parameters_key(code: str, step_name: str) -> str:
-    """Where the names of a step's parameters are kept, for those who show its arguments without its code."""
+    """The key of the names of a step's parameters, for showing its arguments without its code."""
     return code_key(f"{code}.{step_name.rpartition(':')[2]}")
 
 

@@ -1,8 +1,8 @@
-"""Where modules lie whose earlier names stand in stores, and in scripts of users.
+"""The present places of modules whose earlier names are in stores and in users' scripts.
 
-Stored names do not move: what a store has of `workflows.waits:approval` stays valid, and new runs write the same, so
-that an unfinished run resumes and equal calls are still found by their keys. A script written for an earlier version
-imports by the earlier name.
+Stored names do not change: `workflows.waits:approval` in a store stays valid, and new runs write the same name, so that
+unfinished runs resume and equal calls are found by their keys. A script for an earlier version imports by the earlier
+name.
 """
 
 import importlib
@@ -24,17 +24,17 @@ MOVED = {
     },
     "workflows.waits": "workflows.graph.waits",
 }
-"""Name in stores and older scripts, of a module or of one thing in it -> where that lies."""
+"""Name of a module, or of one definition in it, in stores and older scripts -> its present place."""
 STORED_AS = {now: before for before, now in MOVED.items()}
 
 
 def place_of(name: str) -> str:
-    """Where a stored `module:qualname` lies."""
+    """The present place of a stored `module:qualname`."""
     return _renamed(name, MOVED)
 
 
 def stored_name(name: str) -> str:
-    """What stores know a `module:qualname` as."""
+    """The name of a `module:qualname` in stores."""
     return _renamed(name, STORED_AS)
 
 

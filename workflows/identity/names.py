@@ -1,9 +1,9 @@
-"""Canonical names: the same function has one name however its file was started.
+"""Canonical names: a function has the same name however its file was started.
 
-`python workflows/x.py` runs the module as `__main__`, `recua run` and a job import it as `workflows.x`. A canonical
-name is always `workflows.x:function`, found from where the file lies in its packages. A script whose own name cannot be
-a module's (`llama3.1.py`), or is another module's already (`random.py`), goes by its whole file name, its dots written
-as %2E: `llama3%2E1%2Epy:function`.
+`python workflows/x.py` runs the module as `__main__`; `recua run` and a job import it as `workflows.x`. The canonical
+name is always `workflows.x:function`, from the file's place in its packages. A script whose name cannot be a module's
+(`llama3.1.py`), or belongs to another module (`random.py`), gets its whole file name with dots written as %2E:
+`llama3%2E1%2Epy:function`.
 """
 
 import functools
@@ -59,7 +59,7 @@ def is_pythons(name: str) -> bool:
 
 
 def _libraries() -> list[str]:
-    """The folders of Python's own modules, and of what was installed."""
+    """The folders of Python's own modules and of installed packages."""
     return [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
 
 
@@ -77,7 +77,7 @@ def _quoted(file_name: str) -> str:
 
 
 class ScriptFinder:
-    """Finds the scripts that go by their file names, for Python's import."""
+    """Finds scripts that are named by their file names, for Python's import."""
 
     @classmethod
     def find_spec(cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
@@ -99,7 +99,7 @@ def import_name(name: str) -> ModuleType:
 
 
 def split_target(target: Path) -> tuple[Path, str | None]:
-    """FILE and NAME of FILE:NAME, which names one of several workflows in a file; None where only a file is named."""
+    """FILE and NAME of FILE:NAME, which names one of several workflows in a file; None if only a file is named."""
     file, colon, name = str(target).rpartition(":")
     return (Path(file), name) if colon and file and not target.is_file() else (target, None)
 
@@ -110,7 +110,7 @@ def is_recua(root: Path) -> bool:
 
 
 def neighbours(root: Path) -> list[Path]:
-    """Code of a user's under `root` by the names of recua's own packages."""
+    """A user's code under `root` that has the name of one of recua's own packages."""
     if is_recua(root):
         return []
     files = [path for package in OURS if (path := root / f"{package}.py").is_file()]

@@ -1,7 +1,7 @@
-"""What one of our modules defines, read from its source: the index that fingerprints walk.
+"""The definitions of our modules, read from their source: the index that fingerprints walk.
 
-Nothing is imported or run here. "Ours" is every module whose file lies under one of the given roots and outside
-site-packages; everything else counts as a library.
+No module is imported or run. "Ours" is every module whose file is under one of the given roots and outside
+site-packages; all others count as libraries.
 """
 
 import ast
@@ -68,13 +68,13 @@ class SourceIndex:
         self._readings: dict[ast.stmt, Reading] = {}
 
     def read(self, module: Module, statement: ast.stmt) -> Reading:
-        """What a statement of `module` says."""
+        """A parsed statement of `module`."""
         if statement not in self._readings:
             self._readings[statement] = _read(module, statement)
         return self._readings[statement]
 
     def module(self, name: str) -> Module | None:
-        """The module of that canonical name, or None where it is not ours."""
+        """The module of that canonical name; None if it is not ours."""
         if name not in self._modules:
             file = self._find(name)
             self._modules[name] = None if file is None else _parse(name, file)
@@ -127,7 +127,7 @@ def resolve_import(module: Module, node: ast.ImportFrom) -> str:
 
 
 def local_imports(module: Module, node: ast.AST) -> dict[str, list[Import]]:
-    """What import statements inside `node` bind: local name -> every target that it may have."""
+    """The bindings of import statements inside `node`: local name -> all its possible targets."""
     found: dict[str, list[Import]] = {}
     for child in ast.walk(node):
         if isinstance(child, ast.Import):
@@ -148,7 +148,7 @@ def _add(found: dict[str, list[Import]], name: str, target: Import) -> None:
 
 
 def strip(node: ast.AST) -> ast.AST:
-    """A copy of `node` with only what can change its result."""
+    """A copy of `node` with only the parts that can change its result."""
     stripped: ast.AST = _Strip().visit(ast.parse(ast.unparse(node)))
     return stripped
 
@@ -237,7 +237,7 @@ def _parse(name: str, file: Path) -> Module:
     source = file.read_bytes()
     try:
         tree = ast.parse(source, filename=str(file))
-    except (SyntaxError, ValueError):  # never imported, then: a draft or a template beside what is
+    except (SyntaxError, ValueError):  # a draft or a template, which is never imported
         tree = ast.parse(repr(source))
     module = Module(name, file, tree)
     for statement in module.tree.body:

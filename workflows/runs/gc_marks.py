@@ -1,23 +1,26 @@
-"""What is about to be removed, and how a driver says that it knows.
+"""The marks of data that `recua gc` will delete, and the drivers' acknowledgements.
 
-`recua gc` deletes artifacts that no run refers to. A run may come to refer to one at any moment: its driver looks an
-equal call up in the index and, some time later, commits a record that names that call's artifacts. What makes the two
-safe together is one object, `gc/marks.json` = {"epoch", "marks": {location: time}}, and one number in every heartbeat.
+`recua gc` deletes artifacts that no run refers to. A run may start to refer to one at any moment: its driver finds an
+equal call in the index and later commits a record that names that call's artifacts. One object, `gc/marks.json` =
+{"epoch", "marks": {location: time}}, and one number in every heartbeat make this safe.
 
 1. gc writes the marks with a new epoch N, and withdraws the index entries that lead to them.
 2. A driver reads the marks at every heartbeat. A lookup is labelled, before it reads the index, with the epoch that the
-   driver has read by then, and does not take what is marked in it. So a lookup labelled N or later never ends in a
-   reference to what epoch N marks: marks stay until they are lifted or what they mark is gone.
-3. The heartbeat carries the lowest label among the lookups whose outcome is not yet decided: a lookup counts until it
-   found nothing, or until the slot with its commit has been written.
-4. gc deletes only after every run that has not ended is accounted for: its heartbeat says N or more, or its driver is
-   known dead, or gc has taken its lease, after which no commit of that driver can be written any more. A run that
-   starts later reads the marks before its first lookup.
-5. Then gc reads all journals again. Every commit that came out of a lookup labelled below N was written before the
-   heartbeat of 4 and is seen now; what it refers to is unmarked. No other reference to what is marked can come about,
-   so what is still unreferenced may go, however slow, stopped or cut off any driver is.
+   driver has read by then, and takes no result that is marked in it. A lookup labelled N or later therefore never leads
+   to a reference to data that epoch N marks: marks stay until they are lifted or their data is deleted.
+3. The heartbeat carries the lowest label of the undecided lookups: a lookup is undecided until it finds nothing, or
+until
+   the slot with its commit is written.
+4. gc deletes only after it has accounted for every run that has not ended: its heartbeat says N or more, or its driver
+is
+   known to be dead, or gc has taken its lease, after which that driver can write no commit. A run that starts later
+   reads the marks before its first lookup.
+5. Then gc reads all journals again. Every commit from a lookup labelled below N was written before the heartbeat of 4
+and
+   is seen now; its artifacts are unmarked. No other reference to marked data can arise, so that data that is still
+   unreferenced can be deleted, however slow, stopped or cut off any driver is.
 
-The grace period beyond that is for people and for what is under way without a lease, such as an import.
+The additional grace period is for users, and for work without a lease, such as an import.
 """
 
 import json
@@ -47,7 +50,7 @@ class RemovalMarks:
 
 
 def read_marks(store: Store) -> RemovalMarks:
-    """The marks of the last `recua gc`; none where it never ran.
+    """The marks of the last `recua gc`; none if it never ran.
 
     Raises:
         StoreError: the object is damaged.
@@ -67,7 +70,7 @@ def write_marks(store: Store, marks: RemovalMarks) -> None:
 
 
 class DriverMarks:
-    """A driver's side: the marks as last read, and the lookups under way. Safe on any thread."""
+    """A driver's side: the marks that were read last, and the undecided lookups. Safe on any thread."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -81,18 +84,18 @@ class DriverMarks:
             self._labels[call_id] = self._marks.epoch
 
     def end(self, call_id: str) -> None:
-        """Its outcome is decided: nothing was found, or the commit is written. No matter where there was no lookup."""
+        """The lookup is decided: it found nothing, or its commit is written. Does nothing without a lookup."""
         with self._lock:
             self._labels.pop(call_id, None)
 
     def allow(self, result: Any) -> bool:
-        """Whether an encoded result may be taken over: none of its artifacts is about to be removed."""
+        """Whether an encoded result may be reused: none of its artifacts is marked."""
         with self._lock:
             marks = self._marks
         return not marks.marks or not any(marks.cover(record["location"]) for record in artifact_records(result))
 
     def acknowledge(self) -> int:
-        """Read the marks again; the epoch that every undecided and every later lookup respects."""
+        """Read the marks again; returns the epoch that all undecided and later lookups respect."""
         fresh = read_marks(self._store)
         with self._lock:
             self._marks = fresh
