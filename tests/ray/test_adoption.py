@@ -29,6 +29,7 @@ from data.tokenized import write_shards
 from infra.processes import process_start
 from infra.storage import open_store
 from models.tokenizers import load_tokenizer, train_bpe
+from tests.helpers import rays
 from workflows.cli.main import main_group
 from workflows.runs.catalog import cancel_run
 
@@ -88,12 +89,9 @@ class Driver:
 def cluster(repository: Path) -> Iterator[Cluster]:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(repository)])  # of the nodes' workers
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80 * 2**20})
-    ray.init(address=made.address, log_to_driver=False)
-    node = ray.get_runtime_context().get_node_id()
-    yield made
-    ray.shutdown()
-    made.shutdown()
+    with rays.cluster(num_cpus=1) as made:
+        node = ray.get_runtime_context().get_node_id()
+        yield made
     shutil.rmtree(node_root(node), ignore_errors=True)
     os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 

@@ -19,6 +19,7 @@ from cluster.node.host_memory import node_root
 from data.tokenized import write_shards
 from infra.storage import open_store
 from models.tokenizers import load_tokenizer, train_bpe
+from tests.helpers import rays
 from tests.ray.test_pretrain import STEPS, Enough, Row, Run, lives, memory_of
 
 THREE: dict[str, Any] = {"workers": 3, "batch_size": 6, "num_cpus": 0.6}
@@ -27,14 +28,11 @@ THREE: dict[str, Any] = {"workers": 3, "batch_size": 6, "num_cpus": 0.6}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head without room for ranks, and one node."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20})
-    made.add_node(num_cpus=4, object_store_memory=80 * 2**20)
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
-    ray.init(address=made.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
-    yield made
-    nodes = [node["NodeID"] for node in ray.nodes()]
-    ray.shutdown()
-    made.shutdown()
+    with rays.cluster(num_cpus=0, runtime_env={"env_vars": {"PYTHONPATH": paths}}) as made:
+        made.add_node(num_cpus=4, object_store_memory=rays.MEMORY)
+        yield made
+        nodes = [node["NodeID"] for node in ray.nodes()]
     for node in nodes:
         shutil.rmtree(node_root(node), ignore_errors=True)
 

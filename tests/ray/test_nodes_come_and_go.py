@@ -28,6 +28,7 @@ from infra.errors import NodeLost, ResourceError
 from infra.storage import open_store
 from models.llama import LlamaConfig
 from models.tokenizers import load_tokenizer, train_bpe
+from tests.helpers import rays
 from tests.helpers.cloud_metadata import Metadata, metadata_service
 
 PATIENT: dict[str, Any] = {
@@ -52,13 +53,10 @@ Row = dict[str, Any]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head without room for ranks; the tests add nodes with room for one each."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20})
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
-    ray.init(address=made.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
-    yield made
-    nodes = [node["NodeID"] for node in ray.nodes()]
-    ray.shutdown()
-    made.shutdown()
+    with rays.cluster(num_cpus=0, runtime_env={"env_vars": {"PYTHONPATH": paths}}) as made:
+        yield made
+        nodes = [node["NodeID"] for node in ray.nodes()]
     for node in nodes:
         shutil.rmtree(node_root(node), ignore_errors=True)
 
