@@ -60,10 +60,10 @@ class WeightSender(Protocol):
         ...
 
 
-def build_sender(backend: str, folder: Path | None = None, **options: Any) -> WeightSender:
+def build_sender(backend: str, folder: Path = Path("/dev/shm"), **options: Any) -> WeightSender:
     """`folder` for shared_memory; `master_address`, `master_port`, `receiver_sizes` for nccl."""
     if backend == "shared_memory":
-        return SharedMemorySender(folder or Path("/dev/shm"), **options)
+        return SharedMemorySender(folder, **options)
     if backend == "nccl":
         return NcclSender(**options)
     if backend == "ipc":

@@ -16,7 +16,7 @@ from actors.pools.process_group import process_groups
 from cluster.workers.seat import Worker
 from engines.base import StepOutput, WeightUpdate
 from engines.collectives.process_groups import ProcessGroups
-from engines.config import LearnerSettings
+from engines.config import GeneratorSettings, LearnerSettings
 from engines.hf_folder import Head
 
 
@@ -55,7 +55,7 @@ class LearnerWorker(Worker):
         batches = [score.collate(rows) for rows in micro_batches]
         return self._learners[role].evaluate(batches, score.compute)
 
-    def build_sender(self, backend: str, receiver_sizes: list[int]) -> list[dict[str, Any]]:
+    def build_sender(self, engine: GeneratorSettings, receiver_sizes: list[int]) -> list[dict[str, Any]]:
         """Prepare to send on rank 0; returns the data that each generator needs to connect ([] on other ranks)."""
         from engines.weight_transfer import build_sender
 
@@ -63,13 +63,13 @@ class LearnerWorker(Worker):
         if self.seat.rank != 0:
             return []
         options: dict[str, Any] = {}
-        if backend == "nccl":
+        if engine.weight_backend == "nccl":
             options = {
                 "master_address": self.seat.master_address,
                 "master_port": self.reserve_port(),
                 "receiver_sizes": receiver_sizes,
             }
-        self._sender = build_sender(backend, **options)
+        self._sender = build_sender(engine.weight_backend, engine.shared_folder, **options)
         return [self._sender.receiver_info(receiver) for receiver in range(len(receiver_sizes))]
 
     def connect_sender(self) -> None:

@@ -15,7 +15,7 @@ from actors.pools.config import LearnerPoolSettings
 from actors.pools.micro_batches import Row, plan_micro_batches
 from cluster.workers.gather import gather
 from engines.base import WeightUpdate
-from engines.config import LearnerSettings
+from engines.config import GeneratorSettings, LearnerSettings
 
 RANK = "learner rank"
 
@@ -67,9 +67,9 @@ class Learners:
                     results[index] = value
         return [result for result in results if result is not None]
 
-    def build_sender(self, backend: str, receiver_sizes: list[int]) -> list[dict[str, Any]]:
+    def build_sender(self, engine: GeneratorSettings, receiver_sizes: list[int]) -> list[dict[str, Any]]:
         """See `actors.pools.weight_sync`."""
-        return self._all("build_sender", backend, receiver_sizes)[0]
+        return self._all("build_sender", engine, receiver_sizes)[0]
 
     def connect_sender(self) -> None:
         """See `actors.pools.weight_sync`."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from actors.pools.generators import ENGINE, Generators
 from actors.pools.learners import Learners
 from cluster.workers.gather import gather
+from engines.config import GeneratorSettings
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,13 @@ class WeightSync:
     learners: Learners
     generators: Generators
     role: str
-    backend: str
+    engine: GeneratorSettings
 
-    def connect(self, tensor_parallel: int = 1) -> None:
+    def connect(self) -> None:
         """Once per borrow, before the first `push`."""
-        sizes = [tensor_parallel] * len(self.generators.workers)
-        infos = self.learners.build_sender(self.backend, sizes)
-        if self.backend == "shared_memory":
+        sizes = [self.engine.tensor_parallel] * len(self.generators.workers)
+        infos = self.learners.build_sender(self.engine, sizes)
+        if self.engine.weight_backend == "shared_memory":
             return  # the file's path travels with every update
         waiting = [worker.connect.remote(info) for worker, info in zip(self.generators.workers, infos, strict=True)]
         self.learners.connect_sender()

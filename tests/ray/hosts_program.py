@@ -75,7 +75,7 @@ def sample(pools: Pools, before: Path, tuned: Path, tokenizer: ChatTokenizer) ->
         pools.learners(APART) as learners,
     ):
         learners.open("policy", tuned)
-        sync = WeightSync(learners, generators, "policy", engine.weight_backend)
+        sync = WeightSync(learners, generators, "policy", engine)
         sync.connect()
         sync.push("tuned")
         asked = [worker.generate.remote([prompt_of(tokenizer)], greedy) for worker in generators.workers]

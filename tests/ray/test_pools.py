@@ -13,6 +13,7 @@ import ray
 
 from actors.pools.config import LearnerPoolSettings
 from actors.pools.keeper import NAMESPACE, Pools
+from engines.config import GeneratorSettings
 from infra.processes import process_start
 from tests.helpers.rays import local_ray
 
@@ -148,3 +149,9 @@ def test_members_end_with_a_killed_keeper(pools: Pools) -> None:
     assert keeper is not None, "a later borrower got a new keeper"
     os.kill(keeper, signal.SIGKILL)
     wait_for(lambda: gone(member), "the member outlived its owner", 20)
+
+
+def test_weights_for_generators_go_where_the_recipe_says(pools: Pools, tmp_path: Path) -> None:
+    with pools.learners(POOL) as learners:
+        learners.build_sender(GeneratorSettings(shared_folder=tmp_path), [1])
+        assert [path.name for path in tmp_path.iterdir()] == [f"recua-weights-{os.getuid()}"]

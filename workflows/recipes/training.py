@@ -189,8 +189,8 @@ def optimise_policy(
     ):
         models = RewardModels(judges[0].path(), judges[1].path())
         models.open(learners)
-        sync = WeightSync(learners, generators, POLICY, pools.engine.weight_backend)
-        sync.connect(pools.engine.tensor_parallel)
+        sync = WeightSync(learners, generators, POLICY, pools.engine)
+        sync.connect()
         summary = run_ppo(
             learners, generators, sync, PpoModels(base.path(), models.helpfulness), problems,
             lambda answers: judge(learners, answers, section.verifier_weight, section.reward_weight).total,
