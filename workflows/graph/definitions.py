@@ -1,4 +1,4 @@
-"""Checks of what can be a step or a workflow, made at its definition instead of later on a worker."""
+"""Checks whether a function can be a step or a workflow, at its definition instead of later on a worker."""
 
 import functools
 import inspect
@@ -76,7 +76,7 @@ def _out_of_reach(function: Any) -> str | None:
 
 
 def users_line(error: BaseException | None = None) -> str:
-    """file:line of the user's code that led here, or to an error, skipping our, Python's and libraries' code."""
+    """file:line of the user's code that led here, or to an error; code of recua, Python and libraries is skipped."""
     python = sysconfig.get_path("stdlib")
     found = traceback.extract_stack() if error is None else traceback.extract_tb(error.__traceback__)
     stack = [frame for frame in found if frame.filename not in OURS]

@@ -1,4 +1,4 @@
-"""Futures: results to come in a workflow.
+"""Futures: results that a workflow will have later.
 
 A Future stands for a value but is not the value. Using it as one (in a condition, a comparison, a text, a sum) is
 refused, because it would silently go wrong. `.result()` gives the value.
@@ -30,7 +30,7 @@ NEEDS_THE_VALUE = {
     "an array": "array",
     "a pickle": "reduce_ex",
 }
-"""What the value is needed for, by the names of Python's special methods."""
+"""Uses that need the value, with the names of Python's special methods."""
 
 
 class Results(Protocol):
@@ -42,7 +42,7 @@ class Results(Protocol):
 
 
 class ToCome:
-    """The base of Futures and their fields: the refusals. Compared and hashed by identity, as the engine needs."""
+    """The base of Futures and their fields, which refuses every use as a value. Compared and hashed by identity."""
 
     __slots__ = ()
 
@@ -93,15 +93,15 @@ class Future(ToCome, Generic[R]):
         """Wait, and return the step's result.
 
         Raises:
-            StepError, UserError, SystemFault: what became of this call (or of one that it depends on) - or of any
-                other call that failed meanwhile, unless that was made with `may_fail=True`.
+            StepError, UserError, SystemFault: this call failed, or one that it depends on, or any other call of the run
+                that was made without `may_fail=True`.
         """
         value: R = self._runtime.result(self.call_id)
         return value
 
     def done(self) -> bool:
-        """Whether `result()` returns (or raises) without waiting. Decide nothing by it that must be the same on a
-        resume."""
+        """Whether `result()` returns (or raises) without waiting. A resume may see another answer: decide
+        nothing by it that must stay the same."""
         return self._runtime.done(self.call_id)
 
     def __getattr__(self, name: str) -> Any:
@@ -162,8 +162,8 @@ def refuse_method(value: Any) -> None:
 
 
 def told_of_type(error: TypeError) -> UserError | None:
-    """The error for a Future that a function of Python or a library refused by its type, as json.dumps does; None for
-    other errors."""
+    """The error for a Future whose type a function of Python or a library refused, as json.dumps does; None for other
+    errors."""
     if not re.search(r"\b(Future|Part)\b", str(error)):
         return None
     return UserError(f"{users_line(error)}: {error}: write .result() to wait for the value")

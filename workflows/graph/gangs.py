@@ -23,8 +23,8 @@ Done = Callable[[bytes | None, BaseException | None], None]
 
 @dataclass(frozen=True)
 class Gang:
-    """`bundles`: sets of resources that must be on one node each, by Ray's names ({"CPU": 4, "GPU": 1, "memory":
-    bytes}). `strategy`: PACK, SPREAD (best effort), STRICT_PACK (one node) or STRICT_SPREAD (a node for each)."""
+    """`bundles`: sets of resources by Ray's names, each on one node ({"CPU": 4, "GPU": 1, "memory":
+    bytes}). `strategy`: PACK, SPREAD (best effort), STRICT_PACK (one node) or STRICT_SPREAD (one node per bundle)."""
 
     bundles: Sequence[Mapping[str, float]]
     strategy: str = "PACK"
@@ -82,7 +82,7 @@ class GangAttempt:
         self._cancelled = False
 
     def begin(self, start: Callable[[], Any]) -> Any:
-        """Submit by `start()` unless it was cancelled before; None then."""
+        """Submit by `start()`; None if the attempt was cancelled before."""
         with self._lock:
             if not self._cancelled:
                 self._reference = start()
@@ -98,7 +98,7 @@ class GangAttempt:
 
 class Gangs:
     """Creates and removes the groups on a thread of its own, so that the executor's loop never waits for Ray's head.
-    `is_lost()`: the whole Ray is gone with its groups, and must not be called."""
+    `is_lost()`: whether the Ray cluster is gone with its groups, so that it must not be called."""
 
     def __init__(self, ray: Any, is_lost: Callable[[], bool]) -> None:
         self._ray = ray
@@ -142,13 +142,13 @@ class Gangs:
         outcome = None if error else future.result()
         try:
             self._pool.submit(self._end, group, done, outcome, error)
-        except RuntimeError:  # closed: the driver leaves, and Ray removes what is its job's
+        except RuntimeError:  # closed: the driver ends, and Ray removes the groups of its job
             done(outcome, error)
 
     def _end(self, group: Any, done: Done, outcome: bytes | None, error: BaseException | None) -> None:
         from ray.util.placement_group import remove_placement_group
 
         if group is not None and not self._is_lost():
-            with contextlib.suppress(Exception):  # Ray's head is away: the group goes with the job
+            with contextlib.suppress(Exception):  # Ray's head is gone: the group is removed with the job
                 remove_placement_group(group)
         done(outcome, error)

@@ -25,8 +25,8 @@ class Child:
 
 @dataclass(frozen=True)
 class Fanout:
-    """A map's encoded `items` (a list, or the edge that will give one) and its calls' arguments with ITEM as the first,
-    the others shared by all calls and not copied.
+    """A map's encoded `items` (a list, or the edge to one) and the arguments of its calls: ITEM is the first, all
+    calls share the others without copies.
 
     `waits_for`: the call that gives the list, if any. `shared`: the calls whose results all calls of the map get.
     """

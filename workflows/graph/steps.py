@@ -12,10 +12,10 @@
 Calling a step inside a workflow gives a Future; a Future passed as (or inside) an argument is an edge. A call's id is
 its parent, the step's name, and `name=` or its ordinal: `train[0]`, `train[final]`, `round[1]/train[0]`.
 
-    scores = score.map(split(corpus), models[0])            # one call per item, also of a list that is still to come
+    scores = score.map(split(corpus), models[0])            # one call per item; the list may still be to come
     report(scores)                                          # the list of results, in the items' order
 
-    deploy(train(corpus).model)                             # a field of a result to come: also train(corpus)["model"]
+    deploy(train(corpus).model)                             # a field of a future result; also train(corpus)["model"]
 
 A map's calls are `score.map[0]/score[3]`. Waiting for people and for the outside world: workflows.runs.signals.
 """
@@ -43,16 +43,16 @@ from workflows.identity.names import canonical_name, load_name
 P = ParamSpec("P")
 R = TypeVar("R")
 LONGEST_TIMEOUT_S = 1e9
-"""More than thirty years, beyond which clocks and operating systems differ in what they can wait: it means no limit."""
+"""A longer timeout, over thirty years, means no limit: clocks and operating systems cannot all wait that long."""
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What a call asks for. `memory` bytes and `timeout` seconds, None: no limit (an infinite timeout becomes None).
-    `retries`: for the user's own errors and timeouts. `reuse=False`: never take the result from another run
+    """The options of a call. `memory` in bytes and `timeout` in seconds; None is no limit (as is an infinite timeout).
+    `retries`: after the user's own errors and timeouts. `reuse=False`: never take the result from another run
     (deployments, measurements). `may_fail=True`: the workflow handles this call's failure itself, at `.result()`.
-    `libraries`: distributions that results depend on beside those that the code imports. `gang`: several bundles of
-    resources, all or none (workflows.graph.gangs); a number is so many times what the step itself asks for."""
+    `libraries`: distributions that results depend on, besides those that the code imports. `gang`: several bundles of
+    resources, all or none (workflows.graph.gangs); a number means that many bundles of the step's own request."""
 
     num_cpus: float = 1
     num_gpus: float = 0
@@ -83,7 +83,7 @@ class StepOptions:
 
     @property
     def request(self) -> dict[str, float]:
-        """What the body itself asks for, by Ray's names."""
+        """The body's own resources, by Ray's names."""
         asked = {"CPU": float(self.num_cpus), "GPU": float(self.num_gpus), "memory": float(self.memory or 0)}
         return {name: amount for name, amount in asked.items() if amount}
 
@@ -93,13 +93,13 @@ class StepOptions:
 
 
 class Runtime(Protocol):
-    """Who carries out the calls of a running workflow: the executor, or the planner."""
+    """Carries out the calls of a running workflow: the executor or the planner."""
 
     @property
     def run_id(self) -> str: ...
 
     def call(self, call_id: str, step: "Step[..., Any]", options: StepOptions, arguments: dict[str, Any]) -> object:
-        """Begin a call; what is returned must be kept as long as anybody may ask for its result."""
+        """Begin a call. Its Future keeps the returned object, so that the result lives as long as the Future."""
         ...
 
     def map(self, call_id: str, step: "Step[..., Any]", options: StepOptions, items: Any, arguments: Any) -> object: ...
@@ -113,8 +113,8 @@ class Runtime(Protocol):
 
 @dataclass
 class _Scope:
-    """Where calls are made: the runtime, the parent call, how many ordinals each step has used, and the names given
-    with `name=` (ordinals need no memory: they cannot come twice)."""
+    """The place of calls: the runtime, the parent call, the next ordinal of each step, and the names given with `name=`
+    (ordinals are not stored: they cannot come twice)."""
 
     runtime: Runtime
     parent: str = ""
@@ -148,7 +148,7 @@ EACH = Each.ITEM
 
 
 class Keep(Enum):
-    """Stands for an option that is not given, where None has a meaning of its own."""
+    """Stands for an option that is not given; None has a meaning of its own."""
 
     KEEP = "keep"
 
@@ -170,7 +170,7 @@ class Step(Generic[P, R]):
         """Canonical `module:function`, under which workers find the function.
 
         Raises:
-            UserError: they would find another one there.
+            UserError: workers would find another function under that name.
         """
         name = canonical_name(self.fn)
         if (found := function_behind(load_name(name))) is not self.fn:
@@ -181,14 +181,14 @@ class Step(Generic[P, R]):
         return name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Future[R]:
-        """Call it durably; any argument, or part of one, may be a Future or a field of one."""
+        """Call the step durably; any argument, or part of one, may be a Future or a field of one."""
         return self.submit(self.default, args, kwargs)
 
     def map(self, items: Any, *args: Any, **kwargs: Any) -> Future[list[R]]:
         """One call per item, which becomes the step's first argument; the other arguments are the same for all.
 
-        `items`: a list, or a Future (or field of one) whose result is a list; the calls are made once it is there, and
-        this returns at once. The result is the list of results in the items' order. A failed call fails the map (with
+        `items`: a list, or a Future (or field of one) whose result is a list. `map` returns at once; the calls are made
+        when the list is there. The result is the list of results in the items' order. A failed call fails the map (with
         `may_fail=True` once all calls have ended, with the first failure in the items' order).
 
         Raises:
@@ -219,8 +219,8 @@ class Step(Generic[P, R]):
         may_fail: bool | None = None,
         gang: Gang | int | Keep | None = KEEP,
     ) -> "Step[P, R]":
-        """The step with other options: `train.options(num_gpus=8, name="final")(corpus)`, and so for `map`. What is
-        not given stays as it is; None takes the step's own `memory`, `timeout`, `name` or `gang` away."""
+        """The step with other options: `train.options(num_gpus=8, name="final")(corpus)`, and so for `map`. Options
+        that are not given stay as they are; None removes the step's own `memory`, `timeout`, `name` or `gang`."""
         amounts = {"num_cpus": num_cpus, "num_gpus": num_gpus, "retries": retries, "may_fail": may_fail}
         changes: dict[str, Any] = {key: value for key, value in amounts.items() if value is not None}
         limits = {"memory": memory, "timeout": timeout, "name": name, "gang": gang}
@@ -231,7 +231,7 @@ class Step(Generic[P, R]):
             return type(self)(self.fn, replace(self.default, **changes))
 
     def submit(self, options: StepOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[R]:
-        """Call it with these options; what `__call__` does."""
+        """Call the step with these options, as `__call__` does with its own."""
         scope = self._scope()
         arguments = self._bind(args, kwargs)
         call_id = scope.call_id(self.short_name, options.name)
@@ -245,7 +245,7 @@ class Step(Generic[P, R]):
             raise UserError(
                 f"step {self.short_name} was called outside a @workflow; for a plain call use {self.short_name}.fn(...)"
             ) from None
-        assert self.name  # said here that no worker would find it, and not by a worker
+        assert self.name  # raises here if workers would not find the function, instead of on a worker
         return scope
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -263,8 +263,8 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def step_behind(found: Any) -> Step[..., Any] | None:
-    """The step that a name stands for, given what is there: also below decorators that were put above it, or made of
-    the function that `step(...)` was given where the step itself has another name."""
+    """The step that a name stands for, given the object `found` under it: the step itself, a step below decorators, or
+    the plain function that was passed to `step(...)` if the step has another name."""
     inner = found
     while inner is not None and not isinstance(inner, Step):
         inner = getattr(inner, "__wrapped__", None)
@@ -274,7 +274,7 @@ def step_behind(found: Any) -> Step[..., Any] | None:
 
 
 def function_behind(found: Any) -> Any:
-    """The function of the step that a name stands for; what is there itself where that is no step."""
+    """The function of the step that a name stands for; `found` itself if it is no step."""
     step = step_behind(found)
     return found if step is None else step.fn
 
@@ -327,10 +327,10 @@ def step(
 
 
 def step(fn: Callable[..., Any] | None = None, /, *, memory: str | int | None = None, **options: Any) -> Any:
-    """Make a function a step. `memory` as bytes or text ("2GiB"), `timeout` in seconds; see StepOptions.
+    """Make a function a step. `memory` in bytes or as text ("2GiB"), `timeout` in seconds; see StepOptions.
 
     Raises:
-        UserError: what is wrong with the function (with file and line) or an option.
+        UserError: the function (with file and line) or an option is wrong.
     """
     known = [each.name for each in fields(StepOptions)]
     for name in options.keys() - set(known):
@@ -357,7 +357,7 @@ def workflow(*functions: Any, **options: Any) -> Any:
     """Make a function a workflow: run it with `recua run` or `workflows.driver.session.run`. It takes no options.
 
     Raises:
-        UserError: what is wrong with the function or its decorator, with file and line.
+        UserError: the function or its decorator is wrong; the message has file and line.
     """
     if len(functions) != 1 or options:
         given = ", ".join([*map(repr, functions[1:]), *(f"{name}=" for name in options)])
@@ -366,12 +366,12 @@ def workflow(*functions: Any, **options: Any) -> Any:
 
 
 def on_end(hook: Callable[[], None]) -> None:
-    """Inside a workflow: call `hook()` on the driver when the run ends, however it ends (pools are released so)."""
+    """Inside a workflow: call `hook()` on the driver when the run ends, however it ends (this releases pools)."""
     _scope.get().runtime.on_end(hook)
 
 
 def run_id() -> str:
-    """Inside a workflow: the run's id, e.g. to name what `on_end` takes down. Decide nothing by it."""
+    """Inside a workflow: the run's id, e.g. to name resources that `on_end` releases. No decision may depend on it."""
     return _scope.get().runtime.run_id
 
 
@@ -380,7 +380,7 @@ def running(runtime: Runtime) -> Iterator[None]:
     """Route the calls made in this block to `runtime`.
 
     Raises:
-        UserError: a Future was given to something that takes values only, or calls have no end.
+        UserError: a Future was passed to code that takes only values, or a workflow calls itself without end.
     """
     token = _scope.set(_Scope(runtime))
     try:
@@ -410,7 +410,7 @@ def edges_of(runtime: Runtime, needs: list[str]) -> Callable[[Any], Any]:
 
 
 def resolve_edges(tree: Any, result_of: Callable[[str], Any]) -> Any:
-    """Edges replaced by the encoded results that they stand for; what has none is no copy."""
+    """Replace edges by the encoded results that they stand for. Parts without edges are not copied."""
     if isinstance(tree, dict) and "$edge" in tree:
         return field_of(result_of(tree["$edge"]), tree["field"], tree["$edge"])
     return mapped(tree, lambda item: resolve_edges(item, result_of))
@@ -427,7 +427,7 @@ def parse_memory(text: str | int) -> int:
 
 @contextmanager
 def _named(step_name: str) -> Iterator[None]:
-    """A refused option is refused by the name of its step."""
+    """Put the step's name before the message of a refused option."""
     try:
         yield
     except ConfigError as error:

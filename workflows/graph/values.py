@@ -1,11 +1,11 @@
 """How arguments and results become JSON, and back.
 
-JSON values go as they are. What JSON lacks is an object whose first key starts with `$`: `{"$tuple": [...]}`,
+JSON values stay as they are. Others become an object whose first key starts with `$`: `{"$tuple": [...]}`,
 `{"$dataclass": "module:Name", "fields": {...}}`, `{"$settings": ...}`, `{"$namedtuple": ...}`, `{"$artifact": ...}`,
-`{"$path": ...}`, `{"$enum": ...}`, `{"$float": "nan"}`, `{"$dict": [[key, value], ...]}`; `{"$text": ...}` is no valid
-Unicode (a file name of other bytes), and `{"$kind": "module:Name", "value": ...}` is an instance of a class derived
-from one of these (or numpy's). Never a pickle: a store can be read years later, and reading it runs nobody's code but
-the import of the named class (workflows.graph.classes).
+`{"$path": ...}`, `{"$enum": ...}`, `{"$float": "nan"}`, `{"$dict": [[key, value], ...]}`; `{"$text": ...}` is text
+that is not valid Unicode (a file name of other bytes), and `{"$kind": "module:Name", "value": ...}` is an instance of a
+class derived from one of these (or numpy's). Nothing is pickled: a store can be read years later, and reading runs no
+code except the import of the named class (workflows.graph.classes).
 """
 
 import dataclasses
@@ -29,16 +29,16 @@ from workflows.identity.keys import canonical
 
 FORMAT = 1
 DEEPEST = 250
-"""Levels of JSON inside one another: each costs up to three Python frames wherever a value is walked."""
+"""Most levels of nested JSON: each costs up to three Python frames whenever a value is walked."""
 LONGEST_INT = 10**4300
-"""Python writes and reads no decimal number that is longer."""
+"""Most digits of a decimal number that Python writes and reads."""
 INNER = {"fields", "extra", "beside", "private", "value", "items"}
-"""Keys beside a tag: no names of the user's."""
+"""Keys that may stand beside a tag; they are not the user's names."""
 Replace = Callable[[Any], Any]
 
 
 def encode(value: Any, where: str = "value", replace: Replace | None = None) -> Any:
-    """JSON-able form of `value`. `replace(x)` may return an encoded tree for any part (edges), else None.
+    """The JSON form of `value`. `replace(x)` may return an encoded tree for any part (edges), else None.
 
     Raises:
         UserError: a value cannot be stored; the message has the path to it, e.g. `sft.result["model"]`.
@@ -72,7 +72,7 @@ def _encode(value: Any, where: str, replace: Replace, room: int) -> Any:
 
 
 def _encode_object(value: Any, where: str, replace: Replace, room: int) -> Any:
-    """What is no plain JSON value, list, tuple or dict."""
+    """Encode anything but a plain JSON value, list, tuple or dict."""
 
     def fields(held: dict[str, Any]) -> dict[str, Any]:
         return {name: _encode(item, f"{where}.{name}", replace, room - 2) for name, item in held.items()}
@@ -95,7 +95,7 @@ def _encode_object(value: Any, where: str, replace: Replace, room: int) -> Any:
         given, extra, private, more = classes.settings_parts(value, where)
         tree: dict[str, Any] = {"$settings": classes.name_of(type(value), where), "fields": fields(given)}
         tree |= beside(extra=extra, private=private, beside=more)
-        # Where and how fast, never what: such settings (pools) are part of no key.
+        # Such settings (pools) decide where and how fast, not the result: they are part of no key.
         return {**tree, "unkeyed": True} if getattr(type(value), "unkeyed", False) else tree
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         made_of, more = classes.dataclass_parts(value, where)
@@ -120,7 +120,7 @@ def _encode_derived(value: Any, where: str, replace: Replace, room: int) -> Any:
     base, name, held = classes.derived_parts(value, where)
     if not issubclass(base, dict):
         return {"$kind": name, "value": _encode(held, where, replace, room - 1)}
-    if base is OrderedDict:  # equal to another one in the same order only
+    if base is OrderedDict:  # equal only in the same order
         return {"$kind": name, "items": _encode_pairs(held, where, replace, room - 1)}
     tree = {"$kind": name, "value": _encode_items(held, where, replace, room - 1)}
     if base is not defaultdict or value.default_factory is None:
@@ -148,12 +148,12 @@ def _encode_pairs(items: list[tuple[Any, Any]], where: str, replace: Replace, ro
 def _shown(key: Any) -> str:
     try:
         return repr(key)
-    except ValueError:  # a number of too many digits
+    except ValueError:  # a number with too many digits
         return "..."
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: half a surrogate pair (of a file name in other bytes) cannot."""
+    """Whether a text can be written as UTF-8; half a surrogate pair (a file name of other bytes) cannot."""
     if text.isascii():
         return True
     try:
@@ -164,12 +164,12 @@ def _is_unicode(text: str) -> bool:
 
 
 def readable(text: str) -> str:
-    """A text that can be written everywhere: what is no valid Unicode in it as escapes."""
+    """The text with everything that is not valid Unicode escaped, so that it can be written anywhere."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _start(where: str) -> str:
-    """A long way to a value, by its beginning."""
+    """The beginning of a long path to a value."""
     return where if len(where) <= 120 else f"{where[:120]}..."
 
 
@@ -177,7 +177,7 @@ def decode(tree: Any, source: ArtifactSource | None = None) -> Any:
     """The inverse of `encode`; artifacts are bound to `source` so that `path()` works.
 
     Raises:
-        UserError: a class that the value names is gone, or has other fields now.
+        UserError: a class that the value names is gone or has other fields now.
     """
     if isinstance(tree, list):
         return [decode(item, source) if isinstance(item, (list, dict)) else item for item in tree]
@@ -189,7 +189,7 @@ def decode(tree: Any, source: ArtifactSource | None = None) -> Any:
 
 
 def _tag(tree: dict[str, Any]) -> str | None:
-    """What an encoded dict stands for; None where it is one."""
+    """The tag of an encoded dict; None if it stands for a plain dict."""
     for key in tree:
         if key.startswith("$"):
             return key
@@ -233,7 +233,7 @@ def _decoded(tag: str, tree: dict[str, Any], source: ArtifactSource | None) -> A
 def _dict_of(items: list[tuple[Any, Any]]) -> dict[Any, Any]:
     try:
         return dict(items)
-    except TypeError as error:  # a key was a Future, and its result is a list
+    except TypeError as error:  # a key was a Future whose result is a list
         raise UserError(f"a dict's key came to be what cannot be one ({error}): take the Future's .result()") from None
 
 
@@ -252,7 +252,7 @@ def field_of(tree: Any, field: str | None, where: str) -> Any:
 
 
 def _fields(tree: Any) -> dict[Any, Any]:
-    """What an encoded value has by name."""
+    """The named fields of an encoded value."""
     if not isinstance(tree, dict):
         return {}
     if "fields" in tree and _tag(tree) is not None:
@@ -265,7 +265,7 @@ def _fields(tree: Any) -> dict[Any, Any]:
 
 
 def items_of(tree: Any) -> list[Any] | None:
-    """The items of an encoded list or tuple, or of one that derives from it; None for anything else."""
+    """The items of an encoded list or tuple, or of a derived class; None for anything else."""
     if isinstance(tree, dict) and "$kind" in tree:
         tree = tree.get("value")
     if isinstance(tree, dict):
@@ -274,8 +274,8 @@ def items_of(tree: Any) -> list[Any] | None:
 
 
 def identity(tree: Any) -> Any:
-    """An encoded value reduced to what makes it equal to another: an artifact is its digest and what it was sealed
-    with, wherever it lies, and the order of a dict's keys does not count. What needs no change is no copy."""
+    """An encoded value reduced to what makes it equal to another: an artifact counts by its digest and the metadata it
+    was sealed with, not by its location; a dict's order does not count. Unchanged parts are not copied."""
     if not isinstance(tree, dict):
         return mapped(tree, identity)
     if "$artifact" in tree:
@@ -290,8 +290,8 @@ def identity(tree: Any) -> Any:
 
 
 def earlier_identity(tree: Any) -> Any:
-    """`identity` as it was before artifacts counted with what they were sealed with, a dict's order never, and a value
-    with its class: what the digests in older stores were made of."""
+    """The `identity` behind the digests in older stores: an artifact's metadata and a value's class did not count, but
+    a dict's order did."""
     if not isinstance(tree, dict):
         return mapped(tree, earlier_identity)
     if "$artifact" in tree:
@@ -311,7 +311,7 @@ def earlier_identity(tree: Any) -> Any:
 
 
 def walk(tree: Any) -> Iterator[Any]:
-    """Every list and dict inside an encoded value, outermost and first ones first, but for those inside artifacts."""
+    """Every list and dict inside an encoded value, except inside artifacts; outer ones and earlier ones first."""
     todo = [tree] if isinstance(tree, (list, dict)) else []
     while todo:
         item = todo.pop()
@@ -323,7 +323,7 @@ def walk(tree: Any) -> Iterator[Any]:
 
 def mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
     """A list or dict with `change(x)` for each list and dict x that it holds; `tree` itself if that changes nothing, so
-    that what many calls share is kept once."""
+    that a value that many calls share is stored once."""
     if isinstance(tree, list):
         items = [change(item) if isinstance(item, (list, dict)) else item for item in tree]
         return tree if all(map(operator.is_, tree, items)) else items
@@ -358,20 +358,20 @@ def brief(tree: Any) -> Any:
 
 
 def one_line(tree: Any, most: int = 300) -> str | None:
-    """A short value as JSON, for a terminal; None where it would take more than `most` letters."""
+    """A short value as JSON, for a terminal; None if it has more than `most` characters."""
     text = json.dumps(_without_kinds(tree))
     return text if len(text) <= most else None
 
 
 def _without_kinds(tree: Any) -> Any:
-    """An encoded value in which a number of numpy's, or a dict of a class of its own, is as any other."""
+    """An encoded value in which numpy numbers and dicts of derived classes look like plain ones."""
     if isinstance(tree, dict) and "$kind" in tree:
         return _without_kinds(tree["value"] if "value" in tree else {"$dict": tree["items"]})
     return mapped(tree, _without_kinds)
 
 
 def differences(before: Any, now: Any, most: int = 5) -> list[str]:
-    """What changed between two identities, leaf by leaf: `sft.batch_size 64, now 32`."""
+    """The changes between two identities, leaf by leaf: `sft.batch_size 64, now 32`."""
     then, later = dict(_leaves(before, "")), dict(_leaves(now, ""))
     changed = [path for path in then | later if then.get(path) != later.get(path)]
     lines = [f"{path} {then.get(path, 'not there')}, now {later.get(path, 'not there')}" for path in changed[:most]]

@@ -1,4 +1,4 @@
-"""Waits as a workflow asks for them: an approval by a person, an event from the outside world."""
+"""The waits of a workflow: an approval by a person, an event from the outside world."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from workflows.graph.steps import Future, Step, StepOptions
 
 @dataclass(frozen=True)
 class Approval:
-    """Who said yes, when (seconds since the epoch), and with which words."""
+    """Who approved, when (seconds since the epoch), and with which comment."""
 
     who: str
     time: float
@@ -16,7 +16,7 @@ class Approval:
 
 
 class Wait(Step[..., Any]):
-    """What the executor hands to its Poller instead of a worker. `kind`: approval or event."""
+    """A call that the executor passes to its Poller instead of a worker. `kind`: approval or event."""
 
     def __init__(self, kind: str) -> None:
         super().__init__(_question, StepOptions(num_cpus=0, reuse=False))
@@ -32,11 +32,11 @@ def approval(
 ) -> Future[Approval]:
     """Inside a workflow: wait for a person's `recua approve RUN NAME`. The result is an Approval.
 
-    `show`: what the person should see, futures included: they are asked once it is there. `timeout`: seconds, counted
-    from the asking, whatever becomes of drivers meanwhile.
+    `show`: a value for the person, which may contain futures; the question is asked when they are there. `timeout`:
+    seconds after the question was asked, even if drivers die meanwhile.
 
-    Its `result()` raises Denied where somebody said no, StepTimeout where nobody answered; `may_fail=True` lets the
-    workflow go on then.
+    Its `result()` raises Denied if a person denied it, StepTimeout if no answer came in time; with `may_fail=True` the
+    workflow can continue after that.
     """
     return _ask("approval", name, message, show, timeout, may_fail)
 
@@ -54,5 +54,5 @@ def _ask(kind: str, name: str, message: str, show: Any, timeout: float | None, m
 
 
 def _question(message: str, show: Any) -> Any:
-    """The inputs of a wait. Nobody runs it."""
+    """The parameters of a wait; this never runs."""
     raise AssertionError("a wait has no body")

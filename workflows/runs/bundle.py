@@ -1,19 +1,19 @@
 """A run as one file: `recua export` writes it, `recua import` puts it into another store.
 
-A bundle is a tar in a fixed order, gzipped where its name ends in "gz", so that equal runs give equal bytes:
+A bundle is a tar in a fixed order, gzipped if its name ends in "gz", so that equal runs give equal bytes:
 
     recua-bundle.json    {"format", "run", "workflow"}
-    <key>, <key>, ...    objects of the store under their own keys, sorted: the run's metadata and recipe, journal (who
-                         made what from what), logs, report, history; every artifact that it refers to, wherever that
-                         lies; parts of its code's fingerprints; its index entries; the code package and submission of
-                         a run of the service
+    <key>, <key>, ...    objects of the store under their own keys, sorted: the run's metadata and recipe, journal (what
+                         each call made from what), logs, report, history; every artifact that it refers to, also
+                         those of other runs; parts of its code's fingerprints; its index entries; the code package
+                         and submission of a run of the service
     checksums.json       {<key>: {"size", "sha256"}}
 
-With `only_results` the artifacts of a finished run that are neither in its result nor in its recipe stay out: it can be
-shown, reported and served elsewhere, and steps whose artifacts are missing run again where others would reuse them.
+With `only_results` a finished run's bundle has only the artifacts of its result and its recipe: the run can be shown,
+reported and served elsewhere, but a run that would reuse a step whose artifacts are missing runs that step again.
 
-It is streamed: at most one file of a remote store is on this disk at a time. Known forms of secrets are blanked in
-logs. An import reads the whole file and compares every checksum before it writes anything; the run becomes visible
+Bundles are streamed: at most one file of a remote store is on this disk at a time. Known forms of secrets are blanked
+in logs. An import reads the whole file and compares every checksum before it writes anything; the run becomes visible
 with its last object, run.json.
 """
 
@@ -51,7 +51,7 @@ FORMAT = 1
 DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, lzma.LZMAError, zlib.error)
 HEADER, CHECKSUMS = "recua-bundle.json", "checksums.json"
 SHARED = r"runs/[^/]+/attempts/|code/|index/|packages/"
-"""Where objects may lie that do not belong to the run alone. What a store has of them already stays as it is."""
+"""Folders of objects that several runs may share. An import leaves those that the store already has unchanged."""
 OF_RUN = (
     "journal/",
     "history/",
@@ -64,26 +64,26 @@ OF_RUN = (
 )
 CHUNK = 1 << 20
 LARGEST_TABLE = 1 << 30
-"""Bytes of the checksums' JSON: millions of objects."""
+"""Most bytes of the checksums' JSON: enough for millions of objects."""
 GZIP_LEVEL = 1
-"""Weights hardly shrink; texts and logs do at any level."""
+"""The lowest level: weights hardly shrink, and texts and logs shrink at any level."""
 Opened = contextlib.AbstractContextManager[IO[bytes]]
 
 
 @dataclass(frozen=True)
 class Member:
-    """One object of a bundle: how to open its content, and the sha256 that it must have where that is known."""
+    """One object of a bundle: how to open its content, and the sha256 that it must have (None if unknown)."""
 
     open: Callable[[], Opened]
     sha256: str | None = None
 
 
 def export_run(store: Store, run_id: str, output: Path, with_logs: bool = True, only_results: bool = False) -> int:
-    """Write a run's bundle; its size in bytes.
+    """Write a run's bundle; returns its size in bytes.
 
     Raises:
-        UserError: no such run, it is running, or `only_results` of one that has not finished.
-        StoreError: an artifact of it is not whole, or anything cannot be read. No file is left then.
+        UserError: there is no such run, it is running, or with `only_results` it has not finished.
+        StoreError: one of its artifacts is incomplete, or an object cannot be read. No file is left.
     """
     run = read_run(store, run_id)
     if not run.is_run:
@@ -109,11 +109,11 @@ def export_run(store: Store, run_id: str, output: Path, with_logs: bool = True, 
 
 
 def import_run(store: Store, bundle: Path) -> str:
-    """Put a bundle's run into `store`; the run's id.
+    """Put a bundle's run into `store`; returns the run's id.
 
     Raises:
-        UserError: no bundle, another format, a damaged one, names that the store cannot keep, or it has a run of that
-            id. Nothing was written then.
+        UserError: the file is no bundle, has another format, is damaged, has names that the store cannot keep, or the
+            store has a run of that id. Nothing was written.
         StoreError: the store failed; the run is not visible.
     """
     run_id, checksums = verify(bundle)
@@ -143,10 +143,10 @@ def import_run(store: Store, bundle: Path) -> str:
 
 
 def verify(bundle: Path) -> tuple[str, dict[str, Json]]:
-    """(run id, checksums) of a bundle that is whole.
+    """(run id, checksums) of an intact bundle.
 
     Raises:
-        UserError: it is none, of another format, or damaged; what is wrong is named.
+        UserError: it is no bundle, has another format, or is damaged; the message names the problem.
     """
     _require_file(bundle)
     found: dict[str, Json] = {}
@@ -188,11 +188,11 @@ def verify(bundle: Path) -> tuple[str, dict[str, Json]]:
     return run_id, checksums
 
 
-# --- what is in it ---
+# --- the contents ---
 
 
 def _members(store: Store, run: StoredRun, with_logs: bool, only_results: bool) -> dict[str, Member]:
-    """By key."""
+    """The members by key."""
     found = _of_run(store, run, with_logs)
     located = set()
     for record, reference in references_of(run):
@@ -223,7 +223,7 @@ def _members(store: Store, run: StoredRun, with_logs: bool, only_results: bool) 
 
 
 def _of_run(store: Store, run: StoredRun, with_logs: bool) -> dict[str, Member]:
-    """What lies in the run's own folder, but for artifacts."""
+    """The objects in the run's own folder, without artifacts."""
     found, base = {}, f"runs/{run.run_id}/"
     for key in store.list(base.rstrip("/")):
         name = key.removeprefix(base)
@@ -263,7 +263,7 @@ def _open_log(store: Store, key: str) -> Opened:
     return io.BytesIO(redact((store.get(key) or b"").decode(errors="replace")).encode())
 
 
-# --- how it is written and read ---
+# --- writing and reading ---
 
 
 @contextlib.contextmanager
@@ -276,7 +276,7 @@ def _create(path: Path, compressed: bool) -> Iterator[tarfile.TarFile]:
 
 
 def _require_file(bundle: Path) -> None:
-    """It is read twice: first to check it, then to take it over."""
+    """A bundle is read twice, first to check it and then to import it, so a pipe will not do."""
     if bundle.is_dir():
         raise UserError(f"{bundle} is a folder: give the file that `recua export` wrote")
     if not bundle.exists():
@@ -288,7 +288,7 @@ def _require_file(bundle: Path) -> None:
 def _open_tar(bundle: Path) -> tarfile.TarFile:
     try:
         return tarfile.open(bundle)
-    except tarfile.ReadError:  # its text has a line for every compression that was tried
+    except tarfile.ReadError:  # its message has a line for every compression that was tried
         raise UserError(f"{bundle} is no bundle of recua: it is no tar file; `recua export RUN` writes one") from None
     except OSError as error:
         raise UserError(f"{bundle} cannot be read: {error.strerror or _line(error)}") from None
@@ -299,7 +299,7 @@ def _line(error: Exception) -> str:
 
 
 def _add(tar: tarfile.TarFile, name: str, stream: IO[bytes]) -> Json:
-    """Append a member with nothing of this machine or moment in it; its checksum."""
+    """Append a member without this machine's names and times; returns its checksum."""
     info = tarfile.TarInfo(name)
     info.size = stream.seek(0, io.SEEK_END)
     stream.seek(0)

@@ -1,12 +1,12 @@
-"""`recua gc`: remove what no run needs, and nothing else. Why no run can lose anything: see workflows.runs.gc_marks.
+"""`recua gc`: remove only what no run needs. workflows.runs.gc_marks explains why no run can lose anything.
 
-    plan = plan_gc(store, policy)      what would go, what stays and why; changes nothing
-    result = collect(store, policy)    takes down the runs that the policy names, marks what nobody refers to, and
-                                       deletes what has been marked for the grace period
+    plan = plan_gc(store, policy)      what would be removed, what stays and why; changes nothing
+    result = collect(store, policy)    removes the runs that the policy names, marks what no run refers to, and deletes
+                                       what has been marked for the grace period
 
-A run that goes is first closed for good: an object `gc/removed/<run>.json` is written, then its lease is taken, so no
-driver of it writes another record and its id is never used again. Its artifacts stay as long as other runs refer to
-them. Of a run that has ended, the attempts that lost go; of one that has not, nothing goes.
+A run is closed for good before it is removed: an object `gc/removed/<run>.json` is written, then its lease is taken, so
+no driver of it writes another record and its id is never used again. Its artifacts stay while other runs refer to them.
+A run that stays loses only the attempts that lost, and only after it has ended.
 """
 
 import contextlib
@@ -33,16 +33,16 @@ from workflows.runs.references import Reference, StoreContents, StoredRun, store
 LOCK_KEY = "gc/lock.json"
 FENCE_TTL_S = 2.0
 WRITING_S = 60.0
-"""A temporary file that is younger may be one that a living process writes, whatever the grace."""
+"""A younger temporary file is kept, however short the grace: a live process may be writing it."""
 POLL_S = 0.2
 THREADS = 8
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Which whole runs go: those named, and of the ended ones all but the newest `keep_runs` and those active in the
-    last `keep_days`. None of the three: no run. `grace_s`: how long a thing stays marked before it is deleted.
-    `patience_s`: how long to wait for the drivers of unfinished runs."""
+    """Which whole runs are removed: those named, and of the ended ones all but the newest `keep_runs` and those active
+    in the last `keep_days`; no run if none of the three is set. `grace_s`: seconds from a mark to the deletion.
+    `patience_s`: seconds to wait for the drivers of unfinished runs."""
 
     runs: tuple[str, ...] = ()
     keep_runs: int | None = None
@@ -53,7 +53,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that may go: a key, or a folder of keys (`key` + "/")."""
+    """Something that may be removed: a key, or a folder of keys (`key` + "/")."""
 
     kind: str
     key: str
@@ -62,7 +62,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Kept:
-    """An artifact of a run that goes, and who still needs it."""
+    """An artifact of a removed run, and the runs that still need it."""
 
     location: str
     by: tuple[Reference, ...]
@@ -70,7 +70,7 @@ class Kept:
 
 @dataclass
 class GcPlan:
-    """`runs` go whole. `items` are referred to by nobody; `due` are those whose grace is over."""
+    """`runs` are removed whole. No run refers to `items`; `due` are those whose grace is over."""
 
     runs: list[str] = field(default_factory=list)
     items: list[Item] = field(default_factory=list)
@@ -80,8 +80,8 @@ class GcPlan:
 
 @dataclass
 class GcResult:
-    """What was done. `waiting`: runs whose drivers have not said that they know the marks; nothing that is due was
-    deleted then."""
+    """The outcome. `waiting`: runs whose drivers have not acknowledged the marks; if there are any, nothing that is due
+    was deleted."""
 
     removed_runs: list[str]
     deleted: list[Item]
@@ -91,11 +91,11 @@ class GcResult:
 
 
 def plan_gc(store: Store, policy: Policy, now: float | None = None) -> GcPlan:
-    """What `collect` would do. Changes nothing.
+    """What `collect` would do; changes nothing.
 
     Raises:
         UserError: a named run does not exist or is running.
-        StoreError: anything is unreadable.
+        StoreError: an object cannot be read.
     """
     now = time.time() if now is None else now
     chosen = _choose(store_contents(store), policy, now)
@@ -111,11 +111,11 @@ def plan_gc(store: Store, policy: Policy, now: float | None = None) -> GcPlan:
 
 
 def collect(store: Store, policy: Policy) -> GcResult:
-    """Do it.
+    """Remove the policy's runs and the objects that are due; mark others.
 
     Raises:
-        UserError: a named run does not exist or is running, or another gc is at work.
-        StoreError: anything is unreadable; nothing was deleted.
+        UserError: a named run does not exist or is running, or another gc is running.
+        StoreError: an object cannot be read; nothing was deleted.
     """
     with _lock(store):
         plan = plan_gc(store, policy)
@@ -140,7 +140,7 @@ def collect(store: Store, policy: Policy) -> GcResult:
 
 
 def explain(store: Store, digest: str) -> list[str]:
-    """Who refers to the artifacts whose digest begins so, and whether they may go; one line each.
+    """Which runs refer to the artifacts whose digest begins with `digest`, and whether they may go; one line each.
 
     Raises:
         UserError: no run refers to such an artifact.
@@ -162,11 +162,11 @@ def explain(store: Store, digest: str) -> list[str]:
     return lines
 
 
-# --- what goes ---
+# --- what is removed ---
 
 
 def _choose(found: StoreContents, policy: Policy, now: float) -> list[str]:
-    """The runs that the policy gives up."""
+    """The runs that the policy removes."""
     for run_id in policy.runs:
         run = found.runs.get(run_id)
         if run is None or not run.is_run:
@@ -186,7 +186,7 @@ def _choose(found: StoreContents, policy: Policy, now: float) -> list[str]:
 
 
 def _unreferenced(store: Store, found: StoreContents, leaving: set[str], before: float) -> Iterator[Item]:
-    """Everything that nobody refers to. `leaving`: runs that count as removed. `before`: temporary files older."""
+    """Everything that no run refers to. `leaving`: runs that count as removed. `before`: only older temporary files."""
     for run in found.runs.values():
         gone = not run.is_run or run.run_id in leaving
         if gone or run.state.end is not None:
@@ -194,7 +194,7 @@ def _unreferenced(store: Store, found: StoreContents, leaving: set[str], before:
     ended = all(run.state.end is not None for run in found.runs.values() if run.is_run and run.run_id not in leaving)
     for key, size in store.sizes("code"):
         name = key.rpartition("/")[2].removesuffix(".json")
-        if ended and name.partition(".")[0] not in found.codes:  # CODE or CODE.STEP, of the parameters that count
+        if ended and name.partition(".")[0] not in found.codes:  # CODE or CODE.STEP, for parameters that count
             yield Item("code records", key, size)
     for key, size in store.sizes("packages"):
         if key.rpartition("/")[2].removesuffix(".zip") not in found.packages:
@@ -205,7 +205,7 @@ def _unreferenced(store: Store, found: StoreContents, leaving: set[str], before:
 
 
 def _of_run(store: Store, found: StoreContents, run: StoredRun, gone: bool) -> Iterator[Item]:
-    """Of a run that ended: attempts that lost and saved states. Of one that is gone: all but what others refer to."""
+    """Of a run that ended: attempts that lost and saved states. Of a removed run: all that no other run refers to."""
     base = f"runs/{run.run_id}"
     won = {commit.attempt_id for commit in run.state.commits.values()}
     finished = run.state.end is not None and run.state.end.status == "finished"
@@ -237,7 +237,7 @@ def _of_run(store: Store, found: StoreContents, run: StoredRun, gone: bool) -> I
 
 
 def _temporary(store: Store, before: float) -> Iterator[Item]:
-    """Files of writers that died; a folder store only, S3 has none. What lies in artifacts is their makers'."""
+    """Temporary files of writers that died; only folder stores have them. Files inside artifacts do not count."""
     root = store.local_path("")
     if root is None:
         return
@@ -262,17 +262,17 @@ def _kept(store: Store, found: StoreContents, leaving: set[str]) -> Iterator[Kep
             yield Kept(location, tuple(by))
 
 
-# --- how it goes ---
+# --- removing ---
 
 
 def _take_down(store: Store, run_id: str) -> bool:
-    """Close a run for good; False where a driver turned out to be alive."""
+    """Close a run for good; False if a driver turned out to be alive."""
     store.put_if_absent(removed_key(run_id), json.dumps({"run": run_id, "time": time.time()}).encode())
     state = read_journal(store, run_id)
     if state.lease is not None and state.end is None:
         try:
             _fence(store, run_id)
-        except BaseException as error:  # Ctrl-C while it waits for a driver that may live
+        except BaseException as error:  # Ctrl-C while it waits for a driver that may be alive
             store.delete(removed_key(run_id))
             if not isinstance(error, UserError):
                 raise
@@ -288,7 +288,7 @@ def _fence(store: Store, run_id: str) -> None:
 
 
 def _withdraw(store: Store, items: dict[str, Item]) -> None:
-    """Delete index entries that lead to what is marked, or to a run that is gone."""
+    """Delete index entries that lead to a marked object or a removed run."""
     runs: dict[str, bool] = {}
 
     def is_stale(key: str) -> bool:
@@ -314,7 +314,7 @@ def _withdraw(store: Store, items: dict[str, Item]) -> None:
 
 
 def _unaware(store: Store, epoch: int, policy: Policy) -> list[str]:
-    """Runs that may still come to refer to what is marked; waits up to `patience_s` for their drivers."""
+    """Runs that may still start to refer to marked objects; waits up to `patience_s` for their drivers."""
     deadline = time.monotonic() + policy.patience_s
     while True:
         waiting = [run_id for run_id in store.folders("runs") if not _is_aware(store, run_id, epoch, policy)]
@@ -325,7 +325,7 @@ def _unaware(store: Store, epoch: int, policy: Policy) -> list[str]:
 
 def _is_aware(store: Store, run_id: str, epoch: int, policy: Policy) -> bool:
     if not store.exists(f"runs/{run_id}/run.json"):
-        return True  # removed: what its driver writes counts no more
+        return True  # removed: its driver's records no longer count
     state = read_journal(store, run_id)
     if state.lease is None or state.end is not None or driver_is_gone(state.lease):
         return True
@@ -344,7 +344,7 @@ def _is_aware(store: Store, run_id: str, epoch: int, policy: Policy) -> bool:
 
 
 def _delete(store: Store, due: list[Item], before: float) -> list[Item]:
-    """Delete what is still unreferenced after all journals were read again."""
+    """Read all journals again, and delete what is still unreferenced."""
     found = store_contents(store)
     still = {item.key: item for item in _unreferenced(store, found, set(), before)}
     deleted = [still[item.key] for item in due if item.key in still]
@@ -358,7 +358,7 @@ def _delete(store: Store, due: list[Item], before: float) -> list[Item]:
 
 
 def _remove(store: Store, key: str) -> None:
-    """An object or a folder of objects; an artifact's manifest first, so that no half of one looks whole."""
+    """An object or a folder of objects; an artifact's manifest first, so that a partial one never looks whole."""
     folder = store.local_path(key)
     if folder is not None:
         if folder.is_dir():
@@ -375,7 +375,7 @@ def _remove(store: Store, key: str) -> None:
 
 
 def _remove_empty(store: Store, key: str) -> None:
-    """Folders without a file, inside and including `key`."""
+    """Remove folders without a file, below and including `key`."""
     folder = store.local_path(key)
     if folder is None:
         return

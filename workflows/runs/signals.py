@@ -165,7 +165,7 @@ class Poller:
         return read_signal(self._store, key) or (_signal(call_id, None, "timeout", timeout=True) if overdue else None)
 
 
-# --- everybody's side ---
+# --- every process's side ---
 
 
 def signal_key(run_id: str, call_id: str) -> str:

@@ -1,7 +1,7 @@
-"""A Ray head of our own on this machine, for `recua up` where there is no cluster: it survives the command.
+"""A Ray head that `recua up` starts on this machine if there is no cluster; it outlives the command.
 
-`ray start --block` is its parent: it ends when one of its processes does, and takes them along when it is told to end.
-Everything that it starts carries a mark in its environment, so that nothing is left behind and nobody else's is hit.
+`ray start --block` is its parent: it ends if one of its processes ends, and ends them all on a signal. Every process
+of the head has a mark in its environment, so that `stop` ends all of them and no others.
 """
 
 import os
@@ -29,13 +29,13 @@ Record = dict[str, Any]
 
 
 def start() -> tuple[str, Record]:
-    """(address, what `stop` needs) of a new head on the loopback interface.
+    """(address, record for `stop`) of a new head on the loopback interface.
 
     Raises:
-        SystemFault: it did not come up; names its log.
+        SystemFault: it did not start; the message names its log.
     """
     mark = uuid.uuid4().hex
-    folder = Path(tempfile.mkdtemp(prefix="recua-ray-", dir="/tmp"))  # sockets lie under it: their paths must be short
+    folder = Path(tempfile.mkdtemp(prefix="recua-ray-", dir="/tmp"))  # short: paths of sockets are limited
     port, dashboard_agent, client = _free_ports(3)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += ["--node-ip-address", "127.0.0.1", "--port", str(port), "--include-dashboard", "false"]
@@ -66,8 +66,8 @@ def start() -> tuple[str, Record]:
 
 
 def use_ray_token() -> None:
-    """Ray itself asks for a token, too: without one, whoever reaches its ports could run code. Call it before Ray is
-    imported; another choice in the environment is left alone."""
+    """Make Ray ask for a token too: without one, anyone who reaches its ports can run code. Call this before Ray is
+    imported; a choice that the environment already makes stays."""
     file = Path.home() / ".ray" / "auth_token"
     if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
         return
@@ -80,7 +80,7 @@ def is_alive(record: Record) -> bool:
 
 
 def stop(record: Record) -> None:
-    """End the head and whatever it started; no other Ray of this machine is touched."""
+    """End the head and every process that it started, and no other Ray of this machine."""
     if is_alive(record):
         os.kill(record["pid"], signal.SIGTERM)
         deadline = time.monotonic() + STOP_TIMEOUT_S

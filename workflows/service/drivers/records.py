@@ -1,4 +1,4 @@
-"""The service's own data, which is only in the store.
+"""The service's own data, all of it in the store.
 
 packages/<sha256>.zip         code packages
 runs/<run>/submission.json    the submission: package, workflow file, recipe, overrides

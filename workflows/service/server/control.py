@@ -1,4 +1,4 @@
-"""What the HTTP service can have done. The supervisor does it; tests of the routes bring their own."""
+"""The actions behind the HTTP service's routes: the supervisor implements them, tests of routes have their own."""
 
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ class Control(Protocol):
         ...
 
     def cancel(self, run_id: str) -> str:
-        """The run's status, once it was asked to stop."""
+        """Ask the run to stop; returns its status."""
         ...
 
     def resume(self, run_id: str) -> str: ...
