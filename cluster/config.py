@@ -14,16 +14,16 @@ class HealthSettings(Settings):
     period_s: Seconds = 10
     """Seconds between two readings."""
     root: Path = Path("/")
-    """Where the node's own /sys and /proc are: below another folder in a container that has the host's there."""
+    """Folder above the node's /sys and /proc: another one in a container that mounts the host's there."""
 
 
 class ElasticSettings(Settings):
-    """How a worker group shrinks, grows, recovers and gives up. Seconds everywhere."""
+    """How a worker group shrinks, grows, recovers and gives up. All times are in seconds."""
 
     min_workers: int = Field(default=1, ge=1)
-    """Training continues with so many ranks or more; below it the run waits for capacity. A whole number of blocks."""
+    """Fewest ranks that train; with fewer the run waits for capacity. A whole number of blocks."""
     max_workers: int = Field(default=2, ge=1)
-    """Ranks of the full group. A whole number of blocks."""
+    """Ranks of the full group; a whole number of blocks."""
     spares: int = Field(default=0, ge=0)
     """Warm workers kept on standby beyond `max_workers`; they take a lost rank's place within the same pause."""
     tensor_parallel: int = Field(default=1, ge=1)
@@ -32,31 +32,31 @@ class ElasticSettings(Settings):
     """Stages of the pipeline. tensor_parallel x pipeline_parallel ranks are one block, the unit of capacity."""
 
     max_faults_without_progress: int = Field(default=8, ge=0)
-    """Faults in a row without one new committed step, before the run fails."""
+    """Faults in a row without a new committed step before the run fails."""
     capacity_wait_s: Seconds = 3600
     """How long a run with fewer than `min_workers` waits for workers before it fails."""
     start_timeout_s: Seconds = 300
-    """How long the first generation waits for all `max_workers`; after that it starts with what is there."""
+    """How long the first generation waits for all `max_workers`; after that it starts with those that are ready."""
     respawn_backoff_s: Seconds = 10
-    """Pause before workers are ordered again after the platform refused some, and before machines that had no way to
-    each other are tried again; that doubles every time, up to half an hour."""
+    """Pause before workers are ordered again after the platform refused some, and before machines that could not reach
+    each other are tried again; the latter doubles every time, up to half an hour."""
     abort_timeout_s: Seconds = 2
     """A worker that has not left its collectives by then is killed by its node agent."""
     join_timeout_s: Seconds = 60
-    """When nobody gets on for so long in a re-forming (rendezvous, process groups, restore), the generation is given up
-    and tried again. A large state may take longer to load: every few MiB of it count as getting on."""
+    """If no rank makes progress for this long in a re-forming (rendezvous, process groups, restore), the generation is
+    given up and formed again. A large state may take longer to load: every few MiB count as progress."""
     join_stall_s: Seconds = 15
-    """A rank that gets on with nothing for so long on its way into a generation, while others wait for it, hangs. Time
-    without a processor does not count, nor does waiting for storage or for another node's memory."""
+    """A joining rank without progress for this long, while others wait for it, hangs. Time without a processor does not
+    count, nor does waiting for storage or for another node's memory."""
     boundary_timeout_s: Seconds = 120
-    """Longest wait for a step boundary that was asked for; after that the step is abandoned."""
+    """Longest wait for a requested step boundary; after that the step is abandoned."""
     adopt_timeout_s: Seconds = 5
     """How long a restarted controller waits for node agents to name their living workers before it asks again."""
     orphan_s: Seconds = 300
-    """How long ranks train on without a controller before they end: the time that a lost driver has to be replaced in.
-    A run that was cancelled or has failed ends its ranks within seconds."""
+    """How long ranks train on without a controller before they end: the time for replacing a lost driver. The ranks of
+    a cancelled or failed run end within seconds."""
     growth_must_pay: bool = True
-    """Grow only if the ranks gained, over the time until the next expected re-forming, outweigh the pause of all."""
+    """Grow only if the ranks gained until the next expected re-forming outweigh the pause of all ranks."""
 
     node_timeout_s: Seconds = 2.5
     """A node without a beat for this long is lost."""
@@ -65,9 +65,9 @@ class ElasticSettings(Settings):
     hang_factor: float = Field(default=5, gt=1)
     """No progress for this many of the run's own median step times is a hang."""
     flush_timeout_s: Seconds = 1800
-    """How long the last snapshot's way to storage may take before its rank counts as hung."""
+    """How long writing the last snapshot to storage may take before its rank counts as hung."""
     hang_floor_s: Seconds = 5
-    """Never call a hang sooner than this, however short the steps."""
+    """The shortest time without progress that counts as a hang, however short the steps."""
     first_step_grace_s: Seconds = 120
     """A generation's first step (compilation, lazy set-up) may take this long before it counts as a hang."""
 
@@ -80,7 +80,7 @@ class ElasticSettings(Settings):
     straggler_evict: bool = True
     """Evict slow ranks; otherwise they are only reported."""
     straggler_crowding: bool = False
-    """Time in which a rank has no processor, because others use it, counts as its own slowness: for ranks that have
+    """Count the time in which a rank has no processor, because others use it, as its own slowness. For ranks that have
     their processors to themselves."""
 
     nonfinite_patience: int = Field(default=2, ge=1)
@@ -95,19 +95,19 @@ class ElasticSettings(Settings):
     """Rollbacks for NaN, spikes and corruption in one run before it fails."""
 
     verify_every: int = Field(default=50, ge=1)
-    """Steps between comparisons of the ranks' digests, with one replayed micro-batch each: how far a silent corruption
-    reaches back."""
+    """Steps between comparisons of the ranks' digests, each with one replayed micro-batch: the most steps that a silent
+    corruption costs."""
     snapshot_every: int = Field(default=1, ge=1)
-    """Steps between snapshots into host memory: what an infrastructure fault can cost at most."""
+    """Steps between snapshots into host memory: the most steps that an infrastructure fault costs."""
     snapshot_replicas: int = Field(default=1, ge=0)
     """Copies of each shard in other nodes' memory; 0 keeps it only on its own node."""
     drain_margin_s: Pause = 2
-    """How long before a preemption deadline the drained ranks must have left, on top of the measured pause."""
+    """Margin between the departure of drained ranks and a preemption deadline, on top of the measured pause."""
     notices: NoticeSettings = NoticeSettings()
-    """Which notices of preemption and maintenance the nodes listen for."""
+    """The sources of preemption and maintenance notices that the nodes poll."""
 
     quarantine_faults: int = Field(default=3, ge=1)
-    """Faults of one node within `quarantine_window_s` that take it out of use."""
+    """A node with this many faults within `quarantine_window_s` is taken out of use."""
     quarantine_window_s: Seconds = 24 * 3600
     """How long a node's fault is remembered."""
     burn_in_speed_ratio: float = Field(default=0.7, gt=0, le=1)
@@ -117,7 +117,7 @@ class ElasticSettings(Settings):
     predicted_risk: float = Field(default=0.5, gt=0, le=1)
     """A node whose predicted risk of failing reaches this is drained before it fails."""
     health: HealthSettings = HealthSettings()
-    """How the signs of a coming failure are read."""
+    """How signs of a coming failure are read."""
 
     @property
     def block(self) -> int:

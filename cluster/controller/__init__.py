@@ -1,1 +1,1 @@
-"""The controller of an elastic group: it hears beats, tells the core, and carries out on Ray what the core decides."""
+"""The controller of an elastic group: it passes beats to the core, and carries out the core's decisions on Ray."""

@@ -1,7 +1,7 @@
-"""When a fault began that the controller has heard of, from what the beats before it said.
+"""When a fault began, judged from the beats before the controller heard of it.
 
-A dead or stopped process: its node agent saw the moment. A hung one: its last sign of progress. A lost node: its last
-beat. These are what the ledgers count as detection from; a fault that nobody can date begins when it is heard of.
+A dead or stopped process: the moment that its node agent saw. A hung one: its last sign of progress. A lost node: its
+last beat. The ledgers count detection from there; a fault without a known start begins when the controller hears of it.
 """
 
 import time
@@ -11,7 +11,7 @@ from cluster.node.rank_watch import Beat, Sight
 
 
 class FaultTimes:
-    """Times are the controller's clock; what agents say of their past is as late as their beat."""
+    """Times are by the controller's clock; an agent's report of the past is as late as its beat."""
 
     def __init__(self) -> None:
         self._beats: dict[str, float] = {}
@@ -19,14 +19,14 @@ class FaultTimes:
         self._progress: dict[str, tuple[tuple[int, str, int, float], float]] = {}
 
     def heard(self, beat: Beat, now: float) -> None:
-        """Before what follows from the beat is decided. How long it was under way counts, as far as clocks agree."""
+        """Call this before deciding about the beat. Its travel time counts, as far as clocks agree."""
         said = now - (max(0.0, time.time() - beat.sent_at) if beat.sent_at else 0.0)
         self._beats[beat.node] = said
         for sight in beat.sights:
             self._see(sight, said)
 
     def age_s(self, event: m.Event, now: float) -> float:
-        """Seconds since the fault that `event` tells of began; 0 if that is not known, or it tells of none."""
+        """Seconds since the start of the fault that `event` reports; 0 if that is unknown, or it reports none."""
         moments: list[float] = []
         if isinstance(event, m.NodesLost):
             moments = [self._beats[node] for node in event.nodes if node in self._beats]

@@ -1,8 +1,8 @@
-"""The controller's hands in Ray: actors that are workers, one agent actor per node, and what both of them say.
+"""A group's Ray actors: its workers, one agent per node, and the messages of both.
 
-Who waits for whom: `wait` waits for the next word of any agent or of any worker that starts; every other call only
+Who waits for whom: `wait` waits for the next message of any agent or of any starting worker; every other call only
 sends. Workers and agents are detached and named by their group, so that a later controller finds them; agents end their
-node's workers, and themselves, when the run has ended or no controller comes for long (see cluster.node.agent).
+node's workers and themselves if the run has ended or no controller comes for long (see cluster.node.agent).
 """
 
 import contextlib
@@ -35,16 +35,16 @@ BEAT_S = 0.4
 PROBE_S = 0.5
 """How long a raylet's port may take to accept a connection before its node counts as gone."""
 BACK_S = 0.1
-"""The same for nodes that were lost: they are asked again, all at once."""
+"""The same for lost nodes, which are all asked again at the same time."""
 AGENT_STARTS = 3
-"""After so many agents in a row that did not even start a node cannot be used."""
+"""A node where this many agents in a row did not start cannot be used."""
 CALLS = 8
 """Threads of an actor: a call that takes long (a kill with its stacks) must not delay the others."""
 
 
 @dataclass(frozen=True)
 class AgentLost:
-    """An agent's process has ended. `node_lives`: its node has not, and another agent can be started there."""
+    """An agent's process has ended. `node_lives`: its node is alive, and another agent can be started there."""
 
     node: str
     node_lives: bool
@@ -73,7 +73,7 @@ News = Beat | AgentLost | Started | StartFailed
 
 @dataclass(frozen=True)
 class WorkerKind:
-    """What a worker is: `actor_class(name, group, when it was ordered, *arguments)`, with a beacon and with
+    """How workers are made: `actor_class(name, group, when it was ordered, *arguments)`, with a beacon and with
     `describe() -> (pid, node id)`."""
 
     actor_class: type
@@ -96,8 +96,8 @@ class Fleet:
     Args:
         group: its name, unique in the cluster.
         agent_class: cluster.node.agent.NodeAgent or a subclass.
-        settings: of the agents; `settings.leader` is the number of the controller that this is the fleet of.
-        nodes_come: nodes that are not there yet may be added to the cluster by itself.
+        settings: of the agents; `settings.leader` is the number of this fleet's controller.
+        nodes_come: the cluster may add nodes by itself.
     """
 
     def __init__(
@@ -125,11 +125,11 @@ class Fleet:
     # ---- nodes
 
     def folder(self, node: str) -> Path:
-        """The group's memory on a node, as its processes see it."""
+        """The group's folder in a node's shared memory."""
         return group_folder(node, self.group)
 
     def open_agents(self) -> list[str]:
-        """An agent on every living node that could hold a worker; returns the nodes that had none before."""
+        """Start an agent on every live node that could hold a worker; returns the nodes that had none before."""
         alive = [node for node in ray.nodes() if node["Alive"]]
         found = [node for node in alive if _could_hold(node["Resources"], self.kind.bundle)]
         living = tuple(node["NodeID"] for node in alive)
@@ -164,13 +164,13 @@ class Fleet:
         self._opened[node] = time.monotonic()
 
     def lose_node(self, node: str) -> None:
-        """It is gone, whatever Ray believes for the next seconds: its name never comes back."""
+        """Treat the node as gone, even if Ray takes some seconds to notice: its name never comes back."""
         self._lost.add(node)
         self._drop_agent(node)
 
     def look_for_lost(self) -> None:
-        """Ask again at lost nodes that Ray has not given up and whose raylet takes connections: a link may have been
-        cut and healed. An agent that answers, with a beat, is back; see `regain_node`."""
+        """Ask the agents of lost nodes again if Ray has not given the node up and its raylet takes connections: a link
+        may have been cut and healed. An agent that answers with a beat is back; see `regain_node`."""
         if not (away := self._lost - self.agents.keys()):
             return
         found = [one for one in ray.nodes() if one["Alive"] and one["NodeID"] in away]
@@ -179,16 +179,16 @@ class Fleet:
             self.open_agent(places[place])
 
     def regain_node(self, node: str) -> None:
-        """It was not gone."""
+        """The node was not gone after all."""
         self._lost.discard(node)
 
     def unanswered(self, after_s: float) -> list[str]:
-        """Nodes whose agent was started so long ago and has not been heard of since."""
+        """Nodes whose agent was started this long ago and has not answered since."""
         now = time.monotonic()
         return [node for node in self.agents if not self._numbers[node] and now - self._opened[node] > after_s]
 
     def address(self, node: str) -> str:
-        """Of a node, in Ray."""
+        """A node's address in Ray."""
         return next((str(one["NodeManagerAddress"]) for one in ray.nodes() if one["NodeID"] == node), "?")
 
     def _drop_agent(self, node: str) -> None:
@@ -196,7 +196,7 @@ class Fleet:
         self._listening = {reference: other for reference, other in self._listening.items() if other != node}
 
     def refuse_impossible(self, count: int) -> None:
-        """Raises ResourceError when `count` workers can never be there together."""
+        """Raises ResourceError if the cluster can never hold `count` workers."""
         if self.nodes_come:
             return
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -207,7 +207,7 @@ class Fleet:
     # ---- workers
 
     def spawn(self, workers: Iterable[str], avoid: Collection[str]) -> None:
-        """Start workers; each is told of by `wait` when it answers, or could not start."""
+        """Start workers; `wait` reports each when it answers or could not start."""
         kind = self.kind
         strategy: Any = "SPREAD" if kind.spread else "DEFAULT"
         if avoid:
@@ -244,7 +244,7 @@ class Fleet:
         return True
 
     def tell(self, worker: str, method: str, *arguments: Any) -> None:
-        """Call a worker and wait for nothing; its beacon will say what came of it."""
+        """Call a worker without waiting; its beacon will show the outcome."""
         if worker in self._handles:
             self._sent.append(getattr(self._handles[worker], method).remote(*arguments))
             del self._sent[:-1000]
@@ -254,7 +254,7 @@ class Fleet:
         return ray.get(getattr(self._handles[worker], method).remote(*arguments), timeout=timeout_s)
 
     def kill(self, workers: Collection[str], reason: str) -> list[Any]:
-        """SIGKILL with stacks; returns references to {worker: where its stacks are}."""
+        """SIGKILL workers after taking their stacks; returns references to {worker: location of its stacks}."""
         references = []
         for node, mine in self._by_node(workers).items():
             if node in self.agents:
@@ -263,18 +263,18 @@ class Fleet:
         return references
 
     def dismiss(self, workers: Collection[str]) -> None:
-        """End workers that nobody needs any more."""
+        """End workers that are no longer needed."""
         self._forget(workers)
 
     def bury(self, node: str, workers: Collection[str]) -> None:
-        """Dead workers, now known to the controller."""
+        """Let a node's agent forget dead workers that the controller knows of."""
         self._sent.append(self.agents[node].discard.remote(sorted(workers), self.settings.leader))
         self._forget(workers)
 
     def close(self, remove: bool, timeout_s: float = 15.0) -> None:
-        """Every process ends; `remove` frees the group's memory."""
+        """End every process; `remove` frees the group's memory."""
         for worker in list(self._handles):
-            with contextlib.suppress(Exception):  # it may have ended by itself
+            with contextlib.suppress(Exception):  # it may have ended already
                 ray.kill(self._handles[worker], no_restart=True)
         closing = [agent.close.remote(remove, self.settings.leader) for agent in self.agents.values()]
         ray.wait(closing, num_returns=len(closing), timeout=timeout_s) if closing else None
@@ -283,13 +283,13 @@ class Fleet:
                 ray.kill(agent, no_restart=True)
         self.agents.clear()
         self._handles.clear()
-        with contextlib.suppress(Exception):  # the cluster may be going down, and everything with it
+        with contextlib.suppress(Exception):  # the cluster may be shutting down
             end_workers(self.group)
 
     # ---- listening
 
     def wait(self, timeout_s: float, rows: Callable[[str], tuple[int, int]]) -> list[News]:
-        """The next words, or nothing within `timeout_s`. `rows(node)`: which rows to ask for, (first step, floor)."""
+        """The next messages, or none after `timeout_s`. `rows(node)`: the rows to ask for, (first step, floor)."""
         listening = set(self._listening.values())
         for node, agent in self.agents.items():
             if node not in listening:
@@ -312,7 +312,7 @@ class Fleet:
                     raise cause from None
                 reason = str(error).strip().splitlines()[-1]
                 log.warning("agent of node %s: %s", node[:12], reason)
-                with contextlib.suppress(Exception):  # it has ended already, as a rule
+                with contextlib.suppress(Exception):  # usually it has ended already
                     ray.kill(self.agents[node], no_restart=True)
                 self._drop_agent(node)
                 return self._lost_agent(node, reason, at_start=getattr(error, "actor_init_failed", False))
@@ -338,9 +338,9 @@ class Fleet:
         return AgentLost(node, failed < AGENT_STARTS, f"its agent does not start: {reason}")
 
     def node_lives(self, node: str) -> bool:
-        """Whether the raylet of a node still takes connections: a dead one refuses at once, a dead machine is silent.
+        """Whether a node's raylet still takes connections: a dead raylet refuses at once, a dead machine is silent.
 
-        Ray itself takes 12 s and more to know.
+        Ray itself needs 12 s or more to notice.
         """
         entry = next((one for one in ray.nodes() if one["NodeID"] == node), None)
         if entry is None or not entry["Alive"]:
@@ -360,7 +360,7 @@ class Fleet:
         return found
 
     def _forget(self, workers: Iterable[str]) -> None:
-        """A process that did not get as far as a beacon is ended by Ray."""
+        """Forget workers; Ray ends a process that has no beacon yet."""
         for worker in list(workers):
             handle = self._handles.pop(worker, None)
             self.node_of.pop(worker, None)

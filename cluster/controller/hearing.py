@@ -1,7 +1,7 @@
-"""What an elastic group's controller hears, turned into events of its core.
+"""Turns the messages to an elastic group's controller into events of its core.
 
-The core is told what the beacons say now, never what a message said that could have been lost: an acknowledged abort is
-a worker whose beacon says so. Nothing here waits; carrying out what the core answers is up to the lead.
+The core gets the present state of the beacons, never a message that could have been lost: an abort is acknowledged if
+the worker's beacon says so. Nothing here waits; the lead carries out the core's answers.
 """
 
 import logging
@@ -30,38 +30,38 @@ from infra.ray_internals import draining_nodes
 log = logging.getLogger(__name__)
 
 DEATH_GRACE_S = 0.3
-"""How long a rank that lost a peer waits for the death that explains it, before the group is re-formed without one."""
+"""Wait after a rank lost a peer for the death that explains it; after that the group re-forms without one."""
 ERROR_GRACE_S = 1.0
 """The same for a rank that raised an error of its own."""
 SILENCE_FACTOR = 4.0
-"""A silent node whose raylet still takes connections is starved rather than gone, up to so many `node_timeout_s`."""
+"""A silent node whose raylet takes connections counts as starved, not gone, for this many `node_timeout_s`."""
 FORMING_FACTOR = 10.0
-"""While networks are built an interpreter may well be locked for a second: that takes so many `pulse_timeout_s`."""
+"""The factor on `pulse_timeout_s` while networks are built, which may lock an interpreter for a second."""
 UNANSWERED_S = 60.0
-"""Starting an agent takes seconds, on a crowded machine many; after so long the network may be at fault."""
+"""An agent starts within seconds, or many on a crowded machine; after this long the network may be at fault."""
 SOONER_S = 1.0
-"""A later notice of the same node counts if its deadline is earlier by this much."""
+"""A later notice of the same node counts if its deadline is earlier by this many seconds."""
 OUT = ("aborted", "boundary", "finished")
 """States in which a worker is out of its generation's collectives."""
 
 
 class Lead(Protocol):
-    """What comes of what is heard. Each call has taken effect when it returns: the core's phase may be another one."""
+    """Acts on the messages. Each call takes effect before it returns, and may change the core's phase."""
 
     def tell(self, event: m.Event) -> None:
-        """Tell the core, and carry out what it answers."""
+        """Pass an event to the core, and carry out its commands."""
         ...
 
     def say(self, kind: str, **facts: Any) -> None:
-        """Something that people may want to see."""
+        """Report an event for people."""
         ...
 
     def row(self, row: dict[str, Any]) -> None:
-        """One step's outcome."""
+        """Take one step's outcome."""
         ...
 
     def follow(self, finding: Finding) -> None:
-        """The guard has found something."""
+        """Act on a finding of the guard."""
         ...
 
     def kill(self, workers: Collection[str], reason: str) -> None:
@@ -69,12 +69,12 @@ class Lead(Protocol):
         ...
 
     def fail(self, error: BaseException | None) -> None:
-        """A rank raised what no recovery helps against: the run ends with it."""
+        """End the run with an error that no recovery can repair."""
         ...
 
 
 class Hearing:
-    """Of one group.
+    """The messages of one group.
 
     Args:
         replicated: every rank's shard is the whole state.
@@ -86,7 +86,7 @@ class Hearing:
         self._lead, self.fleet, self.core, self._settings, self._guard = lead, fleet, core, settings, guard
         self.board, self.joining, self.faults = BeatBoard(settings), JoinBoard(settings), FaultTimes()
         self.dismissed: set[str] = set()
-        """Workers that were told to end: what their beacons say counts no more."""
+        """Workers that were told to end: their beacons no longer count."""
         self._shards = HeldShards(replicated)
         self._sights: dict[str, Sight] = {}
         self._unheard: set[str] = set()
@@ -99,12 +99,12 @@ class Hearing:
     # ---- calls of the lead
 
     def hear(self, news: News) -> None:
-        """One word of an agent or of a worker that starts."""
+        """Handle one message of an agent or of a starting worker."""
         now = time.monotonic()
         if isinstance(news, Beat):
             self._hear_beat(news, now)
         elif isinstance(news, AgentLost):
-            if news.node in self._away:  # it did not come back: asked again later
+            if news.node in self._away:  # it did not come back: ask again later
                 return
             if news.node_lives:
                 log.warning("agent of node %s has ended; starting another", news.node[:12])
@@ -121,7 +121,7 @@ class Hearing:
             self._lead.fail(news.error)
 
     def judge(self) -> None:
-        """Hangs and silent nodes."""
+        """Look for hangs and silent nodes."""
         now = time.monotonic()
         for node in self.board.silent_nodes(now):
             if node not in self.fleet.agents:
@@ -141,30 +141,30 @@ class Hearing:
                 self._suspect(late.ranks, f"{decision.reason}: {late.sign} ({decision.key})", self.joining.longest_s)
 
     def look_around(self) -> None:
-        """What no beat tells: drained, new and lost nodes."""
+        """Look for what no beat reports: drained, new and lost nodes."""
         self._hear_of_drains()
         self.fleet.open_agents()
         self.fleet.look_for_lost()
         self._name_unanswered()
-        self._answer_enquiry()  # if no node is left, nobody answers
+        self._answer_enquiry()  # if no node is left, no beat will lead here
 
     def enquire(self) -> None:
-        """The core asks for all that lives: it is told when every node has been heard."""
+        """The core asks for all live workers; it gets the answer when every node has reported."""
         self._unheard = set(self.fleet.agents)
 
     def forming(self, command: m.Join) -> None:
-        """Ranks are told to form a generation."""
+        """Ranks have been told to form a generation."""
         self.board.begin(command.generation, time.monotonic())
         self.joining.begin(command.generation, len(command.ranks()))
 
     def running(self, now: float) -> None:
-        """The generation runs."""
+        """A generation has started to run."""
         self.board.begin(self.core.generation, now)
         self._guard.begin(now)
         self._out_since.clear()
 
     def pids(self, workers: Sequence[str]) -> list[int]:
-        """Of those that were heard of."""
+        """The process ids of the workers that have reported."""
         return [self._sights[worker].record.pid for worker in workers if worker in self._sights]
 
     # ---- agents and nodes
@@ -232,7 +232,7 @@ class Hearing:
         self._settle(time.monotonic())
 
     def _come_back(self, beat: Beat) -> None:
-        """A node that was given up beats again: its link was cut. Its workers' places were given up too."""
+        """A node that was given up beats again, because its link had been cut. Its workers' places are gone."""
         self._away.discard(beat.node)
         self.fleet.regain_node(beat.node)
         living = [sight.worker for sight in beat.sights if sight.alive]
@@ -244,7 +244,7 @@ class Hearing:
             self._lead.tell(m.NodesCleared([beat.node]))
 
     def _silent_for_long(self, node: str, now: float) -> bool:
-        """Silence is named once; what is starved and not gone is asked about again later."""
+        """Whether a silent node is lost. A starved node is not, and is checked again later."""
         first = self._silent_since.setdefault(node, now)
         if now - first > (SILENCE_FACTOR - 1) * self._settings.node_timeout_s:
             return True
@@ -252,7 +252,7 @@ class Hearing:
         return False
 
     def _name_unanswered(self) -> None:
-        """Agents that Ray has started and that this process does not hear of; once each."""
+        """Report agents that Ray has started but that this process does not hear from; once each."""
         for node in self.fleet.unanswered(UNANSWERED_S):
             if node not in self._unanswered and node not in self._away:
                 self._unanswered.add(node)
@@ -266,7 +266,7 @@ class Hearing:
                 self._drain(Notice(node, "ray-drain", deadline))
 
     def _drain(self, notice: Notice) -> None:
-        """A node goes: told once, and again if it goes sooner than it said."""
+        """Report a node's notice once, and again if its deadline is now earlier."""
         at = time.monotonic() + max(0.0, notice.deadline - time.time())
         known = self._draining.get(notice.node)
         if known is None or at < known - SOONER_S:
@@ -278,7 +278,7 @@ class Hearing:
     # ---- what follows from the beacons
 
     def _on_board(self, beat: Beat, now: float) -> None:
-        """Beacons of the present generation; a stopped process is a fault before anything else stalls."""
+        """Take the present generation's beacons; a stopped process is a fault before anything else stalls."""
         core = self.core
         ranks = []
         for sight in beat.sights:
@@ -291,7 +291,7 @@ class Hearing:
                 place = record.rank, record.step, phase, record.ticks
                 ranks.append(RankProgress(*place, now - sight.phase_age, now - age))
             elif record.generation == core.generation and record.state == "boundary":
-                self.board.ranks.pop(record.rank, None)  # it waits for nobody: a rank that hangs is among the others
+                self.board.ranks.pop(record.rank, None)  # it waits for no other rank: a hanging one is among the others
         stopped = self.board.beat(beat.node, core.generation, ranks, now)
         if stopped and core.phase in ("forming", "running", "stopping"):
             self._suspect(stopped, "its process stands still (stopped, or its interpreter is locked)")
@@ -301,7 +301,7 @@ class Hearing:
                 self._lead.tell(m.Progress(core.generation, step, self.board.step_s))
 
     def _settle(self, now: float) -> None:
-        """Tell the core what the workers' states mean for what it waits for."""
+        """Tell the core about the workers' states that it waits for."""
         core, ready, joined, out, boundary, finished = self.core, {}, [], [], defaultdict(list), []
         for name, sight in self._sights.items():
             state, mine = sight.record.state, sight.record.generation == core.generation
@@ -312,7 +312,7 @@ class Hearing:
             elif state == "failed" and core.worker(name).state != "gone":
                 self._left(name, sight, now, ERROR_GRACE_S)
             elif core.phase == "aborting" and name in core.roster.joined and state in OUT:
-                out.append(name)  # of an older generation too, if a controller died between two
+                out.append(name)  # also of an older generation, if a controller died between two
             elif mine and name in core.roster.joined:
                 if state in ("joined", "finished"):
                     joined.append((name, sight.record.start))
@@ -335,7 +335,7 @@ class Hearing:
             self._lead.tell(m.Finished(core.generation, self._sights[finished[0]].record.step))
 
     def _admit(self, ready: Mapping[str, str], now: float) -> None:
-        """Workers on standby join once they have measured what is asked of them, and it is good enough."""
+        """Admit workers on standby once they have made the requested measurements with good results."""
         fit = {}
         for name, node in ready.items():
             answer = self._guard.admission.ask(name, node, self._sights[name].notes.get("burn-in"), now)
@@ -352,7 +352,7 @@ class Hearing:
             self._lead.tell(m.WorkersReady(fit))
 
     def _left(self, name: str, sight: Sight, now: float, grace_s: float) -> None:
-        """A rank is out of its generation though nobody told it to: a death will explain it, or an error of its own."""
+        """A rank has left its generation without an order: a death will explain it, or an error of its own."""
         core = self.core
         since = self._out_since.setdefault((name, sight.record.generation), now)
         if now - since < grace_s and core.phase not in ENDED:
@@ -363,7 +363,7 @@ class Hearing:
             except ray.exceptions.RayError:
                 return  # it has died since: that will be heard
             going_on = core.reformed or core.roster.alive
-            if core.worker(name).state == "spawned" and going_on:  # another takes its place
+            if core.worker(name).state == "spawned" and going_on:  # another one takes its place
                 refused = m.WorkersRefused([name], str(failure))
                 self._detected(refused, f"{name} did not warm up: {failure}", worker=name)
                 self.dismissed.add(name)
@@ -377,26 +377,26 @@ class Hearing:
             self._lead.tell(m.Suspected(core.generation, (), f"{name} lost its peers in generation {core.generation}"))
 
     def _apart(self, name: str) -> None:
-        """A rank has found that machines of the generation have no way to each other; all found the same."""
+        """A rank has found, as all others have, that machines of the generation cannot reach each other."""
         try:
             failure = self.fleet.ask(name, "failure")
         except ray.exceptions.RayError:
             return  # it has died since: that will be heard
         if not isinstance(failure, PeersUnreachable):
-            return  # of a generation before
+            return  # of an earlier generation
         members = self.core.members
         ways = [(members[rank], members[other]) for rank, other in failure.ways]
         self._lead.say("detected", what=str(failure))
         self._lead.tell(m.PeersApart(self.core.generation, ways, str(failure)))
 
     def _answer_enquiry(self) -> None:
-        """Tell an adopting core what lives, once every node has been heard."""
+        """Tell an adopting core which workers live, once every node has reported."""
         if self.core.phase != "adopting" or self._unheard:
             return
         found = []
         for name, sight in self._sights.items():
             record, node = sight.record, self.fleet.node_of[name]
-            if record.state == "failed" and not record.generation:  # while it warmed up: nobody needs it
+            if record.state == "failed" and not record.generation:  # it failed while it warmed up: it is not needed
                 self.dismissed.add(name)
                 if self.fleet.adopt(name, node):
                     self.fleet.dismiss([name])
@@ -418,7 +418,7 @@ class Hearing:
             self._lead.tell(event)
 
     def _detected(self, event: m.Event, what: str, since_s: float = 0.0, **facts: Any) -> None:
-        """A fault, and how long it had lasted by then: since a process died, a node last beat, a rank last moved."""
+        """Report a fault and its age: since a process died, a node last beat, or a rank last made progress."""
         after_s = max(since_s, self.faults.age_s(event, time.monotonic()))
         self._lead.say("detected", what=what, after_s=round(after_s, 4), **facts)
 

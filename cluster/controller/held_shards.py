@@ -1,4 +1,4 @@
-"""Which snapshots are whole, from what all node agents list of their memory."""
+"""Which snapshots are whole, according to the shards that node agents list."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ class HeldShards:
         self._told: dict[tuple[int, int], dict[str, frozenset[int]]] = {}
 
     def lose(self, node: str) -> None:
-        """Its memory is gone."""
+        """Forget a node's shards: its memory is gone."""
         self._on.pop(node, None)
 
     def saw(self, node: str, shards: tuple[Shard, ...]) -> Iterator[m.SnapshotHeld]:
-        """What one node holds now; yields the snapshots that are whole on other nodes than was said before."""
+        """Take one node's shards; yields the snapshots that are now whole on other nodes than reported before."""
         self._on[node] = shards
         found: dict[tuple[int, int, int], dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         for holder, listed in self._on.items():

@@ -1,9 +1,8 @@
 """How far each rank is on its way into a generation, from its node's beats.
 
-A rank's last sign of progress is the stage that it is in and when it entered or stirred in that (see
-cluster.node.beacons).
-How long it has been still counts from the first beat that showed this sign to the last one: a beat that does not come
-says nothing of the ranks.
+A rank's last sign of progress is its stage, and when it entered or stirred in that (see cluster.node.beacons). The time
+without progress counts from the first beat that showed this sign to the last one: a missing beat says nothing about the
+ranks.
 """
 
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from cluster.policies.hang import Joining, Suspects, decide_join
 
 
 class JoinBoard:
-    """Of one generation at a time."""
+    """The joining ranks of one generation at a time."""
 
     def __init__(self, settings: ElasticSettings) -> None:
         self._settings = settings
@@ -25,13 +24,13 @@ class JoinBoard:
         self._signs: dict[int, tuple[tuple[int, float], float]] = {}
 
     def begin(self, generation: int, world_size: int) -> None:
-        """So many ranks were told to join."""
+        """`world_size` ranks were told to join."""
         self.generation = generation
         self._ranks = {rank: Joining(rank, -1) for rank in range(world_size)}
         self._signs = {}
 
     def saw(self, sights: Iterable[Sight]) -> bool:
-        """One node's word; whether any rank has got on since the last one."""
+        """Take one node's beat; whether any rank has made progress since the last one."""
         moved = False
         for sight in sights:
             record = sight.record
@@ -51,5 +50,5 @@ class JoinBoard:
 
     @property
     def longest_s(self) -> float:
-        """How long the stillest rank has been so."""
+        """The longest time that any rank has made no progress."""
         return max((rank.still_s for rank in self._ranks.values()), default=0.0)

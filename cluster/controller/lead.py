@@ -1,8 +1,8 @@
-"""The driver of the pure controller over Ray: carries out what the core says, and goes back when training went wrong.
+"""Drives the pure controller over Ray: carries out the core's commands, and rolls back if training went wrong.
 
-Who waits for whom: one thread (the caller's) waits for the next word of an agent, of a starting worker, or for the
-core's deadline. Ranks and agents never wait for it, except for the word that forms the next generation: while nothing
-happens they train without it, and a controller that takes over finds them by their beacons.
+Who waits for whom: one thread (the caller's) waits for the next message of an agent or a starting worker, or for the
+core's deadline. Ranks and agents wait for it only to form the next generation: until something happens they train
+without it, and a controller that takes over finds them by their beacons.
 """
 
 import logging
@@ -32,15 +32,15 @@ from infra.errors import NodeLost, RecuaError, StepError, StoreError
 log = logging.getLogger(__name__)
 
 SURROUNDINGS_PERIOD_S = 1.0
-"""How often storage, new nodes and drained ones are looked for."""
+"""Seconds between looks at storage, and for new and drained nodes."""
 FIRST_STEP_S = 2.0
-"""New processes wait for a generation's first step so long."""
+"""Longest time that starting new processes waits for a generation's first step."""
 STOOD_STILL_S = 1.0
-"""A turn takes a controller a tenth of a second; after so long it was itself that stood still, or its store did."""
+"""A turn takes a tenth of a second; if it took this long, the controller itself or its store stood still."""
 
 
 class Task(Protocol):
-    """What a group does, as far as its controller has to know."""
+    """The parts of a group's task that its controller needs."""
 
     replicated: bool
     """Every rank's shard is the whole state."""
@@ -50,23 +50,23 @@ class Task(Protocol):
         ...
 
     def stored(self, fresh: bool = False) -> Iterable[tuple[int, int]]:
-        """(generation, step) of every snapshot that is whole in storage; `fresh`: now, not some time ago."""
+        """(generation, step) of every snapshot that is whole in storage; `fresh`: as of now, not some time ago."""
         ...
 
 
 @dataclass(frozen=True)
 class Listener:
-    """Who hears of what: `row` of every step in order, each once; `event` of everything that people may want to see."""
+    """Callbacks: `row` gets every step in order, each once; `event` gets everything that people may want to see."""
 
     row: Callable[[dict[str, Any]], None] = lambda row: None
     event: Callable[[dict[str, Any]], None] = lambda event: None
 
 
 class GroupController:
-    """Leads one group from its start, or from where an earlier controller left it, to its end.
+    """Leads one group to its end, from its start or from the state that an earlier controller left.
 
     Args:
-        rows: the outcomes that are known from earlier; that of the next step is wanted first.
+        rows: the outcomes of earlier steps; the first one to read is that of the next step.
     """
 
     def __init__(
@@ -107,19 +107,19 @@ class GroupController:
         self._formed_at, self._formed_row = 0.0, 0
 
     def run(self) -> None:
-        """Until the last step is committed.
+        """Lead the group until the last step is committed.
 
         Raises:
-            StepError, UserError: what a rank raised by itself.
+            StepError, UserError: a rank raised it.
             SystemFault: the group cannot continue; the message has the decision and its setting.
-            ResourceError: `min_workers` can never be there.
+            ResourceError: the cluster can never hold `min_workers`.
             Superseded: a later controller leads.
             SystemExit, StoreError: Ray ends this process, or the store fails; the group stays for the next controller.
         """
         ended = False
         try:
             self.fleet.open_agents()
-            if not self.journal.history.joins:  # a group that was there before waits for its nodes to come back
+            if not self.journal.history.joins:  # a group that existed before waits for its nodes to come back
                 self.fleet.refuse_impossible(self.settings.min_workers)
             self.tell(m.Tick())
             while self._end is None:
@@ -147,7 +147,7 @@ class GroupController:
         for news in self.fleet.wait(timeout, self._rows_wanted):
             self.hearing.hear(news)
         before, self._turned_at = self._turned_at, time.monotonic()
-        if (gap := self._turned_at - before) > STOOD_STILL_S:  # what was heard was said before that
+        if (gap := self._turned_at - before) > STOOD_STILL_S:  # the messages are from before that
             self.hearing.board.excuse(gap, self._turned_at)
         self.hearing.judge()
         self._spawn()
@@ -157,7 +157,7 @@ class GroupController:
             self.tell(m.Tick())
 
     def _rows_wanted(self, node: str) -> tuple[int, int]:
-        """Rows from one node suffice while all is well: the one of rank 0."""
+        """Without a fault the rows of one node suffice: the node of rank 0."""
         if self.core.phase == "running" and self.core.blocks:
             first = self.core.blocks[0][0]
             if self.core.roster.node_of.get(first) != node:
@@ -183,7 +183,7 @@ class GroupController:
             self.tell(m.SnapshotFlushed(generation, step))
 
     def _show_stacks(self) -> None:
-        """Where the stacks of killed ranks are, once their agent has them."""
+        """Report where the stacks of killed ranks are, once their agent has them."""
         if self._stacks:
             done, self._stacks = ray.wait(self._stacks, num_returns=len(self._stacks), timeout=0)
             for reference in done:
@@ -194,8 +194,8 @@ class GroupController:
                     log.warning("the stacks of a killed rank are lost: %s", error)
 
     def _spawn(self) -> None:
-        """Order new workers, but not while the living ones re-form or take their first step: starting a process takes
-        seconds of computing, which would be taken from them."""
+        """Start new workers, but not while the live ones re-form or take their first step: starting a process takes
+        seconds of computing, which they need."""
         busy = self.core.phase in ("aborting", "forming")
         if self.core.phase == "running" and self.rows.next <= self._formed_row:
             busy = time.monotonic() - self._formed_at < FIRST_STEP_S
@@ -205,10 +205,10 @@ class GroupController:
                 self.fleet.spawn(wanted, command.avoid)
             self._to_spawn.clear()
 
-    # ---- what was heard (see cluster.controller.hearing.Lead)
+    # ---- messages (see cluster.controller.hearing.Lead)
 
     def follow(self, finding: Finding) -> None:
-        """The guard has found a rank or node that is slow, wrong, or about to fail."""
+        """Act on a rank or node that the guard found slow, wrong, or about to fail."""
         for kind, facts in finding.said:
             self.say(kind, **facts)
         if finding.event is not None:
@@ -217,25 +217,25 @@ class GroupController:
             self._roll_back(finding.step, finding.back, finding.guilty)
 
     def fail(self, error: BaseException | None) -> None:
-        """The run ends with this error."""
+        """End the run with this error."""
         if not isinstance(error, RecuaError):
             error = StepError(f"a rank of group {self.fleet.group} failed: {error}")
         self._error = error
         self._end = m.End(False, Decision("fail", str(error), "none"))
 
     def say(self, kind: str, **facts: Any) -> None:
-        """Something that people may want to see."""
+        """Report an event for people."""
         self.listener.event({"event": kind, "generation": self.core.generation, **facts})
 
     def kill(self, workers: Collection[str], reason: str) -> None:
-        """By their nodes' agents; where their stacks are is told when they have them."""
+        """Kill workers through their nodes' agents; the location of their stacks is reported later."""
         self.hearing.dismissed.update(workers)
         self._stacks += self.fleet.kill(workers, reason)
 
     # ---- the outcome of steps
 
     def row(self, row: dict[str, Any]) -> None:
-        """One step's outcome, in order, each once."""
+        """Take one step's outcome; steps come in order, each once."""
         taken = self.rows.take(row)
         if taken is not None:
             self.listener.row(taken)
@@ -245,7 +245,7 @@ class GroupController:
     def _judge_loss(self, step: int) -> None:
         verdict = self.judge.verdict(step)
         if verdict.decision.action in ("roll-back", "fail"):
-            self._see_stored(fresh=True)  # by the time that all ranks have left, memory has only newer states
+            self._see_stored(fresh=True)  # when all ranks have left, memory holds only newer states
             verdict = self.judge.verdict(step)
         if verdict.decision.action == "skip-update":
             self.say("decided", decision=str(verdict.decision))
@@ -253,7 +253,7 @@ class GroupController:
             self._roll_back(step, verdict)
 
     def _roll_back(self, step: int, verdict: Rollback, guilty: Sequence[str] = ()) -> None:
-        """What follows from a judgement after step `step`, if anything does; `guilty` workers are replaced."""
+        """Carry out a judgement after step `step`, if it asks for anything; `guilty` workers are replaced."""
         history = self.journal.history
         action = verdict.decision.action
         if action == "fail":
@@ -273,15 +273,15 @@ class GroupController:
             self.tell(m.RollBack(self.core.generation, verdict.to_step, verdict.decision, guilty))
 
     def _roll_back_now(self) -> None:
-        """What fell due while no generation ran."""
+        """Carry out the rollback that fell due while no generation ran."""
         if (due := self.judge.due) is not None:
             self._see_stored(fresh=True)
             self._roll_back(*self.judge.take(due))
 
-    # ---- telling the core, and doing what it says
+    # ---- the core's events and commands
 
     def tell(self, event: m.Event) -> None:
-        """Tell the core, and carry out what it answers."""
+        """Pass an event to the core, and carry out its commands."""
         before, now = self.core.phase, time.monotonic()
         if isinstance(event, m.Joined) and event.step not in (None, self.core.step):
             self._note_join(event.step)
@@ -328,16 +328,16 @@ class GroupController:
         orders = self.task.orders(command, self.fleet, self.journal.history, high)
         for worker, order in orders.items():
             self.fleet.tell(worker, "join", order)
-        self._note_join(command.restore.step)  # a controller that dies before this line is told by the beacons
+        self._note_join(command.restore.step)  # if this controller dies before this line, beacons tell the next one
 
     def _newest_stored(self, default: int) -> int:
-        """Storage is looked at once more: what was there may have given way to a newer state since."""
+        """Look at storage again: a newer state may have replaced the one there."""
         history = self.journal.history
         stored = [step for gen, step in self.task.stored(fresh=True) if history.on_trajectory(gen, step)]
         return max(stored, default=default)
 
     def _note_join(self, step: int) -> None:
-        """This generation resumes from `step`: what older ones had verified after it will be computed again."""
+        """Record that this generation resumes from `step`: later steps that were verified are computed again."""
         history = self.journal.history
         joins = {**history.joins, self.core.generation: step}
         self.core.book.verified = min(history.verified, step)

@@ -1,4 +1,4 @@
-"""What an elastic group's controller tells Prometheus: everything that its listener hears, counted."""
+"""Prometheus metrics of an elastic group's controller: everything that its listener receives, counted."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from cluster.node.exporter import Exporter
 
 @contextlib.contextmanager
 def metered(listener: Listener, exporter: Exporter, ranks_asked: int) -> Iterator[Listener]:
-    """A listener that exports what it hears before it passes it on. Afterwards the group has no ranks and wants none:
+    """A listener that exports everything before it passes it on. At the end the gauges of the group's ranks go to 0:
     this process may live on, and Ray exports a gauge as long as its process lives."""
     exporter.set("recua_ranks_asked", ranks_asked)
 
@@ -30,7 +30,7 @@ def metered(listener: Listener, exporter: Exporter, ranks_asked: int) -> Iterato
 
 
 def export_row(exporter: Exporter, row: Mapping[str, Any]) -> None:
-    """One step's outcome (see cluster.controller.lead.Listener)."""
+    """Export one step's outcome (see cluster.controller.lead.Listener)."""
     exporter.set("recua_step", row["step"] + 1)
     exporter.set("recua_tokens_per_second", row.get("tokens_per_s"))
     exporter.add("recua_tokens_total", row.get("tokens", 0))
@@ -41,7 +41,7 @@ def export_row(exporter: Exporter, row: Mapping[str, Any]) -> None:
 
 
 def export_event(exporter: Exporter, event: Mapping[str, Any]) -> None:
-    """What the controller saw, decided or did."""
+    """Export what the controller saw, decided or did."""
     kind = event["event"]
     if kind == "started":
         exporter.set("recua_generation", event["generation"])
