@@ -1,4 +1,4 @@
-"""What a restarted controller makes of the living workers that node agents report."""
+"""How a restarted controller interprets the live workers that node agents report."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from cluster.policies.layout import Block
 @dataclass(frozen=True)
 class Takeover:
     """`blocks`: of the newest generation, with stand-in names for ranks that did not answer. `seated`: workers in any
-    generation. `step`: the newest that a rank of it has committed."""
+    generation. `step`: the newest step that a rank of the newest generation has committed."""
 
     view: AdoptionView
     blocks: tuple[Block, ...]
@@ -21,7 +21,7 @@ class Takeover:
 
 
 def read_inventory(found: Collection[Found], known_generation: int, settings: ElasticSettings) -> Takeover:
-    """A generation counts as whole only if every rank of it says "joined", and the journal knows no later one."""
+    """A generation counts as whole only if all its ranks have state "joined", and the journal knows no later one."""
     seated = [one for one in found if one.state in ("joining", "joined")]
     newest = max((one.generation for one in seated), default=0)
     current = {one.rank: one for one in seated if one.generation == newest}

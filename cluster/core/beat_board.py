@@ -1,6 +1,6 @@
-"""What the controller knows from the node agents' beats: who is silent, when anything last moved, who is stopped.
+"""What the controller knows from the node agents' beats: silent nodes, stopped ranks, and the last progress.
 
-One beat costs as much as the ranks that it tells of; silence is found in constant time per silent node.
+The cost of a beat grows with the ranks that it reports; silence is found in constant time per silent node.
 """
 
 from collections import OrderedDict, deque
@@ -13,11 +13,11 @@ from cluster.policies.hang import RankProgress, Suspects, decide_hang, stall_lim
 
 REMEMBERED_STEPS = 32
 DOUBT = 5.0
-"""A hang that no rank is to blame for (the fabric, or a crowded machine) must last so many times as long."""
+"""A hang without a culprit (the fabric, or a crowded machine) must last this many times as long."""
 
 
 class BeatBoard:
-    """Beacons of one generation, by rank. Times are the controller's clock."""
+    """Beacons of one generation, by rank. Times are by the controller's clock."""
 
     def __init__(self, settings: ElasticSettings) -> None:
         self._settings = settings
@@ -31,12 +31,12 @@ class BeatBoard:
         self._moved_at = self._stepped_at = 0.0
 
     def begin(self, generation: int, now: float) -> None:
-        """A generation runs: what older ones did is void, the run's step times stay."""
+        """Start a generation: data of older ones is dropped, the run's step times stay."""
         self.generation, self.ranks = generation, {}
         self.newest_step, self._collectives, self._moved_at = -1, 0, now
 
     def beat(self, node: str, generation: int, ranks: Iterable[RankProgress], now: float) -> tuple[int, ...]:
-        """One node agent's word; ranks of another generation are ignored. Returns ranks there that stand still."""
+        """Take one node agent's beat; ranks of other generations are ignored. Returns the stopped ranks there."""
         self._deaf.discard(node)
         self._last_beat[node] = now
         self._last_beat.move_to_end(node)
@@ -55,16 +55,16 @@ class BeatBoard:
         return stopped(ranks, now, self._settings)
 
     def excuse(self, seconds: float, now: float) -> None:
-        """A rank stood still for so long because its machine had no processor for it: that is no hang."""
+        """Discount the time that a rank stood still because its machine had no processor for it: that is no hang."""
         self._moved_at = min(now, self._moved_at + seconds)
 
     def deafen(self, node: str) -> None:
-        """Its agent has ended and another one starts, which takes seconds: until that beats, silence says nothing."""
+        """The node's agent has ended and a new one takes seconds to start: until it beats, silence says nothing."""
         self._last_beat.pop(node, None)
         self._deaf.add(node)
 
     def forget(self, node: str) -> None:
-        """It is lost."""
+        """Forget a lost node."""
         self._last_beat.pop(node, None)
         self._deaf.discard(node)
 
@@ -74,11 +74,11 @@ class BeatBoard:
         return median(self.step_times) if self.step_times else 0.0
 
     def stalled_s(self, now: float) -> float:
-        """Since anything last moved in this generation."""
+        """Seconds since anything last moved in this generation."""
         return now - self._moved_at
 
     def silent_nodes(self, now: float) -> list[str]:
-        """Nodes without a beat for `node_timeout_s`; each is named once, until it beats again."""
+        """Nodes without a beat for `node_timeout_s`; each is returned once, until it beats again."""
         silent = []
         while self._last_beat:
             node, at = next(iter(self._last_beat.items()))
@@ -89,7 +89,7 @@ class BeatBoard:
         return silent
 
     def judge(self, now: float) -> tuple[Decision, Suspects | None]:
-        """hang or wait; for a hang also whom to suspect. Ranks are looked at only when nothing has moved for long."""
+        """hang or wait; for a hang also the suspects. Ranks are examined only if nothing has moved for long."""
         if self._deaf:
             self._moved_at = now
         stalled = self.stalled_s(now)

@@ -1,11 +1,11 @@
-"""What a group's controller must not forget when it is killed: one small object of a store, replaced as a whole.
+"""The part of a controller's state that survives its death: one small object of a store, replaced as a whole.
 
     {"format", "group", "controllers", "joins": {generation: step that it loaded}, "skipped": [[first, last], ...],
      "rollbacks", "ranks", "verified", "corruptions": [{"step", "to_step", "workers", "nodes"}, ...]}
 
-`verified`: digests agreed there, so every state up to this step may be gone back to.
+`verified`: digests agreed at this step, so training may go back to any state up to it.
 
-`group` is drawn once: a state that was removed and made again never meets what the older one left in memory.
+`group` is drawn once: a state that was removed and made again never finds what the older one left in memory.
 """
 
 import json
@@ -23,13 +23,13 @@ KEY = "group.json"
 
 
 class Superseded(SystemFault):
-    """A later controller leads the group: this one leaves everything to it."""
+    """A later controller leads the group, and this one must leave everything to it."""
 
 
 @dataclass(frozen=True)
 class GroupHistory:
     """See the module's docstring. `controllers`: how many have led this group so far, the present one included.
-    `ranks`: a digest of the code and the settings that its ranks were started with."""
+    `ranks`: a digest of the code and settings of its ranks."""
 
     group: str
     controllers: int = 0
@@ -41,12 +41,12 @@ class GroupHistory:
     corruptions: tuple[Mapping[str, Any], ...] = ()
 
     def on_trajectory(self, generation: int, step: int) -> bool:
-        """Whether what a generation saved after `step` steps belongs to what later ones went on from."""
+        """Whether the state that a generation saved after `step` steps is on the path that later ones continued."""
         return all(step <= start for later, start in self.joins.items() if later > generation)
 
 
 class GroupJournal:
-    """Of the group whose state `store` is; one writer.
+    """The journal of the group whose state is in `store`; it has one writer.
 
     Raises:
         CheckpointError: the journal is damaged, or of another format.

@@ -1,7 +1,7 @@
-"""What the controller core hears and says. Workers are named by the core ("w17"); nodes by those who report them.
+"""The events and commands of the controller's core. The core names workers ("w17"), the reporters name nodes.
 
-Messages about a generation carry it, and the core drops those of another one. Batches are welcome: one node agent
-acknowledges for all its workers in one message.
+Messages about a generation carry its number, and the core drops those of other generations. Events can be batched: one
+node agent acknowledges for all its workers in one message.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -11,7 +11,7 @@ from cluster.policies.decision import Decision
 from cluster.policies.layout import Block
 from cluster.policies.snapshot import Restore
 
-# ---- events: what happened
+# ---- events
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class WorkersReady:
 
 @dataclass(frozen=True)
 class WorkersRefused:
-    """Ordered workers will not come (no capacity, start failed)."""
+    """Ordered workers will not start (no capacity, or the start failed)."""
 
     workers: Collection[str]
     reason: str
@@ -31,7 +31,7 @@ class WorkersRefused:
 
 @dataclass(frozen=True)
 class BurnInFailed:
-    """An ordered worker started, and its node is not fit (see cluster.policies.quarantine)."""
+    """An ordered worker started, but its node is not fit (see cluster.policies.quarantine)."""
 
     worker: str
     node: str
@@ -48,7 +48,7 @@ class WorkersLost:
 
 @dataclass(frozen=True)
 class NodesLost:
-    """Nodes died with all their processes and their memory."""
+    """Nodes died, with all their processes and memory."""
 
     nodes: Collection[str]
     reason: str
@@ -56,7 +56,7 @@ class NodesLost:
 
 @dataclass(frozen=True)
 class PeersApart:
-    """A generation does not form because machines have no way to each other; `ways`: (worker that tried, worker that it
+    """A generation does not form because machines cannot reach each other; `ways`: (worker that tried, worker that it
     did not reach)."""
 
     generation: int
@@ -83,8 +83,8 @@ class AbortAcked:
 
 @dataclass(frozen=True)
 class Joined:
-    """Workers have formed their groups and hold the restored state: that of `step`, if damaged copies made them take
-    an earlier one than they were told, or storage had a newer one by then (None: as told)."""
+    """Workers have formed their groups and hold the restored state. `step`: its step, if damaged copies forced an
+    earlier one than ordered, or storage had a newer one by then (None: the ordered one)."""
 
     generation: int
     workers: Collection[str]
@@ -93,7 +93,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class JoinMoved:
-    """Some worker gets on, on its way into the generation."""
+    """A joining worker has made progress."""
 
     generation: int
 
@@ -143,14 +143,14 @@ class NodesDraining:
 
 @dataclass(frozen=True)
 class NodesCleared:
-    """Repaired nodes, or lost ones that came back under their old name, may be used again."""
+    """Repaired nodes, or lost ones that are back under their old name, may be used again."""
 
     nodes: Collection[str]
 
 
 @dataclass(frozen=True)
 class Evict:
-    """A policy (straggler, prediction) wants workers out at the next boundary; `unfit` also takes their nodes out."""
+    """A policy (straggler, prediction) evicts workers at the next boundary; `unfit` also takes out their nodes."""
 
     workers: Collection[str]
     decision: Decision
@@ -207,12 +207,12 @@ Event = (
     | NodesDraining | NodesCleared | Evict | RollBack | Inventory | Finished | Tick
 )  # fmt: skip
 
-# ---- commands: what to do
+# ---- commands
 
 
 @dataclass(frozen=True)
 class Spawn:
-    """Start these workers, on any node but those of `avoid`; answer WorkersReady, WorkersRefused or BurnInFailed."""
+    """Start these workers on nodes outside `avoid`; the answer is WorkersReady, WorkersRefused or BurnInFailed."""
 
     workers: tuple[str, ...]
     avoid: frozenset[str] = frozenset()
@@ -220,7 +220,7 @@ class Spawn:
 
 @dataclass(frozen=True)
 class Abort:
-    """Leave the collectives of this generation and of any older one; who has not by `deadline` is killed."""
+    """Leave the collectives of this generation and of older ones; workers that have not by `deadline` are killed."""
 
     generation: int
     workers: frozenset[str]
@@ -237,7 +237,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Dismiss:
-    """End politely; the core has forgotten them. Their node keeps its snapshots until it goes."""
+    """End these workers, which the core has forgotten. Their node keeps its snapshots until it goes."""
 
     workers: frozenset[str]
     reason: str
@@ -262,7 +262,7 @@ class Join:
 
 @dataclass(frozen=True)
 class StopAtBoundary:
-    """All ranks stop after the same step (agreed by the commit vote), snapshot it, and say BoundaryReached."""
+    """All ranks stop after the same step (agreed by the commit vote) and snapshot it; then BoundaryReached."""
 
     generation: int
     reason: str
@@ -294,7 +294,7 @@ Commands = list[Command]
 
 @dataclass(frozen=True)
 class WorkerState:
-    """Where a worker is in its life: spawned, standby, joined (with its rank), aborted, or gone."""
+    """A worker's state: spawned, standby, joined (with its rank), aborted, or gone."""
 
     state: str
     rank: int | None = None

@@ -1,14 +1,14 @@
-"""Who is where: the workers of a run as disjoint sets, one per state of a worker's life.
+"""The workers of a run as disjoint sets, one per state of a worker's life.
 
 spawned -> standby -> joined (generation, rank) -> aborted -> standby | dead | quarantined. A dead or dismissed worker
-is in no set any more, and its late messages are ignored; a quarantined node keeps its name here.
+is in no set, and its late messages are ignored; a quarantined node's name stays here.
 """
 
 from collections.abc import Collection, Iterable
 
 
 class Roster:
-    """Sets of worker names; everything costs as much as what changes."""
+    """Sets of worker names; the cost of a change grows only with the workers that change."""
 
     def __init__(self, prefix: str) -> None:
         self.ordered: set[str] = set()
@@ -21,15 +21,15 @@ class Roster:
         self.unfit: set[str] = set()
         """Quarantined nodes."""
         self.draining: dict[str, float] = {}
-        """Nodes that will go, with their deadlines."""
+        """Nodes that will leave, with their deadlines."""
         self.aside: dict[str, float] = {}
-        """Nodes that others have no way to, and until when no generation takes them in."""
+        """Nodes that others cannot reach, and until when no generation takes them in."""
         self._on_node: dict[str, set[str]] = {}
         self._prefix, self._count = prefix, 0
 
     @property
     def alive(self) -> int:
-        """Usable workers: on standby or in a generation, less those that leave."""
+        """The number of usable workers: on standby or in a generation, without leaving ones."""
         return len(self.standby) + len(self.joined) + len(self.aborted) - len(self.leaving)
 
     def order(self, count: int) -> tuple[str, ...]:
@@ -54,12 +54,12 @@ class Roster:
         return self.standby - self.on(self.aside)
 
     def usable_outside(self, node: str) -> int:
-        """Workers that would be left without `node`."""
+        """The number of workers left without `node`."""
         inside = self.on([node]) - self.leaving.keys()
         return self.alive - len(inside)
 
     def forget(self, workers: Collection[str]) -> set[str]:
-        """Remove workers from everywhere; returns those that were known."""
+        """Remove workers from all sets; returns those that were known."""
         known = {worker for worker in workers if worker in self.node_of or worker in self.ordered}
         for group in (self.ordered, self.standby, self.joined, self.aborted):
             group -= known

@@ -1,6 +1,6 @@
 """The elastic controller as a pure state machine: events in, commands out, no clock, no threads, no ray.
 
-Who waits for whom: the core waits for nobody. Its driver (the controller over Ray, or the simulator) calls
+Who waits for whom: the core never waits. Its driver (the controller over Ray, or the simulator) calls
 `handle(event, now)` for everything that happens and at `next_deadline`, and carries the commands out.
 
     starting --> forming --> running --> stopping --> forming ...      planned: growth, drain, eviction
@@ -36,7 +36,7 @@ from cluster.policies.snapshot import Restore, SnapshotBook, choose
 
 ENDED = ("finished", "failed")
 QUIET_PRIOR_S = 3600.0
-"""Guess of the mean time between re-formings that counts like one observation."""
+"""A prior for the mean time between re-formings; it counts like one observation."""
 
 
 class StateMachine:
@@ -44,7 +44,7 @@ class StateMachine:
 
     Args:
         settings: see cluster.config.
-        prefix: of the names of the workers that this controller orders; another one after each controller restart.
+        prefix: of the names of the workers that this controller orders; each controller has its own.
         stored: steps whose state is whole in storage.
         joins: {generation: step that it loaded} of every `Join` so far, from the run's journal. A snapshot that an
             older generation took after a later one's start belongs to a discarded future.
@@ -102,7 +102,7 @@ class StateMachine:
     # ---- the two calls of a driver
 
     def handle(self, event: m.Event, now: float) -> m.Commands:
-        """React to one event at time `now` (seconds, never going back)."""
+        """Handle one event at time `now` (seconds; it never decreases)."""
         if self.phase in ENDED:
             return []
         self._out = []
@@ -115,7 +115,7 @@ class StateMachine:
 
     @property
     def next_deadline(self) -> float | None:
-        """When to call `handle(Tick(), ...)` if nothing else happens before."""
+        """When to call `handle(Tick(), ...)` if no event comes before."""
         if self.phase in ENDED:
             return None
         times = [] if self._deadline is None else [self._deadline]
@@ -134,7 +134,7 @@ class StateMachine:
         return list(chain.from_iterable(self.blocks))
 
     def worker(self, worker: str) -> m.WorkerState:
-        """Where a worker is in its life."""
+        """A worker's state."""
         roster = self.roster
         if worker in roster.joined:
             return m.WorkerState("joined", self.members.index(worker))
@@ -204,12 +204,12 @@ class StateMachine:
         self._dead_nodes.update(event.nodes)
         self._found = [one for one in self._found if one.node not in event.nodes]
         lost = self.roster.on(event.nodes)
-        self._lose(lost, event.reason, now, blame=False)  # it is gone, or its link was cut: then it comes back unblamed
+        self._lose(lost, event.reason, now, blame=False)  # gone, or its link was cut: then it comes back unblamed
         for node in event.nodes:
             self.roster.draining.pop(node, None)
 
     def _peers_apart(self, event: m.PeersApart, now: float) -> None:
-        """Those that reach each other train on without the others, whom nobody blames; they are tried again later."""
+        """Nodes that reach each other train on without the others, which get no blame and are tried again later."""
         if event.generation != self.generation or self.phase != "forming":
             return
         roster, members = self.roster, self.members
@@ -224,7 +224,7 @@ class StateMachine:
         self._fault(event.reason, now, counted=not out)
 
     def _tried_again(self, now: float) -> bool:
-        """Whether nodes that stood aside may be tried again from now on."""
+        """Whether nodes that stood aside may be tried again now."""
         before = len(self.roster.aside)
         self.roster.aside = {node: until for node, until in self.roster.aside.items() if until > now}
         return len(self.roster.aside) < before
@@ -266,7 +266,7 @@ class StateMachine:
             self._take_out(node, verdict.reason)
 
     def _can_spare(self, node: str, why: str) -> bool:
-        """Whether enough ranks are left without a node; says so if not."""
+        """Whether enough ranks are left without a node; reports it if not."""
         spared = self.roster.usable_outside(node) + len(self.roster.ordered) >= self.settings.min_workers
         if not spared:
             text = f"{why}, but without it fewer than {self.settings.min_workers} ranks are left"
@@ -287,7 +287,7 @@ class StateMachine:
     # ---- a generation ends
 
     def _fault(self, reason: str, now: float, *, counted: bool = True) -> None:
-        """The active generation cannot continue: everyone out of the collectives, then re-form."""
+        """The active generation cannot continue: all ranks leave the collectives, then re-form."""
         if self.phase == "running":
             self._pause(now)
         self.faults_without_progress += counted
@@ -314,7 +314,7 @@ class StateMachine:
         self._awaiting -= left
 
     def _stop(self, decision: Decision, now: float) -> None:
-        """Planned: everyone out at the next step boundary, then re-form without losing a step."""
+        """Planned: all ranks leave at the next step boundary, then re-form without losing a step."""
         self._report(decision)
         self._pause(now)
         self.phase, self.reason, self._boundary = "stopping", decision.reason, None
@@ -335,7 +335,7 @@ class StateMachine:
         self._advance(now)
 
     def _advance(self, now: float) -> None:
-        """Re-form if nothing is awaited any more."""
+        """Re-form if no answer is outstanding."""
         if self._awaiting:
             return
         if self.phase == "aborting" or (self.phase == "stopping" and self._boundary in self._restorable()):
@@ -347,7 +347,7 @@ class StateMachine:
     # ---- the next generation
 
     def _reform(self, now: float) -> None:
-        """Everyone alive is idle: mend the blocks and form, wait or fail, as the failure policy says."""
+        """All live workers are idle: mend the blocks, then form, wait or fail, as the failure policy says."""
         roster, settings = self.roster, self.settings
         for why in sorted(set(roster.leaving.values())):
             gone = frozenset(worker for worker, reason in roster.leaving.items() if reason == why)
@@ -373,12 +373,12 @@ class StateMachine:
         elif decision.action == "wait":
             self.blocks = blocks
             if self.phase != "waiting":
-                self._wait_until = self._wait_until or now + settings.capacity_wait_s  # trying in vain is waiting too
+                self._wait_until = self._wait_until or now + settings.capacity_wait_s  # failed attempts are waiting too
                 self.phase, self._deadline = "waiting", self._wait_until
         else:
             assert restore is not None
             if self.phase == "waiting":
-                self._paused_at = now  # waiting for capacity is no part of what a re-forming costs
+                self._paused_at = now  # waiting for capacity is not part of the pause
             self._form(blocks, restore, now)
 
     def _restore(self) -> Restore | None:
@@ -438,7 +438,7 @@ class StateMachine:
     def _snapshot_held(self, event: m.SnapshotHeld, now: float) -> None:
         if self._valid(event.generation, event.step):
             shards_on = event.shards_on
-            if not self._dead_nodes.isdisjoint(shards_on):  # a late word from memory that is gone
+            if not self._dead_nodes.isdisjoint(shards_on):  # a late message about memory that is gone
                 shards_on = {node: shards for node, shards in shards_on.items() if node not in self._dead_nodes}
             self.book.held(event.step, event.world_size, event.generation, shards_on)
             self._ever_saved = True
@@ -449,11 +449,11 @@ class StateMachine:
         return generation == self.generation or (self.phase == "adopting" and self._on_trajectory(generation, step))
 
     def _on_trajectory(self, generation: int, step: int) -> bool:
-        """What a generation saved after a later one's start belongs to a discarded future."""
+        """Whether a snapshot counts: one from after a later generation's start belongs to a discarded future."""
         return all(step <= start for later, start in self.joins.items() if later > generation)
 
     def _snapshot_flushed(self, event: m.SnapshotFlushed, now: float) -> None:
-        if self._on_trajectory(event.generation, event.step):  # an older generation's may have taken its time
+        if self._on_trajectory(event.generation, event.step):  # an older generation's may arrive late
             self.book.flushed.add(event.step)
             self._ever_saved = True
             self._advance(now)
@@ -469,7 +469,7 @@ class StateMachine:
             self.roster.unfit.discard(node)
             self.roster.draining.pop(node, None)
             self._node_faults.pop(node, None)
-        if stale := frozenset(self.roster.ordered):  # they are to avoid these nodes, and may wait for others for ever
+        if stale := frozenset(self.roster.ordered):  # they avoid these nodes, and may wait for others for ever
             self.roster.forget(stale)
             self._out.append(m.Kill(stale, "ordered again: there are more nodes now"))
 
@@ -536,7 +536,7 @@ class StateMachine:
             self._report(Decision("kill", f"{waiting} {reason}", key("abort_timeout_s")))
             stuck = frozenset(self._awaiting)
             self._out.append(m.Kill(stuck, reason))
-            self._lose(stuck, reason, now, blame=self._formed)  # else it may be the network that holds it
+            self._lose(stuck, reason, now, blame=self._formed)  # else the network may be at fault
         elif self.phase == "forming":
             text = f"{waiting} did not join, and none got on for {settings.join_timeout_s:g} s"
             self._fault(f"{text} (elastic.join_timeout_s)", now)
@@ -544,7 +544,7 @@ class StateMachine:
             if self._awaiting:
                 text = f"{waiting} reached no step boundary within {settings.boundary_timeout_s:g} s"
                 self._fault(f"{text} (elastic.boundary_timeout_s)", now)
-            else:  # all stopped, but the snapshot of that step never became whole: the one before it serves
+            else:  # all stopped, but that step's snapshot never became whole: use the one before
                 self._reform(now)
         elif self.phase == "starting":
             self._reform(now)
@@ -552,7 +552,7 @@ class StateMachine:
             text = f"{self.reason}: {self.roster.alive} ranks after {settings.capacity_wait_s:g} s of waiting"
             text += f", {settings.min_workers} needed"
             self._end(False, Decision("fail", text, key("capacity_wait_s")))
-        elif self.phase == "adopting":  # a worker that has not answered may still train: never form a group beside it
+        elif self.phase == "adopting":  # a silent worker may still train: never form a group beside it
             self._deadline = now + settings.adopt_timeout_s
             self._out.append(m.Enquire())
 
@@ -579,7 +579,7 @@ class StateMachine:
             return
 
     def _check_leaving(self, now: float) -> None:
-        """Ranks that shall go without a deadline (evicted, quarantined) leave at the next boundary."""
+        """Ranks that leave without a deadline (evicted, quarantined) do so at the next boundary."""
         roster = self.roster
         waiting = [worker for worker in roster.leaving if roster.node_of[worker] not in roster.draining]
         if waiting:
@@ -607,7 +607,7 @@ class StateMachine:
                 self._adopt(now)
 
     def _adopt(self, now: float) -> None:
-        """Take over living workers: untouched if the newest generation is whole, else abort and re-form."""
+        """Take over live workers: unchanged if the newest generation is whole, else abort and re-form."""
         roster, takeover = self.roster, read_inventory(self._found, self.generation, self.settings)
         for one in self._found:
             roster.place(one.worker, one.node)
@@ -630,13 +630,13 @@ class StateMachine:
             if len(roster.standby) >= self.settings.max_workers:
                 self._reform(now)
 
-    # ---- words
+    # ---- reports
 
     def _report(self, decision: Decision) -> None:
         self._out.append(m.Report(decision))
 
     def _report_once(self, about: str, decision: Decision) -> None:
-        """A decision that is made again with every event is logged when it changes."""
+        """Log a decision that every event repeats only when it changes."""
         if self._said.get(about) != decision.action:
             self._said[about] = decision.action
             self._report(decision)

@@ -1,11 +1,11 @@
-"""How a run's store holds the accounts of its elastic groups, and what they add up to.
+"""The accounts of a run's elastic groups in its store, and their sums.
 
     runs/<run>/goodput/<group>/group.json        by the controller: capacity, nodes, pauses (`GroupAccount`)
     runs/<run>/goodput/<group>/nodes/<node>.json by each node agent: its ranks' ledgers so far (`NodeAccount`)
 
-Every object is replaced as a whole about once in `PERIOD_S` and at the end, and says everything since the start, so
-that a lost write costs nothing and nothing grows with time. What is not there is named, never guessed: a node without
-an account and the end of a life that nobody wrote down count as unattributed.
+Every object is replaced as a whole about once in `PERIOD_S` and at the end, and covers everything since the start, so a
+lost write costs nothing and nothing grows with time. Missing data is named, never guessed: a node without an account
+and a life without a recorded end count as unattributed.
 """
 
 import json
@@ -38,7 +38,7 @@ class RankAccount:
 
 @dataclass(frozen=True)
 class NodeAccount:
-    """All ranks that ever lived on one node of the group."""
+    """All ranks that have lived on one node of the group."""
 
     node: str
     ranks: tuple[RankAccount, ...]
@@ -63,7 +63,7 @@ class NodeAccount:
 
 @dataclass(frozen=True)
 class Pause:
-    """Training stood still from `began` to `ended`, and went on as `generation`. `key` governs the decision.
+    """Training stood still from `began` to `ended`, and resumed as `generation`. `key` governs the decision.
 
     `lost_steps`: committed steps that were undone.
     Example: Pause(101.2, 101.7, 4, "replace", "w3 died", "elastic.spares").
@@ -83,7 +83,7 @@ class Pause:
 
 @dataclass(frozen=True)
 class NodeLife:
-    """A node as the controller knows it; `ranks` is the most that it held at once."""
+    """A node as the controller knows it; `ranks`: the most ranks that it held at once."""
 
     since: float
     lost: float | None
@@ -92,10 +92,10 @@ class NodeLife:
 
 @dataclass(frozen=True)
 class GroupAccount:
-    """What the controller keeps of its group. Times in seconds since the epoch (the twin's: since the start).
+    """The controller's record of its group. Times in seconds since the epoch (in a simulation: since its start).
 
-    `capacity`: (since, ranks asked for, spares included), in order; `spares`: how many of the last. `until`: when this
-    was written.
+    `capacity`: (since, ranks asked for, spares included), in order; `spares`: their number in the last entry.
+    `until`: when this was written.
     """
 
     group: str
@@ -128,8 +128,8 @@ class GroupAccount:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """A group's goodput, its pauses, and what its records do not say. `lives`: processes that had a place in it;
-    `worst_unattributed`: the largest share of one of their lives that no bucket claims."""
+    """A group's goodput, its pauses, and the gaps in its records. `lives`: the number of processes with a place in it;
+    `worst_unattributed`: the largest share of such a life that no bucket claims."""
 
     group: str
     ended: bool
@@ -216,19 +216,19 @@ def write_node(store: Store, run_id: str, group: str, node: NodeAccount, last: b
 
 
 def read_group(store: Store, run_id: str, group: str) -> GroupAccount | None:
-    """What a controller wrote of its group. Raises DataError likewise."""
+    """A controller's record of its group. Raises DataError like `read_run`."""
     tree = _decode(store, f"{_folder(run_id)}/{group}/group.json")
     return None if tree is None else GroupAccount.from_json(tree)
 
 
 def read_node(store: Store, run_id: str, group: str, node: str) -> NodeAccount | None:
-    """What an agent wrote of its node. Raises DataError likewise."""
+    """An agent's record of its node. Raises DataError like `read_run`."""
     tree = _decode(store, f"{_folder(run_id)}/{group}/nodes/{node}.json")
     return None if tree is None else NodeAccount.from_json(tree)
 
 
 def read_run(store: Store, run_id: str) -> list[GroupReport]:
-    """The reports of a run's elastic groups; empty if it had none (or none that wrote anything).
+    """The reports of a run's elastic groups; empty if it had none, or none wrote anything.
 
     Raises:
         DataError: a record is damaged, or of another format.
@@ -246,7 +246,7 @@ def read_run(store: Store, run_id: str) -> list[GroupReport]:
 
 
 def _each_once(nodes: Sequence[NodeAccount]) -> dict[str, NodeAccount]:
-    """A rank whose beacon a later node of the same machine took over is in the accounts of both: the longer counts."""
+    """A rank whose beacon a later node of the machine took over is in both accounts: the longer one counts."""
     newest: dict[str, tuple[float, str]] = {}
     for node in nodes:
         for rank in node.ranks:

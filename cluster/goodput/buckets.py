@@ -1,8 +1,8 @@
-"""Where the time went: every second of every rank in one bucket, and what share of the capacity did useful work.
+"""Every second of every rank in one bucket, and the share of the capacity that did useful work.
 
-No bucket is a remainder: what nobody claimed is `unattributed_s`, reported apart (aim: under 1%). Capacity that was
-asked for and not there (a shrunk group) is `absent_s`. Together with the buckets they make capacity x wall exactly.
-Ranks keep their accounts with cluster.goodput.stopwatch; cluster.goodput.accounts says how a run's store holds them.
+No bucket is a remainder: unclaimed time is `unattributed_s`, reported apart (aim: under 1%). Capacity that was asked
+for but missing (a shrunk group) is `absent_s`. With the buckets they add up to capacity x wall exactly.
+Ranks keep their accounts with cluster.goodput.stopwatch; cluster.goodput.accounts keeps them in a run's store.
 
     goodput = useful computing of all ranks / (capacity asked for x wall)
 """
@@ -26,7 +26,7 @@ BUCKETS = (
     "pipeline_bubble",
     "idle",
 )
-"""`compute` is useful work only; work that a fault undid is `recomputed`. `idle`: a living rank without a seat."""
+"""`compute` is useful work only; work that a fault undid is `recomputed`. `idle`: a live rank without a seat."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Ledger:
 
 
 def merge(ledgers: Iterable[Ledger]) -> Ledger:
-    """The ranks' ledgers as one: seconds add up."""
+    """The sum of the ranks' ledgers."""
     lived, seconds = 0.0, dict.fromkeys(BUCKETS, 0.0)
     for ledger in ledgers:
         lived += ledger.lived_s
@@ -77,8 +77,8 @@ def merge(ledgers: Iterable[Ledger]) -> Ledger:
 
 @dataclass(frozen=True)
 class Goodput:
-    """A group's account. All seconds are rank-seconds; `capacity` counts ranks asked for, spares included (their mean
-    over the wall time, where it changed), `spares` how many of them are spares."""
+    """A group's account. All seconds are rank-seconds. `capacity`: ranks asked for, spares included (if it changed, the
+    mean over the wall time); `spares`: how many of them are spares."""
 
     ledger: Ledger
     capacity: float
@@ -116,7 +116,7 @@ class Goodput:
         }
 
     def to_text(self) -> str:
-        """One line per share of the capacity, largest first; what nobody claims is always among them."""
+        """One line per share of the capacity, largest first; the unattributed share is always among them."""
         shares = sorted(self.to_json()["shares"].items(), key=lambda item: -item[1])
         shown = [(name, share) for name, share in shares if abs(share) >= 5e-6 or name == "unattributed"]
         rows = [f"  {name.replace('_', ' '):<24}{share:>9.3%}" for name, share in shown]

@@ -1,4 +1,4 @@
-"""The controller's part of the ledger, read off its own state machine: for a real group and a simulated one alike."""
+"""The controller's part of the ledger, read from its state machine; for real and simulated groups."""
 
 import logging
 import time
@@ -16,12 +16,12 @@ log = logging.getLogger(__name__)
 
 
 class GroupWatch:
-    """Call `saw` after every `handle` of the core; `account` is what to write.
+    """Call `saw` after every `handle` of the core; `account` returns the record to write.
 
     Args:
         group: its name in the store, e.g. "pretrain".
-        before: the account that an earlier controller left, which this one continues. If the group had ended, nothing
-            was asked for until now; its nodes are lost until they are heard of.
+        before: an earlier controller's account, which this one continues. If the group had ended, it asked for nothing
+            until now; its nodes count as lost until they report.
     """
 
     def __init__(self, group: str, core: StateMachine, now: float, before: GroupAccount | None = None) -> None:
@@ -61,7 +61,7 @@ class GroupWatch:
         return None
 
     def account(self, now: float) -> GroupAccount:
-        """Everything so far."""
+        """The account so far."""
         ended = self._core.phase in ENDED
         nodes, pauses = dict(self.nodes), tuple(self.pauses)
         spares = self._core.settings.spares
@@ -94,7 +94,7 @@ class GroupWatch:
 
 
 def watch_group(accounts: tuple[str, str, str] | None, core: StateMachine) -> GroupWatch:
-    """Of a real group, continuing what earlier controllers wrote; `accounts` is (store URL, run id, group)."""
+    """The watch of a real group, which continues earlier records; `accounts` is (store URL, run id, group)."""
     now = time.time()
     if accounts is None:
         return GroupWatch("group", core, now)

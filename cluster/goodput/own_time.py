@@ -1,9 +1,9 @@
-"""How long a rank computes in a step by itself, told from waiting for others: all ranks of a step take equally long.
+"""A rank's own computing time in a step, without waiting for others: the whole step is equally long on all ranks.
 
-A collective lets its thread sleep until the slowest rank is there, so what tells a slow rank is the kernel's account of
-the training thread: how long it ran, and how long it wanted to run and got no processor. While it fetches its data
-nobody else is waited for, so there sleeping counts too (a slow disk). A GPU computes beside the thread: there it is the
-time that passed less what the step itself measured of its waits.
+A collective lets its thread sleep until the slowest rank is there, so the kernel's account of the training thread shows
+a slow rank: how long it ran, and how long it wanted to run but got no processor. Fetching data waits for no other rank,
+so sleeping counts there too (a slow disk). A GPU computes beside the thread: with one, the own time is the time that
+passed less the waits that the step measured.
 """
 
 import os
@@ -17,8 +17,8 @@ class OwnTime:
     """Used by one thread: `begin`, `fetched` once the data is there, `end`.
 
     Args:
-        crowding: time without a processor counts as the rank's own.
-        beside: something beside the thread computes.
+        crowding: count time without a processor as the rank's own.
+        beside: a device computes beside the thread.
     """
 
     def __init__(self, crowding: bool = False, beside: bool = False) -> None:
@@ -34,7 +34,7 @@ class OwnTime:
         self._asleep = max(0.0, (wall - self._wall) - (cpu - self._cpu) - (starved - self._starved))
 
     def end(self, waited_s: float = 0.0) -> float:
-        """Seconds since `begin`, without those spent on waiting for others: `waited_s` as the step measured them."""
+        """Seconds since `begin` without waits for others; `waited_s`: those waits as the step measured them."""
         wall, cpu, starved = _now()
         if self._beside:
             return max(0.0, wall - self._wall - waited_s)

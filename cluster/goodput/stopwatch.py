@@ -1,8 +1,8 @@
-"""A rank's account of its own time, kept in memory that its node agent shares and that outlives the rank.
+"""A rank's account of its own time, in memory that it shares with its node agent and that outlives it.
 
-Who waits for whom: nobody. The rank's training thread writes; the node agent reads at any time, also when the rank has
-been killed in the middle of a write: two copies are written in turn, and the number that says which one counts comes
-last (one aligned 8-byte store).
+Nothing here waits. The rank's training thread writes; the node agent reads at any time, even if the rank was killed in
+the middle of a write: two copies are written in turn, and the number of the valid one is written last (one aligned
+8-byte store).
 """
 
 import struct
@@ -20,9 +20,9 @@ NONE = -1
 
 
 class Stopwatch:
-    """`enter("compute")` closes the bucket before it. A few microseconds each; used by one thread.
+    """`enter("compute")` closes the previous bucket. A call takes a few microseconds; for one thread.
 
-    Before the first `enter` and after `leave` time counts as unattributed, before the stopwatch was made as init.
+    Time before the stopwatch was made counts as init; before the first `enter` and after `leave`, as unattributed.
 
     Args:
         clock: seconds; the same for the node agent (CLOCK_MONOTONIC is shared by the processes of a machine).
@@ -50,7 +50,7 @@ class Stopwatch:
         self._write()
 
     def enter(self, bucket: str) -> None:
-        """From now on time belongs to `bucket`. ValueError for an unknown one."""
+        """Count time from now on in `bucket`. Raises ValueError for an unknown one."""
         index = _index(bucket)
         self._close()
         self._open = RECOMPUTED if self._recomputing and index == COMPUTE else index
@@ -58,13 +58,13 @@ class Stopwatch:
         self._write()
 
     def leave(self) -> None:
-        """From now on time is unattributed."""
+        """Count time from now on as unattributed."""
         self._close()
         self._open = NONE
         self._write()
 
     def begin_step(self, recomputing: bool = False) -> None:
-        """A step starts; `recomputing`: it had been committed before a fault undid it."""
+        """Start a step; `recomputing`: it was committed before a fault undid it."""
         self._close()
         self._recomputing = recomputing
         self._open = RECOMPUTED if recomputing else COMPUTE
@@ -72,14 +72,14 @@ class Stopwatch:
         self._write()
 
     def end_step(self) -> None:
-        """The step counts, whatever happens next."""
+        """Commit the step: its computing counts as useful."""
         self._close()
         self._at_step = self._seconds[COMPUTE]
         self._write()
 
     def step_lost(self) -> None:
-        """The step under way, if there is one, will not count: its computing will be done again. Time now goes to
-        detection: something is wrong, and nobody has said what."""
+        """Discard the step under way, if any: its computing is done again. Time from now on counts as detection,
+        because the fault is not known yet."""
         self.enter("detection")
         lost = self._seconds[COMPUTE] - self._at_step
         self._seconds[COMPUTE] -= lost
@@ -87,11 +87,11 @@ class Stopwatch:
         self._write()
 
     def fault_known(self, began: float, heard: float, waited: tuple[str, float, float] | None = None) -> None:
-        """Somebody has said what was wrong: from `began` to `heard` it was not known. Time now goes to re-forming.
+        """Book a fault that is now known: from `began` to `heard` as detection, from now on as re-forming.
 
         Args:
             waited: (bucket, start, end) of the wait that the fault ended, as it was booked: its part since `began` was
-                in vain. Computing in that time is computed again, so it stays where `step_lost` has put it.
+                in vain. Computing in that time is done again, so it stays in the bucket that `step_lost` chose.
         """
         self._close()
         if self._open == DETECTION:
@@ -103,7 +103,7 @@ class Stopwatch:
             self.reattribute(bucket, "re_forming", end - max(start, heard))
 
     def reattribute(self, source: str, target: str, seconds: float) -> None:
-        """Move measured seconds, e.g. what was waited for others within a step. Negative ones move nothing."""
+        """Move measured seconds, e.g. waits for others within a step. A negative number moves nothing."""
         self._close()
         origin, place = _index(source), _index(target)
         moved = max(0.0, min(seconds, self._seconds[origin]))
@@ -142,8 +142,8 @@ def read_account(
     An account that was never written is empty.
 
     Args:
-        died: the rank ended at `until`; if in the middle of a step, its computing is computed again by others.
-        still_since: it was stopped before that (or is now), which others had to find out.
+        died: the rank ended at `until`; if in the middle of a step, other ranks repeat its computing.
+        still_since: when the rank was stopped, if it was or is: the time since then is detection.
     """
     (written,) = WRITTEN.unpack_from(memory, 0)
     if written == 0:

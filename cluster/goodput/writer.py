@@ -1,4 +1,4 @@
-"""The controller's part of the goodput records, written now and then in a thread of its own."""
+"""Writes the controller's part of the goodput records at intervals, in a thread of its own."""
 
 import logging
 import time
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 class AccountWriter:
     """Args:
-    accounts: (store URL, run id, group), or None: nothing is written.
+    accounts: (store URL, run id, group); None: nothing is written.
     """
 
     def __init__(self, accounts: tuple[str, str, str] | None) -> None:
@@ -25,20 +25,20 @@ class AccountWriter:
         self._wrote_at = 0.0
 
     def write(self, watch: GroupWatch) -> None:
-        """Every `PERIOD_S`, unless the store is still busy with the last one."""
+        """Write every `PERIOD_S`, unless the store is still busy with the last record."""
         due = time.monotonic() - self._wrote_at > PERIOD_S
         if due and (self._writing is None or self._writing.done()):
             self._write(watch, ended=False)
 
     def close(self, watch: GroupWatch) -> None:
-        """The last one, with its end; returns when it is written."""
+        """Write the last record, with the group's end, and wait for it."""
         self._write(watch, ended=True)
         if self._writing is not None:
             self._writing.result()
         self._thread.shutdown()
 
     def leave(self) -> None:
-        """Another controller continues the account."""
+        """Stop writing: another controller continues the account."""
         self._thread.shutdown(wait=False)
 
     def _write(self, watch: GroupWatch, ended: bool) -> None:
@@ -53,7 +53,7 @@ class AccountWriter:
         def write() -> None:
             try:
                 write_group(open_store(url), run, account)
-            except StoreError as error:  # the next write says everything again
+            except StoreError as error:  # the next write has everything again
                 log.warning("goodput record not written: %s", error)
 
         self._writing = self._thread.submit(write)
