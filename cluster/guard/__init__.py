@@ -1,1 +1,1 @@
-"""What protects a training from bad hosts and bad steps: admission, proofs, stragglers, loss, corruption."""
+"""Protects training from bad hosts and bad steps: admission, proofs, stragglers, loss, corruption."""

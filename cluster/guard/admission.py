@@ -1,4 +1,4 @@
-"""Who may join: new workers are let in once they have measured what is asked, and it is good enough."""
+"""Admits new workers once they have made the requested measurements with good results."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from cluster.node.wire_speed import SinkAddress
 from cluster.policies.decision import Decision
 
 PATIENCE_S = 10.0
-"""How long a measurement that was asked for is waited for."""
+"""Longest wait for a requested measurement."""
 PEERS = 2
-"""So many nodes have to be out of a worker's reach before that is held against its own node."""
+"""A worker that cannot reach this many nodes has a bad node itself."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class AdmissionAnswer:
 
 @dataclass(frozen=True)
 class _Asked:
-    """After which measurement a worker was asked for the next one, when, and for the way to which nodes so far."""
+    """The last request to a worker: after which measurement, when, and for the way to which nodes so far."""
 
     number: int
     at: float
@@ -37,7 +37,7 @@ WAIT = AdmissionAnswer(Decision("wait", "it measures", "none"))
 
 
 class Admission:
-    """Of one group."""
+    """The admission of one group's workers."""
 
     def __init__(self, settings: ElasticSettings) -> None:
         self._fitness = Fitness(settings)
@@ -45,17 +45,17 @@ class Admission:
         self._asked: dict[str, _Asked] = {}
 
     def heard(self, node: str, sink: SinkAddress | None) -> None:
-        """A node takes bytes there."""
+        """A node reports the sink that takes its bytes."""
         if sink is not None:
             self._sinks[node] = sink
 
     def lose(self, node: str, workers: Iterable[str]) -> None:
-        """They are gone."""
+        """Forget a node and workers that are gone."""
         self._sinks.pop(node, None)
         self._fitness.forget(workers)
 
     def ask(self, worker: str, node: str, note: Mapping[str, Any] | None, now: float) -> AdmissionAnswer:
-        """A worker on standby, and what its beacon says that it measured; None: its kind measures nothing."""
+        """Judge a worker on standby by the measurements in its beacon; None: its kind measures nothing."""
         if note is None:
             return AdmissionAnswer(Decision("accept", f"{worker} measures nothing", "none"))
         asked = self._asked.get(worker, _Asked(0, now))

@@ -1,8 +1,8 @@
-"""Which new workers may join: what they measured of their machines, against the rest of the group.
+"""Which new workers may join: their machines' measurements against the rest of the group.
 
 A wrong answer is final. A slow one is not: a machine that many processes share is slow at times, so speed is judged
 only if the worker had its processor to itself, against the median of at least `FLEET` other nodes of the same kind,
-and after `ATTEMPTS` measurements, of which the best counts. What is no comparison is no reason.
+and after `ATTEMPTS` measurements, of which the best counts. Without such a comparison speed is no reason to refuse.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,11 +15,11 @@ from cluster.policies.quarantine import BurnIn, decide_burn_in
 FLEET = 2
 ATTEMPTS = 3
 CROWDED = 0.1
-"""Share of the time without a processor, above which nothing was measured but the crowd."""
+"""Share of time without a processor above which a measurement shows only that the machine is crowded."""
 
 
 class Fitness:
-    """Of one group's workers. Notes are those of beacons: {"attempt", "kind", "crowded", "answer_correct",
+    """Judges one group's workers. Notes are those of beacons: {"attempt", "kind", "crowded", "answer_correct",
     "memory_correct", "compute_rate", "bandwidths"}."""
 
     def __init__(self, settings: ElasticSettings) -> None:
@@ -27,7 +27,7 @@ class Fitness:
         self._best: dict[str, dict[str, BurnIn]] = {}
 
     def judge(self, worker: str, node: str, note: Mapping[str, Any]) -> Decision:
-        """accept, quarantine, or again: it should measure once more."""
+        """accept, quarantine, or again (the worker should measure once more)."""
         right = note["answer_correct"], note["memory_correct"]
         measured = BurnIn(node, *right, note["compute_rate"], note["bandwidths"])
         if not all(right):
@@ -43,18 +43,18 @@ class Fitness:
             return decision
         if note["attempt"] < ATTEMPTS:
             return Decision("again", decision.reason, decision.key)
-        del known[worker]  # no measure for others
+        del known[worker]  # not a reference for others
         return decision
 
     def forget(self, workers: Iterable[str]) -> None:
-        """They are gone."""
+        """Forget workers that are gone."""
         for known in self._best.values():
             for worker in workers:
                 known.pop(worker, None)
 
 
 def _best(one: BurnIn, other: BurnIn | None) -> BurnIn:
-    """Of two measurements of a worker."""
+    """The better of two measurements of a worker."""
     if other is None:
         return one
     names = one.bandwidths.keys() | other.bandwidths.keys()

@@ -1,6 +1,6 @@
-"""What the policies say of ranks that live and train: slow, wrong, or about to fail. Nothing here knows Ray.
+"""Applies the policies to ranks that train: slow, wrong, or about to fail. Nothing here knows Ray.
 
-Who waits for whom: nobody. The controller passes on what it hears, and does what comes back.
+Nothing here waits. The controller passes beats on, and carries out the findings.
 """
 
 import math
@@ -26,8 +26,8 @@ from cluster.policies.rollback import Rollback, SavedState, after_corruption
 
 @dataclass(frozen=True)
 class Finding:
-    """`said` is for people: (kind, facts), see actors.pretrain.lead; `event` for the core; `back`: training has gone
-    wrong after step `step`, and `guilty` workers are to be replaced."""
+    """`said`: (kind, facts) for people, see actors.pretrain.lead; `event`: for the core; `back`: the rollback, if
+    training went wrong after step `step`; the `guilty` workers are replaced then."""
 
     said: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     event: m.Event | None = None
@@ -37,7 +37,7 @@ class Finding:
 
 
 class Guard:
-    """Of one group.
+    """The guard of one group.
 
     Args:
         saved: the states that can be loaded now.
@@ -58,25 +58,25 @@ class Guard:
         self._verified_at = 0.0
 
     def begin(self, now: float) -> None:
-        """A generation runs."""
+        """A generation has started to run."""
         self._stragglers.begin()
         self._proofs.begin(sum(map(len, self._core.blocks)))
         self._verified_at = now
 
     def saw(self, beat: Beat, now: float) -> Iterator[Finding]:
-        """One node's word."""
+        """Judge one node's beat."""
         self.admission.heard(beat.node, beat.sink)
         yield from self._foresee(beat.node, beat.health, now)
         yield from self._watch(beat.sights, now)
 
     def lose_node(self, node: str, workers: Iterable[str]) -> None:
-        """It is gone."""
+        """Forget a lost node and its workers."""
         self.admission.lose(node, workers)
         self._trends.pop(node, None)
         self._readings.pop(node, None)
 
     def _foresee(self, node: str, reading: Reading, now: float) -> Iterator[Finding]:
-        """A node that looks like failing leaves before it does: as soon as there is a replacement."""
+        """Let a node that is likely to fail leave before it does, as soon as there is a replacement."""
         if self._readings.get(node, 0) == reading.number:
             return
         self._readings[node] = reading.number
@@ -102,13 +102,13 @@ class Guard:
                     self._proofs.heard(record.rank, proof)
         for step, verdict, told in self._proofs.judged():
             yield self._verified(step, verdict, told, now)
-            if core.phase not in ("running", "stopping"):  # what came after a wrong step is wrong too
+            if core.phase not in ("running", "stopping"):  # steps after a wrong one are wrong too
                 return
         if core.phase == "running":
             yield from map(_slow, self._stragglers.judge(core))
 
     def _verified(self, step: int, verdict: Verdict, told: Mapping[int, Proof], now: float) -> Finding:
-        """Digests of all ranks are there: the state after `step` steps is right, or training goes back."""
+        """All ranks' digests are there: the state after `step` steps is right, or training goes back."""
         since, self._verified_at = now - self._verified_at, now
         history = self._journal.history
         if verdict.decision.action == "go-on":
@@ -129,7 +129,7 @@ class Guard:
         return Finding(said=(("detected", facts),), back=back, step=step - 1, guilty=guilty)
 
     def _named_later(self, step: int, told: Mapping[int, Proof]) -> Finding:
-        """The state after `step` steps is right. If ranks had disagreed about it, the one that was wrong then goes."""
+        """The state after `step` steps is right. If ranks disagreed about it before, evict the one that was wrong."""
         verified = "verified", {"step": step, "ranks": len(told)}
         corruptions = self._journal.history.corruptions
         last = corruptions[-1] if corruptions else {}
@@ -151,7 +151,7 @@ class Guard:
 
 
 def _words(proof: Proof) -> list[Any]:
-    """What must be the same when a step is computed again."""
+    """The parts of a proof that must be the same when a step is computed again."""
     return [dict(proof.state), proof.replay, proof.kind]
 
 

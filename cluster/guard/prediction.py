@@ -1,10 +1,10 @@
-"""How likely a node is to fail soon, from the trends of its health signals. Pure: readings in, a risk out.
+"""How likely a node is to fail soon, from the trends of its health signals. Pure: readings in, risk out.
 
-A steady rate of corrected errors is a node's character, an accelerating one is a sign: every counter is judged against
-the node's own past, as a surprise. With k events in the last `recent_s` where the past rate promises mu, a Poisson
+A steady rate of corrected errors is normal for a node, an accelerating one is a sign: every counter is judged against
+the node's own past, as a surprise. With k events in the last `recent_s` if the past rate predicts mu, a Poisson
 variable reaches k with probability at most exp(-(k ln(k / mu) - k + mu)) (Chernoff); its exponent, the surprise in
-nats, beyond a threshold that allows for how bursty the signal is, is evidence. A temperature is judged by where its
-trend leads within `horizon_s`, and by the peaks that the node has had before. Until a node has a past as long as the
+nats, beyond a threshold that allows for how bursty the signal is, is evidence. A temperature is judged by the value
+that its trend reaches within `horizon_s`, and by the node's earlier peaks. Until a node has a past as long as the
 recent window, only events that should never happen (`always`) count. Signs combine as independent ones:
 1 - product of (1 - p).
 """
@@ -44,15 +44,15 @@ SIGNS = {
     "oom_kills": Sign(0.3, 5.0, 2),
     "retransmits": Sign(0.3, 500.0, 200),
 }
-"""Retransmissions come from neighbours too: alone they never drain a node."""
+"""Neighbours cause retransmissions too, so they never drain a node on their own."""
 LIMITS_C = {"temperature_c": 95.0, "gpu_temperature_c": 90.0}
-"""Temperatures that hardware does not run at for long."""
+"""Temperatures that hardware does not survive for long."""
 RISING_C = 4.0
-"""This far above the highest temperature of a node's past is half a sign."""
+"""A temperature this far above the node's highest one so far is half a sign."""
 LEAST_EVENTS_PER_S = 0.1 / 3600
-"""The past rate of a counter that has never moved."""
+"""The assumed past rate of a counter that has never moved."""
 DAY_S = 24 * 3600.0
-"""Before a node's day is known, a rising temperature says nothing unless it leads to the limit."""
+"""Until a node's daily range is known, a rising temperature counts only if it leads to the limit."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class NodeTrend:
     """One node's signals over time. Costs as much as the samples of the recent window.
 
     Args:
-        recent_s: what counts as now. horizon_s: how far ahead a temperature's trend is followed.
-        past_s: memory of the node's character (the past rates' time constant).
+        recent_s: the length of the recent window. horizon_s: how far ahead a temperature's trend is followed.
+        past_s: time constant of the past rates.
     """
 
     def __init__(self, recent_s: float = 1800.0, horizon_s: float = 1800.0, past_s: float = 12 * 3600.0) -> None:
@@ -79,7 +79,7 @@ class NodeTrend:
         self._past: float = 0.0
 
     def observe(self, now: float, signals: Mapping[str, float]) -> None:
-        """A reading. A counter that fell (a reboot) starts anew."""
+        """Take a reading. A counter that fell (a reboot) starts anew."""
         if self._recent and any(
             signals.get(name, 0.0) < value for name, value in self._recent[-1][1].items() if name not in GAUGES
         ):
@@ -90,7 +90,7 @@ class NodeTrend:
             self._remember(left, then)
 
     def risk(self) -> Risk:
-        """As of the last reading; 0 before there is a window of them."""
+        """The risk as of the last reading; 0 until the readings fill a window."""
         if len(self._recent) < 2:
             return Risk(0.0, "")
         (began, first), (now, last) = self._recent[0], self._recent[-1]
@@ -105,7 +105,7 @@ class NodeTrend:
         return Risk(1 - survive, ", ".join(text for _, text in found))
 
     def _remember(self, left: tuple[float, Mapping[str, float]], then: tuple[float, Mapping[str, float]]) -> None:
-        """What leaves the window belongs to the past: exponential averages of rates and temperatures."""
+        """Add samples that leave the window to the past: exponential averages of rates and temperatures."""
         passed = then[0] - left[0]
         if passed <= 0:
             return

@@ -1,8 +1,8 @@
-"""What a rank says of a step that is verified, so that wrong memory and wrong computing can be told.
+"""A rank's proof of a verified step, by which wrong memory and wrong computing are found.
 
-`state` are digests of its part of the state after the step, by the place in the mesh that it holds: ranks with the same
-place hold the same bits. `replay` is the digest of what all replicas computed from that state and the same sample:
-ranks at the same place of their blocks compute the same bits. Both hold among machines of one `kind` only.
+`state`: digests of its part of the state after the step, by its place in the mesh; ranks with the same place hold the
+same bits. `replay`: the digest of the result that all replicas compute from that state and the same sample; ranks at
+the same place of their blocks compute the same bits. Both hold only among machines of one `kind`.
 """
 
 from collections import defaultdict
@@ -33,7 +33,7 @@ class Proof:
 
 
 class Proofs:
-    """Of one generation's ranks.
+    """The proofs of one generation's ranks.
 
     Args:
         settings: ranks are numbered block by block.
@@ -46,7 +46,7 @@ class Proofs:
         self._judged = -1
 
     def begin(self, world_size: int) -> None:
-        """A generation of so many ranks runs."""
+        """A generation of `world_size` ranks has started to run."""
         self._world_size, self._judged = world_size, -1
         self._steps.clear()
 
@@ -55,7 +55,7 @@ class Proofs:
             self._steps[proof.step][rank] = proof
 
     def judged(self) -> Iterator[tuple[int, Verdict, Mapping[int, Proof]]]:
-        """Steps that all ranks have told of, in order, each once, and what that says."""
+        """(step, verdict, proofs) of steps that all ranks have reported, in order, each once."""
         for step in sorted(self._steps):
             told = self._steps.get(step, {})
             if self._world_size and len(told) == self._world_size:
@@ -66,7 +66,7 @@ class Proofs:
 
 
 def judge(step: int, told: Mapping[int, Proof], settings: ElasticSettings) -> Verdict:
-    """What the proofs of all ranks say together."""
+    """The verdict on the proofs of all ranks."""
     return judge_digests(step, list(groups(told, settings.block)))
 
 

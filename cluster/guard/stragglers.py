@@ -1,4 +1,4 @@
-"""Windows of the ranks' own computing times, from their beacons, and what follows from them."""
+"""Finds slow ranks from windows of their own computing times, which come from their beacons."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from cluster.policies.straggler import SlowRank, decide_straggler, slow_ranks
 
 @dataclass(frozen=True)
 class Straggler:
-    """A slow worker and what to do about it; `unfit`: its node is taken out of use with it."""
+    """A slow worker and the decision about it; `unfit`: its node is taken out of use too."""
 
     worker: str
     slow: SlowRank
@@ -21,7 +21,7 @@ class Straggler:
 
 
 class StragglerWatch:
-    """Of one group. A beat may tell of several steps at once: each then counts with their mean."""
+    """The watch of one group. A beat may report several steps at once: each then counts with their mean."""
 
     def __init__(self, settings: ElasticSettings) -> None:
         self._settings = settings
@@ -31,13 +31,13 @@ class StragglerWatch:
         self._said: set[tuple[str, str, str]] = set()
 
     def begin(self) -> None:
-        """A generation runs: ranks are others now."""
+        """A generation has started: its ranks are new."""
         self._last.clear()
         self._times.clear()
         self._streaks.clear()
 
     def saw(self, rank: int, step: int, own_s: float) -> None:
-        """A rank has computed so long by itself in this generation, up to this step."""
+        """A rank has computed for `own_s` seconds by itself in this generation, up to `step`."""
         last_step, last_s = self._last.setdefault(rank, (step, own_s))
         if step > last_step:
             steps = step - last_step
@@ -45,8 +45,8 @@ class StragglerWatch:
             self._last[rank] = (step, own_s)
 
     def judge(self, core: StateMachine) -> Iterator[Straggler]:
-        """At the end of a window: the slow ranks of every pipeline stage, whose work is the same; each decision about a
-        worker is told once."""
+        """At the end of a window: the slow ranks of every pipeline stage, compared within it because a stage has equal
+        work. Each decision about a worker is reported once."""
         settings, members = self._settings, core.members
         if len(self._times) < len(members) or min(map(len, self._times.values())) < settings.straggler_window:
             return
@@ -73,9 +73,9 @@ class StragglerWatch:
 
 
 def _affordable(core: StateMachine, slow: SlowRank, alone: str | None, node: str) -> bool:
-    """Whether a spare is ready for every rank that would go, or the slowness of all costs more than the blocks would.
+    """Whether a spare is ready for every evicted rank, or the slowness costs all ranks more than the lost blocks.
 
-    alone: the only one to go; None: all that are on `node`.
+    alone: the only worker to evict; None: all on `node`.
     """
     roster, settings = core.roster, core.settings
     going = {alone} if alone is not None else roster.on([node])

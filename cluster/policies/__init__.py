@@ -1,1 +1,1 @@
-"""Decisions after a loss, as pure functions: shrink, take a spare, wait, stop."""
+"""Decisions about a group, as pure functions: after losses and hangs, on scaling, nodes, snapshots, rollbacks."""

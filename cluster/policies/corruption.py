@@ -1,11 +1,11 @@
-"""Silent corruption: who computes wrongly, found by comparing ranks that must agree, and by replay.
+"""Silent corruption: finds ranks that compute wrongly, by comparing ranks that must agree, and by replay.
 
 1. Ranks that hold the same shard of the state after step k must hold the same bits: their digests are compared.
 2. Ranks that share nothing are checked by replay: all of them compute a sampled micro-batch of one of theirs.
-Two that disagree are told apart by a third that computes the same; the minority is guilty. Without a majority nobody is
-named, all go back to the last verified state, and the same step is computed again: a rank that said at first what all
-say then was right (`in_hindsight`). Rolling back is up to `cluster.policies.rollback.after_corruption`, taking the
-guilty node out to the controller (`RollBack.guilty`).
+If two disagree, a third one that computes the same decides; the minority is guilty. Without a majority no rank is
+named, all go back to the last verified state, and the same step is computed again: a rank whose first
+result equals the second one of all was right (`in_hindsight`). `cluster.policies.rollback.after_corruption` decides the
+rollback, the controller takes out the guilty node (`RollBack.guilty`).
 """
 
 import random
@@ -19,7 +19,7 @@ from cluster.policies.decision import Decision, key
 
 @dataclass(frozen=True)
 class Verdict:
-    """`decision.action`: go-on, arbitrate (`undecided` must be told apart by another rank's replay) or roll-back.
+    """`decision.action`: go-on, arbitrate (another rank's replay must decide between the `undecided`) or roll-back.
 
     Example: digests {0: "a", 4: "b", 8: "a"} of one shard: roll-back, guilty (4,).
     """
@@ -36,8 +36,8 @@ def is_due(step: int, settings: ElasticSettings) -> bool:
 
 
 def replica_to_check(step: int, replicas: int) -> int | None:
-    """Whose micro-batch all replicas compute again at `step`: the same on every rank, without a word between them;
-    every replica's turn comes. None: there is nobody to compare with."""
+    """The replica whose micro-batch all replicas compute again at `step`: the same on every rank without communication,
+    and each replica in turn. None: there is no other replica to compare with."""
     return random.Random(f"replay 0 {step}").randrange(replicas) if replicas > 1 else None
 
 
@@ -66,9 +66,9 @@ def judge_digests(step: int, groups: Sequence[Mapping[int, str]]) -> Verdict:
 
 
 def in_hindsight(first: Mapping[int, object], again: Mapping[int, object]) -> tuple[int, ...]:
-    """Ranks of a disagreement without a majority that were wrong: {rank: what it said} `first`, and what all said of
-    the same step, computed `again` from a verified state, when they agreed. Nobody if none had said that then: what
-    one had got wrong was in the others' state too, or this platform does not compute the same bits twice.
+    """The wrong ranks of a disagreement without a majority: {rank: result} at `first`, and the agreed results of the
+    same step, computed `again` from a verified state. Empty if no first result equals the agreed one: the error had
+    spread to the others' state, or this platform does not compute the same bits twice.
     """
     if not first.keys() <= again.keys():
         return ()

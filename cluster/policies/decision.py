@@ -1,11 +1,11 @@
-"""What a policy answers. Policies are pure functions (state, events, resources) -> decision; no ray, torch or clock."""
+"""A policy's answer. Policies are pure functions (state, events, resources) -> decision; no ray, torch or clock."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Decision:
-    """`action` is one word for the machine, `reason` a sentence for people, `key` the setting that a user would change.
+    """`action`: one word for the code; `reason`: a sentence for people; `key`: the setting that a user would change.
 
     Example: Decision("shrink", "1 worker of block 2 lost (n3 died), no spare: 3 of 4 blocks go on", "elastic.spares")
     """

@@ -20,16 +20,16 @@ class DrainView:
     pause_s: float
     """Measured seconds of the last re-forming; 0 if there was none."""
     covered: bool
-    """Ready spares can take every place on the node (or nobody sits there)."""
+    """Whether ready spares can take every place on the node (or it has no ranks)."""
 
 
 def leave_by(view: DrainView, settings: ElasticSettings) -> float:
-    """The last moment to ask for a step boundary: the step under way and one more, a pause and the margin fit in."""
+    """The last moment to ask for a step boundary: the present step, one more, a pause and the margin still fit."""
     return view.deadline - settings.drain_margin_s - 2 * view.step_s - view.pause_s
 
 
 def decide_drain(view: DrainView, settings: ElasticSettings) -> Decision:
-    """leave-at-boundary, hold (for a replacement that warms up, until `leave_by`) or leave-now (no boundary fits)."""
+    """leave-at-boundary, hold (until `leave_by`, for a replacement that warms up) or leave-now (no boundary fits)."""
     left = view.deadline - view.now
     notice = f"{view.node} may go at any time" if math.isinf(left) else f"{view.node} goes in {left:.1f} s"
     if left < view.step_s + settings.drain_margin_s:

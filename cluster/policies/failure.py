@@ -1,4 +1,4 @@
-"""What to do after a failure: of ranks, of the whole group, of the controller, of a group that cannot shrink."""
+"""Decisions after a failure: of ranks, of the whole group, of the controller, of a group that cannot shrink."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from cluster.policies.decision import Decision, key
 
 @dataclass(frozen=True)
 class FailureView:
-    """What is left after a failure, in whole blocks.
+    """The state after a failure, in whole blocks.
 
     Example: rank 5 of four tp2 blocks died, no spare: FailureView("worker w5 died", 1, 1, 4, 3, 0, "memory").
     """
@@ -17,19 +17,19 @@ class FailureView:
     lost: int
     """Ranks lost."""
     damaged: int
-    """Blocks that they were part of."""
+    """Blocks that the lost ranks were part of."""
     before: int
     """Blocks of the generation that failed."""
     after: int
-    """Whole blocks that survivors and ready spares make now."""
+    """Whole blocks that survivors and ready spares can form now."""
     faults_without_progress: int
     """Faults since the last new committed step, this one included."""
     restore: str
-    """Where the state comes from: "memory", "storage", "start" (no step was ever saved) or "nowhere"."""
+    """Source of the state: "memory", "storage", "start" (no step was ever saved) or "nowhere"."""
 
 
 def decide_failure(view: FailureView, settings: ElasticSettings) -> Decision:
-    """replace (full strength, spares fill the holes), shrink, wait (too few for `min_workers`) or fail."""
+    """replace (spares fill all holes), shrink, wait (too few for `min_workers`) or fail."""
     scope = _scope(view)
     if view.faults_without_progress > settings.max_faults_without_progress:
         text = f"{scope}: fault {view.faults_without_progress} without a new committed step"
@@ -60,7 +60,7 @@ def _scope(view: FailureView) -> str:
 
 @dataclass(frozen=True)
 class AdoptionView:
-    """What a restarted controller finds: the newest generation, its size, how many of its ranks answered as joined."""
+    """The group as a restarted controller finds it: newest generation, its size, the number of its joined ranks."""
 
     generation: int
     world_size: int
@@ -70,7 +70,7 @@ class AdoptionView:
 
 
 def decide_adoption(view: AdoptionView, settings: ElasticSettings) -> Decision:
-    """adopt (training continues untouched), re-form (some are missing) or start (nobody is there)."""
+    """adopt (training continues untouched), re-form (some are missing) or start (there are no ranks)."""
     if view.present == 0:
         return Decision("start", "controller restarted: no living worker of this run", key("adopt_timeout_s"))
     found = f"controller restarted: {view.present} of {view.world_size} ranks of generation {view.generation} answered"

@@ -1,5 +1,5 @@
-"""Hangs, judged by progress, and which ranks to suspect, from beacons alone: in training against the run's own step
-time, on the way into a generation against a limit of its own."""
+"""Hangs and their suspects, judged by progress in the beacons alone: in training against the run's own step time, while
+joining a generation against a limit of its own."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from cluster.config import ElasticSettings
 from cluster.policies.decision import Decision, key
 
 WAITING_PHASES = frozenset({"collective", "barrier", "wait"})
-"""Phases in which a rank waits for others: it is a victim, not a culprit."""
+"""Phases in which a rank waits for others: victims, not culprits."""
 MEETING_PHASES = frozenset({"form", "wait"})
-"""The same on the way into a generation."""
+"""The same while joining a generation."""
 ELSEWHERE = "fetch"
-"""There it waits for a file or another node's memory, with deadlines of its own."""
+"""The joining phase that waits for storage or another node's memory, which has deadlines of its own."""
 
 
 @dataclass(frozen=True)
 class RankProgress:
-    """What one rank last wrote into shared memory, as its node agent reads it.
+    """A rank's last record in shared memory, as its node agent reads it.
 
     Example: rank 3 computes in step 120 after 411 collectives: RankProgress(3, 120, "compute", 411, 5000.2, 5003.1).
     """
@@ -30,14 +30,14 @@ class RankProgress:
     collectives: int
     """Collectives that this rank has entered in this generation."""
     entered_at: float
-    """When it entered `phase`, in seconds of the agent's clock."""
+    """When it entered `phase`, by the agent's clock in seconds."""
     pulse_at: float
-    """When the agent last saw the pulse change, which a thread of the process moves: it stands still in a stopped or
-    GIL-locked process."""
+    """When the agent last saw the pulse change. A thread of the process moves it: it stops in a stopped or GIL-locked
+    process."""
 
 
 def stall_limit_s(step_times: Iterable[float], settings: ElasticSettings) -> float:
-    """Seconds without progress that count as a hang, from the run's recent step times (none yet: the first step)."""
+    """Seconds without progress that count as a hang, from the run's recent step times; if empty, for the first step."""
     times = list(step_times)
     if not times:
         return settings.first_step_grace_s
@@ -45,7 +45,7 @@ def stall_limit_s(step_times: Iterable[float], settings: ElasticSettings) -> flo
 
 
 def decide_hang(stalled_s: float, step_times: Iterable[float], settings: ElasticSettings) -> Decision:
-    """hang or wait. `stalled_s`: since any rank last entered a new step or collective."""
+    """hang or wait. `stalled_s`: seconds since any rank last entered a new step or collective."""
     times = list(step_times)
     limit = stall_limit_s(times, settings)
     usual = "hang_floor_s" if limit == settings.hang_floor_s else "hang_factor"
@@ -57,22 +57,22 @@ def decide_hang(stalled_s: float, step_times: Iterable[float], settings: Elastic
 
 @dataclass(frozen=True)
 class Suspects:
-    """Ranks that hold the others up, and the sign that gave them away. No ranks: the fabric, not a process."""
+    """Ranks that hold up the others, and the sign of it. No ranks: the fabric is at fault, not a process."""
 
     ranks: tuple[int, ...]
     sign: str
 
 
 def stopped(ranks: Iterable[RankProgress], now: float, settings: ElasticSettings) -> tuple[int, ...]:
-    """Ranks whose process stands still, known before anything else stalls."""
+    """Ranks whose process stands still; known before anything else stalls."""
     return tuple(sorted(one.rank for one in ranks if now - one.pulse_at > settings.pulse_timeout_s))
 
 
 def suspects(ranks: Iterable[RankProgress], now: float, settings: ElasticSettings) -> Suspects:
-    """Whom to blame for a hang, the strongest sign first.
+    """The ranks to blame for a hang, by the strongest sign that there is.
 
     1. Its pulse stands still. 2. It is outside a collective while others wait in one. 3. It has entered fewer
-    collectives than the others (a deadlock by mismatched order). 4. Everyone waits in the same one: the fabric.
+    collectives than the others (a deadlock by mismatched order). 4. All wait in the same one: the fabric is at fault.
     """
     ranks = list(ranks)
     still = stopped(ranks, now, settings)
@@ -90,25 +90,25 @@ def suspects(ranks: Iterable[RankProgress], now: float, settings: ElasticSetting
 
 @dataclass(frozen=True)
 class Joining:
-    """How far a rank is on its way into a generation.
+    """A rank's progress in joining a generation.
 
-    Example: rank 2, after 4 stages, builds its network, and got on with that 3.5 s ago: Joining(2, 4, "build", 3.5).
+    Example: rank 2, after 4 stages, builds its network; its last progress was 3.5 s ago: Joining(2, 4, "build", 3.5).
     """
 
     rank: int
     stage: float
-    """Stages so far, which are the same on all ranks; infinite for one that has joined, -1 for one not yet heard of."""
+    """Stages so far, which are the same on all ranks; infinite if it has joined, -1 if it has not reported yet."""
     phase: str = "join"
     still_s: float = 0.0
-    """Since its last sign of progress, without the time in which it had no processor."""
+    """Seconds since its last sign of progress, without the time in which it had no processor."""
 
 
 def decide_join(ranks: Iterable[Joining], settings: ElasticSettings) -> tuple[Decision, Suspects]:
-    """hang (with whom to blame) or wait.
+    """hang (with the ranks to blame) or wait.
 
-    Blamed is who gets on with nothing in work of its own, or has not come out of a meeting that all the others have
-    left: while at least one waits for it, and no more than half of the ranks are like that (what holds up most of them
-    is nothing of theirs). All else is left to `join_timeout_s`: a rank that then does not leave is killed.
+    A rank is to blame if it makes no progress in its own work, or is still in a meeting that all others have left. This
+    holds only if at least one rank waits for it, and at most half of the ranks are so (otherwise the cause is not in
+    the ranks). All else is left to `join_timeout_s`: ranks that do not leave after that are killed.
     """
     ranks, limit = list(ranks), settings.join_stall_s
     still = [rank for rank in ranks if rank.still_s > limit]

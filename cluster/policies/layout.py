@@ -1,4 +1,4 @@
-"""Which worker sits where: whole model-parallel blocks out of survivors and spares. The smallest change wins."""
+"""Places of workers: whole model-parallel blocks from survivors and spares, with the smallest change."""
 
 from collections.abc import Collection, Iterable, Mapping
 from heapq import heapify, heappop, heappush
@@ -15,14 +15,14 @@ def mend(
     block_size: int,
     most: int,
 ) -> tuple[Block, ...]:
-    """The whole blocks that can be made now, at most `most`.
+    """The whole blocks that can be formed now, at most `most`.
 
     1. Untouched blocks stay as they are, in their order. 2. Damaged blocks are filled from `pool`, those with the
-    fewest holes first; a hole prefers a worker of the node that it is on, then of the block's nodes. 3. Blocks that
-    cannot be filled are dissolved, and their survivors with the rest of the pool make new blocks, node by node.
+    fewest holes first; a hole prefers a worker of its own node, then of the block's nodes. 3. Blocks that
+    cannot be filled are dissolved; their survivors and the rest of the pool form new blocks, node by node.
 
     Args:
-        blocks: of the last generation. gone: workers that may not be used (dead, leaving).
+        blocks: of the last generation. gone: workers that must not be used (dead, leaving).
         pool: usable workers outside `blocks`. node_of: worker -> node.
     """
     gone, pool = set(gone), set(pool)

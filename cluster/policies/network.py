@@ -1,7 +1,7 @@
-"""Machines that have no way to each other: which of them to do without, and for how long.
+"""Machines that cannot reach each other: which of them stand aside, and for how long.
 
-Nobody is to blame: a network that cannot form a group says nothing of a node. Who stands aside stays warm, and is tried
-again later.
+No node is blamed: a network that cannot form a group says nothing about a node. A node that stands aside keeps its
+workers warm, and is tried again later.
 """
 
 from collections import Counter
@@ -10,13 +10,13 @@ from collections.abc import Collection, Sequence
 from cluster.config import ElasticSettings
 
 LONGEST_S = 1800.0
-"""Trying again stops everybody for some seconds: that seldom it costs next to nothing."""
+"""Longest time aside: another try stops all ranks for some seconds, which hardly matters this rarely."""
 
 
 def stand_aside(ways: Collection[tuple[str, str]], nodes: Sequence[str]) -> tuple[str, ...]:
-    """Nodes without which all others reach each other: one after the other that with the most broken `ways` (from node,
-    to node); of several the last of `nodes`, which are in the order of their ranks. A way from a node to itself is one
-    to where all meet.
+    """Nodes without which all others reach each other. Again and again the node with the most broken `ways` (from node,
+    to node) is left out; of several the last in `nodes`, which are in the order of their ranks. A way from a node to
+    itself stands for the way to the meeting point of all.
 
     Example: b reaches neither a nor c: stand_aside([("b", "a"), ("c", "b")], "abc") is ("b",).
     """

@@ -1,4 +1,4 @@
-"""Which nodes may be used: the verdict on a burn-in, on a history of faults, on a predicted one."""
+"""Which nodes may be used: verdicts on a burn-in, on a history of faults, on a predicted fault."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from cluster.policies.decision import Decision, key
 
 @dataclass(frozen=True)
 class BurnIn:
-    """What a worker measured before it may join. Rates in any unit, the same on all nodes.
+    """A worker's measurements before it may join. Rates in any unit, the same on all nodes.
 
     Example: BurnIn("n7", True, True, 310.0, {"memory": 11.2, "loopback": 3.4, "peer": 1.1}).
     """
 
     node: str
     answer_correct: bool
-    """A fixed computation gave its known bits."""
+    """Whether a fixed computation gave its known bits."""
     memory_correct: bool
-    """Written patterns came back."""
+    """Whether written patterns could be read back."""
     compute_rate: float
     bandwidths: Mapping[str, float]
 
 
 def decide_burn_in(result: BurnIn, fleet: Sequence[BurnIn], settings: ElasticSettings) -> Decision:
-    """accept or quarantine. `fleet`: burn-ins of other nodes of the same kind; none: only right or wrong is judged."""
+    """accept or quarantine. `fleet`: burn-ins of other nodes of the same kind; if empty, only correctness is judged."""
     if not result.answer_correct:
         return Decision("quarantine", f"{result.node}: a computation with a known answer came out wrong", "none")
     if not result.memory_correct:
@@ -53,6 +53,6 @@ def decide_history(node: str, fault_times: Sequence[float], now: float, settings
 
 
 def decide_prediction(node: str, risk: float, signs: str, settings: ElasticSettings) -> Decision:
-    """drain or watch a node whose health trends say that it may fail (`risk` from cluster.guard.prediction, 0 to 1)."""
+    """drain or watch a node that may fail by its health trends (`risk` from cluster.guard.prediction, 0 to 1)."""
     text = f"{node}: predicted risk {risk:.2f} ({signs or 'no sign'})"
     return Decision("drain" if risk >= settings.predicted_risk else "watch", text, key("predicted_risk"))

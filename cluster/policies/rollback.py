@@ -1,4 +1,4 @@
-"""NaN, Inf, loss spikes and corruption: how far back, and which data to leave out.
+"""NaN, Inf, loss spikes and corruption: how far to go back, and which data to leave out.
 
 The batch of step k is number k + skipped_before(k) of the data order (data position is a function of the step). A
 rollback to step s that drops the batches of steps s to b - 1 adds their window to the list.
@@ -14,14 +14,14 @@ from cluster.config import ElasticSettings
 from cluster.policies.decision import Decision, key
 
 MAD_TO_SIGMA = 1.4826
-"""A normal distribution's standard deviation over its median absolute deviation."""
+"""The ratio of a normal distribution's standard deviation to its median absolute deviation."""
 LOOKED_BACK = 32
-"""Steps that may follow before the group's controller says that it goes back."""
+"""Steps that ranks may still take before the group's controller rolls them back."""
 
 
 @dataclass(frozen=True)
 class DataWindow:
-    """Batches `first` to `last`, both included, counted in the data order, that training leaves out."""
+    """Batches that training leaves out: `first` to `last`, both included, by their numbers in the data order."""
 
     first: int
     last: int
@@ -29,7 +29,7 @@ class DataWindow:
 
 @dataclass(frozen=True)
 class SavedState:
-    """A state before step `step` that can be loaded; `verified`: its digests agreed across replicas."""
+    """A loadable state from before step `step`; `verified`: its digests agreed across replicas."""
 
     step: int
     verified: bool = True
@@ -59,7 +59,7 @@ def spike_score(losses: Sequence[float], window: int) -> float:
 
 
 def judged_loss(row: Mapping[str, Any]) -> float:
-    """Of a step's outcome: NaN if the update was not applied, because the gradient was not finite."""
+    """The loss in a step's outcome; NaN if the update was not applied because the gradient was not finite."""
     return float(row["loss"]) if row["committed"] else math.nan
 
 
@@ -71,7 +71,7 @@ def judge_step(
     rollbacks: int,
     settings: ElasticSettings,
 ) -> Rollback:
-    """What to do after step `step` (0-based) whose loss is `losses[-1]`; NaN stands for a non-finite gradient too.
+    """The decision after step `step` (0-based), whose loss is `losses[-1]`; NaN also stands for a non-finite gradient.
 
     Args:
         losses: of the steps up to `step`, oldest first, without those that a rollback undid.
@@ -94,8 +94,8 @@ def judge_step(
 
 @dataclass(frozen=True)
 class Doubt:
-    """Steps from `first` on may have to be undone, as those up to `last` make believe: the state before them has to
-    stay. `sure`: they will be."""
+    """Steps from `first` on may have to be undone, judged by those up to `last`: the state before them must stay.
+    `sure`: they will be undone."""
 
     first: int
     last: int
@@ -103,7 +103,7 @@ class Doubt:
 
 
 def doubt_of(losses: Sequence[float], step: int, settings: ElasticSettings) -> Doubt | None:
-    """What may follow of `judge_step` for the steps up to `step`, now or after more of them; None: nothing."""
+    """The rollback that `judge_step` may ask for after `step` or a few more steps; None: none."""
     if not losses:
         return None
     if not math.isfinite(losses[-1]):
@@ -116,8 +116,8 @@ def doubt_of(losses: Sequence[float], step: int, settings: ElasticSettings) -> D
 
 
 def sure_doubt(losses: Sequence[float], step: int, settings: ElasticSettings) -> Doubt | None:
-    """The first of the last `LOOKED_BACK` steps up to `step` after which training had to go back, and has not yet: what
-    was undone is no longer among `losses`."""
+    """The first sure doubt within the last `LOOKED_BACK` steps up to `step`: training had to go back and has not yet,
+    because losses of undone steps are no longer among `losses`."""
     for later in range(min(LOOKED_BACK, len(losses)) - 1, -1, -1):
         doubt = doubt_of(losses[: len(losses) - later], step - later, settings)
         if doubt is not None and doubt.sure:
@@ -154,7 +154,7 @@ def leave_out(skipped: Sequence[DataWindow], window: DataWindow) -> tuple[DataWi
 
 
 def batch_of(step: int, skipped: Sequence[DataWindow]) -> int:
-    """Number in the data order of the batch that step `step` takes: the step-th one outside the (disjoint) windows."""
+    """The number in the data order of the batch of step `step`: the step-th one outside the (disjoint) windows."""
     batch = step
     for window in sorted(skipped, key=lambda window: window.first):
         if window.first <= batch:

@@ -1,4 +1,4 @@
-"""How many workers to want, and when to grow. Shrinking is no choice: it follows from cluster.policies.failure."""
+"""How many workers to order, and when to grow. When to shrink follows from cluster.policies.failure."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from cluster.policies.decision import Decision, key
 
 
 def workers_to_order(alive: int, ordered: int, settings: ElasticSettings) -> int:
-    """Workers to spawn so that the full group and its spares are there; `ordered` ones are on their way already."""
+    """Workers to spawn for the full group and its spares; `ordered` ones are starting already."""
     return max(0, settings.max_workers + settings.spares - alive - ordered)
 
 
@@ -19,16 +19,16 @@ class GrowthView:
     reachable: int
     """Blocks after growing now, at most `max_blocks`."""
     pause_s: float
-    """What the last re-forming cost every rank (0 if none was measured)."""
+    """Seconds that the last re-forming cost every rank (0 if none was measured)."""
     quiet_s: float
-    """Expected seconds until a re-forming comes anyway (the run's own mean time between them)."""
+    """Expected seconds until another re-forming comes anyway (the run's own mean time between them)."""
 
 
 def decide_growth(view: GrowthView, settings: ElasticSettings) -> Decision:
     """grow (at the next step boundary) or keep.
 
     A growth stops all `blocks` for `pause_s` and gains `reachable - blocks` for `quiet_s`: it pays if the gain is
-    larger. Otherwise the warm workers wait, and the next re-forming, for whatever reason, takes them in at no cost.
+    larger. Otherwise the warm workers wait, and the next re-forming takes them in at no cost.
     """
     gained = view.reachable - view.blocks
     if gained <= 0:

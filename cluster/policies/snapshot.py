@@ -1,7 +1,7 @@
-"""Where the state comes from after a fault: the newest snapshot of which every shard survives, else storage.
+"""The source of the state after a fault: the newest snapshot with all shards alive, else storage.
 
-`SnapshotBook` keeps who holds which shard; `choose` is the policy. Only node agents hold snapshots (in shared memory),
-so a dead process loses none; a dead node loses all of its own.
+`SnapshotBook` records which node holds which shard; `choose` is the policy. Only node agents hold snapshots (in shared
+memory), so a dead process loses none; a dead node loses all of its own.
 """
 
 import math
@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 from cluster.policies.decision import Decision, key
 
 KEPT = 2
-"""Snapshots kept whole in host memory: k and k-1. So many of those that are verified, or will be, stay for longer."""
+"""Snapshots kept whole in host memory: k and k-1. As many verified ones (or due to be) stay for longer."""
 
 MOST = 256
-"""Snapshots in the book, of those before steps whose outcome is never heard."""
+"""Most snapshots in the book, even if the outcomes of their steps never arrive."""
 
 
 def place_replicas(nodes: Sequence[str], replicas: int) -> dict[str, set[int]]:
-    """{node: shards it shall hold}: each rank's shard on its own node and on the next `replicas` other nodes.
+    """{node: shards to hold}: each rank's shard on its own node and on the next `replicas` other nodes.
 
-    `nodes[r]` is the node of rank r; the ring of nodes goes in the order of their first ranks, so that copies spread
-    evenly. Fewer nodes than copies: as many as there are.
+    `nodes[r]` is the node of rank r; the ring of nodes is in the order of their first ranks, so that copies spread
+    evenly. With fewer nodes than copies, every node holds one.
     """
     own: dict[str, set[int]] = {}
     for shard, node in enumerate(nodes):
@@ -48,7 +48,7 @@ class Snapshot:
     copies: Counter[int] = field(default_factory=Counter)
     """Shard -> living copies; 0 once the last one is gone."""
     lost: set[int] = field(default_factory=set)
-    """Shards that were acknowledged once and have no copy left."""
+    """Shards that were acknowledged but have no copy left."""
 
     @property
     def whole(self) -> bool:
@@ -80,14 +80,14 @@ class Snapshot:
 class Restore:
     """Load step `step` from `source`: "memory", "storage", or "start" (fresh parameters, step 0).
 
-    For "memory", `on` says which node holds which of the `world_size` shards.
+    For "memory", `on` maps nodes to their shards, of `world_size` in all.
     """
 
     step: int
     source: str
     world_size: int = 0
     generation: int = 0
-    """Which generation took it: node agents keep snapshots by (generation, step)."""
+    """The generation that took it: node agents keep snapshots by (generation, step)."""
     on: Mapping[str, Iterable[int]] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -95,21 +95,21 @@ class SnapshotBook:
     """Snapshots of this run's present trajectory, by step.
 
     Args:
-        stays: whether ranks keep the snapshot of a step for longer: the newest two, and the newest that is verified.
+        stays: whether ranks keep the snapshot of a step for longer: the newest two, and the newest verified one.
     """
 
     def __init__(self, stays: Callable[[int], bool] = lambda step: False) -> None:
         self._stays = stays
         self.verified = 0
-        """The last step whose state is known to be right."""
+        """The last step with a verified state."""
         self.doubtful: float = math.inf
-        """The first step that may have to be undone, or whose outcome is not known: the state before it stays."""
+        """The first step that may have to be undone, or has no known outcome: the state before it stays."""
         self.snapshots: dict[int, Snapshot] = {}
         self.flushed: set[int] = set()
         """Steps whose state is whole in storage (manifest written)."""
 
     def held(self, step: int, world_size: int, generation: int, shards_on: Mapping[str, Iterable[int]]) -> None:
-        """Node agents acknowledge checksummed copies: {node: shards}. Of two generations' copies the newer count."""
+        """Node agents acknowledge checksummed copies: {node: shards}. Copies of the newer generation count."""
         snapshot = self.snapshots.get(step)
         if snapshot is None or snapshot.generation < generation:
             snapshot = self.snapshots[step] = Snapshot(step, world_size, generation)
@@ -127,20 +127,20 @@ class SnapshotBook:
                 del self.snapshots[old]
 
     def drop_nodes(self, nodes: Iterable[str]) -> None:
-        """Their memory is gone."""
+        """Drop copies on nodes whose memory is gone."""
         for node in nodes:
             for snapshot in self.snapshots.values():
                 snapshot.drop(node, snapshot.on.get(node, ()))
                 snapshot.on.pop(node, None)
 
     def truncate(self, step: int) -> None:
-        """Training goes back to `step`: what is newer belongs to a discarded future."""
+        """Training goes back to `step`: newer snapshots belong to a discarded future."""
         self.snapshots = {one: snapshot for one, snapshot in self.snapshots.items() if one <= step}
         self.flushed = {one for one in self.flushed if one <= step}
 
 
 def choose(book: SnapshotBook, newest_trusted: int | None = None) -> tuple[Restore | None, Decision]:
-    """The newest restorable step, and why. None: nothing is left although training had progressed.
+    """The newest restorable step, and why. None: no state is left although training had progressed.
 
     A snapshot counts if every shard was acknowledged by a node that still lives; shards without a living copy are
     allowed if storage has the same step. `newest_trusted` excludes later steps (a rollback).

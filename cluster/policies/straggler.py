@@ -1,4 +1,4 @@
-"""Slow ranks. In a synchronous step all ranks take equally long; what tells them apart is computing without waiting."""
+"""Slow ranks. All ranks take equally long for a synchronous step; their computing times without waiting differ."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,9 +43,9 @@ def slow_ranks(
 
 
 def decide_straggler(slow: SlowRank, group: int, affordable: bool, settings: ElasticSettings) -> Decision:
-    """report or evict. `group`: ranks in all; `affordable`: a spare is ready, or whole blocks enough remain without it.
+    """report or evict. `group`: ranks in all; `affordable`: a spare is ready, or enough whole blocks remain without it.
 
-    Without a spare an eviction costs a whole block; it pays only if the slowdown of everyone costs more than that.
+    Without a spare an eviction costs a whole block; it pays only if the slowdown of all ranks costs more than that.
     """
     what = f"rank {slow.rank} computes {slow.ratio:.2f}x as long as the median rank, window {slow.windows}"
     if not settings.straggler_evict:
