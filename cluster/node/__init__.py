@@ -1,1 +1,1 @@
-"""What runs beside the ranks of one node: the agent that notices dead ranks, health, memory, metrics."""
+"""The parts beside the ranks of one node: the agent that notices dead ranks, health, memory, metrics."""

@@ -1,9 +1,9 @@
 """One Ray actor per node: a RankWatch that the controller can call, and the node's part of the accounts.
 
-Who waits for whom: the controller keeps one `listen` open per agent; an agent waits for nobody. While nobody listens
-the ranks train on, and the agent keeps the outcomes of their steps for the next controller. It asks whether the run
-goes on: where that has ended (cancelled, failed), or nobody listened for `orphan_s`, it ends the workers of its node,
-and itself. Of two controllers the later one is heard, and the other told to leave.
+Who waits for whom: the controller keeps one `listen` open per agent; an agent never waits. Without a controller the
+ranks train on, and the agent keeps the outcomes of their steps for the next controller. It asks whether the run still
+runs: if it has ended (cancelled, failed), or no controller listened for `orphan_s`, it ends the workers of its node and
+itself. Of two controllers the later one is served, and the other gets an error.
 """
 
 import contextlib
@@ -38,47 +38,47 @@ from infra.telemetry import hide_secrets_in_logs
 log = logging.getLogger(__name__)
 
 GOING_S = 2.0
-"""How long workers that were told to go may take before they are killed."""
+"""How long workers may take to end before they are killed."""
 KEEP_S = 0.5
-"""How often an agent looks after itself."""
+"""Seconds between an agent's own chores."""
 UNLED_S = 2.0
-"""A controller that has not listened for so long may be gone; the run is asked about then."""
+"""A controller that has not listened for this long may be gone: the agent then asks about the run."""
 
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """What all agents of a group are told alike."""
+    """Settings that all agents of a group share."""
 
     orphan_s: float = 300.0
-    """How long agents and workers live without a controller."""
+    """Seconds that agents and workers live without a controller."""
     accounts: tuple[str, str, str] | None = None
     """(store URL, run id, group) for the goodput records and the stacks of killed ranks."""
     notices: NoticeSettings = field(default_factory=NoticeSettings)
     health: HealthSettings = field(default_factory=HealthSettings)
     journal: Path | None = None
-    """The group's file, by which its memory is known to be needed; see cluster.node.host_memory.Owner."""
+    """The group's journal file: its memory is needed while that exists; see cluster.node.host_memory.Owner."""
     leader: int = 0
-    """Number of the controller that started them; later ones have higher numbers."""
+    """Number of the controller that started the agent; later ones have higher numbers."""
     ask_standing: AskStanding | None = None
-    """Knows whether the run of `accounts` still runs; None: only `orphan_s` counts."""
+    """Tells whether the run of `accounts` still runs; None: only `orphan_s` counts."""
 
 
 @dataclass(frozen=True)
 class AgentPlace:
-    """What an agent is told at its start."""
+    """The arguments of an agent's start."""
 
     group: str
     node: str
     folder: Path
     settings: AgentSettings = field(default_factory=AgentSettings)
     living: tuple[str, ...] = ()
-    """Nodes of the cluster: what the group has in this machine's memory under another node's name is taken over."""
+    """Nodes of the cluster: the agent takes over the group's memory on this machine under other nodes' names."""
     end_actors: Callable[[str], None] = lambda group: None
     """Ends the group's actors that have no beacon yet."""
 
 
 class NodeAgent:
-    """A plain class; cluster.controller.fleet makes the actors. Its methods run in threads of their own."""
+    """A plain class; cluster.controller.fleet makes actors of it. Every method call runs in its own thread."""
 
     def __init__(self, place: AgentPlace) -> None:
         hide_secrets_in_logs()
@@ -112,7 +112,7 @@ class NodeAgent:
         return replace(beat, notice=self._notices.earliest(), health=self._health.latest(), sink=self._sink.address)
 
     def kill(self, workers: Collection[str], reason: str, leader: int = 0) -> dict[str, str]:
-        """SIGKILL, after their stacks were taken: {worker: where the stacks are (or the stacks themselves)}.
+        """SIGKILL workers after taking their stacks; returns {worker: location of its stacks, or the stacks}.
 
         Raises:
             Superseded: a later controller leads.
@@ -132,7 +132,7 @@ class NodeAgent:
         return places
 
     def discard(self, workers: Collection[str], leader: int = 0) -> None:
-        """These deaths are known.
+        """Forget dead workers that the controller knows of.
 
         Raises:
             Superseded: a later controller leads.
@@ -141,7 +141,7 @@ class NodeAgent:
         self._watch.discard(workers)
 
     def close(self, remove: bool, leader: int = 0) -> None:
-        """The group has ended: no worker lives on, the accounts are written, the memory is freed where asked.
+        """The group has ended: end all workers, write the accounts, and free the memory if asked.
 
         Raises:
             Superseded: a later controller leads.
@@ -164,7 +164,7 @@ class NodeAgent:
             self._await_deaths(GOING_S)
         self._write(last=True)
         self._watch.close(remove)
-        with contextlib.suppress(OSError):  # others may have something there
+        with contextlib.suppress(OSError):  # others may have files there
             self.place.folder.parent.rmdir()
 
     def _await_deaths(self, timeout_s: float) -> bool:
@@ -174,8 +174,8 @@ class NodeAgent:
         return not self._watch.workers()
 
     def _keep(self) -> None:
-        """What ended runs left on this machine goes; the account is written now and then; a lost controller is
-        noticed."""
+        """Remove what ended runs left on this machine, write the account at intervals, and notice a lost
+        controller."""
         written_at, known = 0.0, 0
         try:
             shared = self.place.folder.parent.parent
@@ -189,14 +189,14 @@ class NodeAgent:
                 if now - self._heard_at > UNLED_S:
                     self._watch.keep_rows()
                     self._leave_if_over(now)
-        except BaseException as error:  # raised again in listen(); without our touch the workers end by themselves
+        except BaseException as error:  # raised again in listen(); without touches the workers end by themselves
             self._failure = error
 
     def _leave_if_over(self, now: float) -> None:
         standing = self._standing()
         if standing == "open" and now - self._heard_at <= self.settings.orphan_s:
             return
-        with contextlib.suppress(Exception):  # the cluster may be going down; the workers are ended here, by ourselves
+        with contextlib.suppress(Exception):  # the cluster may be shutting down; this agent ends the workers
             self.place.end_actors(self.place.group)
         self._watch.end(self._watch.workers())
         self._end(remove=standing == "over")
@@ -228,14 +228,14 @@ class NodeAgent:
             try:
                 write_node(self._store, run, group, account, last)
             except StoreError:
-                return  # the next write says everything again
+                return  # the next write has everything again
 
 
 def inherit(folder: Path, living: Collection[str], leader: int = 0) -> None:
-    """Take over the shards that nodes before this one left in the machine's memory (Ray was started again here).
+    """Take over the shards that earlier nodes left in this machine's memory (Ray was started again here).
 
-    What is of a living node stays where it is, and what living agents of this very controller have. Workers that still
-    live there (of a cluster that lost its head) are killed: whoever leads now cannot reach them.
+    Folders of live nodes, and of live agents of this very controller, stay. Workers that still live in the others (of a
+    cluster that lost its head) are killed: the present controller cannot reach them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = {f"recua-node-{node[:16]}" for node in living}
@@ -244,7 +244,7 @@ def inherit(folder: Path, living: Collection[str], leader: int = 0) -> None:
         if other == folder or other.parent.name in names:
             continue
         if owner is not None and owner.leader >= leader and host_memory.agent_lives(owner):
-            continue  # of a node that came a moment ago
+            continue  # of a node that has just started
         if owner is not None and owner.machine == this_machine():
             _kill(host_memory.living_workers(other))
         heirs = [*other.glob("*.shard")]
@@ -260,7 +260,7 @@ def inherit(folder: Path, living: Collection[str], leader: int = 0) -> None:
 
 
 def _kill(pids: Collection[int]) -> None:
-    """SIGKILL, and wait until they are gone: they may be sealing a shard."""
+    """SIGKILL processes, and wait until they are gone: they may be sealing a shard."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             descriptor = os.pidfd_open(pid)

@@ -1,9 +1,9 @@
-"""What one rank says of itself without a word: a small file in shared memory that its node agent reads from outside.
+"""A rank's beacon: a small file in shared memory with its state, which its node agent reads from outside.
 
-Who waits for whom: nobody. The rank writes where it is, what it does and what its last steps gave; a thread of it moves
-the pulse, which therefore stands still in a process that is stopped or whose interpreter is locked. The file outlives
-the process, so a rank that was killed has still said its last word. Records are written in two places in turn, and the
-number that says which one counts comes last (one aligned 8-byte store), as in cluster.goodput.stopwatch.
+Nothing here waits. The rank writes its place, its phase and the outcomes of its last steps; one of its threads moves
+the pulse, which therefore stops if the process is stopped or its interpreter is locked. The file outlives the process,
+so the last record of a killed rank can be read. Records are written in two places in turn, and the number of the valid
+one is written last (one aligned 8-byte store), as in cluster.goodput.stopwatch.
 """
 
 import json
@@ -24,11 +24,11 @@ SUFFIX = ".beacon"
 MAGIC = b"RECUABC2"
 PULSE_PERIOD_S = 0.05
 STATES = ("starting", "standby", "joining", "joined", "aborted", "boundary", "finished", "failed")
-"""A worker's life: the last five are ends of a generation that it was in (see cluster.core.messages.Found)."""
+"""A worker's states: the last five are ends of its generation (see cluster.core.messages.Found)."""
 PHASES = ("wait", "data", "collective", "save", "join", "form", "build", "load", "fetch", "apart")
-"""`collective`: inside a step, which all ranks take together; what tells them apart there are the ticks. On the way
-into a generation: `form` and `wait` for the others, `join`, `build`, `load` is a rank's own work, `fetch` waits for a
-place that is not this machine's memory. `apart`: out again, because machines have no way to each other."""
+"""`collective`: inside a step, which all ranks take together; ticks show how far each is. While joining: `form` and
+`wait` for the others; `join`, `build`, `load` are a rank's own work; `fetch` waits for storage or another node's
+memory. `apart`: out again, because machines cannot reach each other."""
 
 RECORD = struct.Struct("<11q2d")
 """pid, its start, its training thread, state, generation, rank, world size, first step, step, phase, ticks; when the
@@ -40,11 +40,11 @@ RECORDS_AT = WRITTEN_AT + WORD.size
 ACCOUNT_AT = RECORDS_AT + 2 * RECORD.size
 ROWS_AT = -(-(ACCOUNT_AT + MEMORY_BYTES) // 64) * 64
 ROW_HEAD = struct.Struct("<QQ")
-"""Step + 1 (0: nothing here), bytes that follow."""
+"""Step + 1 (0: empty), number of bytes that follow."""
 ROW_BYTES = 320
 ROWS = 2048
 NOTES = ("burn-in", "proof-0", "proof-1")
-"""What a rank measured before it said standby; what it computed for the last verifications (cluster.guard.proofs)."""
+"""A rank's measurements before standby; its proofs of the last verified steps (cluster.guard.proofs)."""
 NOTES_AT = ROWS_AT + ROWS * ROW_BYTES
 NOTE_BYTES = 1024
 FILE_BYTES = NOTES_AT + len(NOTES) * NOTE_BYTES
@@ -52,12 +52,12 @@ FILE_BYTES = NOTES_AT + len(NOTES) * NOTE_BYTES
 
 @dataclass(frozen=True)
 class Record:
-    """What a rank last wrote. `start` and `step`: committed steps, at the start of its generation and
-    now; `ticks`: how far it is within its generation (while it joins: stages that all ranks go through); `own_s`:
-    seconds of its own computing in it, up to `step` (see cluster.goodput.own_time).
+    """A rank's last record. `start` and `step`: committed steps, at the start of its generation and now; `ticks`: its
+    progress within the generation (while joining: stages that all ranks go through); `own_s`: seconds of its own
+    computing in it, up to `step` (see cluster.goodput.own_time).
 
-    `started` (see infra.processes) tells the process from a later one under the same number; `thread` is the kernel's
-    number of the one that trains.
+    `started` (see infra.processes) tells the process from a later one with the same pid; `thread` is the kernel's
+    number of the training thread.
     Example: Record(4711, 8812345, 4730, "joined", 3, 1, 4, 90, 120, "collective", 9311, 5000.2).
     """
 
@@ -80,7 +80,7 @@ class BeaconWriter:
     """The rank's side. Any thread may write.
 
     Args:
-        path: made here, and given its name when it is readable.
+        path: the file, which gets this name once it is readable.
     """
 
     def __init__(self, path: Path) -> None:
@@ -114,15 +114,15 @@ class BeaconWriter:
         self.set(phase=phase, ticks=self.record.ticks + 1)
 
     def tick(self) -> None:
-        """A little progress within a step."""
+        """Show progress within a step."""
         self.set(ticks=self.record.ticks + 1)
 
     def stir(self, phase: str) -> None:
-        """A sign of progress that other ranks need not make: it does not count, but the phase begins anew."""
+        """Show progress that other ranks need not make: no tick is counted, but the phase begins anew."""
         self.set(phase=phase)
 
     def say(self, step: int, row: Mapping[str, Any]) -> None:
-        """Leave the outcome of a step; the last `ROWS` stay. Write it before `step` is counted as committed."""
+        """Write the outcome of a step; the last `ROWS` stay. Call it before `step` counts as committed."""
         text = json.dumps(row, separators=(",", ":")).encode()
         if len(text) > ROW_BYTES - ROW_HEAD.size:
             raise ValueError(f"a row of {len(text)} bytes, at most {ROW_BYTES - ROW_HEAD.size} fit")
@@ -135,7 +135,7 @@ class BeaconWriter:
             WORD.pack_into(self._memory, place, step + 1)
 
     def note(self, name: str, content: Mapping[str, Any]) -> None:
-        """Leave one of NOTES, in place of the last one of that name."""
+        """Write one of NOTES; it replaces the last one of that name."""
         text = json.dumps(content, separators=(",", ":")).encode()
         if len(text) > NOTE_BYTES - ROW_HEAD.size:
             raise ValueError(f"a note of {len(text)} bytes, at most {NOTE_BYTES - ROW_HEAD.size} fit")
@@ -148,7 +148,7 @@ class BeaconWriter:
             WORD.pack_into(self._memory, place, self._notes)
 
     def close(self) -> None:
-        """The pulse stops; the file stays."""
+        """Stop the pulse; the file stays."""
         self._ended.set()
 
     def _beat(self) -> None:
@@ -168,7 +168,7 @@ class BeaconWriter:
 
 
 class BeaconReader:
-    """The agent's side; works as long as the object lives, also when writer and file are gone.
+    """The agent's side; works even after the writer and the file are gone.
 
     Raises:
         ValueError: the file is no beacon.
@@ -203,26 +203,26 @@ class BeaconReader:
                 return Record(pid, born, thread, STATES[state], *seat, PHASES[phase], ticks, at, own_s)
 
     def notes(self) -> dict[str, dict[str, Any]]:
-        """The newest of each name, as far as there are any."""
+        """The newest note of each name that has one."""
         for index, name in enumerate(NOTES):
             place = NOTES_AT + index * NOTE_BYTES
             number, length = ROW_HEAD.unpack_from(self._memory, place)
             if not number or self._notes.get(name, (0,))[0] == number:
                 continue
             text = self._memory[place + ROW_HEAD.size : place + ROW_HEAD.size + length]
-            if WORD.unpack_from(self._memory, place)[0] == number:  # else it is being written: the next look has it
+            if WORD.unpack_from(self._memory, place)[0] == number:  # else it is being written: read it next time
                 self._notes[name] = number, json.loads(text)
         return {name: content for name, (_, content) in self._notes.items()}
 
     def rows(self, first: int, floor: int) -> Iterator[dict[str, Any]]:
-        """Rows of step `first` and the ones after it without a gap, of generation `floor` or later."""
+        """Rows from step `first` on without a gap, of generation `floor` or later."""
         step = first
         while (row := self.row(step)) is not None and row["generation"] >= floor:
             yield row
             step += 1
 
     def row(self, step: int) -> dict[str, Any] | None:
-        """The outcome of a step, as long as it is there."""
+        """The outcome of a step; None if it has been overwritten or not been written."""
         place = ROWS_AT + step % ROWS * ROW_BYTES
         written, length = ROW_HEAD.unpack_from(self._memory, place)
         if written != step + 1:

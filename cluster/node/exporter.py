@@ -1,6 +1,6 @@
-"""What Prometheus hears of an elastic group, by way of Ray: every node of a cluster serves these as `ray_<name>`.
+"""Prometheus metrics of an elastic group, through Ray: every node of a cluster serves them as `ray_<name>`.
 
-The controller exports what it sees and decides, each node agent its ranks' ledgers. infra/deploy/grafana draws them.
+The controller exports events and decisions, each node agent its ranks' ledgers. infra/deploy/grafana draws them.
 Ray sends nothing while it is not initialised, so that the same code runs in tests without it.
 """
 
@@ -16,8 +16,8 @@ LABELS = ("run", "group")
 
 @dataclass(frozen=True)
 class Metric:
-    """One name. `labels` come on top of run and group. Counters only grow; their names end in _total, as Prometheus
-    wants them."""
+    """One metric. `labels` come on top of run and group. Counters only grow; their names end in _total, as Prometheus
+    expects."""
 
     name: str
     kind: Literal["gauge", "counter"]
@@ -58,18 +58,18 @@ class Exporter:
         }
 
     def set(self, name: str, value: float | None, **labels: str) -> None:
-        """A gauge; what is no finite number leaves it as it was."""
+        """Set a gauge; None or a number that is not finite leaves it as it was."""
         if value is not None and math.isfinite(value):
             self._metrics[name].set(value, {**self._tags, **labels})
 
     def add(self, name: str, value: float = 1, **labels: str) -> None:
-        """To a counter."""
+        """Add to a counter."""
         if value > 0 and math.isfinite(value):
             self._metrics[name].inc(value, {**self._tags, **labels})
 
 
 def export_account(exporter: Exporter, account: NodeAccount) -> None:
-    """A node's ledger so far. Time that a fault undid moves from compute to recomputed, so these are gauges."""
+    """Export a node's ledger so far. Time that a fault undid moves from compute to recomputed, so these are gauges."""
     ledger = merge(rank.ledger for rank in account.ranks)
     for bucket in BUCKETS:
         exporter.set("recua_rank_seconds", ledger.seconds[bucket], node=account.node, bucket=bucket)

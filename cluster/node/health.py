@@ -1,8 +1,8 @@
-"""What a node says about its own health: counters and temperatures that Linux and the NVIDIA driver expose.
+"""A node's health signals: counters and temperatures that Linux and the NVIDIA driver expose.
 
-A reader gives {signal: value} of now. Where the platform does not expose something (a virtual machine has no error
-counters), its reader is not there, and `Readers.missing` says so; nothing is ever made up. Signals of the same name
-mean the same everywhere; those in `GAUGES` go up and down, all others are counters since boot.
+A reader gives the current {signal: value}. If the platform does not expose something (a virtual machine has no error
+counters), its reader is left out and `Readers.missing` lists it; nothing is made up. Signals of the same name mean the
+same everywhere; those in `GAUGES` go up and down, all others are counters since boot.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ class Reader(Protocol):
 
     @property
     def source(self) -> str:
-        """Where it reads, for people."""
+        """Name of the source, for people."""
         ...
 
     def read(self) -> dict[str, float]:
-        """Signals of now; those that cannot be read at the moment are left out."""
+        """The current signals, without those that cannot be read at the moment."""
         ...
 
 
 @dataclass(frozen=True)
 class EdacReader:
-    """Memory errors that the memory controllers corrected, and those they could not (kernel EDAC)."""
+    """Memory errors that the memory controllers corrected or could not correct (kernel EDAC)."""
 
     root: Path = Path("/sys/devices/system/edac/mc")
     source: str = "EDAC memory controllers"
@@ -147,10 +147,10 @@ class NvidiaReader:
 
 
 class Readers:
-    """All readers that have something to say on this machine.
+    """All readers that work on this machine.
 
     Args:
-        candidates: to try; None: those of this module.
+        candidates: readers to try; None: those of this module.
     """
 
     def __init__(self, candidates: Iterable[Reader] | None = None) -> None:
@@ -158,12 +158,12 @@ class Readers:
         self._readers = [reader for reader in tried if reader.read()]
         self.sources = tuple(reader.source for reader in self._readers)
         self.missing = tuple(reader.source for reader in tried if reader not in self._readers)
-        """Sources that this platform does not have."""
+        """Sources that this platform lacks."""
         if candidates is None and NvidiaReader.source not in self.sources:
             self.missing = (*self.missing, NvidiaReader.source)
 
     def read(self) -> Mapping[str, float]:
-        """Every signal of now."""
+        """All current signals."""
         found: dict[str, float] = {}
         for reader in self._readers:
             found |= reader.read()
@@ -171,7 +171,7 @@ class Readers:
 
 
 def default_readers(root: Path = Path("/")) -> list[Reader]:
-    """Linux's, whose /sys and /proc lie below `root`, and nvidia-ml's if pynvml and a driver are there."""
+    """Readers of Linux, with /sys and /proc below `root`, and of nvidia-ml if pynvml and a driver exist."""
     sys, proc = root / "sys", root / "proc"
     readers: list[Reader] = [
         EdacReader(sys / "devices/system/edac/mc"),
@@ -184,7 +184,7 @@ def default_readers(root: Path = Path("/")) -> list[Reader]:
 
 
 def open_nvidia() -> NvidiaReader | None:
-    """None without pynvml, a driver or a GPU."""
+    """The reader of all GPUs; None without pynvml, a driver or a GPU."""
     try:
         import pynvml
     except ImportError:
@@ -203,6 +203,6 @@ def _numbers(files: Iterable[Path]) -> Iterable[float]:
 
 
 def _sums(files: Mapping[str, Iterable[Path]]) -> dict[str, float]:
-    """Signals of which at least one file can be read."""
+    """Sums of the signals that have at least one readable file."""
     found = {signal: list(_numbers(paths)) for signal, paths in files.items()}
     return {signal: sum(values) for signal, values in found.items() if values}

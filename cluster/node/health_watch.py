@@ -1,7 +1,7 @@
-"""Reads a node's health now and then, beside everything else that its agent does.
+"""Reads a node's health at intervals, in a thread beside its agent's other work.
 
-Who waits for whom: one thread reads and sleeps; `latest` waits for nothing. A reader that hangs (a broken driver) hangs
-this thread alone.
+Who waits for whom: one thread reads and sleeps; `latest` never waits. A reader that hangs (a broken driver) blocks only
+this thread.
 """
 
 import threading
@@ -14,14 +14,14 @@ from cluster.node.health import Readers, default_readers
 
 @dataclass(frozen=True)
 class Reading:
-    """The `number`-th look at a node; 0: none yet."""
+    """The `number`-th reading of a node's signals; 0: none yet."""
 
     number: int = 0
     signals: Mapping[str, float] = field(default_factory=dict)
 
 
 class HealthWatch:
-    """Of this machine."""
+    """The health watch of this machine."""
 
     def __init__(self, settings: HealthSettings) -> None:
         self._settings = settings

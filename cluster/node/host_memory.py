@@ -1,13 +1,12 @@
-"""What groups hold in a machine's memory, whose it is, and when nobody needs it any more.
+"""The folders of groups in a machine's memory: their owners, and whether they are still needed.
 
     /dev/shm/recua-node-NODE/recua-GROUP/      shards, beacons/, fetched/
-        owner.json     which run's it is, see Owner
-        pulse          touched by the node's agent as long as it lives
+        owner.json     the run that it belongs to, see Owner
+        pulse          touched by the node's agent while it lives
 
 No process owns these files: a run that lost all its processes resumes from them without a lost step. So they are needed
-as long as their run may resume, and what a crash left of ended runs is found here: by every node agent when it starts,
-and by `recua gc`. Nothing goes that a living process uses, or whose run may still be resumed, or of which that cannot
-be told.
+as long as their run may resume. Every node agent at its start, and `recua gc`, remove what a crash left of ended runs.
+A folder stays if a live process uses it, if its run may still be resumed, or if that is unknown.
 """
 
 import contextlib
@@ -30,22 +29,22 @@ SHARED = Path("/dev/shm")
 OWNER, PULSE, BEACONS = "owner.json", "pulse", "beacons"
 FORMAT = 1
 PULSE_FRESH_S = 60.0
-"""A folder counts as used for so long after its agent's last touch, even if none of its processes can be seen."""
+"""A folder counts as used for this long after its agent's last touch, even if no process of it is visible."""
 NAMELESS_S = 3600.0
-"""So long must nothing have happened in a folder that names no owner."""
+"""A folder without an owner goes only after nothing has changed in it for this long."""
 ORPHANED = 3
-"""Exit status of a worker that nobody watches any more."""
+"""Exit status of a worker without an agent."""
 
 Standing = Literal["open", "stopped", "over"]
-"""Of a run: it runs (or its driver is lost), it has ended and can be resumed, it is finished or removed."""
+"""A run runs (or lost its driver), has ended and can be resumed, or is finished or removed."""
 AskStanding = Callable[[str, str], Standing]
-"""(store URL, run id) -> standing. Raises StoreError if that cannot be told."""
+"""(store URL, run id) -> standing. Raises StoreError if it cannot be read."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """`journal`: the group's file in its state folder, which goes when the run needs nothing of it any more; empty
-    if this machine never saw it. `device`: the file system that it was on. `leader`: the controller's number."""
+    """`journal`: the group's file in its state folder, which is removed when the run no longer needs it; empty if this
+    machine never saw it. `device`: the file system of that file. `leader`: the controller's number."""
 
     group: str
     journal: str = ""
@@ -60,7 +59,7 @@ class Owner:
 
 @dataclass(frozen=True)
 class Held:
-    """One group's folder on this machine. `reason` says in words why it is needed, or why not."""
+    """One group's folder on this machine. `reason`: why it is needed or not, for people."""
 
     folder: Path
     group: str
@@ -71,19 +70,19 @@ class Held:
 
 
 def node_root(node: str, shared: Path = SHARED) -> Path:
-    """Where everything of one Ray node lies in its machine's memory (several nodes may share a machine in tests)."""
+    """The folder of one Ray node in its machine's memory (in tests several nodes may share a machine)."""
     return shared / f"recua-node-{node[:16]}"
 
 
 def group_folder(node: str, group: str, shared: Path = SHARED) -> Path:
-    """Where everything of one group lies on a node."""
+    """The folder of one group on a node."""
     return node_root(node, shared) / f"recua-{group}"
 
 
 def claim(
     folder: Path, group: str, journal: Path | None, accounts: tuple[str, str, str] | None = None, leader: int = 0
 ) -> None:
-    """Say whose the folder is, in the name of this process, the node's agent."""
+    """Write the folder's owner, as this process, the node's agent."""
     store, run, _ = accounts or ("", "", "")
     seen, device = "", 0
     if journal is not None and journal.exists():
@@ -95,7 +94,7 @@ def claim(
 
 
 def owner_of(folder: Path) -> Owner | None:
-    """None if it names none that this version can read."""
+    """The folder's owner; None if this version can read none."""
     try:
         tree = json.loads((folder / OWNER).read_text())
         if tree.pop("format") != FORMAT:
@@ -106,24 +105,24 @@ def owner_of(folder: Path) -> Owner | None:
 
 
 def agent_lives(owner: Owner) -> bool:
-    """As far as this machine's processes tell."""
+    """Whether the owner's agent lives, judged by this machine's processes."""
     return owner.machine == this_machine() and process_start(owner.agent) == owner.agent_start
 
 
 def touch(folder: Path) -> None:
-    """The node's agent lives."""
-    with contextlib.suppress(OSError):  # who writes more than this will see that the memory is full or gone
+    """Show that the node's agent lives."""
+    with contextlib.suppress(OSError):  # larger writes will report a full or missing memory
         (folder / PULSE).touch()
 
 
 def end_when_unwatched(folder: Path, patience_s: float) -> None:
     """For a worker: end this process when no agent has touched its node's folder for `patience_s`.
 
-    Agents end workers that nobody leads; this is for those whose agent died too.
+    Agents end workers without a controller; this is for workers whose agent died too.
     """
 
     def watch() -> None:
-        seen, since = _touched(folder), time.monotonic()  # a clock that stands still while the machine sleeps
+        seen, since = _touched(folder), time.monotonic()  # a clock that stops while the machine sleeps
         while True:
             time.sleep(min(1.0, patience_s / 4))
             touched = _touched(folder)
@@ -136,9 +135,9 @@ def end_when_unwatched(folder: Path, patience_s: float) -> None:
 
 
 def living_workers(folder: Path) -> list[int]:
-    """Process ids of a group's workers that live, by their beacons."""
+    """Process ids of a group's live workers, from their beacons."""
     found = []
-    with contextlib.suppress(OSError):  # others may remove it meanwhile
+    with contextlib.suppress(OSError):  # another process may remove it meanwhile
         for path in (folder / BEACONS).glob(f"*{SUFFIX}"):
             with contextlib.suppress(OSError, ValueError):
                 record = BeaconReader(path).read()
@@ -149,21 +148,21 @@ def living_workers(folder: Path) -> list[int]:
 
 def survey(ask: AskStanding | None = None, shared: Path = SHARED) -> list[Held]:
     """Every group's folder on this machine, and whether it is needed. `ask` knows runs; without it only processes and
-    journals count. Folders of other users, who cannot be asked, are left out."""
+    journals count. Folders of other users are left out."""
     found = []
     for folder in _folders(shared, "recua-node-*/recua-*"):
-        with contextlib.suppress(OSError):  # it has gone meanwhile
+        with contextlib.suppress(OSError):  # it was removed meanwhile
             if _is_mine(folder):
                 found.append(_judge(folder, ask))
     return found
 
 
 def free(found: list[Held], shared: Path = SHARED) -> None:
-    """Remove what is not needed, and the empty folders of nodes that were."""
+    """Remove folders that are not needed, and the empty folders of former nodes."""
     for held in found:
         if not held.needed:
             shutil.rmtree(held.folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # others have something there
+            with contextlib.suppress(OSError):  # others have files there
                 held.folder.parent.rmdir()
     for root in _folders(shared, "recua-node-*"):
         with contextlib.suppress(OSError):
@@ -172,7 +171,7 @@ def free(found: list[Held], shared: Path = SHARED) -> None:
 
 
 def _folders(shared: Path, pattern: str) -> list[Path]:
-    """Searched again if a folder vanishes meanwhile: in Python 3.11 that ends the search."""
+    """Matching folders; repeats the search if a folder vanishes, which ends it in Python 3.11."""
     for _ in range(10):
         with contextlib.suppress(OSError):
             return sorted(shared.glob(pattern))
@@ -210,7 +209,7 @@ def _why(folder: Path, owner: Owner | None, ask: AskStanding | None) -> tuple[st
 
 
 def _journal_is_gone(owner: Owner) -> bool:
-    """Not there any more, though its file system is; or another group's, of a state folder that was made anew."""
+    """Whether the journal is missing although its file system exists, or belongs to another group (a new state)."""
     path = Path(owner.journal)
     try:
         return bool(json.loads(path.read_text())["group"] != owner.group)
@@ -229,7 +228,7 @@ def _is_mine(folder: Path) -> bool:
 
 
 def _touched(folder: Path) -> float:
-    """Seconds since the epoch; 0 if nobody ever did."""
+    """Seconds since the epoch of the last touch; 0 if there was none."""
     try:
         return (folder / PULSE).stat().st_mtime
     except OSError:

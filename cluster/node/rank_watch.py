@@ -1,11 +1,11 @@
-"""What a node agent sees of the ranks on its node, from outside them, and what it does to them.
+"""A node agent's watch over the ranks on its node, from outside them.
 
 Who waits for whom: one thread looks at every beacon and process about every `period_s` and sleeps on the processes'
-pidfds in between, so that a death is seen at once, whatever caused it. A caller of `wait` is woken when a rank has died
-or has changed its state, and otherwise now and then; that answer is the node's beat. Nothing here waits for a rank.
+pidfds in between, so that it sees any death at once. A caller of `wait` is woken if a rank has died or changed its
+state, and otherwise at intervals; the answer is the node's beat. Nothing here waits for a rank.
 
-A stopped process is known by the kernel's word for it, a locked interpreter by its pulse. Time in which this process
-itself did not get the processor does not count against a pulse.
+A stopped process is known by its state in the kernel, a locked interpreter by its pulse. Time in which this process had
+no processor does not count against a pulse.
 """
 
 import contextlib
@@ -32,19 +32,19 @@ from infra.notices import Notice
 from infra.processes import ExitWatch, process_start, process_state, starved_s
 
 SHARD = re.compile(r"generation-(\d{5})\.step-(\d{10})\.rank-(\d{5})-of-(\d{5})\.shard")
-"""Names of engines.snapshots, which this layer does not import; a test holds the two together."""
+"""Names of engines.snapshots, which this layer does not import; a test compares the two."""
 Shard = tuple[int, int, int, int]
 """(generation, step, rank, world size) of a sealed shard in this node's memory."""
 SCAN_PERIOD_S = 0.05
 PROGRESS_PERIOD_S = 0.1
-"""Ordinary progress wakes a waiting caller this often at most."""
+"""Ordinary progress wakes a waiting caller at most this often, in seconds."""
 ROWS_A_BEAT = 4096
 KEPT_ROWS = 1 << 20
-"""Steps' outcomes that are kept while nobody asks for them (about 300 bytes each)."""
+"""Outcomes of steps that are kept until a controller asks for them (about 300 bytes each)."""
 STOPPED_AFTER_S = 0.1
 """How long the kernel must call a process stopped (a debugger stops one for less)."""
 STILL_S = 1.0
-"""A pulse that is late by less is nothing to account for."""
+"""A pulse that is less late than this is not booked."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,16 @@ class Sight:
     phase_age: float = 0.0
     pulse_age: float = 0.0
     starved_s: float = 0.0
-    """How long its training thread has waited for a processor so far."""
+    """Total seconds that its training thread has waited for a processor."""
     out_s: float = 0.0
-    """How long ago it died, was stopped or locked up; 0 if none of that."""
+    """Seconds since it died, was stopped or locked up; 0 if it did not."""
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """See cluster.node.beacons.NOTES."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """A node's word. `number` grows; `rows` are steps' outcomes (see cluster.node.beacons) in order without a gap."""
+    """A node's report. `number` grows; `rows`: outcomes of steps (see cluster.node.beacons), in order without a gap."""
 
     node: str
     number: int
@@ -74,16 +74,16 @@ class Beat:
     shards: tuple[Shard, ...] = ()
     rows: tuple[Mapping[str, Any], ...] = ()
     notice: Notice | None = None
-    """That the node will go."""
+    """The notice that the node will leave."""
     sent_at: float = 0.0
-    """Seconds since the epoch; 0 if that is not told."""
+    """Seconds since the epoch; 0 if unknown."""
     health: Reading = field(default_factory=Reading)
     sink: SinkAddress | None = None
-    """Where it takes bytes from who measures the way to it."""
+    """The sink for workers that measure the way to this node."""
 
 
 class _Watched:
-    """One beacon and what was last seen of it."""
+    """One beacon and its last reading."""
 
     def __init__(self, path: Path, now: float) -> None:
         self.path, self.reader = path, BeaconReader(path)
@@ -105,7 +105,7 @@ class _Watched:
 
     @property
     def still_since(self) -> float | None:
-        """When it was stopped, or its interpreter locked; None for one that runs, or ran until it died."""
+        """When it was stopped or its interpreter locked; None if it runs, or ran until it died."""
         if self.stopped_since is not None:
             return self.stopped_since
         return self.looked_at - self.still_s if self.still_s > STILL_S else None
@@ -128,8 +128,7 @@ class RankWatch:
 
     Args:
         folder: the group's folder in this node's shared memory: shards lie in it, beacons in its folder `beacons`.
-        before: accounts that an earlier agent of this node left; those of ranks that are not found here stay as they
-            are.
+        before: accounts of an earlier agent of this node; those of ranks that are not found here stay unchanged.
     """
 
     def __init__(self, node: str, folder: Path, *, period_s: float = 0.01, before: Sequence[RankAccount] = ()) -> None:
@@ -149,8 +148,8 @@ class RankWatch:
         self._thread.start()
 
     def wait(self, after: int, timeout_s: float, first_row: int = 0, row_floor: int = 0) -> Beat:
-        """The next beat after number `after`, at the latest in `timeout_s`. Rows are from step `first_row` on, of
-        generation `row_floor` or later."""
+        """The next beat after number `after`, at the latest in `timeout_s`. Its rows start at step `first_row` and are
+        of generation `row_floor` or later."""
         with self._news:
             self._news.wait_for(lambda: self._number > after or self._failure is not None, timeout_s)
             if self._failure is not None:
@@ -166,13 +165,13 @@ class RankWatch:
         return Beat(self.node, number, sights, tuple(self.shards()), tuple(rows), sent_at=sent_at)
 
     def keep_rows(self) -> None:
-        """Keep the outcomes that the beacons hold: they have room for the last `ROWS` only. For an agent that nobody
-        listens to; call it more often than they fill."""
+        """Keep the outcomes in the beacons, which have room for the last `ROWS` only. For an agent without a
+        controller; call it more often than they fill."""
         with self._news:
             newest = max(self._kept, default=0)
             for one in self._watched.values():
                 until = one.reader.read().step
-                oldest = until - ROWS * 3 // 4  # what is older may be overwritten under our eyes
+                oldest = until - ROWS * 3 // 4  # older rows may be overwritten while they are read
                 for row in map(one.reader.row, range(max(0, oldest, newest), until)):
                     if row is not None and row["generation"] >= self._kept.get(row["step"], row)["generation"]:
                         self._kept[row["step"]] = row
@@ -180,7 +179,7 @@ class RankWatch:
                 del self._kept[next(iter(self._kept))]
 
     def _kept_from(self, first: int, floor: int) -> list[Mapping[str, Any]]:
-        """Without a gap; what is before them has been heard."""
+        """The kept rows from `first` on without a gap; earlier ones have been sent."""
         for step in [step for step in self._kept if step < first]:
             del self._kept[step]
         rows: list[Mapping[str, Any]] = []
@@ -189,7 +188,7 @@ class RankWatch:
         return rows
 
     def shards(self) -> list[Shard]:
-        """Sealed in this node's memory, own and replicas."""
+        """The sealed shards in this node's memory, own ones and replicas."""
         found = []
         for name in os.listdir(self.folder):
             match = SHARD.fullmatch(name)
@@ -199,7 +198,7 @@ class RankWatch:
         return sorted(found)
 
     def kill(self, workers: Collection[str]) -> dict[str, str]:
-        """SIGKILL; returns the stacks of those that were alive, taken just before."""
+        """SIGKILL workers; returns the stacks of the live ones, taken just before."""
         stacks = {}
         for one in self._named(workers):
             if one.died_at is None:
@@ -209,34 +208,34 @@ class RankWatch:
         return stacks
 
     def end(self, workers: Iterable[str]) -> None:
-        """SIGKILL without a word."""
+        """SIGKILL workers without taking stacks."""
         for one in self._named(workers):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(one.pid, signal.SIGKILL)
 
     @property
     def known(self) -> int:
-        """Workers that ever had a beacon here."""
+        """The number of workers that have had a beacon here."""
         with self._news:
             return len(self._watched) + len(self._gone)
 
     def workers(self) -> list[str]:
-        """Those that live."""
+        """The live workers."""
         with self._news:
             return [name for name, one in self._watched.items() if one.died_at is None]
 
     def discard(self, workers: Collection[str]) -> None:
-        """Dead workers that everybody knows of: their accounts stay."""
+        """Forget dead workers that the controller knows of; their accounts stay."""
         for one in self._named(workers):
             if one.died_at is not None:
-                one.path.unlink(missing_ok=True)  # first, or it would be found again as a new one
+                one.path.unlink(missing_ok=True)  # first, or it would be found again as a new beacon
                 with self._news:
                     del self._watched[one.reader.name]
                 self._gone.append(_account(one))
                 one.close()
 
     def account(self) -> NodeAccount:
-        """The ledgers of all ranks that ever lived here."""
+        """The ledgers of all ranks that have lived here."""
         with self._news:
             watched = list(self._watched.values())
         found = [*self._gone, *map(_account, watched)]
@@ -272,7 +271,7 @@ class RankWatch:
             now = time.monotonic()
             ran_s = min(now - last, 3 * self.period_s)
             last = now
-            urgent = self._bury(dead, now) or self._number == 0  # the first look is news
+            urgent = self._bury(dead, now) or self._number == 0  # the first beat goes out at once
             if now - scanned_at > SCAN_PERIOD_S:
                 scanned_at = now
                 urgent |= self._find(now)
@@ -306,7 +305,7 @@ class RankWatch:
             if name.endswith(SUFFIX) and worker not in self._watched:
                 try:
                     one = _Watched(self._beacons / name, now)
-                except (OSError, ValueError):  # removed meanwhile, or no beacon
+                except (OSError, ValueError):  # removed meanwhile, or not a beacon
                     continue
                 if one.pidfd is not None:
                     self._poll.register(one.pidfd, select.POLLIN)
@@ -317,7 +316,7 @@ class RankWatch:
 
 
 def read_stacks(pid: int) -> str:
-    """What every thread of a process does, also of a stopped one; says so if that cannot be known."""
+    """The stacks of all threads of a process, even a stopped one; or the reason why they cannot be read."""
     tool = shutil.which("py-spy") or str(Path(sys.executable).with_name("py-spy"))
     try:
         found = subprocess.run(
@@ -338,7 +337,7 @@ def read_stacks(pid: int) -> str:
 
 
 def _look(one: _Watched, now: float, ran_s: float, asks_kernel: bool) -> tuple[bool, bool]:
-    """(whether it is another's business at once, whether it went on)."""
+    """(whether waiting callers must know at once, whether it made progress)."""
     before, one.record = one.record, one.reader.read()
     pulse = one.reader.pulse
     one.still_s = 0.0 if pulse != one.pulse else one.still_s + ran_s
@@ -376,7 +375,7 @@ def _sight(one: _Watched, now: float) -> Sight:
 
 
 def _account(one: _Watched) -> RankAccount:
-    """In seconds since the epoch."""
+    """The rank's account, in seconds since the epoch."""
     now, clock = time.monotonic(), time.time()
     until = now if one.died_at is None else one.died_at
     died = one.died_at is not None and one.record.state not in ("finished", "failed")

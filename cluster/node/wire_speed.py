@@ -1,8 +1,8 @@
-"""How fast bytes travel between two processes: a sink that takes them, and a stopwatch at the other end.
+"""Measures the bandwidth between two processes: a sink takes bytes, and a client times them.
 
 The sink runs in every node agent, so that a new rank can measure the way to another node (and to itself, over
-loopback). A client says the token, then how many bytes follow; the sink answers one byte when it has them all. The
-token keeps strangers out.
+loopback). A client sends the token, then the number of bytes and the bytes; the sink answers one byte when it has them
+all. The token keeps strangers out.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What is simulated, and what comes out of it: assumptions and simulated results, no measurement."""
+"""Assumptions of a simulation and its results; nothing here is measured."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,10 +12,10 @@ from cluster.simulation.pauses import PauseModel
 
 @dataclass(frozen=True)
 class SimulatedCluster:
-    """What is simulated. Every number is an assumption that the report repeats."""
+    """The simulated cluster. Every number is an assumption that the report repeats."""
 
     pause: PauseModel
-    """How long a re-forming takes at which size."""
+    """Seconds of a re-forming by group size."""
     gpus: int = 16384
     days: float = 54.0
     gpus_per_node: int = 8
@@ -26,16 +26,16 @@ class SimulatedCluster:
     step_s: float = 6.2
     """A fault-free step at full size: 6 x 405e9 x 16M tokens at 400 TFLOP/s per GPU on 16,384 GPUs."""
     snapshot_stall_s: float = 0.012
-    """Per step: 0.3 GB of state per GPU over PCIe at 25 GB/s, as if nothing of it overlapped."""
+    """Seconds per step: 0.3 GB of state per GPU over PCIe at 25 GB/s, without any overlap."""
     snapshot_lag_s: float = 0.5
-    """From a step's commit until all copies of its snapshot are acknowledged."""
+    """Seconds from a step's commit until all copies of its snapshot are acknowledged."""
     flush_every: int = 50
-    """Steps between verified states in storage: how far a corruption reaches back."""
+    """Steps between verified states in storage: the most steps that a corruption costs."""
     process_detection_s: float = 0.1
     process_warm_s: float = 60.0
-    """A new process on a living node until it is on standby."""
+    """Seconds from starting a process on a live node until it is on standby."""
     node_replacement_s: float = 600.0
-    """A replacement node from the pool until its processes are on standby, burn-in included."""
+    """Seconds from requesting a replacement node until its processes are on standby, burn-in included."""
 
     def assumptions(self) -> dict[str, Any]:
         """Every field with its value; the pause model's summary instead of its parts."""
@@ -44,7 +44,7 @@ class SimulatedCluster:
         return {field.name: getattr(self, field.name) for field in fields(self)} | {"pause": pause}
 
     def elastic(self) -> ElasticSettings:
-        """The settings that the real controller would run with; half the group is the least that trains on."""
+        """The settings of the real controller; at least half of the group must be left to train on."""
         block = self.tensor_parallel * self.pipeline_parallel
         blocks = self.gpus // block
         longest = 10 * (self.pause.pause_s(self.gpus) + 10)
@@ -73,7 +73,7 @@ class SimulatedRun:
     rolled_back_steps: int
     """Committed steps that corruption undid."""
     restarts: int
-    """Times that training stopped and re-formed, for whatever reason."""
+    """Times that training stopped and re-formed, for any reason."""
     storage_restores: int
     ended: str
     handled: int
@@ -81,6 +81,6 @@ class SimulatedRun:
     core_s: float
     """Measured CPU seconds that the core took for them."""
     pauses: list[float]
-    """Simulated seconds from a fault (or boundary) until training went on."""
+    """Simulated seconds from a fault (or boundary) until training resumed."""
     decisions: tuple[Pause, ...]
-    """The same pauses as the controller's own record has them, each with its decision."""
+    """The same pauses in the controller's own record, each with its decision."""

@@ -1,7 +1,7 @@
-"""What the controller itself costs, measured: the real state machine, fed as a run of n ranks would feed it.
+"""Measures the controller's own cost: the real state machine gets the events of a run of n ranks.
 
-Nothing is simulated here but the messages. For every size: one full life up to "running", then `ROUNDS` lost nodes,
-each with its abort, re-forming on spares and snapshot words; and beats of every node agent for a while.
+Only the messages are simulated. For every size: one start up to "running", then `ROUNDS` lost nodes, each with its
+abort, re-forming on spares and snapshot messages; and beats of every node agent for a while.
 """
 
 import time
@@ -27,11 +27,11 @@ class ControllerCost:
 
     ranks: int
     recovery_s: float
-    """All that the core computes from a lost node until training resumes, over all messages of that recovery."""
+    """CPU seconds of the core from a lost node until training resumes, over all messages of that recovery."""
     decision_s: float
-    """The longest single answer in it (the pause grows by about this much)."""
+    """Its longest single answer (the pause grows by about this much)."""
     snapshot_s: float
-    """Book-keeping of one snapshot: a word from every node agent."""
+    """Bookkeeping of one snapshot: a message from every node agent."""
     beat_s: float
     """One beat of one node agent with the beacons of 8 ranks."""
 

@@ -15,8 +15,8 @@ DAY = 86400.0
 class Cause:
     """One row of a table.
 
-    `kind` is how it shows: process (a process dies), node (beats stop), hang (no progress), fabric (a hang that is
-    nobody's fault), corruption (digests disagree), notice (announced). `replaced`: the node goes for repair.
+    `kind` is its symptom: process (a process dies), node (beats stop), hang (no progress), fabric (a hang without a
+    guilty rank), corruption (digests disagree), notice (announced). `replaced`: the node goes for repair.
     """
 
     name: str
@@ -81,7 +81,7 @@ TABLES = {table.name: table for table in (LLAMA3, RSC)}
 
 @dataclass(frozen=True, order=True)
 class Fault:
-    """One thing that happens at `time` (seconds). `place` in [0, 1) picks the victim; `node` names it instead (traces);
+    """One fault at `time` (seconds). `place` in [0, 1) picks the victim; `node` names it instead (traces);
     `deadline` belongs to a notice."""
 
     time: float
@@ -94,7 +94,7 @@ class Fault:
 
 
 def draw(table: FailureTable, gpus: int, days: float, seed: int, exact: bool = True) -> list[Fault]:
-    """Faults in order of time: uniform in time, place and node, independent of each other.
+    """Faults in order of time; uniform in time, place and node, and independent of each other.
 
     exact: the (scaled) published count of each cause, fractions rounded up or down at random; else Poisson.
     """

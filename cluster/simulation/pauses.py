@@ -1,7 +1,7 @@
-"""How long a re-forming stops training, by number of ranks: measured at few, extrapolated to many, assumptions stated.
+"""Seconds that a re-forming stops training, by number of ranks: measured at few, extrapolated to many.
 
-Every phase is modelled as base + slope x log2(ranks): rendezvous, barriers and planning go through trees. What a
-gloo machine cannot measure is stated: setting up NCCL communicators again grows with the number of ranks.
+Every phase is modelled as base + slope x log2(ranks): rendezvous, barriers and planning go through trees. A
+gloo machine cannot measure NCCL, so an assumption states its part: communicator set-up grows with the number of ranks.
 """
 
 import json
@@ -47,16 +47,16 @@ class PauseModel:
         return self.base[phase] + self.slope[phase] * math.log2(max(ranks, 1))
 
     def abort_s(self, ranks: int) -> float:
-        """From the decision to everyone's acknowledgement."""
+        """Seconds from the decision to the last acknowledgement."""
         return self.phase_s("abort_s", ranks)
 
     def join_s(self, ranks: int) -> float:
-        """From `Join` to the end of the first step's extra time."""
+        """Seconds from `Join` to the end of the first step's extra time."""
         own = sum(self.phase_s(phase, ranks) for phase in PHASES if phase != "abort_s")
         return own + self.stated_restore_s + self.nccl_base_s + self.nccl_per_rank_s * ranks
 
     def pause_s(self, ranks: int) -> float:
-        """Both, without detection."""
+        """Seconds of abort and join, without detection."""
         return self.abort_s(ranks) + self.join_s(ranks)
 
     def to_json(self) -> dict[str, Any]:
@@ -72,10 +72,10 @@ def fixed(pause_s: float) -> PauseModel:
 
 
 def fit(measurements: Sequence[Mapping[str, float]], nccl_per_rank_s: float = NCCL_PER_RANK_S) -> PauseModel:
-    """From rows {"ranks", one number per phase of `PHASES`} at two or more group sizes.
+    """Fit to rows {"ranks", one number per phase of `PHASES`} at two or more group sizes.
 
     Robust (Theil-Sen): the slope is the median over pairs of rows of different size, not below 0; the base is the
-    median of what is left. A phase that rows do not have is 0 there. Where `restore_s` was measured nothing is stated.
+    median of the residuals. A missing phase is 0 in its row. A measured `restore_s` replaces the stated one.
 
     Raises:
         DataError: fewer than two different sizes, or a row without `ranks`.

@@ -1,4 +1,4 @@
-"""What most trainers do, under the same simulated faults: any fault ends the job, and all of it starts again."""
+"""The behaviour of most trainers under the same simulated faults: any fault ends the whole job, which restarts."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ class RestartBaseline:
     """Seconds; every one is an assumption that the report repeats. Generous: the best interval, spares at hand."""
 
     hang_detection_s: float = 600.0
-    """NCCL's default watchdog timeout: how long a hang goes unnoticed."""
+    """NCCL's default watchdog timeout: until then a hang is unnoticed."""
     relaunch_s: float = 120.0
     """Scheduling, new processes, imports on every rank."""
     load_s: float = 60.0
@@ -33,8 +33,8 @@ class RestartBaseline:
 def baseline_goodput(cluster: SimulatedCluster, faults: Sequence[Fault], baseline: RestartBaseline) -> float:
     """Useful share of the capacity (spares included), with the same spare nodes and replacement times as recua.
 
-    A notice checkpoints first and loses no work; every other fault loses what came after the last checkpoint. Faults
-    while the job is down start its restart again. Without a spare the job waits for the replacement node.
+    A notice checkpoints first and loses no work; every other fault loses the work since the last checkpoint. A fault
+    while the job is down begins its restart again. Without a spare the job waits for the replacement node.
     """
     wall = cluster.days * DAY
     interval = baseline.interval_s(len(faults), wall)

@@ -1,12 +1,12 @@
-"""A simulated cluster that obeys the real controller core: event-driven, no sleeping, no processes. Nothing here is
-measured on hardware except what the pause model says of itself.
+"""A simulated cluster under the real controller core: event-driven, without sleeping or processes. Nothing here is
+measured on hardware except the data of the pause model.
 
 Who waits for whom: `run` takes the next event from a heap, tells the core (cluster.core.state_machine), and turns the
 core's commands into later events. Training between events is arithmetic: steps are counted, not simulated.
 
-What a fault costs: from its true time until the policies' own detection delay nobody progresses (detection); the step
-under way is recomputed; the newest snapshot counts only if its copies were acknowledged before; abort and join take
-what the pause model says; a shrunk group runs the same global batch more slowly.
+The cost of a fault: no rank makes progress from its true time until the policies' own detection delay is over; the step
+under way is recomputed; the newest snapshot counts only if its copies were acknowledged before; the pause model gives
+the times of abort and join; a shrunk group runs the same global batch more slowly.
 """
 
 import heapq
@@ -26,7 +26,7 @@ from cluster.simulation.failure_tables import DAY, Fault
 
 
 class Simulation:
-    """One run of `cluster` under `faults`, always the same for the same ones."""
+    """One run of `cluster` under `faults`; equal inputs give equal runs."""
 
     def __init__(self, cluster: SimulatedCluster, faults: Sequence[Fault]) -> None:
         self.cluster, self.settings = cluster, cluster.elastic()
@@ -60,7 +60,7 @@ class Simulation:
             self._at(fault.time, lambda fault=fault: self._strike(fault))  # type: ignore[misc]
 
     def run(self, progress: Callable[[float], None] = lambda days: None) -> SimulatedRun:
-        """To the end of the simulated time; `progress` gets the simulated days."""
+        """Run to the end of the simulated time; `progress` gets the simulated days."""
         self._tell(m.Tick())
         while self._heap and self.core.phase not in ENDED:
             at, _, action = heapq.heappop(self._heap)
@@ -88,7 +88,7 @@ class Simulation:
         self._at(when, lambda: self._tell(event))
 
     def _advance(self, to: float) -> None:
-        """Account for everybody's time up to `to`."""
+        """Account for all ranks' time up to `to`."""
         passed, self.now = to - self.now, to
         alive = len(self._processes)
         self._lived += passed * (alive + self._warming)
@@ -141,7 +141,7 @@ class Simulation:
                 self._remove(worker)
 
     def _spawn(self, command: m.Spawn) -> None:
-        """Into free places of living nodes first, the rest on nodes from the pool."""
+        """Spawn into free places of live nodes first, the rest on nodes from the pool."""
         cluster, waiting = self.cluster, list(command.workers)
         start = self.core.generation == 0
         for node in [node for node, room in self._room.items() if room and node not in command.avoid]:
@@ -185,7 +185,7 @@ class Simulation:
         self._first_step = self._committed = command.restore.step
         self._placed = (command.generation, {})
 
-        def joined() -> None:  # a collective: one dead member, and nobody gets through
+        def joined() -> None:  # a collective: with one dead member no rank gets through
             if self.core.generation == command.generation and all(worker in self._processes for worker in members):
                 self._tell(m.Joined(command.generation, members))
 
@@ -223,7 +223,7 @@ class Simulation:
         self.pauses.append(self.now - self._stopped_at)
 
     def _stop(self, at: float, useful: bool) -> None:
-        """Training stands still from `at` (not later than now). A step under way is undone unless `useful`."""
+        """Stop training at `at` (not later than now). A step under way is undone unless `useful`."""
         if self._started is None:
             return
         step_s, members = self._step_s(), self._members
@@ -241,7 +241,7 @@ class Simulation:
         self._mode = "detection"
 
     def _acknowledge(self, newest: int) -> None:
-        """The words of the node agents that are due by now: progress, the newest snapshot, the last flush."""
+        """Deliver the node agents' messages that are due: progress, the newest snapshot, the last flush."""
         core = self.core
         generation = core.generation
         if self._placed[0] != generation or not self._placed[1]:
@@ -252,13 +252,13 @@ class Simulation:
         flushed = newest - newest % self.cluster.flush_every
         if flushed and flushed not in core.book.flushed:
             self._tell(m.SnapshotFlushed(generation, flushed))
-        if newest > self._first_step:  # the one before it lies on the same nodes: nothing here damages one and not both
+        if newest > self._first_step:  # the one before is on the same nodes: faults here damage both or none
             self._tell(m.SnapshotHeld(generation, newest, self._members, held))
 
     # ---- faults
 
     def _strike(self, fault: Fault) -> None:
-        """The true moment of a fault; the core hears of it after the detection delay of its kind."""
+        """A fault strikes; the core learns of it after the detection delay of its kind."""
         if not self._processes:
             return
         node = self._victim(fault)
@@ -291,7 +291,7 @@ class Simulation:
         self._tell_at(self.now + delay, event)
 
     def _interrupt(self) -> None:
-        """A member is lost now: the step under way is undone, and what the node agents had said by now counts."""
+        """A member is lost now: the step under way is undone, and messages of the node agents up to now count."""
         self._stop(self.now, useful=False)
         self._heard(self._committed - (self._since_commit < self.cluster.snapshot_lag_s))
 
@@ -313,7 +313,7 @@ class Simulation:
         return not self.core.roster.joined.isdisjoint(workers)
 
     def _detection_s(self, fault: Fault) -> float:
-        """What the policies' own settings promise."""
+        """The detection delay by the policies' own settings."""
         if fault.kind == "node":
             return self.settings.node_timeout_s
         if fault.kind in ("hang", "fabric"):

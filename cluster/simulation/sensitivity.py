@@ -1,4 +1,4 @@
-"""How much the pause matters, in simulation: the same faults under other pauses, and where 0.98 is lost."""
+"""The effect of the pause in simulation: the same faults under other pauses, and where goodput falls below 0.98."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,7 +21,7 @@ MOST_REFINEMENTS = 2
 class Sensitivity:
     """Simulated goodput by pause (seconds of a re-forming at any size, detection apart), in order of the pause.
 
-    `pause_at_98`: where it falls below 0.98; None if even no pause at all, or the longest one tried, is not there.
+    `pause_at_98`: the pause at which it falls below 0.98; None if it does so without a pause, or for no pause tried.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -64,7 +64,7 @@ def sweep(
 
 
 def crossing(points: dict[float, float]) -> float | None:
-    """Where the straight line between the neighbours of TARGET crosses it."""
+    """The point where the straight line between the neighbours of TARGET crosses it."""
     above = [pause for pause, value in points.items() if value >= TARGET]
     below = [pause for pause, value in points.items() if value < TARGET]
     if not above or not below or max(above) > min(below):

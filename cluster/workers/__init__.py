@@ -1,1 +1,1 @@
-"""Ray actors of a group: seats, placement, named actors, what Ray's errors mean."""
+"""Ray actors of a group: seats, placement, named actors, Ray's errors."""

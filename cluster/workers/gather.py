@@ -11,11 +11,11 @@ from infra.errors import StepTimeout
 
 
 def gather(references: Sequence[Any], what: str, timeout_s: float | None = None) -> list[Any]:
-    """`ray.get` of all that raises as soon as the first of them fails; number i is called "`what` i" in the error.
+    """`ray.get` of all references; raises as soon as one fails, and calls number i "`what` i" in the error.
 
     Raises:
-        NodeLost, Preempted, OutOfMemory: an actor died. RecuaError: its own. StepError: any other error of its code.
-        StepTimeout: some had not answered after `timeout_s`.
+        NodeLost, Preempted, OutOfMemory: an actor died. RecuaError: an actor raised it. StepError: any other error of
+            its code. StepTimeout: not all answered within `timeout_s`.
     """
     pending = list(references)
     deadline = None if timeout_s is None else time.monotonic() + timeout_s

@@ -1,7 +1,7 @@
 """N ranks as Ray actors on a placement group.
 
 Who waits for whom: the owner waits for the workers (`cluster.workers.gather`), never the other way round. Workers wait
-for each other only inside their own collectives. The group does not mend itself: when one rank dies, `shutdown` it and
+for each other only inside their own collectives. The group does not repair itself: if one rank dies, `shutdown` it and
 start a new one.
 """
 
@@ -26,9 +26,9 @@ from infra.processes import process_start
 log = logging.getLogger(__name__)
 
 STRATEGY = "PACK"
-"""Ray's placement: as few nodes as possible."""
+"""Ray's placement strategy: as few nodes as possible."""
 DYING_S = 10.0
-"""What the kernel may take to end a process that got SIGKILL."""
+"""Seconds that the kernel may take to end a process after SIGKILL."""
 
 
 class WorkerGroup:
@@ -40,7 +40,7 @@ class WorkerGroup:
         num_cpus, num_gpus: per rank.
         env: environment variables of every worker process, e.g. {"OMP_NUM_THREADS": "1"}.
         name: prefix of the actors' and the placement group's names, unique among live groups.
-        start_timeout_s: until the placement group is ready, and again until all workers have answered.
+        start_timeout_s: limit for the placement group, and again for the answers of all workers.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class WorkerGroup:
         self._placement: PlacementGroup | None = None
 
     def start(self) -> "WorkerGroup":
-        """Reserve, spawn, wait until every process answers, then seat them all.
+        """Reserve resources, spawn, wait until every process answers, then seat them all.
 
         Raises:
-            ResourceError: the cluster can never give this many ranks of this size.
+            ResourceError: the cluster can never hold this many ranks of this size.
             StepTimeout: it could, but did not within `start_timeout_s`.
             SystemFault: a worker died while starting. A user's error in the constructor raises as StepError.
         """
@@ -165,7 +165,7 @@ def _amounts(available: Mapping[str, float], wanted: Mapping[str, float]) -> str
 
 
 def _await_exit(pid: int, start: str, deadline: float) -> None:
-    """Wait until a process of this node is gone; one that outlives Ray's kill (stopped, stuck) gets SIGKILL."""
+    """Wait until a process of this node is gone; a process that outlives Ray's kill (stopped, stuck) gets SIGKILL."""
     killed = False
     while process_start(pid) == start:
         if not killed and time.monotonic() >= deadline:

@@ -1,4 +1,4 @@
-"""The detached actors of a group, found by their names by any controller: GROUP/WORKER and GROUP/agent/NODE."""
+"""The detached actors of a group, which any controller finds by name: GROUP/WORKER and GROUP/agent/NODE."""
 
 import contextlib
 from typing import Any
@@ -26,14 +26,14 @@ def end_workers(group: str) -> None:
 
 
 def end_pending(group: str) -> None:
-    """End the group's actors that wait for resources: they would start long after its end, and nobody would come."""
+    """End the group's actors that wait for resources: they would start long after its end, without a controller."""
     for name in pending_actors(ray):
         if name.startswith(f"{group}/"):
             _end(name)
 
 
 def end_group(group: str, leader: int, timeout_s: float = 15.0) -> None:
-    """End what controllers before number `leader` started, agents and workers; the group's memory stays.
+    """End agents and workers of controllers before number `leader`; the group's memory stays.
 
     Raises:
         Superseded: a later controller leads the group.
@@ -49,7 +49,7 @@ def end_group(group: str, leader: int, timeout_s: float = 15.0) -> None:
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.RayError:
-            continue  # it is gone, or stuck: its workers are ended below
+            continue  # it is gone or stuck: its workers are ended below
     end_workers(group)
     for name in _names(group):
         _end(name)

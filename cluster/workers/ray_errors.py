@@ -1,4 +1,4 @@
-"""From what Ray raises to what recua raises."""
+"""Turns Ray's errors into recua's."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from infra.errors import NodeLost, OutOfMemory, Preempted, RecuaError, StepError
 
 @dataclass(frozen=True)
 class Fault:
-    """`error` is what to raise; `is_death` tells a dead process from a method that raised."""
+    """`error`: the error to raise; `is_death`: the process died, rather than a method raised."""
 
     error: Exception
     is_death: bool
@@ -18,7 +18,7 @@ class Fault:
 def name_fault(error: Exception, label: str) -> Fault:
     """Classify an error that `ray.get` raised for the worker called `label`.
 
-    A dead worker is Preempted (its node was being drained), OutOfMemory or NodeLost. Errors of ours pass through
+    A dead worker is Preempted (its node was being drained), OutOfMemory or NodeLost. Recua's errors pass through
     unchanged; anything else becomes a StepError that carries the worker's traceback.
     """
     if isinstance(error, RayTaskError):

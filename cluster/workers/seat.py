@@ -1,6 +1,6 @@
-"""What runs inside a worker process of a group: its seat in the group, and nothing about what it computes.
+"""The code inside a worker process of a group: its seat in the group, nothing about its computation.
 
-A worker is born on standby (process up, imports done). `join` gives it a seat. The owner of the group, not the worker,
+A worker starts on standby (process up, imports done). `join` gives it a seat. The owner of the group, not the worker,
 decides about restarts. Workers are ordinary owned actors: Ray ends them when their owner dies.
 """
 
@@ -44,7 +44,7 @@ class Seat:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """Where a worker runs."""
+    """The place of a worker's process."""
 
     pid: int
     node_id: str
@@ -58,7 +58,7 @@ class Worker:
     _held_port: socket.socket | None = None
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
-        """Before any subclass begins, whose own class the process runs."""
+        """This runs before any subclass's own set-up."""
         hide_secrets_in_logs()
         return super().__new__(cls)
 
@@ -69,8 +69,8 @@ class Worker:
     def reserve_port(self) -> int:
         """A free TCP port on this node, held until `release_port`.
 
-        The socket is bound but does not listen: the kernel gives the port to nobody else that asks for any free one,
-        while a rendezvous store, which binds with SO_REUSEADDR, can already take it.
+        The socket is bound but does not listen: the kernel does not give the port to other processes that ask for any
+        free one, but a rendezvous store, which binds with SO_REUSEADDR, can take it.
         """
         self.release_port()
         self._held_port = socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)
