@@ -1,4 +1,4 @@
-"""The node agent of a pretraining. Nothing here imports torch, which would take a node's agent two seconds to start."""
+"""The node agent of a pretraining. It does not import torch, which would delay its start by two seconds."""
 
 import json
 import secrets
@@ -12,7 +12,7 @@ from engines.snapshots import ReplicaServer
 from infra.storage.files import appear
 
 SERVED = "replicas.json"
-"""Port and token of a node's replica server, in the group's folder."""
+"""The file with port and token of a node's replica server, in the group's folder."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class ReplicaPlace:
 
 
 class PretrainAgent(NodeAgent):
-    """A node agent that also serves its node's shards to the others, once there are others.
+    """A node agent that also serves its node's shards to other nodes, once there are any.
 
-    An agent that follows one that has ended serves at the same place, where the ranks of other nodes still put their
+    An agent that replaces an ended one serves at the same address, to which ranks of other nodes still send their
     replicas.
     """
 
@@ -39,14 +39,14 @@ class PretrainAgent(NodeAgent):
             threading.Thread(target=self.replica_server, name="replica-start", daemon=True).start()
 
     def replica_server(self) -> ReplicaPlace:
-        """Where other nodes find this node's shards, and put replicas of theirs."""
+        """The server from which other nodes read this node's shards, and to which they send replicas of theirs."""
         with self._lock:
             if self._server is None:
                 host, root = ray.util.get_node_ip_address(), self.place.folder.parent
                 port, token = self._place_before()
                 try:
                     self._server = ReplicaServer(token, host=host, port=port, root=root)
-                except OSError:  # somebody else has the port by now
+                except OSError:  # another process has the port by now
                     self._server = ReplicaServer(token, host=host, root=root)
                 with appear(self.place.folder / SERVED) as draft:
                     draft.touch(0o600)

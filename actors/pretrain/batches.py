@@ -1,4 +1,4 @@
-"""The data of pretraining: a rank's micro-batches of any step, those of the text held out, and the loss of one."""
+"""The data of pretraining: a rank's micro-batches of any step, those of held-out text, and their loss."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,19 +20,19 @@ from engines.elastic.torch_learner import TorchLearner
 
 NO_TARGET = -100
 SAMPLE_TOKENS = 512
-"""As long as a sample needs to be to find a rank that computes wrongly."""
+"""Tokens of a sample: enough to find a rank that computes wrongly."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Tokens of a job, open: what is trained on, and the text held out if there is one."""
+    """A job's open token shards: training text, and held-out text if there is any."""
 
     trained: TokenWindows
     held_out: TokenWindows | None
 
 
 def open_texts(job: PretrainJob) -> Texts:
-    """Opens every shard: once a process, not once a generation.
+    """Open every shard: once per process, not per generation.
 
     Raises:
         DataError: tokens are missing or damaged, or are shorter than one row.
@@ -46,21 +46,21 @@ def open_texts(job: PretrainJob) -> Texts:
 class StepBatches:
     """One rank's data of one step.
 
-    `micro_batches` are equally many on every rank; one that got no row holds a row without targets, so that all join
-    equal collectives.
+    Every rank has equally many `micro_batches`; an empty one holds a row without targets, so that all ranks join equal
+    collectives.
     """
 
     micro_batches: list[Batch]
     tokens: int
     """Target tokens in the global batch."""
     window: int
-    """Of the data order, that the step takes."""
+    """The window of the data order that the step takes."""
     weight: float
-    """How much more than the average replica this one computes: 1 if it is not more."""
+    """This replica's computing over the average replica's; at least 1."""
 
 
 class BatchLoader:
-    """This rank's tensors of any step: a function of the step, the seed, the windows left out, and the replicas.
+    """This rank's tensors of any step: a function of the step, the seed, the skipped windows, and the replicas.
 
     Args:
         texts: the job's tokens, if they are open already.
@@ -76,7 +76,7 @@ class BatchLoader:
         self._settings, self._ranks = settings, ranks
 
     def micro_batches(self, step: int) -> StepBatches:
-        """What this rank trains on in `step`."""
+        """This rank's training data of `step`."""
         order, ranks = self._data.ids, self._ranks
         pieces = order.micro_batches(step, ranks.data_rank, ranks.data_size, self._settings.micro_batch_size)
         rows = sum(len(piece) for piece in pieces)
@@ -88,8 +88,8 @@ class BatchLoader:
         )
 
     def held_out(self, step: int) -> list[Batch]:
-        """This rank's part of the text held out, in equally many micro-batches on every rank; empty if its loss is not
-        measured after so many steps. The same rows every time, whatever the replicas."""
+        """This rank's part of the held-out text, in equally many micro-batches on every rank; empty if the held-out
+        loss is not measured after `step` steps. The rows in all are the same for any number of replicas."""
         every, windows = self._settings.validate_every, self._texts.held_out
         due = step == self._settings.steps or (every > 0 and step % every == 0)
         if windows is None or not due:
@@ -105,11 +105,11 @@ class BatchLoader:
         return self._data.ids.batch_size(step) * self._settings.sequence_length
 
     def held_out_tokens(self) -> int:
-        """Target tokens in the text held out, over all replicas."""
+        """Target tokens in the held-out text, over all replicas."""
         return self._held_out_rows() * self._settings.sequence_length
 
     def sample(self, step: int, replica: int) -> Batch:
-        """The beginning of the first row of a replica's batch: the same on all of them."""
+        """The beginning of the first row of a replica's batch; the same on all ranks."""
         first, _ = self._data.ids.share_range(step, replica, self._ranks.data_size)
         batch = self._fetch(self._data.ids.batch(step)[first : first + 1])
         return {name: tensor[:, :SAMPLE_TOKENS] for name, tensor in batch.items() if tensor.dim() > 1}
@@ -123,7 +123,7 @@ class BatchLoader:
         return {**batch, "samples": torch.tensor(ids.checksum())}
 
     def _tensors(self, rows: list[np.ndarray], windows: TokenWindows) -> Batch:
-        """Windows of T + 1 tokens as a micro-batch [B, T]; no windows are one row without targets."""
+        """Windows of T + 1 tokens as a micro-batch [B, T]; without windows, one row without targets."""
         stacked = np.stack(rows or [windows[0]])  # [B, T + 1]
         inputs, targets = stacked[:, :-1], stacked[:, 1:] if rows else np.full_like(stacked[:, 1:], NO_TARGET)
         arrays = {"input_ids": inputs, "targets": targets}
@@ -134,7 +134,7 @@ class BatchLoader:
 
 
 def mean_loss(learner: TorchLearner, micro_batches: Sequence[Batch], tokens: int) -> float:
-    """(collective) Mean -log p(target) in nats per token, over the `tokens` targets that all replicas have together."""
+    """(collective) Mean -log p(target) in nats per token, over the `tokens` targets of all replicas."""
     summed = next_token_loss(tokens)
     found = learner.evaluate(micro_batches, lambda module, batch: summed(module, batch)[1]["loss"])
     parts: list[Any] = learner.ranks.gather(float(sum(found)))
@@ -144,7 +144,7 @@ def mean_loss(learner: TorchLearner, micro_batches: Sequence[Batch], tokens: int
 def next_token_loss(tokens: int, tick: Callable[[], None] | None = None) -> LossFn:
     """Sum of -log p(target) over this micro-batch / target tokens of the global batch, in nats per token.
 
-    `tick` is called where backward begins. The metric "samples" adds up the checksums of the samples' ids.
+    `tick` is called when backward begins. The metric "samples" is the sum of the checksums of the samples' ids.
     """
 
     def loss_fn(module: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:

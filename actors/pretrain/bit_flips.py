@@ -1,4 +1,4 @@
-"""Bits that flip on purpose: what a broken memory cell or arithmetic unit does, for tests and demonstrations."""
+"""Flips bits on purpose, as a broken memory cell or arithmetic unit does; for tests and demonstrations."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from engines.base import Batch, LossFn
 from engines.elastic.learner import ElasticLearner
 
 BIT = 1 << 20
-"""Of a float32: an eighth of its value, roughly."""
+"""The flipped bit of a float32: roughly an eighth of its value."""
 
 
 def flip_weight(elastic: ElasticLearner) -> None:
-    """One bit of this rank's weights, after they were copied into the last snapshot."""
+    """Flip one bit of this rank's weights, after they were copied into the last snapshot."""
     assert elastic.learner is not None and elastic.snapshots is not None
     elastic.snapshots.settle()
     piece = next(piece for piece in elastic.learner.pieces() if piece.tensor.numel())
@@ -31,7 +31,7 @@ def answered_wrongly(loss_fn: LossFn) -> LossFn:
 class _Wrong(torch.nn.Module):
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
-        self._inner = [module]  # in a list: it is no part of this one
+        self._inner = [module]  # in a list, so that it is not a submodule
 
     def forward(self, *inputs: Any) -> torch.Tensor:
         logits: torch.Tensor = self._inner[0](*inputs)

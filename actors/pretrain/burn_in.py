@@ -1,4 +1,4 @@
-"""A worker's burn-in: measured before it says standby, again where the controller asks, left in its beacon."""
+"""A worker's burn-in: measured before standby, and again if the controller asks; the result is in its beacon."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ from engines.elastic.replay import processor_kind
 
 
 class BurningIn:
-    """Any thread may call; one measures at a time."""
+    """Measures for any thread, one at a time."""
 
     def __init__(self, beacon: BeaconWriter, device: torch.device) -> None:
         self._beacon, self._device = beacon, device
@@ -23,8 +23,8 @@ class BurningIn:
         self._bandwidths: dict[str, float] = {}
 
     def run(self, again: bool, peer: SinkAddress | None) -> None:
-        """Measure the machine (`again`), and the way to another node. What cannot be reached is not measured: whether
-        that matters is for whoever compares."""
+        """Measure the machine (if `again`), and the way to another node. A node that cannot be reached has rate 0: the
+        controller decides whether that matters."""
         with self._lock:
             started = time.monotonic()
             if again:

@@ -21,9 +21,9 @@ class PretrainSettings(Settings):
     steps: int = Field(default=300, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(default=32, ge=1)
-    """Rows per optimizer step, over all ranks. The number of ranks need not divide it."""
+    """Rows per optimizer step, over all ranks; any number, also one that the ranks do not divide."""
     batch_growth: Growth = ()
-    """(first step, rows) pairs in rising order: from that step on the batch has that many rows (Llama 3: 4M, 8M, then
+    """(first step, rows) pairs in rising order: from that step on a batch has that many rows (Llama 3: 4M, 8M, then
     16M tokens). A window of data that a rollback skips counts as a step here."""
     sequence_length: int = Field(default=128, ge=2)
     """Tokens per row."""

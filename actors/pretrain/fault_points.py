@@ -1,20 +1,20 @@
-"""Where a schedule of faults (`infra.fault_injection`) may break a rank of pretraining; without one nothing happens.
+"""The points at which a schedule (`infra.fault_injection`) may break a rank of pretraining; by default none do.
 
-By generation, where no step counts yet: `pretrain.generation-G.rank-R.join` (before the groups are formed), `.load`
-(they are formed, nothing is read), `.step` (before a step's computation: its n-th hit is the process's n-th step of
+By generation: `pretrain.generation-G.rank-R.join` (before the groups are formed), `.load`
+(they are formed, nothing is read yet), `.step` (before a step's computation: its n-th hit is the process's n-th step of
 that generation), `.finish` (before the model is saved). With the action `flip`, hit once per step: `.answer` (one bit
-of what the network gives, in that step and its replay), `.weights` (one bit of this rank's weights, after that step).
+of the network's output, in that step and its replay), `.weights` (one bit of this rank's weights, after that step).
 
-By step, the run's own count: `pretrain.step-S.rank-R.data` (before the batch is loaded), `.compute` (between forward
+By the run's own step: `pretrain.step-S.rank-R.data` (before the batch is loaded), `.compute` (between forward
 and backward of the first micro-batch, while the others wait in collectives), `.snapshot` (the state after S steps is
 half written, beside the next step), `.flush` (the shard of that state is in the store, its receipt is not); with the
 action `flip`, `.answer` (in that step and its replay) and `.weights` (after S steps).
 
-`seat-R` in place of `rank-R`: in a group of N ranks that is rank R modulo N, so that somebody comes by there however
-small the group is by then.
+`seat-R` in place of `rank-R`: rank R modulo N in a group of N ranks, so that a rank reaches the point however small the
+group is by then.
 
-By window of the data order, whichever rank trains on it: `pretrain.window-W.loss` with the actions `nan` and `spike`,
-which are carried out on the loss itself. Bad data is bad every time: write `:*=nan`.
+By window of the data order, on any rank that trains on it: `pretrain.window-W.loss` with the actions `nan` and `spike`,
+which change the loss itself. Bad data is bad every time: write `:*=nan`.
 """
 
 import math
@@ -38,8 +38,8 @@ class FaultPoints:
 
     Args:
         schedule: text for `infra.fault_injection`.
-        taken: folder that remembers which entries have happened, so that a process that replaces a killed one, or a
-            step that is computed again, is left alone.
+        taken: folder with the entries that have happened, so that they do not strike again a process that replaces a
+            killed one, or a step that is computed again.
     """
 
     def __init__(self, schedule: str, taken: Path) -> None:
@@ -48,24 +48,24 @@ class FaultPoints:
         self._world_size = 1
 
     def sit(self, world_size: int) -> None:
-        """The group has so many ranks now."""
+        """Set the number of ranks in the group."""
         self._world_size = world_size
 
     def reach(self, moment: str, rank: int, number: int) -> None:
-        """`number` is the generation or the step, as the moment wants it. Callable from any thread."""
+        """Reach a point. `number`: the generation or the step, depending on the moment. Callable from any thread."""
         for point in self._points("generation" if moment in BY_GENERATION else "step", number, rank, moment):
             self._schedule.reach(point)
 
     def count_step(self, rank: int, generation: int) -> None:
-        """One hit of `.step`."""
+        """Count one hit of `.step`."""
         self._schedule.reach(f"pretrain.generation-{generation}.rank-{rank}.step")
 
     def in_answer(self, ask: LossFn, rank: int, generation: int, step: int) -> LossFn:
-        """The loss function of one step, of a network that answers wrongly where that is due."""
+        """The loss function of one step; if a flip is due, of a network with a wrong output."""
         return answered_wrongly(ask) if self._flips(rank, generation, step, "answer") else ask
 
     def flip_weight(self, elastic: ElasticLearner, rank: int, generation: int) -> None:
-        """After a step."""
+        """Flip a bit of the weights if that is due; call it after a step."""
         assert elastic.learner is not None
         if self._flips(rank, generation, elastic.learner.step, "weights"):
             flip_weight(elastic)
@@ -76,7 +76,7 @@ class FaultPoints:
         return "flip" in due
 
     def _points(self, scope: str, number: int, rank: int, moment: str) -> list[str]:
-        """What a rank comes by there."""
+        """The points that a rank reaches at this moment."""
         seats = (f"seat-{seat}" for seat in range(rank, self._seats, self._world_size))
         return [f"pretrain.{scope}-{number}.{who}.{moment}" for who in (f"rank-{rank}", *seats)]
 

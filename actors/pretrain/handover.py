@@ -1,4 +1,4 @@
-"""Folders between nodes that share no file system: what a step reads on many nodes, what a rank leaves for the step."""
+"""Folders between nodes without a shared file system: the inputs of ranks on many nodes, and their model."""
 
 import json
 import tempfile
@@ -15,10 +15,10 @@ LIST = "model.json"
 
 
 class Stored(Protocol):
-    """A folder that any node can bring to itself (an artifact of the graph)."""
+    """A folder that any node can fetch (an artifact of the graph)."""
 
     def path(self) -> Path:
-        """Where it lies on this node, whole and checked. Raises StoreError."""
+        """Its path on this node, whole and checked. Raises StoreError."""
         ...
 
 
@@ -26,12 +26,12 @@ Folder = Path | Stored
 
 
 def local(folder: Folder) -> Path:
-    """Where `folder` lies on this node: a path as it is, anything else fetched if need be. Raises StoreError."""
+    """The path of `folder` on this node; a stored folder is fetched if necessary. Raises StoreError."""
     return folder if isinstance(folder, Path) else folder.path()
 
 
 def hand_over(save: Callable[[Path], None], store: Store, uploads: bool) -> None:
-    """(collective where `save` is) Save into a folder of this node, and bring that to `store` where `uploads`.
+    """(collective if `save` is) Save into a folder of this node; with `uploads`, upload it to `store`.
 
     Raises:
         StoreError: the store fails.
@@ -49,7 +49,7 @@ def hand_over(save: Callable[[Path], None], store: Store, uploads: bool) -> None
 
 
 def take_over(store: Store, folder: Path) -> None:
-    """The other end of `hand_over`.
+    """Download the folder that `hand_over` uploaded to `store`.
 
     Raises:
         StoreError: a file is missing or damaged.

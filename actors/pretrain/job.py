@@ -1,4 +1,4 @@
-"""What the ranks of a pretraining are told: the job at their birth, a place in every generation."""
+"""The data that ranks of a pretraining get: the job at their start, an order for every generation."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from engines.elastic.torch_learner import LlamaConfig
 
 @dataclass(frozen=True)
 class PretrainJob:
-    """What a pretraining is made of. Every rank is told it at its birth."""
+    """A pretraining. Every rank gets it at its start."""
 
     tokens: Folder
     """Shards written by `data.tokenized`, on a file system that all workers see or `handover.Stored`."""
@@ -24,26 +24,26 @@ class PretrainJob:
     settings: PretrainSettings
     state: str
     """A store, or a folder that all workers see: the group's journal, the steps' outcomes and, unless
-    `settings.snapshot_store` says otherwise, flushed snapshots. The model comes by way of it."""
+    `settings.snapshot_store` says otherwise, flushed snapshots. The model passes through it."""
     seed: int = 0
-    """Of initialisation and data order."""
+    """Seed of initialisation and data order."""
     faults: str | None = None
-    """Schedule for the ranks' fault points (tests, demos); None: what RECUA_FAULTS says where `pretrain` is called."""
+    """Schedule for the ranks' fault points (tests, demos); None: RECUA_FAULTS of the process that calls `pretrain`."""
     weights: Folder | None = None
     """An HF folder of the same network to start from (another stage's model)."""
     held_out: Folder | None = None
-    """Token shards whose loss is measured, see `settings.validate_every`."""
+    """Token shards for the held-out loss, see `settings.validate_every`."""
     out: Path | None = None
-    """Where ranks put the model; None: into the state's store (`actors.pretrain.handover`)."""
+    """Folder for the model; None: the ranks put it into the state's store (`actors.pretrain.handover`)."""
 
     def absolute(self) -> "PretrainJob":
-        """The same with absolute paths."""
+        """The same job with absolute paths."""
         weights, held_out = self.weights and _absolute(self.weights), self.held_out and _absolute(self.held_out)
         tokens, tokenizer = _absolute(self.tokens), _absolute(self.tokenizer)
         return replace(self, tokens=tokens, tokenizer=tokenizer, weights=weights, held_out=held_out)
 
     def here(self) -> "PretrainJob":
-        """The same with all that is to be read on this node."""
+        """The same job with all inputs on this node."""
         weights, held_out = self.weights and local(self.weights), self.held_out and local(self.held_out)
         return replace(
             self, tokens=local(self.tokens), tokenizer=local(self.tokenizer), weights=weights, held_out=held_out
@@ -57,9 +57,9 @@ class PretrainJob:
 
 @dataclass(frozen=True)
 class Order:
-    """A place in the next generation. `at_most`: load no later step; None: start afresh. `sources`: nodes that may hold
-    shards; `holders`: nodes that keep replicas of this rank's. `skipped`: windows of data left out. `high_step`: steps
-    below it were computed before. `verified`: the last step whose state is known to be right."""
+    """A place in the next generation. `at_most`: latest step to load; None: start afresh. `sources`: nodes that may
+    hold shards; `holders`: nodes that keep replicas of this rank's. `skipped`: windows of data left out. `high_step`: steps
+    below it were computed before. `verified`: the last step with a verified state."""
 
     generation: int
     rank: int
@@ -78,7 +78,7 @@ def _absolute(folder: Folder) -> Folder:
 
 
 def recipe_of(job: PretrainJob) -> Recipe:
-    """What every generation builds again."""
+    """The recipe by which every generation builds the learner."""
     settings, elastic = job.settings, job.settings.group()
     optimizer = settings.optimizer
     if optimizer.total_steps == 0:

@@ -1,9 +1,9 @@
-"""Pretraining: an elastic group of ranks runs the loop; this module leads it, and tells what comes of every step.
+"""Pretraining: an elastic group of ranks runs the loop; this module leads it and reports every step.
 
-Who waits for whom: the caller's thread leads the group (see cluster.controller). The ranks wait for nobody but each
-other: they train on while this process is gone, and the next call with the same state takes them over. So no further
-actor has to keep the controller: a caller that repeats a lost call (the executor, the next driver) restarts
-it, and the group's journal tells which of two calls leads.
+Who waits for whom: the caller's thread leads the group (see cluster.controller). The ranks wait only for each other:
+they train on while this process is gone, and the next call with the same state takes them over. So the controller
+needs no actor of its own: a caller that repeats a lost call (the executor, the next driver) restarts it, and the
+group's journal decides which of two calls leads.
 """
 
 import hashlib
@@ -42,13 +42,13 @@ log = logging.getLogger(__name__)
 
 JOB, MODEL = "job.json", "model"
 CODE = ("actors", "cluster", "data", "engines", "infra", "models")
-"""Packages that a rank runs."""
+"""Packages with code that a rank runs."""
 
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What a finished run says of itself; `restarts` counts the times that this call's group was formed again,
-    `lost_steps` the committed steps that faults undid, `tokens` the whole run's."""
+    """The outcome of a finished run. `restarts`: re-formings of the group in this call; `lost_steps`: committed steps
+    that faults undid; `tokens`: those of the whole run."""
 
     steps: int
     tokens: int
@@ -56,11 +56,11 @@ class PretrainResult:
     restarts: int
     lost_steps: int = 0
     longest_pause_s: float = 0.0
-    """Of those re-formings: from the moment that a fault was known until all ranks had joined."""
+    """Seconds of those re-formings: from the detection of a fault until all ranks had joined."""
     held_out_loss: float | None = None
-    """After the last step, in nats per token; None without held-out text."""
+    """Held-out loss after the last step, in nats per token; None without held-out text."""
     short_steps: int = 0
-    """Steps that fewer ranks took than were asked for, where that was so to the end."""
+    """Steps with fewer ranks than asked for, if the run ended with fewer; else 0."""
 
 
 def pretrain(
@@ -75,23 +75,23 @@ def pretrain(
 ) -> PretrainResult:
     """Train `job.model` from scratch on the token shards of `job.tokens`; leaves an HF model folder in `out`.
 
-    Called again with the same `job.state` (after any crash of this process, on any node) it takes over the living
-    ranks, or resumes from what they left in memory, or from the newest state there.
+    Another call with the same `job.state` (after any crash of this process, on any node) takes over the live ranks, or
+    resumes from their snapshots in memory, or from the newest state in storage.
 
     Args:
-        job: its `out` is left to this function.
+        job: this function sets its `out`.
         out: a folder of this node.
         on_metrics: called once per step, in order, also for the steps of earlier calls: {"step", "steps", "loss", "lr",
-            "grad_norm", "tokens", "tokens_per_s", "committed", "time"}, and "held_out_loss" where it was measured.
+            "grad_norm", "tokens", "tokens_per_s", "committed", "time"}, and "held_out_loss" if it was measured.
             Steps that a rollback undid come again.
         on_event: {"event": "ready" | "started" | "detected" | "decided" | "verified" | "rolled-back" | "stacks",
-            "generation", ...}: what was seen and decided, why, how long it took ("started": pids by rank, step,
+            "generation", ...}: observations and decisions, with reasons and durations ("started": pids by rank, step,
             pause_s, lost_steps; "detected": after_s since the fault; "ready": burn_in by worker). At the end
-            "short" where it ended with fewer ranks than asked for.
+            "short", if the run ended with fewer ranks than asked for.
         accounts: (store URL, run id, group) for the goodput records.
         ask_standing: tells ranks without a controller whether the run of `accounts` still runs; None: they wait
-            `elastic.orphan_s` for the next one.
-        nodes_come: do not refuse more ranks than the cluster has room for now.
+            `elastic.orphan_s` for the next controller.
+        nodes_come: accept more ranks than the cluster has room for now.
 
     Raises:
         CheckpointError: `job.state` belongs to another job.
@@ -149,12 +149,12 @@ def pretrain(
 
 
 def fell_short(formed: Sequence[Mapping[str, Any]], steps: int, asked: int) -> dict[str, Any] | None:
-    """What to say of a training of `steps` steps that ended with fewer ranks than `asked` for; None: it did not.
+    """The "short" event of a training of `steps` steps that ended with fewer ranks than `asked` for; else None.
     `formed`: its "started" events, each with the step that it resumed from."""
     if not formed or formed[-1]["ranks"] >= asked:
         return None
     short, until = 0, steps
-    for one in reversed(formed):  # what a later one did again is not counted twice
+    for one in reversed(formed):  # a step that a later one repeated is not counted twice
         short += max(0, until - one["step"]) if one["ranks"] < asked else 0
         until = min(until, one["step"])
     last = {name: formed[-1][name] for name in ("generation", "ranks", "reason") if name in formed[-1]}
@@ -202,11 +202,11 @@ def _lead(
     exporter = Exporter("" if accounts is None else accounts[1], group)
     with metered(listener, exporter, elastic.max_workers + elastic.spares) as heard:
         GroupController(fleet, task, elastic, journal, heard, tuple(rows)).run()
-    del served  # until here it was where ranks met
+    del served  # until here the ranks met at this server
 
 
 def _digest(job: PretrainJob) -> str:
-    """Of all that makes a rank what it is, where data and results lie aside."""
+    """Digest of everything that determines a rank, except the locations of data and results."""
     made_of = [job.settings.model_dump_json(), repr(job.model), str(job.seed)]
     here = code_root()
     for package in CODE:
@@ -216,7 +216,7 @@ def _digest(job: PretrainJob) -> str:
 
 
 def in_words(event: Mapping[str, Any]) -> str | None:
-    """A line about an event for people; None for what is routine.
+    """A line about an event for people; None for routine events.
 
     Example: "generation 2: 1 rank trains from step 41; the pause took 312 ms, no step was lost"
     """
@@ -246,12 +246,12 @@ def in_words(event: Mapping[str, Any]) -> str | None:
 
 
 def _after(seconds: float) -> str:
-    """How soon something was heard of."""
+    """The delay of a detection, for people."""
     return f" within {1000 * seconds:.0f} ms" if seconds < 1 else f" after {seconds:.1f} s"
 
 
 def _claim(job: PretrainJob, store: Store) -> None:
-    """The state belongs to one job: what decides the numbers may not change under it."""
+    """The state belongs to one job: settings that determine the numbers must not change."""
     irrelevant = {"workers", "sharding", "tensor_parallel", "compile", "num_cpus", "num_gpus", "threads", "placement"}
     irrelevant |= {"pipeline_parallel", "shard_over", "save_every", "keep_states", "micro_batch_size", "elastic"}
     irrelevant |= {"snapshot_store", "validate_every", "validation_rows"}

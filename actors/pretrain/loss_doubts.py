@@ -1,8 +1,8 @@
-"""A rank's own judgement of the losses: which steps may have to be undone, so that the state before them stays.
+"""A rank's own judgement of the losses: which steps may have to be undone, so that it keeps the state before them.
 
-Every rank knows every loss, also those from before it came: they are kept with the state. So all judge alike (see
-`cluster.policies.rollback`). Whether training goes back is up to the controller; by the time that it says so, ranks
-have lasted for more steps than they keep snapshots of.
+Every rank knows every loss, also from before its own start: the state holds them. So all ranks judge alike (see
+`cluster.policies.rollback`). The controller decides whether training goes back; by the time that it does, ranks may
+have taken more steps than they keep snapshots of.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from engines.snapshots.milestones import Milestones
 
 
 class LossDoubts:
-    """The first doubtful step is noted in `milestones`, which say what stays."""
+    """Notes the first doubtful step in `milestones`, which decide what stays."""
 
     def __init__(self, milestones: Milestones, settings: ElasticSettings) -> None:
         self._milestones, self._settings = milestones, settings
@@ -27,9 +27,9 @@ class LossDoubts:
         self.saw(losses, step)
 
     def saw(self, losses: Sequence[float], step: int) -> None:
-        """One more step was taken."""
+        """Judge the losses after one more step."""
         doubt = doubt_of(losses, step - 1, self._settings)
         if self._sent_to is None and doubt is not None and doubt.sure:
-            self._sent_to = doubt.first  # the word comes late: good steps may follow until then
+            self._sent_to = doubt.first  # the order comes late: good steps may follow until then
         first = None if doubt is None else doubt.first
         self._milestones.doubtful = min((one for one in (self._sent_to, first) if one is not None), default=-1)

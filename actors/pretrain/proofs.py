@@ -1,4 +1,4 @@
-"""A rank's proofs of the steps that are verified, left in its beacon for the controller to compare."""
+"""A rank's proofs of verified steps, in its beacon, for the controller to compare."""
 
 from cluster.config import ElasticSettings
 from cluster.guard.proofs import Proof, judge
@@ -10,10 +10,10 @@ from engines.elastic.replay import processor_kind, replay
 
 
 class Prover:
-    """Of one generation; used by the training thread.
+    """Makes the proofs of one generation, in the training thread.
 
     Args:
-        last: the step after which training ends: verified in any case.
+        last: the last step of training, which is always verified.
     """
 
     def __init__(self, beacon: BeaconWriter, elastic: ElasticLearner, settings: ElasticSettings, last: int) -> None:
@@ -25,14 +25,14 @@ class Prover:
         self._left = 0
 
     def wants_replay(self, step: int) -> int | None:
-        """Whose data (by replica) all compute after `step` steps; None: this step is not verified, or nobody else is
-        there to compare with. The same on every rank, without a word between them; everyone's turn comes."""
+        """The replica whose data all compute after `step` steps; None: this step is not verified, or there is no other
+        replica to compare with. The same on every rank without communication; each replica has its turn."""
         if not (is_due(step, self._settings) or step == self._last):
             return None
         return replica_to_check(step, self._ranks.data_size)
 
     def prove(self, sample: Batch, loss_fn: LossFn) -> None:
-        """(collective) Replay `sample` from the state as it is now. The proof is left once that state is sealed."""
+        """(collective) Replay `sample` from the present state. `leave` writes the proof once that state is sealed."""
         learner, groups = self._elastic.learner, self._elastic.groups
         assert learner is not None and groups is not None
         with groups.naming_lost_peers():
@@ -40,8 +40,8 @@ class Prover:
         self._open = Proof(groups.generation, learner.step, {}, digest, self._kind)
 
     def leave(self) -> None:
-        """(collective where a proof is due) Call it after every step: the snapshot of the verified one is sealed with
-        the step after it. The ranks also tell each other, so that they know which snapshot has to stay."""
+        """(collective if a proof is due) Write a due proof. Call this after every step: the next step seals the
+        snapshot of a verified one. The ranks also exchange proofs, so that each knows which snapshot must stay."""
         snapshots, proof = self._elastic.snapshots, self._open
         if proof is None or snapshots is None or proof.step not in snapshots.digests:
             return

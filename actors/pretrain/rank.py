@@ -1,9 +1,9 @@
-"""One rank of pretraining that outlives the loss of others: the loop that all ranks run in step.
+"""One rank of pretraining, which survives the loss of others: the loop that all ranks run in lockstep.
 
-Who waits for whom: the training thread waits for the controller's word (`join`), and then for its peers in collectives.
-The actor's methods only leave words and return at once, except `abort`, which wakes the training thread wherever it
-waits. The outcome is in the beacon, for the controller that leads the group then. Tests break a rank at the points
-that `actors.pretrain.fault_points` names.
+Who waits for whom: the training thread waits for the controller's order (`join`), and then for its peers in
+collectives. The actor's methods only leave messages and return at once; `abort` also wakes the training thread from any
+wait. The outcome is in the beacon, for the controller that leads the group then. Tests break a rank at the points that
+`actors.pretrain.fault_points` names.
 """
 
 import contextlib
@@ -46,16 +46,16 @@ from infra.telemetry import hide_secrets_in_logs
 log = logging.getLogger(__name__)
 
 REFUSED = "refused"
-"""In the state: which copies of snapshots were not taken, and why."""
+"""The file in the state with copies of snapshots that were refused, and why."""
 
 
 class PretrainRank:
     """The actor class; `cluster.controller.fleet.Fleet` makes one per rank.
 
     Args:
-        name: of this worker. group: names its shards in shared memory.
+        name: of this worker. group: the name of its shards in shared memory.
         ordered_at: seconds since the epoch; Ray may have kept the process for a while before.
-        store: where ranks meet, as long as the controller that started this worker leads.
+        store: the meeting point of ranks while the controller that started this worker leads.
     """
 
     def __init__(self, name: str, group: str, ordered_at: float, job: PretrainJob, store: StoreAddress) -> None:
@@ -103,18 +103,18 @@ class PretrainRank:
         self.burning_in = BurningIn(self.beacon, self.elastic.device)
         threading.Thread(target=self._live, name="training", daemon=True).start()
 
-    # ---- words of the controller
+    # ---- orders of the controller
 
     def describe(self) -> tuple[int, str]:
-        """(pid, node id): the process answers."""
+        """(pid, node id); the answer shows that the process is up."""
         return os.getpid(), self.node
 
     def join(self, order: Order | None) -> None:
-        """Take a place in a new generation, as soon as the last one is left. None: it has none for this rank."""
+        """Take a place in a new generation, once this rank has left the last one. None: there is no place for it."""
         self._words.put(order)
 
     def abort(self, generation: int, deadline_s: float, fault_age_s: float = 0.0) -> None:
-        """Out of the collectives of this generation and of any older one; what is wrong with it is so old."""
+        """Leave the collectives of this generation and of older ones. `fault_age_s`: seconds since the fault began."""
         now = time.monotonic()
         self._words.put(Aborted(generation, now, now - fault_age_s))
         self.elastic.abort(generation, deadline_s)
@@ -128,7 +128,7 @@ class PretrainRank:
         self.burning_in.run(again, peer)
 
     def failure(self) -> Exception | None:
-        """What this rank raised by itself."""
+        """The error that this rank raised by itself, if any."""
         return self._failure
 
     # ---- the training thread
@@ -153,8 +153,8 @@ class PretrainRank:
             self._fail(error)
 
     def _meet(self) -> None:
-        """Connect to where ranks meet, which can take seconds. The controller may be gone by now: the order that comes
-        from the next one says where its own is."""
+        """Connect to the ranks' meeting point, which can take seconds. If the controller is gone by now, the next one's
+        order names another one."""
         try:
             if (missing := self.elastic.rendezvous.missing_way()) is not None:
                 log.warning("worker %s: no connection to %s", self.name, missing)
@@ -193,7 +193,7 @@ class PretrainRank:
         self.beacon.set(state="failed", phase="wait")
 
     def _train(self, order: Order) -> str:
-        """(collective) Returns how the generation ended here: "finished" or "boundary"."""
+        """(collective) Train; returns how the generation ended here: "finished" or "boundary"."""
         seat = {"generation": order.generation, "rank": order.rank, "world_size": order.world_size}
         self.beacon.set(state="joining", phase="join", ticks=0, **seat)
         self.ledger.enter("re_forming")
@@ -273,7 +273,7 @@ class PretrainRank:
         return learner
 
     def _note_refused(self, order: Order, refused: Sequence[str]) -> None:
-        """Copies of shards that were damaged, or could not be reached."""
+        """Record copies of shards that were damaged or could not be reached."""
         note = {"generation": order.generation, "rank": order.rank, "refused": refused, "time": round(time.time(), 3)}
         key, content = f"{REFUSED}/{order.generation:05d}-{order.rank}.json", json.dumps(note).encode()
 
@@ -284,7 +284,7 @@ class PretrainRank:
         threading.Thread(target=write, name="refused", daemon=True).start()
 
     def _say(self, learner: TorchLearner, order: Order, loader: BatchLoader, tokens: int, **more: Any) -> None:
-        """(collective) Leave the outcome of the last step where the node agent reads it."""
+        """(collective) Write the outcome of the last step into the beacon."""
         step = learner.step - 1
         if held_out := loader.held_out(learner.step):
             assert self.elastic.groups is not None
@@ -294,13 +294,13 @@ class PretrainRank:
         self.beacon.say(step, {**row, "time": round(time.time(), 4), "generation": order.generation})
 
     def _finish(self, learner: TorchLearner, order: Order) -> None:
-        """(collective) The last state into storage, the model into its folder."""
+        """(collective) Write the last state to storage, and the model to its folder."""
         self.beacon.enter("save")
         self.ledger.enter("checkpoint_stall")
         self.points.reach("finish", order.rank, order.generation)
         deadline = time.monotonic() + self.job.settings.elastic.flush_timeout_s
 
-        def moving() -> None:  # so that it is not taken for a hang
+        def moving() -> None:  # so that this does not count as a hang
             if time.monotonic() < deadline:
                 self.beacon.tick()
 

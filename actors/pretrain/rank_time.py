@@ -1,4 +1,4 @@
-"""What a rank of pretraining books around its steps: its waits within them, and the faults that break them off."""
+"""Books a rank's time around its steps: the waits within them, and the faults that end them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from engines.collectives.wait_times import Wait, Waits
 
 @dataclass(frozen=True)
 class Aborted:
-    """The controller's word that a generation is over: when it was heard, and since when that was so; both by
+    """The controller's order that ends a generation: when it arrived, and when the fault began; both by
     time.monotonic()."""
 
     generation: int
@@ -19,23 +19,23 @@ class Aborted:
 
 
 class RankTime:
-    """Used by the training thread.
+    """The account of the training thread.
 
     Example: a peer dies at 10.0 s while this rank waits for it (since 9.8 s), its connection breaks at 10.02 s, the
-    controller's word comes at 10.1 s: 0.2 s exposed communication, 0.1 s detection, then re-forming.
+    controller's order comes at 10.1 s: 0.2 s exposed communication, 0.1 s detection, then re-forming.
     """
 
     def __init__(self, watch: Stopwatch) -> None:
         self.watch = watch
         self.waited_s = 0.0
-        """In the last step, for others and for the snapshot before it."""
+        """Seconds of waits in the last step, for others and for the snapshot before it."""
         self._broken: tuple[int, Wait | None] | None = None
 
     @contextmanager
     def step(self, waits: Waits, again: bool) -> Iterator[None]:
-        """A step's time: computing, less what it waited for others and for the snapshot before it.
+        """Book a step: computing, less the waits for others and for the snapshot before it.
 
-        again: it had been committed before a fault undid it.
+        again: the step was committed before a fault undid it.
         """
         self.watch.begin_step(again)
         try:
@@ -48,12 +48,12 @@ class RankTime:
         self.watch.end_step()
 
     def broken(self, generation: int, waits: Waits | None) -> None:
-        """This generation has ended here with an error; `heard` will say more."""
+        """This generation has ended here with an error; `heard` books the fault later."""
         self.watch.step_lost()
         self._broken = generation, None if waits is None else waits.last
 
     def heard(self, word: Aborted) -> None:
-        """Before or after the error, but after `broken`. A word on an older generation says nothing."""
+        """Book the fault that an order reports, after `broken`. An order about an older generation changes nothing."""
         if self._broken is None or word.generation < self._broken[0]:
             return
         wait = self._broken[1]

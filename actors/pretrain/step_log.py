@@ -1,9 +1,9 @@
-"""The outcome of every step of a training, in order, where the next attempt finds it: objects of a store.
+"""The outcomes of a training's steps in order, as objects of a store, so that the next attempt finds them.
 
 steps/00000000-1.jsonl, steps/00000001-1.jsonl, ...     CHUNK rows each, the last one fewer
 
-The second number is the writer's: what a process writes that has been taken over from meanwhile is hidden by what its
-successor, with a higher number, writes.
+The second number is the writer's: objects of a process that was replaced meanwhile are hidden by those of its
+successor, which has a higher number.
 """
 
 import json
@@ -19,13 +19,13 @@ log = logging.getLogger(__name__)
 
 FOLDER = "steps"
 CHUNK = 256
-"""Rows of one object: it is written as a whole each time."""
+"""Rows of one object, which is always written as a whole."""
 PERIOD_S = 2.0
-"""Rows come into the store so late at most; until then the ranks have them too (`cluster.node.beacons.ROWS`)."""
+"""Longest delay until rows are in the store; until then the ranks have them too (`cluster.node.beacons.ROWS`)."""
 
 
 class StepLog:
-    """`rows` are those of earlier attempts at first. Nobody waits for the store but `undo` and `close`.
+    """The log; at first `rows` has those of earlier attempts. Only `undo` and `close` wait for the store.
 
     Raises:
         StoreError: the store cannot be read.
@@ -34,7 +34,7 @@ class StepLog:
     def __init__(self, store: Store, writer: int = 1) -> None:
         self._store, self._writer, self.rows = store, writer, read_steps(store)
         self._changed: int | None = None
-        """The first step whose row is not in the store as it is here."""
+        """The first step whose row in the store differs from the one here."""
         self._undone = False
         self._lock, self._flushing = threading.Lock(), threading.Lock()
         self._ended = threading.Event()
@@ -42,19 +42,19 @@ class StepLog:
         self._thread.start()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """The next step's row, or that of an earlier step, which takes back all from there on."""
+        """Add the next step's row. The row of an earlier step removes all rows from there on."""
         with self._lock:
             self._change(row["step"])
             self.rows.append(dict(row))
 
     def undo(self, step: int) -> None:
-        """Take back what was written of this step and later ones, also in the store. Raises StoreError."""
+        """Remove the rows of this step and later ones, also in the store. Raises StoreError."""
         with self._lock:
             self._change(step)
         self._flush()
 
     def close(self) -> None:
-        """All rows into the store. Raises StoreError."""
+        """Write all rows to the store. Raises StoreError."""
         self._ended.set()
         self._thread.join()
         self._flush()
@@ -91,7 +91,7 @@ class StepLog:
     def _write(self, first: int, rows: list[dict[str, Any]], undone: bool) -> None:
         chunks = [rows[start : start + CHUNK] for start in range(0, max(1, len(rows)), CHUNK)]
         for number, writer in _found(self._store) if undone else ():
-            if number >= first + len(chunks):  # a rollback has taken them back
+            if number >= first + len(chunks):  # a rollback has removed them
                 self._store.delete(_key(number, writer))
         for number, chunk in enumerate(chunks, first):
             content = "".join(json.dumps(row) + "\n" for row in chunk).encode()
@@ -99,7 +99,7 @@ class StepLog:
 
 
 def read_steps(store: Store) -> list[dict[str, Any]]:
-    """Every row from step 0 on, as far as they follow each other."""
+    """The rows from step 0 on, up to the first gap."""
     rows: list[dict[str, Any]] = []
     newest = dict(sorted(_found(store)))
     while len(rows) % CHUNK == 0 and (number := len(rows) // CHUNK) in newest:
@@ -111,7 +111,7 @@ def read_steps(store: Store) -> list[dict[str, Any]]:
 
 
 def _found(store: Store) -> list[tuple[int, int]]:
-    """(number, writer) of every object."""
+    """(number, writer) of every object in the store."""
     names = (key.rpartition("/")[2].partition(".")[0].split("-") for key in store.list(FOLDER))
     return [(int(number), int(writer)) for number, writer in names]
 

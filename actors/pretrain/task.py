@@ -1,4 +1,4 @@
-"""What the controller of a pretraining must know of it: where ranks meet, what they load, who keeps replicas."""
+"""The task of a pretraining's group for its controller: meeting point, states to load, holders of replicas."""
 
 import logging
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class PretrainTask:
 
     Args:
         snapshots: the store that snapshots are flushed to.
-        store: where the ranks meet.
+        store: the meeting point of the ranks.
         replicated: every rank holds the whole state.
     """
 
@@ -41,10 +41,10 @@ class PretrainTask:
         self._looking: Future[set[tuple[int, int]]] | None = None
         self._looker = ThreadPoolExecutor(1, thread_name_prefix="stored")
         self._stored: set[tuple[int, int]] | None = None
-        self._places: dict[str, tuple[Any, ReplicaPlace]] = {}  # by node; an agent that was replaced serves elsewhere
+        self._places: dict[str, tuple[Any, ReplicaPlace]] = {}  # by node; a replaced agent serves at another address
 
     def orders(self, join: Join, fleet: Fleet, history: GroupHistory, high_step: int) -> Mapping[str, Order | None]:
-        """A place for every member, None for everybody else."""
+        """A place for every member, None for all other workers."""
         ranks = join.ranks()
         nodes = [fleet.node_of[worker] for worker in ranks]
         places = self._replica_places(fleet, {*nodes, *join.restore.on})
@@ -69,8 +69,8 @@ class PretrainTask:
         return {**dict.fromkeys(fleet.node_of), **orders}
 
     def stored(self, fresh: bool = False) -> set[tuple[int, int]]:
-        """What the store is known to have. The first call asks it, and one for a `fresh` answer; others tell what the
-        one before began to ask: a controller does not wait for a slow store.
+        """The snapshots known to be whole in the store. The first call and one with `fresh` ask the store; others
+        return the last answer and ask again in the background: a controller does not wait for a slow store.
 
         Raises:
             StoreError: the first call got no answer.
@@ -95,7 +95,7 @@ class PretrainTask:
             log.warning("%s; what it has is not known now", error)
 
     def _look(self) -> set[tuple[int, int]]:
-        """Names of manifests: generation and step, see engines.snapshots.flush."""
+        """(generation, step) from the names of manifests, see engines.snapshots.flush."""
         found = set()
         for key in self._snapshots.list(f"snapshots/{self.group}/manifests"):
             generation, _, step = key.rpartition("/")[2].partition("-")
@@ -104,7 +104,7 @@ class PretrainTask:
         return found
 
     def _replica_places(self, fleet: Fleet, nodes: set[str]) -> dict[str, ReplicaPlace]:
-        """Of the nodes that live; none where there is one node only."""
+        """The replica servers of live nodes; none if there is only one node."""
         living = nodes & fleet.agents.keys()
         if len(living) < 2:
             return {}
@@ -114,6 +114,6 @@ class PretrainTask:
             try:
                 known[node] = fleet.agents[node], ray.get(reference, timeout=ANSWER_S)
             except ray.exceptions.RayError:
-                continue  # it is lost, which will be heard; a rank without replicas trains on
+                continue  # it is lost, which a beat will show; a rank without replicas trains on
         self._places = known
         return {node: place for node, (_, place) in known.items() if node in living}
