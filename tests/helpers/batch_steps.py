@@ -48,7 +48,7 @@ def gated(gate: str) -> str:
 
 @step
 def change_process(folder: str) -> float:
-    """What a body may do to its process, and what can be put back; the folder is gone afterwards."""
+    """Change everything in the process that can be restored; the folder is gone afterwards."""
     asyncio.run(asyncio.sleep(0))
     block = shared_memory.SharedMemory(create=True, size=8)
     block.close()
@@ -154,7 +154,7 @@ def first_torch(_: int) -> str:
 
 @step
 def leave_thread(x: int) -> int:
-    """It goes on printing."""
+    """Leave a thread that keeps printing."""
 
     def talk() -> None:
         while True:
@@ -185,7 +185,7 @@ def torch_state(_: int) -> list[bool]:
 
 @step
 def leave_processes(folder: str) -> None:
-    """A child that goes on printing, and one that nobody is parent of any more; each says its number in a file."""
+    """Leave a child that keeps printing, and an orphaned process; each writes its pid to a file."""
     talk = "echo $$ > {0}/{1}.new; mv {0}/{1}.new {0}/{1}; while :; do echo {1}; sleep 0.01; done"
     subprocess.Popen(["sh", "-c", talk.format(folder, "child")], start_new_session=True)
     subprocess.run(

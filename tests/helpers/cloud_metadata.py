@@ -1,4 +1,4 @@
-"""AWS's metadata service (IMDSv2) of all machines of a test at once: whose it is follows from the process that asks."""
+"""AWS's metadata service (IMDSv2) for all machines of a test; the asking process determines the machine."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ class Metadata(ThreadingHTTPServer):
         self.askers: dict[str, int] = {}
         """{token: process id}"""
         self.reclaimed: dict[int, float] = {}
-        """{process id of an agent whose machine goes: when, in seconds since the epoch}"""
+        """{process id of the agent on a machine that will go: when, in seconds since the epoch}"""
 
 
 class _Imds(BaseHTTPRequestHandler):

@@ -33,7 +33,7 @@ from models.llama import LlamaConfig
 from tests.helpers.forks import FORKS
 
 ROWS, TOKENS, STEPS = 13, 16, 8
-"""Rows of a global batch (no number of ranks divides them), tokens of a row, steps of a run."""
+"""Rows of a global batch (no number of ranks divides it), tokens of a row, steps of a run."""
 DEADLINE = 120.0
 MODEL = LlamaConfig(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48, vocab_size=40, context=TOKENS)
 SETTINGS = LearnerSettings(learning_rate=1e-2, warmup_steps=2, total_steps=STEPS, max_grad_norm=0.5, eps=1e-4)
@@ -58,7 +58,7 @@ def take_step(learner: TorchLearner, train_step: Any) -> tuple[float, list[int]]
 
 
 def micro_batch(share: list[int]) -> dict[str, torch.Tensor]:
-    """Without samples it is a row without targets, so that all ranks join equal collectives."""
+    """A micro-batch; without samples, one row without targets, so that all ranks join equal collectives."""
     rows = torch.stack([row(index) for index in share or [0]])
     return {"input_ids": rows[:, :-1], "targets": rows[:, 1:] if share else torch.full_like(rows[:, 1:], NO_TARGET)}
 
@@ -86,11 +86,11 @@ class Go:
     fresh: bool = False
     at_most: int | None = None
     skip: int = -1
-    """A window of data that a policy drops, before the first step of this generation."""
+    """A window of data that a policy drops before the first step of this generation."""
     sources: tuple[Place, ...] = ()
     holders: tuple[Place, ...] = ()
     stop: bool = False
-    """Leave a snapshot of the last step, as at a boundary where all stop."""
+    """Leave a snapshot of the last step, as at a boundary at which all stop."""
 
 
 def worker(pipe: Connection, recipe: Recipe, run: str, shared: Path, address: StoreAddress) -> None:
@@ -137,7 +137,7 @@ def train(pipe: Connection, elastic: ElasticLearner, go: Go, run: str) -> None:
         step = learner.step
         if go.rank == go.victim and step == go.at:
             os.kill(os.getpid(), signal.SIGKILL)
-        with elastic.groups.naming_lost_peers():  # adding up the loss waits for peers that may be gone by now
+        with elastic.groups.naming_lost_peers():  # the sum of the loss waits for peers that may be gone by now
             loss, ids = take_step(learner, elastic.train_step)
         pipe.send(("step", step, loss, time.monotonic(), ids))
     elastic.take_last() if go.stop else elastic.snapshots.settle()
@@ -146,7 +146,7 @@ def train(pipe: Connection, elastic: ElasticLearner, go: Go, run: str) -> None:
 
 
 class Group:
-    """Worker processes and what they said. `shared` is the memory of the node that all are on, or of each one's."""
+    """Worker processes and their messages. `shared`: the shared memory of their one node, or of each worker's node."""
 
     def __init__(self, count: int, recipe: Recipe, run: str, shared: Path | Sequence[Path]) -> None:
         self.store, address = host_store()
@@ -182,7 +182,7 @@ class Group:
         self.pipes[member].send(Go(rank=rank, world_size=world_size, **go))
 
     def lose(self, members: list[int], victim: int, generation: int) -> tuple[list[Any], float]:
-        """Wait for the death, tell the survivors; returns what they and the victim said, and the moment."""
+        """Wait for the death and tell the survivors; returns all their messages, and the time of the death."""
         assert multiprocessing.connection.wait([self.processes[victim].sentinel], DEADLINE)
         died = time.monotonic()
         survivors = [member for member in members if member != victim]
@@ -223,7 +223,7 @@ class Finished:
 
 
 def finish(group: Group, members: list[int]) -> Finished:
-    """What rank 0 saw, and the samples of all; all end."""
+    """The results of rank 0 and the samples of all ranks, when all have ended."""
     said = [group.hear_until(member, "done") for member in members]
     done, before = said[0]
     samples = consumed([message for _, messages in said for message in messages])
@@ -250,7 +250,7 @@ def quiet_run(recipe: Recipe, count: int, shared: Path) -> Finished:
 
 @contextlib.contextmanager
 def shared_memory() -> Iterator[Path]:
-    """A place in this machine's shared memory of a test's own."""
+    """A test's own folder in this machine's shared memory."""
     folder = Path("/dev/shm") / f"recua-test-{uuid.uuid4().hex[:12]}"
     folder.mkdir()
     yield folder

@@ -1,4 +1,4 @@
-"""Processes that begin at once: forked from one process that has imported what most of them need.
+"""Processes that start at once: forks of one process that has imported the modules that most of them need.
 
 Never from a test's own process: a fork survives neither the threads that Ray and gRPC leave behind in it nor torch's.
 """

@@ -1,4 +1,4 @@
-"""A running group without processes, for tests of what the guard makes of it."""
+"""A running group without processes, for tests of the guard."""
 
 from cluster.config import ElasticSettings
 from cluster.core import messages as m
@@ -6,7 +6,7 @@ from cluster.core.state_machine import StateMachine
 
 
 def running(settings: ElasticSettings, nodes: list[str]) -> StateMachine:
-    """A group whose worker wN is on nodes[N]; what is beyond `max_workers` are spares."""
+    """A group whose worker wN is on nodes[N]; workers beyond `max_workers` are spares."""
     core = StateMachine(settings)
     core.handle(m.Tick(), 0)
     workers = [f"w{rank}" for rank in range(len(nodes))]

@@ -1,7 +1,7 @@
 """Several hosts on one machine: each has its own network, host name, process ids, shared memory and /tmp/ray.
 
-A host is the set of namespaces of one process, its init. When that ends the kernel ends all that runs there and removes
-the network, so nothing is left however a test ends. The hosts hang on a switch (a bridge in namespaces of its own);
+A host is the set of namespaces of one process, its init. When that ends, the kernel ends all its processes and removes
+the network, so no test leaves anything behind. The hosts are on a switch (a bridge in namespaces of its own);
 their /etc/hosts maps their name to 127.0.1.1, as Debian's does, and no other address is on the outside.
 """
 
@@ -20,16 +20,16 @@ from infra.addresses import GLOO, NCCL, VLLM
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 INIT = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print('up', flush=True); sys.stdin.read()"
-"""Reaps what is orphaned, and ends with whoever holds the other end of its standard input."""
+"""Reaps orphans, and ends when the other end of its standard input closes."""
 NAMESPACES = ("--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 ENTERED = ("--net", "--mount", "--uts", "--pid")
 NOBODY = "02:00:00:00:00:fe"
-"""A hardware address that nobody has."""
+"""An unused hardware address."""
 RAY_PORT = 6379
 
 
 class Machine:
-    """Namespaces, held by one process."""
+    """The namespaces of one process."""
 
     def __init__(self, name: str, *namespaces: str) -> None:
         self.name, own_processes = name, "--pid" in namespaces
@@ -43,23 +43,23 @@ class Machine:
         self._enter = ["nsenter", "--target", str(self.pid), *entered]
 
     def start(self, *words: str, **options: Any) -> "subprocess.Popen[str]":
-        """Run `words` there."""
+        """Start a command in the namespaces."""
         return subprocess.Popen([*self._enter, *words], text=True, **options)
 
     def run(self, *words: str, **options: Any) -> str:
-        """The same to its end; its standard output. An error has all that was written."""
+        """Run a command to its end; returns its standard output. An error shows all its output."""
         done = subprocess.run([*self._enter, *words], capture_output=True, text=True, **options)
         assert done.returncode == 0, f"{self.name}: {' '.join(words)}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
         return done.stdout
 
     def end(self) -> None:
-        """Power off: nothing that runs there lives on."""
+        """Power off: end all its processes."""
         self._init.kill()
         self._init.communicate()
 
 
 class Host(Machine):
-    """One with an address, on the switch."""
+    """A machine with an address on the switch."""
 
     def __init__(self, number: int, switch: Machine, folder: Path) -> None:
         super().__init__(f"host-{number}", *NAMESPACES)
@@ -80,28 +80,28 @@ class Host(Machine):
         self.run("ip", "link", "set", "eth0", "up")
 
     def cut(self) -> None:
-        """Nothing gets from here to the others, or from them to here; nobody is told."""
+        """Drop all packets between this host and the others, silently."""
         self._switch.run("ip", "link", "set", self._port, "nomaster")
 
     def heal(self) -> None:
         self._switch.run("ip", "link", "set", self._port, "master", "switch")
 
     def lose_way_to(self, other: "Host") -> None:
-        """What goes from here to another host is lost on the way, and nothing else is."""
+        """Drop packets from this host to `other`, and no others."""
         self.run("ip", "neighbour", "replace", other.address, "lladdr", NOBODY, "nud", "permanent", "dev", "eth0")
 
     def find_way_to(self, other: "Host") -> None:
         self.run("ip", "neighbour", "del", other.address, "dev", "eth0")
 
     def start_ray(self, head: "Host | None" = None, cpus: int = 1, **environment: str) -> None:
-        """A raylet of this host; without a `head` a cluster begins here. It ends with the host."""
+        """Start a raylet on this host, or a new cluster without a `head`. It ends with the host."""
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={self.address}"]
         ray += ["--disable-usage-stats", "--object-store-memory=80000000", f"--num-cpus={cpus}", "--num-gpus=0"]
         ray += [f"--address={head.ray}"] if head else ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"]
         self.run(*ray, env={**self.environment, **environment})
 
     def processes(self, words: str) -> list[int]:
-        """Those that run here and have `words` in their command line."""
+        """Ids of this host's processes with `words` in their command line."""
         found = []
         for line in self.run("ps", "-eww", "-o", "pid=,args=").splitlines():
             pid, _, command = line.strip().partition(" ")
@@ -111,19 +111,19 @@ class Host(Machine):
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of what runs there beside that Ray; the working directory is /. This machine's interfaces are none of its."""
+        """The environment of other processes there; the working directory is /. The host has its own interfaces."""
         ours = {name: value for name, value in os.environ.items() if name not in (GLOO, NCCL, VLLM)}
         return {**ours, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY)}
 
     @property
     def ray(self) -> str:
-        """Where the cluster is whose head this host is."""
+        """The address of the cluster whose head this host is."""
         return f"{self.address}:{RAY_PORT}"
 
 
 @contextlib.contextmanager
 def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
-    """`count` hosts that reach each other; `folder` is on all of them, as is the whole disk but /tmp/ray."""
+    """`count` hosts that reach each other; they share `folder` and the whole disk except /tmp/ray."""
     with contextlib.ExitStack() as made:
         switch = Machine("switch", "--net")
         made.callback(switch.end)
@@ -138,7 +138,7 @@ def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
 
 @functools.cache
 def no_hosts() -> str | None:
-    """Why there can be no such hosts here; None where two of them reach each other."""
+    """Why this machine cannot have such hosts; None if two of them reach each other."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if missing := [tool for tool in ("ip", "unshare", "nsenter", "mount", "ps") if shutil.which(tool) is None]:

@@ -1,4 +1,4 @@
-"""A service on loopback for the tests of the page, and what a user does with its page."""
+"""A service on loopback for the tests of the page, and a user's actions on the page."""
 
 import hashlib
 import threading
@@ -45,7 +45,7 @@ class Site:
 
 @dataclass
 class Asked:
-    """A Control that writes down what the buttons ask for, and refuses a second resume."""
+    """A Control that records the requests of the buttons, and refuses a second resume."""
 
     said: list[tuple[str, str]] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""Stores written by the real Journal, for the tests of the page and of what is behind it."""
+"""Stores written by the real Journal, for the tests of the page and its data."""
 
 import json
 import time
@@ -14,7 +14,7 @@ CODE = "c0de" * 16
 
 
 def artifact(digest: str, name: str, location: str = "") -> Json:
-    """An artifact as it stands in a result; `digest` is filled up to 64 letters."""
+    """An artifact's record in a result; `digest` is padded to 64 letters."""
     return {
         "$artifact": {"digest": full(digest), "name": name, "location": location or f"somewhere/{digest}", "meta": {}}
     }

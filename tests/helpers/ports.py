@@ -1,4 +1,4 @@
-"""Ports for servers of a test that begin to listen later."""
+"""Ports for a test's servers that listen later."""
 
 import contextlib
 import random
@@ -6,7 +6,7 @@ import socket
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nobody has, from where neither the kernel nor Ray gives any to those who ask for one."""
+    """Different unused ports, from a range in which neither the kernel nor Ray hands out free ports."""
     ports: set[int] = set()
     while len(ports) < count:
         with socket.socket() as probe, contextlib.suppress(OSError):

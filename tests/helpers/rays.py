@@ -1,4 +1,4 @@
-"""A Ray on this machine for the tests of one file, with no server that they do not use, and this process connected."""
+"""A Ray on this machine for the tests of one file, without servers that they do not use; this process is connected."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from ray.cluster_utils import Cluster
 from infra.ray_internals import few_servers
 
 MEMORY = 80 << 20
-"""Of an object store; Ray takes no smaller one."""
+"""Bytes of an object store; the smallest that Ray accepts."""
 
 
 @contextlib.contextmanager

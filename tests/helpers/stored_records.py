@@ -1,4 +1,4 @@
-"""Journal records written down as JSON, as any version may have left them, appended by the real Journal."""
+"""Journal records given as JSON, as any version may have written them, appended by the real Journal."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ Json = dict[str, Any]
 
 
 def parsed(tree: Mapping[str, Any]) -> Record:
-    """One record; the tree stays as it is."""
+    """One record; the tree is not changed."""
     record = from_json({name: tree[name] for name in tree})
     assert record is not None, f"no version writes {tree}"
     return record
