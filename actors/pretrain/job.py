@@ -58,8 +58,8 @@ class PretrainJob:
 @dataclass(frozen=True)
 class Order:
     """A place in the next generation. `at_most`: latest step to load; None: start afresh. `sources`: nodes that may
-    hold shards; `holders`: nodes that keep replicas of this rank's. `skipped`: windows of data left out. `high_step`: steps
-    below it were computed before. `verified`: the last step with a verified state."""
+    hold shards; `holders`: nodes that keep replicas of this rank's. `skipped`: data windows left out. `high_step`:
+    steps below it were computed before. `verified`: the last step with a verified state."""
 
     generation: int
     rank: int
