@@ -86,7 +86,7 @@ class ElasticSettings(Settings):
     nonfinite_patience: int = Field(default=2, ge=1)
     """NaN or Inf steps in a row (none is applied) before rolling back."""
     spike_window: int = Field(default=64, ge=8, le=96)
-    """Past losses that define what is normal."""
+    """Number of past losses that a new loss is compared with."""
     spike_sigmas: float = Field(default=8, gt=0)
     """A loss this many robust standard deviations (1.4826 x MAD) above the window's median is a spike."""
     spike_patience: int = Field(default=3, ge=1)

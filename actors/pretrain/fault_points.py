@@ -1,9 +1,9 @@
 """The points at which a schedule (`infra.fault_injection`) may break a rank of pretraining; by default none do.
 
-By generation: `pretrain.generation-G.rank-R.join` (before the groups are formed), `.load`
-(they are formed, nothing is read yet), `.step` (before a step's computation: its n-th hit is the process's n-th step of
-that generation), `.finish` (before the model is saved). With the action `flip`, hit once per step: `.answer` (one bit
-of the network's output, in that step and its replay), `.weights` (one bit of this rank's weights, after that step).
+By generation: `pretrain.generation-G.rank-R.join` (before the groups are formed), `.load` (they are formed,
+nothing is read yet), `.step` (before a step's computation: its n-th hit is the process's n-th step of that generation),
+`.finish` (before the model is saved). With the action `flip`, hit once per step: `.answer` (one bit of the network's
+output, in that step and its replay), `.weights` (one bit of this rank's weights, after that step).
 
 By the run's own step: `pretrain.step-S.rank-R.data` (before the batch is loaded), `.compute` (between forward
 and backward of the first micro-batch, while the others wait in collectives), `.snapshot` (the state after S steps is
@@ -38,8 +38,8 @@ class FaultPoints:
 
     Args:
         schedule: text for `infra.fault_injection`.
-        taken: folder with the entries that have happened, so that they do not strike again a process that replaces a
-            killed one, or a step that is computed again.
+        taken: folder with the entries that have happened, so that they do not happen again to the
+            replacement of a killed process, or when a step is computed again.
     """
 
     def __init__(self, schedule: str, taken: Path) -> None:

@@ -3,9 +3,9 @@
 1. Ranks that hold the same shard of the state after step k must hold the same bits: their digests are compared.
 2. Ranks that share nothing are checked by replay: all of them compute a sampled micro-batch of one of theirs.
 If two disagree, a third one that computes the same decides; the minority is guilty. Without a majority no rank is
-named, all go back to the last verified state, and the same step is computed again: a rank whose first
-result equals the second one of all was right (`in_hindsight`). `cluster.policies.rollback.after_corruption` decides the
-rollback, the controller takes out the guilty node (`RollBack.guilty`).
+named, all go back to the last verified state, and the same step is computed again: a rank whose first result equals
+the second one of all was right (`in_hindsight`). `cluster.policies.rollback.after_corruption` decides the rollback, the
+controller takes out the guilty node (`RollBack.guilty`).
 """
 
 import random
