@@ -20,6 +20,7 @@ from infra.errors import ConfigError
 
 GLOO, NCCL, VLLM = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "VLLM_HOST_IP"
 AGAIN_S, LOOK_S = 0.1, 0.05
+SILENT = "no answer"
 Place = tuple[str, int]
 """Address and port."""
 Interfaces = Mapping[str, tuple[str, ...]]
@@ -119,7 +120,8 @@ def unreachable(
     failed = _connect(places, deadline, given_up)
     while failed and time.monotonic() + AGAIN_S < deadline and not given_up():
         time.sleep(AGAIN_S)
-        failed = _connect(failed, deadline, given_up)
+        again = _connect(failed, deadline, given_up)
+        failed = {place: failed[place] if why == SILENT else why for place, why in again.items()}
     return failed
 
 
@@ -133,7 +135,7 @@ def _connect(places: Iterable[Place], deadline: float, given_up: Callable[[], bo
             connection.setblocking(False)
             code = connection.connect_ex(place)
             if code in (0, errno.EINPROGRESS):
-                failed[place] = "no answer"
+                failed[place] = SILENT
                 selector.register(connection, selectors.EVENT_WRITE, place)
             else:
                 failed[place] = os.strerror(code)

@@ -22,7 +22,7 @@ from cluster.core.history import Superseded
 from cluster.node.agent import AgentPlace, AgentSettings, NodeAgent
 from cluster.node.host_memory import group_folder
 from cluster.node.rank_watch import Beat
-from cluster.workers.named_actors import NAMESPACE, agent_name, end_pending, end_workers, worker_name
+from cluster.workers.named_actors import NAMESPACE, agent_name, end_agents, end_pending, end_workers, worker_name
 from cluster.workers.ray_errors import name_fault
 from infra.addresses import unreachable
 from infra.capacity import show_bundle, unplaceable
@@ -285,6 +285,7 @@ class Fleet:
         self._handles.clear()
         with contextlib.suppress(Exception):  # the cluster may be shutting down
             end_workers(self.group)
+            end_agents(self.group, self._lost)
 
     # ---- listening
 

@@ -1,6 +1,7 @@
 """The detached actors of a group, which any controller finds by name: GROUP/WORKER and GROUP/agent/NODE."""
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import ray
@@ -23,6 +24,12 @@ def end_workers(group: str) -> None:
     for name in _names(group):
         if not name.startswith(agent_name(group, "")):
             _end(name)
+
+
+def end_agents(group: str, nodes: Iterable[str]) -> None:
+    """End the agents of lost nodes, which Ray may take for alive for a while."""
+    for node in nodes:
+        _end(agent_name(group, node))
 
 
 def end_pending(group: str) -> None:
