@@ -6,8 +6,8 @@ VENV        := .venv
 PY          := $(VENV)/bin/python
 INSTALL     := $(PY) -m pip install -qq --disable-pip-version-check
 TORCH       := $(shell sed -n 's/^torch==//p' requirements/$(ACCELERATOR).txt)
-# Unit tests first: they say the most in the least time. Any order works.
-TESTS       := $(wildcard tests/unit tests/ray tests/chaos tests/page tests/gpu)
+# The files that take longest first, so that several at a time end together. Any order works.
+TESTS       := $(wildcard tests/chaos tests/ray tests/page tests/gpu tests/unit)
 # The number of test files that run at the same time.
 WORKERS     ?= 1
 ARGS        ?=

@@ -166,7 +166,6 @@ def test_a_post_training_run_survives_an_interrupt_and_a_kill_on_s3(
     damaged = damage_cached_model(tmp_path)
     driver = runs.start(s3_url)
     runs.until(driver, "optimise_policy[ppo] started")
-    time.sleep(1.0)
     driver.kill()
     runs.end(driver, -signal.SIGKILL)
     assert sha256_file(damaged[0]) == damaged[1], "a damaged file in the cache is fetched again"

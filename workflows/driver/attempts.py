@@ -109,6 +109,12 @@ class Attempts:
         with self._changed:
             self._changed.notify_all()
 
+    def abandon(self) -> None:
+        """Another driver has taken over: start no more attempts. The running ones end with this process: cancelling
+        them would race with results that came while this driver slept, and Ray aborts a process where both happen."""
+        self._running.clear()
+        self.cancel_all()
+
     def wait_until_none_runs(self, seconds: float) -> None:
         """Close; called by the thread that closes the run."""
         with self._changed:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from infra.errors import NonDeterminismError, RecuaError, UserError
+from infra.errors import FencedError, NonDeterminismError, RecuaError, UserError
 from workflows.driver.attempts import AttemptEvents, Attempts
 from workflows.driver.call import Call, RunContext
 from workflows.driver.determinism import RecordedPath
@@ -99,7 +99,7 @@ class Executor:
     def abort(self, error: BaseException) -> None:
         """Stop the run with `error`, from any thread, unless something has stopped it before."""
         self._ends.abort(error)
-        self._loop.post(self._cancel_attempts)
+        self._loop.post(self._end_attempts, isinstance(error, FencedError))
 
     # --- the loop ---
 
@@ -299,8 +299,8 @@ class Executor:
     def _on_cancel(self) -> None:
         self.abort(Cancelled(f"run {self._run.journal.run_id} was cancelled; run it again to resume"))
 
-    def _cancel_attempts(self) -> None:
-        self._attempts.cancel_all()
+    def _end_attempts(self, fenced: bool) -> None:
+        self._attempts.abandon() if fenced else self._attempts.cancel_all()
 
 
 class Cancelled(RecuaError):
