@@ -193,14 +193,15 @@ class TestOnACluster:
 
 
 def test_a_step_that_always_runs_out_of_memory_ends_with_that(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's memory monitor, set to a little above what this machine uses now."""
+    """Ray's memory monitor, set to a little above what this machine uses now. If other processes take that first, the
+    worker is killed before the body begins."""
     memory = psutil.virtual_memory()
     threshold = (memory.total - memory.available + (1 << 30)) / memory.total
     config = {"memory_usage_threshold": threshold, "memory_monitor_refresh_ms": 100}
     options = {"num_cpus": 2, "_system_config": config, "object_store_memory": 80 << 20}
     with pytest.raises(OutOfMemory, match=r"hungry\[0\]: killed for memory by Ray; give the step more \(memory=\)"):
         bench.run("hungry", 10_000, system_retries=1, ray_options=options)
-    assert bench.count("hungry") >= 1 and bench.retries() == ["OutOfMemory"], "where memory is short it dies earlier"
+    assert bench.retries() == ["OutOfMemory"]
     step = find_steps(load_run(bench.store, "hungry"), "hungry")[0]
     assert step.status == "failed" and step.error is not None and step.error["type"] == "OutOfMemory"
     assert issubclass(OutOfMemory, RecuaError) and os.getpid()
