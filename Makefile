@@ -6,10 +6,12 @@ VENV        := .venv
 PY          := $(VENV)/bin/python
 INSTALL     := $(PY) -m pip install -qq --disable-pip-version-check
 TORCH       := $(shell sed -n 's/^torch==//p' requirements/$(ACCELERATOR).txt)
-# The files that take longest first, so that several at a time end together. Any order works.
-TESTS       := $(wildcard tests/chaos tests/ray tests/page tests/gpu tests/unit)
 # The number of test files that run at the same time.
 WORKERS     ?= 1
+# One at a time: unit tests first, which say the most in the least time. Several: long files first, so that all end together.
+UNIT_FIRST  := tests/unit tests/ray tests/chaos tests/page tests/gpu
+LONG_FIRST  := tests/chaos tests/ray tests/page tests/gpu tests/unit
+TESTS       := $(wildcard $(if $(filter 1,$(WORKERS)),$(UNIT_FIRST),$(LONG_FIRST)))
 ARGS        ?=
 SUDO        := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
